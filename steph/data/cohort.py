@@ -1,0 +1,112 @@
+"""Cohorts: who was followed for how long, with what end, and which slides show the tumour.
+
+A table has one row per slide; a patient is the sample, and its bag holds the patches of all its slides in table order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from steph import Refused
+from steph.records import atomic_path, fingerprint
+
+COLUMNS = ["patient_id", "slide_id", "project", "time_days", "event"]
+RELEASED_NAMES = {"pathology_id": "slide_id", "t": "time_days", "e": "event"}
+"""Column names of the authors' tables, and ours."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """A checked cohort. slides: one row per slide with the columns `COLUMNS`; event is bool, time_days float."""
+
+    dataset: str
+    slides: pd.DataFrame
+
+    @cached_property
+    def patients(self) -> pd.DataFrame:
+        """One row per patient in order of first appearance: patient_id, time_days, event, n_slides."""
+        grouped = self.slides.groupby("patient_id", sort=False)
+        first = grouped[["time_days", "event"]].first()
+        return first.assign(n_slides=grouped.size()).reset_index()
+
+    @cached_property
+    def slides_of(self) -> dict[str, list[str]]:
+        """Slide ids of each patient, in table order."""
+        return self.slides.groupby("patient_id", sort=False)["slide_id"].agg(list).to_dict()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the table's content."""
+        rows = self.slides[COLUMNS].astype({"time_days": float, "event": bool})
+        return fingerprint(rows.to_numpy(dtype=object).tolist())
+
+    def __len__(self) -> int:
+        return len(self.patients)
+
+
+def read_cohort(path: Path, dataset: str) -> Cohort:
+    """Read a cohort table (CSV; ours or the authors' column names) and check it.
+
+    Raises `Refused` naming the file and the rows for: missing file or columns, empty table, missing identifiers,
+    a slide that stands twice, a patient with two labels, a missing or negative time, an event that is not 0 or 1.
+    """
+    if not path.is_file():
+        raise Refused(f"no label table of {dataset} at {path}. `steph data labels` builds it from TCGA-CDR.")
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise Refused(f"{path} is not a readable CSV table: {error}") from None
+    return cohort_from(table, dataset, str(path))
+
+
+def cohort_from(table: pd.DataFrame, dataset: str, where: str) -> Cohort:
+    """A checked cohort from a table with the columns `COLUMNS` (or the authors'); see `read_cohort`."""
+    table = table.rename(columns={k: v for k, v in RELEASED_NAMES.items() if v not in table.columns})
+    missing = [c for c in COLUMNS if c not in table.columns]
+    if missing:
+        raise Refused(f"{where}: no column {', '.join(missing)}; found {', '.join(table.columns)}; expected {COLUMNS}.")
+    if table.empty:
+        raise Refused(f"{where}: the table has no rows.")
+    table = table[COLUMNS].reset_index(drop=True)
+    for column in ("patient_id", "slide_id"):
+        table[column] = table[column].astype(str).str.strip()
+        _refuse(table[column].isin(["", "nan"]), table, where, f"no {column}")
+    _refuse(table["slide_id"].duplicated(keep=False), table, where, "a slide that stands twice; keep one row per slide")
+    _refuse(
+        ~table["slide_id"].str.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*"), table, where,
+        "a slide_id that cannot be a file name; letters, digits, '.', '_' and '-' are allowed",
+    )  # fmt: skip
+    time = pd.to_numeric(table["time_days"], errors="coerce")
+    _refuse(~np.isfinite(time), table, where, "a missing or unreadable time_days; remove the patient or find the time")
+    _refuse(time < 0, table, where, "a negative time_days")
+    event = table["event"].astype(str).str.strip().str.lower().map(
+        {"1": True, "0": False, "1.0": True, "0.0": False, "true": True, "false": False}
+    )  # fmt: skip
+    _refuse(event.isna(), table, where, "an event that is neither 1 (died of the disease) nor 0 (censored)")
+    table = table.assign(time_days=time.astype(float), event=event.astype(bool))
+    labels = table.groupby("patient_id")[["time_days", "event"]].nunique().max(axis=1)
+    contradictory = table["patient_id"].isin(labels.index[labels > 1])
+    _refuse(contradictory, table, where, "a patient with two different labels; one time and event per patient")
+    return Cohort(dataset, table)
+
+
+def write_cohort(cohort: Cohort, path: Path) -> None:
+    """Write a cohort's table, atomically."""
+    table = cohort.slides.assign(event=cohort.slides["event"].astype(int))
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def _refuse(bad: pd.Series, table: pd.DataFrame, where: str, what: str) -> None:
+    """Raise `Refused` with the first rows where `bad` holds (row 2 is the first below the header)."""
+    if bad.any():
+        rows = table[bad].head(5)
+        listed = "\n".join(
+            f"  row {i + 2}: {', '.join(f'{k}={v}' for k, v in row.items())}" for i, row in rows.iterrows()
+        )
+        raise Refused(f"{where}: {int(bad.sum())} row(s) with {what}:\n{listed}")

@@ -1,0 +1,219 @@
+"""Study manifests: everything that defines a study, in one validated YAML file of ``data_manifest/``."""
+
+from __future__ import annotations
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from steph import PROJECT, Refused
+
+MANIFESTS = PROJECT / "data_manifest"
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Strict):
+    """Where something comes from, under which terms."""
+
+    name: str
+    provides: str = Field(description="what it is: features, labels, splits, ...")
+    address: str = Field(description="where people find it")
+    licence: str
+    gated: bool = Field(default=False, description="access must be asked for")
+    redistribution: bool = Field(default=False, description="may copies be passed on")
+    citation: str = ""
+    file: str = Field(default="", description="file name or pattern of the download")
+    size_bytes: int | None = None
+    md5: str | None = None
+    note: str = ""
+
+
+class Endpoint(_Strict):
+    """What is predicted."""
+
+    name: str = "DSS"
+    unit: Literal["days"] = "days"
+    description: str = "disease-specific survival"
+
+
+class Features(_Strict):
+    """The patch features that a study stands on; features of different encoders or sources are never mixed."""
+
+    encoder: str
+    dim: Positive
+    precision: Literal["float32", "float16"] = Field(default="float32", description="number format of the packed store")
+    patch_size_px: Positive = 256
+    magnification: float = 20
+    folders: list[str] = Field(
+        default=["features/TCGA-{project}*"],
+        description="folders under the data root, searched with their subfolders for slide files; {project} is "
+        "replaced by each of a data set's projects, {dataset} by its name; * and ? match as in a shell",
+    )
+
+
+class DatasetEntry(_Strict):
+    """One data set: a cancer, or cancers that are studied together."""
+
+    projects: list[Name] = Field(min_length=1)
+    patients: Positive | None = Field(default=None, description="patients of the paper's Table S1")
+    slides: Positive | None = Field(default=None, description="slides of Table S1")
+    survival_rate_pct: float | None = Field(
+        default=None, ge=0, le=100, description="patients without an event, Table S1"
+    )
+    mean_patches: Positive | None = Field(default=None, description="patches per slide, Table S1")
+    folders: list[str] | None = Field(default=None, description="in place of features.folders")
+
+
+class Synthetic(_Strict):
+    """A made cohort in place of a real one."""
+
+    scale: float = Field(gt=0, le=2, description="size, as a share of the data sets' patients")
+    seed: int = 0
+    sharing: bool = Field(default=True, description="False: no prognostic factor is shared between cancers")
+    external_patients: int = Field(default=200, ge=0, description="extra patients per data set, never trained on")
+
+
+class Network(_Strict):
+    """Dimensions of the prognostic networks."""
+
+    dim_emb: Positive = 512
+    dim_attn: Positive = 384
+    n_bins: Positive = 32
+    bin_width_days: float = Field(default=365, gt=0)
+    dropout: float = Field(default=0.25, ge=0, lt=1)
+
+
+class Recipe(_Strict):
+    """How anything is trained (the paper's Appendix C.2.1; the release fixes the rest)."""
+
+    epochs: Positive = 20
+    lr: float = Field(default=1e-4, gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(default=1e-5, ge=0, description="of weight matrices; vectors and biases have none")
+    warmup_epochs: int = Field(default=1, ge=0, description="epochs of linear warm-up before the cosine")
+    bags_per_step: Positive = Field(default=16, description="patients per update; an epoch's remainder is dropped")
+    alpha: float = Field(default=0.5, ge=0, le=1, description="how much less a censored patient counts in the loss")
+
+
+class StephSettings(_Strict):
+    """STEPH's own numbers (Eq. 4 and 7)."""
+
+    dim_hidden: Positive = 512
+    top_k: Positive = 5
+    beta: float = Field(default=0.05, ge=0)
+    gamma_large: float = Field(default=0.005, ge=0, description="gamma of data sets above `large_above` patients")
+    gamma_small: float = Field(default=0.05, ge=0, description="gamma of the others")
+    large_above: int = 500
+
+    def gamma(self, n_patients: int) -> float:
+        """gamma by the paper's size rule (Appendix C.2.1)."""
+        return self.gamma_large if n_patients > self.large_above else self.gamma_small
+
+
+class Study(_Strict):
+    """A study: data sets, features, endpoint, networks, recipe."""
+
+    name: Name
+    title: str
+    synthetic: Synthetic | None = None
+    data_root: str = Field(
+        default="build/{name}/data",
+        description="labels/, splits/, features/ and stores/ lie in it; relative to the checkout; STEPH_DATA replaces it",
+    )
+    endpoint: Endpoint = Endpoint()
+    features: Features
+    datasets: dict[Name, DatasetEntry] = Field(min_length=1)
+    folds: int = Field(default=5, ge=2)
+    seed: int = Field(default=42, ge=0)
+    network: Network = Network()
+    recipe: Recipe = Recipe()
+    steph: StephSettings = StephSettings()
+    sources: list[Source] = []
+
+    @property
+    def data(self) -> Path:
+        """The data root."""
+        given = "" if self.synthetic else os.environ.get("STEPH_DATA", "")
+        return PROJECT / Path(given or self.data_root.format(name=self.name)).expanduser()
+
+    @property
+    def build(self) -> Path:
+        """Where everything made for the study goes: ``build/<study>``; STEPH_BUILD replaces ``build``."""
+        return Path(os.environ.get("STEPH_BUILD") or PROJECT / "build").expanduser().resolve() / self.name
+
+    def entry(self, dataset: str) -> DatasetEntry:
+        """A data set by name. Raises `Refused`, with the nearest names, for an unknown one."""
+        if dataset not in self.datasets:
+            raise Refused(unknown("data set", dataset, list(self.datasets), f"study {self.name}"))
+        return self.datasets[dataset]
+
+    def sources_of(self, dataset: str) -> list[str]:
+        """The other data sets in alphabetical order, as the release orders them."""
+        return sorted(set(self.datasets) - {dataset})
+
+
+def unknown(what: str, found: str, known: list[str], where: str) -> str:
+    """The message for a name that does not exist: the nearest names, and all of them."""
+    near = get_close_matches(str(found).lower(), [name.lower() for name in known], n=3, cutoff=0.5)
+    near = [name for name in known if name.lower() in near]
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"unknown {what} {found!r} in {where}.{hint} It has: {', '.join(known)}."
+
+
+def load_study(name: str | Path) -> Study:
+    """The study of a manifest: a name in ``data_manifest/`` (``demo``) or the path of a YAML file.
+
+    A manifest may say ``extends: other``: what it leaves out, it takes from there. Raises `Refused` for a missing
+    file, unreadable YAML, an unknown key or a wrong value, each named.
+    """
+    path = _manifest_path(name)
+    try:
+        return Study.model_validate(_read(path))
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {e.get('input')!r})" for e in error.errors()]
+        raise Refused(f"study manifest {path} is not valid:\n" + "\n".join(lines)) from None
+
+
+def _manifest_path(name: str | Path) -> Path:
+    path = Path(name)
+    if path.suffix not in {".yaml", ".yml"}:
+        path = MANIFESTS / f"{name}.yaml"
+        if not path.is_file():
+            known = sorted(p.stem for p in MANIFESTS.glob("*.yaml"))
+            raise Refused(unknown("study", str(name), known, str(MANIFESTS)) + " Or give the path of a YAML file.")
+    if not path.is_file():
+        raise Refused(f"no study manifest at {path}. Give a name of data_manifest/ or the path of a YAML file.")
+    return path
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused(f"study manifest {path} is not readable YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise Refused(f"study manifest {path} holds {type(values).__name__}; expected keys and values.")
+    if "extends" not in values:
+        return values
+    if path.resolve() in seen:
+        raise Refused(f"study manifest {path} extends itself.")
+    base = str(values.pop("extends"))
+    beside = path.parent / f"{base}.yaml"
+    return _merge(_read(beside if beside.is_file() else _manifest_path(base), (*seen, path.resolve())), values)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, mapping by mapping; the choice of data sets is replaced as a whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "datasets"
+        merged[key] = _merge(base[key], value) if both else value
+    return merged

@@ -1,0 +1,103 @@
+"""Discrete-time survival: bins, likelihood, risk and concordance.
+
+Time is cut into ``T`` intervals of equal width (32 years in the paper's experiments); a network gives the hazard of
+each interval, the probability of the event in it given survival up to it. Survival to the end of interval ``t`` is
+``S(t) = prod_{u<=t} (1 - h(u))``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steph import Refused
+
+
+def bin_index(days: Any, n_bins: int = 32, width_days: float = 365) -> np.ndarray:
+    """Interval of each follow-up time: ``min(floor(days / width_days), n_bins - 1)``; the last interval is open.
+
+    days: (N,) follow-up times in days, finite and not negative.
+    Returns int64 (N,). Raises `Refused` for a missing, infinite or negative time.
+    """
+    days = np.asarray(days, dtype=np.float64)
+    bad = ~np.isfinite(days) | (days < 0)
+    if bad.any():
+        raise Refused(
+            f"{int(bad.sum())} of {days.size} follow-up times are missing, infinite or negative "
+            f"(first: {days[bad][0]}); expected days >= 0. Remove or correct these rows."
+        )
+    return np.minimum(days // width_days, n_bins - 1).astype(np.int64)
+
+
+def survival_curve(hazards: Tensor) -> Tensor:
+    """Survival probability at the end of each interval, (B, T) from hazards (B, T)."""
+    return torch.cumprod(1 - hazards, dim=1)
+
+
+def risk_score(hazards: Tensor) -> Tensor:
+    """Risk (B,) from hazards (B, T): minus the sum of the survival curve. Higher = worse prognosis."""
+    return -survival_curve(hazards).sum(dim=1)
+
+
+def nll_loss(
+    hazards: Tensor,
+    bin_index: Tensor,
+    event: Tensor,
+    alpha: float = 0.5,
+    eps: float = 1e-7,
+    reduction: str = "mean",
+) -> Tensor:
+    """Negative log-likelihood of discrete survival (the paper's L_sl; Zadeh and Schmid, TPAMI 2020).
+
+    A patient with an event in interval y costs ``-log S(y-1) - log h(y)``; a censored one ``-(1-alpha) log S(y)``.
+    Every logarithm's argument is clamped at `eps` from below.
+
+    hazards: (B, T) in [0, 1]. bin_index: (B,) int64 in 0..T-1. event: (B,) 1 = event seen, 0 = censored.
+    alpha: how much less a censored patient counts; 0.5 in training, 0 when a loss is reported.
+    Returns a scalar (reduction "mean" or "sum") or (B,) ("none").
+    """
+    survival = torch.cat([torch.ones_like(hazards[:, :1]), survival_curve(hazards)], dim=1)
+    y = bin_index.view(-1, 1)
+    before, at, after = (
+        x.squeeze(1).clamp(min=eps).log()
+        for x in (survival.gather(1, y), hazards.gather(1, y), survival.gather(1, y + 1))
+    )
+    event = event.to(hazards.dtype)
+    loss = -event * (before + at) - (1 - alpha) * (1 - event) * after
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
+
+
+def concordance_index(time_days: Any, event: Any, risk: Any) -> float:
+    """Harrell's C-index on continuous time: the share of comparable pairs in which the shorter survival has the
+    higher risk; ties in risk count one half, and risks closer than 1e-8 are ties.
+
+    time_days, event, risk: (N,); event 1 or 0; higher risk = worse. Raises `Refused` where no pair is comparable
+    (fewer than two patients, or no event before the longest follow-up) or a risk is not finite.
+    """
+    from lifelines.utils import concordance_index as harrell
+
+    time, seen, risk = np.asarray(time_days, float), np.asarray(event).astype(bool), np.asarray(risk, float)
+    if not np.isfinite(risk).all():
+        raise Refused(f"{int((~np.isfinite(risk)).sum())} of {risk.size} risks are not finite; the model diverged.")
+    try:
+        return float(harrell(time, -_merge_ties(risk, 1e-8), seen))
+    except ZeroDivisionError:
+        raise Refused(
+            f"no comparable pair among {time.size} patients with {int(seen.sum())} events: the C-index is undefined. "
+            "Use a fold or a cohort in which somebody with an event was followed for less time than somebody else."
+        ) from None
+
+
+def _merge_ties(values: np.ndarray, tolerance: float) -> np.ndarray:
+    """Values closer than `tolerance` to their next lower neighbour take that neighbour's value."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = np.concatenate([[True], np.diff(ordered) > tolerance])
+    merged = np.empty_like(values)
+    merged[order] = ordered[starts][np.cumsum(starts) - 1]
+    return merged
