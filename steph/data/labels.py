@@ -1,0 +1,211 @@
+"""Labels: the outcomes of TCGA-CDR joined to a list of slides, one cohort table per data set of a study.
+
+TCGA-CDR (Liu et al., Cell 2018;173:400-416) has one row per patient: ``bcr_patient_barcode``, ``type`` (the project)
+and, for each endpoint (DSS, OS, PFI, DFI), 1 = event, 0 = censored, and the time in days. The first 12 characters of a
+slide's barcode are its patient.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import pandas as pd
+
+from steph import Refused
+from steph.data.cohort import cohort_from, write_cohort
+from steph.data.features import find_slides
+from steph.data.manifest import DatasetEntry, Study
+from steph.data.tables import first, read_csv
+
+SHEET = "TCGA-CDR"
+MISSING = ["", "#N/A", "NA", "NaN", "nan"]
+BARCODE = r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}"
+FROZEN = rf"{BARCODE}-\d{{2}}[A-Z]-\d{{2}}-[TBM]S"
+"""Top, bottom and middle sections of frozen tissue; diagnostic slides say DX there."""
+
+
+def build_labels(study: Study, cdr: Path, slides: Path, out: Path) -> pd.DataFrame:
+    """Write ``<out>/<data set>.csv`` (columns of `steph.data.cohort`, by patient, then slide) for a study's data sets.
+
+    cdr: TCGA-CDR as CSV or xlsx. slides: see `read_slides`. A data set that none of the slides belongs to gets no file.
+
+    Returns one row per data set: dataset, patients, slides, events, survival_rate_pct (patients without an event),
+    slides_dropped (slides of its projects that got no label), the manifest's numbers as expected_patients,
+    expected_slides, expected_survival_rate_pct, and `matches` (all three agree; missing where the manifest has
+    none). ``.attrs["dropped"]`` counts the dropped slides by reason; `label_slides` tells which.
+    Raises `Refused` as `label_slides` does, and where no slide at all gets a label.
+    """
+    matched = label_slides(study, cdr, slides)
+    reasons = {str(k): int(n) for k, n in matched.loc[matched["dropped"] != "", "dropped"].value_counts().items()}
+    if sum(reasons.values()) == len(matched):
+        raise Refused(
+            f"none of the {len(matched)} slides of {slides} gets a label from {cdr} in study {study.name}: "
+            f"{_counted(reasons)}. Are the slide list and the study's projects those of the same cancers?"
+        )
+    # All data sets are checked before the first is written, so a refusal leaves no half of the labels behind.
+    cohorts, rows = [], []
+    for name, entry in study.datasets.items():
+        own = matched[matched["project"].isin(entry.projects)]
+        kept = own[own["dropped"] == ""]
+        if len(kept):
+            cohorts.append(cohort_from(kept.sort_values(["patient_id", "slide_id"]), name, f"{cdr} with {slides}"))
+        patients = kept.drop_duplicates("patient_id")
+        rows.append(_summary_row(name, entry, patients["event"].astype(bool), len(kept), len(own) - len(kept)))
+    for cohort in cohorts:
+        write_cohort(cohort, out / f"{cohort.dataset}.csv")
+    summary = pd.DataFrame(rows).astype(
+        {"expected_patients": "Int64", "expected_slides": "Int64", "matches": "boolean"}
+    )
+    summary.attrs["dropped"] = reasons
+    return summary
+
+
+def label_slides(study: Study, cdr: Path, slides: Path) -> pd.DataFrame:
+    """One row per listed slide: slide_id, patient_id, project, time_days, event (1 = event), dropped.
+
+    dropped is empty for a slide with a label in the study, else the reason: a frozen section, a patient that is not in
+    TCGA-CDR, a project that is not in the study, an unknown endpoint. Time 0 and redacted rows of TCGA-CDR are kept.
+    Raises `Refused` as `read_outcomes` and `read_slides` do, and where the slide list's project contradicts TCGA-CDR's.
+    """
+    outcomes = read_outcomes(cdr, study.endpoint.name)
+    listed = read_slides(slides).rename(columns={"project": "listed"})
+    listed["patient_id"] = listed["slide_id"].str[:12]
+    table = listed.join(outcomes, on="patient_id")
+    groups = {project: name for name, entry in study.datasets.items() for project in entry.projects}
+    # Feature archives say BRCA_IDC or TCGA-BRCA for BRCA; the name of a data set (KIPAN) stands for its projects.
+    said = table["listed"].str.removeprefix("TCGA-").str.split("_").str[0]
+    known = (said != "") & table["project"].notna()
+    wrong = table[known & (said != table["project"]) & (said != table["project"].map(groups))]
+    if len(wrong):
+        pairs = [f"{r.slide_id} (listed {r.listed}, TCGA-CDR {r.project})" for r in wrong.itertuples()]
+        raise Refused(f"{slides}: {len(wrong)} slide(s) of another project than TCGA-CDR says: {first(pairs)}.")
+    table["dropped"] = ""
+    for reason, applies in (
+        (f"{study.endpoint.name} unknown", table["event"].isna() | table["time_days"].isna()),
+        ("project not in the study", ~table["project"].isin(groups)),
+        ("patient not in TCGA-CDR", table["project"].isna()),
+        ("frozen section, not a diagnostic slide", table["slide_id"].str.match(FROZEN)),
+    ):
+        table.loc[applies, "dropped"] = reason  # the last reason that applies is the one nearest to the slide
+    return table.drop(columns="listed")
+
+
+def read_outcomes(cdr: Path, endpoint: str) -> pd.DataFrame:
+    """Outcomes by patient barcode (the index): project, event (1, 0 or missing), time_days (or missing).
+
+    Raises `Refused` for a missing or unreadable file, missing columns, an event that is not 0 or 1, a time that is no
+    number or negative, and a patient who stands twice with different outcomes.
+    """
+    table = _read_cdr(cdr)
+    names = {"bcr_patient_barcode": "patient_id", "type": "project", endpoint: "event", f"{endpoint}.time": "time_days"}
+    missing = [name for name in names if name not in table.columns]
+    if missing:
+        raise Refused(
+            f"{cdr}: no column {', '.join(missing)}; found {', '.join(map(str, table.columns))}. Expected the outcome "
+            f"table of TCGA-CDR (sheet {SHEET}) with {', '.join(names)}."
+        )
+    table = table[list(names)].rename(columns=names).dropna(how="all")
+    table = table.apply(lambda column: column.str.strip()).drop_duplicates()
+    nameless = table[table["patient_id"].isna() | table["project"].isna()]
+    if len(nameless):
+        raise Refused(
+            f"{cdr}: {len(nameless)} row(s) without bcr_patient_barcode or type, the first: {_row(nameless)}."
+        )
+    table = table.set_index("patient_id")
+    for column, name in (("event", endpoint), ("time_days", f"{endpoint}.time")):
+        numbers = pd.to_numeric(table[column], errors="coerce")
+        valid = numbers.isin([0, 1]) if column == "event" else numbers.between(0, 1e6)
+        bad = table[table[column].notna() & ~valid]
+        if len(bad):
+            expected = "1 (event), 0 (censored)" if column == "event" else "days, 0 or more,"
+            values = [f"{patient} {value!r}" for patient, value in bad[column].items()]
+            raise Refused(f"{cdr}: {len(bad)} row(s) whose {name} is not {expected} or empty: {first(values)}.")
+        table[column] = numbers
+    twice = table.index[table.index.duplicated()].unique()
+    if len(twice):
+        raise Refused(
+            f"{cdr}: {len(twice)} patient(s) with several, different rows: {first(list(twice))}. Keep the right one."
+        )
+    return table
+
+
+def read_slides(path: Path) -> pd.DataFrame:
+    """The slide list, in its order: slide_id, project (as the list says it, else "").
+
+    path: a text file with a slide id, a file name or a path per line; a CSV with a column slide_id or pathology_id and
+    perhaps project; or a folder of feature files, searched with its subfolders. ``.h5``, ``.pt`` and ``.svs`` are cut
+    off. Raises `Refused` for a missing, unreadable or empty list, identifiers that are no TCGA barcodes, and a slide
+    that stands twice.
+    """
+    if path.is_dir():
+        table = pd.DataFrame({"slide_id": list(find_slides([path]))}, dtype=str)
+    elif not path.is_file():
+        raise Refused(f"no slide list at {path}. Give a text file or CSV of slides, or the folder of feature files.")
+    elif path.suffix.lower() == ".csv":
+        table = read_csv(path).rename(columns={"pathology_id": "slide_id"})
+        if list(table.columns).count("slide_id") != 1:
+            raise Refused(f"{path}: expected one column slide_id (or pathology_id); found {', '.join(table.columns)}.")
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise Refused(f"{path} is no text: {error}. Expected one slide per line.") from None
+        table = pd.DataFrame({"slide_id": [line for line in map(str.strip, lines) if line]}, dtype=str)
+    if table.empty:
+        raise Refused(f"{path} lists no slides. Expected a slide per line, or .h5 / .pt files in a folder.")
+    names = table["slide_id"].map(lambda name: PurePosixPath(name.strip()).name)
+    ids = names.str.replace(r"\.(h5|pt|svs)$", "", regex=True, case=False)
+    strange = ids[~ids.str.match(rf"{BARCODE}(?:[-.]|$)")]
+    if len(strange):
+        raise Refused(
+            f"{path}: {len(strange)} of {len(ids)} entries are no TCGA barcodes: {first([repr(s) for s in strange])}. "
+            "Expected names like TCGA-3C-AALI-01Z-00-DX1.<UUID>. Labels of your own cohort need no TCGA-CDR: write the "
+            "cohort table yourself."
+        )
+    twice = ids[ids.duplicated()].unique()
+    if len(twice):
+        raise Refused(f"{path}: {len(twice)} slide(s) stand twice: {first(list(twice))}. Keep one of each.")
+    project = table["project"].str.strip() if "project" in table.columns else ""
+    return pd.DataFrame({"slide_id": ids, "project": project})
+
+
+def _summary_row(name: str, entry: DatasetEntry, event: pd.Series, slides: int, dropped: int) -> dict[str, object]:
+    """event: (patients,) of bool."""
+    rate = round(100 * float(1 - event.mean()), 1) if len(event) else float("nan")
+    expected = (entry.patients, entry.slides, entry.survival_rate_pct)
+    return {
+        "dataset": name,
+        "patients": len(event),
+        "slides": slides,
+        "events": int(event.sum()),
+        "survival_rate_pct": rate,
+        "slides_dropped": dropped,
+        "expected_patients": entry.patients,
+        "expected_slides": entry.slides,
+        "expected_survival_rate_pct": entry.survival_rate_pct,
+        "matches": None if None in expected else (len(event), slides, rate) == expected,
+    }
+
+
+def _read_cdr(path: Path) -> pd.DataFrame:
+    """The table as text; what is missing (empty or #N/A) is missing."""
+    if not path.is_file():
+        raise Refused(f"no TCGA-CDR table at {path}. `steph data list --study tcga` tells where it can be had.")
+    if path.suffix.lower() != ".xlsx":
+        table = read_csv(path)
+        return table.mask(table.isin(MISSING))
+    try:
+        return pd.read_excel(path, sheet_name=SHEET, dtype=str, engine="openpyxl")
+    except ValueError as error:
+        raise Refused(f"{path}: no sheet {SHEET} ({error}). Expected TCGA-CDR-SupplementalTableS1.xlsx.") from None
+    except (zipfile.BadZipFile, KeyError, OSError) as error:
+        raise Refused(f"{path} is not a readable xlsx file ({error}). Download it again.") from None
+
+
+def _row(table: pd.DataFrame) -> str:
+    return ", ".join(f"{k}={v}" for k, v in table.iloc[0].items())
+
+
+def _counted(reasons: dict[str, int]) -> str:
+    return "; ".join(f"{reason}: {n}" for reason, n in reasons.items())

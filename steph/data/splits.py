@@ -1,0 +1,180 @@
+"""Splits: which patients train and which test a model, fold by fold; written once, then reused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from steph import Refused
+from steph.data.cohort import Cohort
+from steph.data.tables import first, read_csv
+from steph.records import atomic_path, fingerprint
+
+Fold = tuple[tuple[str, ...], tuple[str, ...]]
+"""Who trains, who tests."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Cross-validation of a cohort. folds: per fold, the patients who train and who test, both in cohort table order.
+
+    origin: "authors" (their files), "file" (ours, found) or "made" (ours, just written).
+    """
+
+    folds: tuple[Fold, ...]
+    origin: Literal["authors", "file", "made"]
+
+    @property
+    def n_folds(self) -> int:
+        """The number of folds."""
+        return len(self.folds)
+
+    def train(self, fold: int) -> list[str]:
+        """Patients who train fold `fold`. Raises `Refused` for a fold that does not exist."""
+        return list(self._fold(fold)[0])
+
+    def test(self, fold: int) -> list[str]:
+        """Patients who test fold `fold`. Raises `Refused` for a fold that does not exist."""
+        return list(self._fold(fold)[1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of who trains and who tests, whatever the origin."""
+        return fingerprint([[list(train), list(test)] for train, test in self.folds])
+
+    def _fold(self, fold: int) -> Fold:
+        if fold not in range(self.n_folds):
+            raise Refused(f"there is no fold {fold!r}; the folds are 0 to {self.n_folds - 1}.")
+        return self.folds[fold]
+
+
+def make_splits(cohort: Cohort, n_folds: int, seed: int) -> pd.DataFrame:
+    """Assign each patient a fold: patient_id, fold (0 to n_folds - 1), by patient_id.
+
+    Stratified by event and follow-up time: patients in order of event, then time, are cut into blocks of n_folds, and
+    each block is dealt to the folds at random. Fold sizes, and events per fold, differ by at most 1. The same patients,
+    labels and seed give the same folds, whatever the table's order.
+    Raises `Refused` where a fold would test no event: no C-index could be computed on it.
+    """
+    patients = cohort.patients
+    events = int(patients["event"].sum())
+    if n_folds < 2 or events < n_folds:
+        raise Refused(
+            f"{cohort.dataset}: {events} events among {len(patients)} patients do not make {n_folds} folds; at least 2 "
+            "folds and an event for each of them are needed. Choose another number of folds (`folds` of the manifest)."
+        )
+    # The block where the events end goes on with censored patients, so remainders balance out over both strata.
+    ordered = patients.sort_values(["event", "time_days", "patient_id"], ascending=[False, True, True])
+    rng = np.random.default_rng(seed)
+    blocks = [rng.permutation(n_folds) for _ in range(0, len(ordered), n_folds)]
+    folds = np.concatenate(blocks)[: len(ordered)]
+    table = pd.DataFrame({"patient_id": ordered["patient_id"].to_numpy(), "fold": folds})
+    return table.sort_values("patient_id", ignore_index=True)
+
+
+def load_splits(cohort: Cohort, folder: Path, n_folds: int, seed: int) -> Splits:
+    """The splits of a cohort: the authors' files, else ours, else made now and written.
+
+    Authors' files: ``<folder>/<data set>/splits_<k>.csv`` (or ``<folder>/tcga_<data set in small letters>/``, as they
+    are published): columns train, test and val with patient ids; blank cells are left out. Without a test column val is
+    the test set, with one the val patients neither train nor test. Ours: ``<folder>/<data set>.csv`` with patient_id
+    and fold; a fold's patients test, all others train.
+
+    Raises `Refused`, naming file and patients, for: an unreadable file or missing columns, a fold's file that is
+    missing, a number of folds other than `n_folds`, a patient who is not in the cohort, a patient of the cohort whom
+    the file leaves out, a patient listed twice, one who trains and tests, nobody to train or to test.
+    """
+    for authors in (folder / cohort.dataset, folder / f"tcga_{cohort.dataset.lower()}"):
+        if any(authors.glob("splits_*.csv")):
+            return Splits(tuple(_read_released(cohort, authors, n_folds)), "authors")
+    path = folder / f"{cohort.dataset}.csv"
+    made = not path.is_file()
+    if made:
+        table = make_splits(cohort, n_folds, seed)
+        with atomic_path(path) as temporary:
+            table.to_csv(temporary, index=False)
+    return Splits(tuple(_read_ours(cohort, path, n_folds)), "made" if made else "file")
+
+
+def _read_released(cohort: Cohort, folder: Path, n_folds: int) -> Iterable[Fold]:
+    expected = [folder / f"splits_{k}.csv" for k in range(n_folds)]
+    found = sorted(folder.glob("splits_*.csv"))
+    if set(found) != set(expected):
+        raise Refused(
+            f"{folder} holds {', '.join(p.name for p in found)}; expected splits_0.csv to splits_{n_folds - 1}.csv, as "
+            f"the study has {n_folds} folds. Complete the files or change `folds` in the manifest."
+        )
+    for path in expected:
+        table = read_csv(path)
+        test = "test" if "test" in table.columns else "val"
+        missing = [name for name in ("train", test) if name not in table.columns]
+        if missing:
+            raise Refused(
+                f"{path}: no column {', '.join(missing)}; found {', '.join(table.columns)}. Expected train and "
+                "test, or train and val, each with patient ids."
+            )
+        parts = {
+            name: [patient for patient in table[name].str.strip() if patient]
+            for name in ("train", "test", "val")
+            if name in table.columns
+        }
+        _check_patients(cohort, path, [patient for part in parts.values() for patient in part], parts)
+        yield _fold(cohort, path, set(parts["train"]), set(parts[test]))
+
+
+def _read_ours(cohort: Cohort, path: Path, n_folds: int) -> Iterable[Fold]:
+    table = read_csv(path)
+    missing = [name for name in ("patient_id", "fold") if name not in table.columns]
+    if missing:
+        raise Refused(f"{path}: no column {', '.join(missing)}; found {', '.join(table.columns)}.")
+    patients, folds = table["patient_id"].str.strip(), table["fold"].str.strip()
+    valid = [str(k) for k in range(n_folds)]
+    bad = table[~folds.isin(valid)]
+    if len(bad):
+        pairs = [f"{r.patient_id} in fold {r.fold!r}" for r in bad.itertuples()]
+        raise Refused(
+            f"{path}: {first(pairs)}; the study has folds 0 to {n_folds - 1}. Change `folds` in the manifest, or "
+            "delete the file and new splits are made."
+        )
+    _check_patients(cohort, path, list(patients), {})
+    for k in valid:
+        test = set(patients[folds == k])
+        yield _fold(cohort, path, set(patients) - test, test, int(k))
+
+
+def _check_patients(cohort: Cohort, path: Path, listed: list[str], parts: dict[str, list[str]]) -> None:
+    """Every patient of the cohort stands in the file once, and nobody else does."""
+    known = list(cohort.slides_of)
+    strangers = sorted(set(listed) - set(known))
+    if strangers:
+        raise Refused(
+            f"{path}: {len(strangers)} patient(s) who are not in the cohort {cohort.dataset}: {first(strangers)}. "
+            "Are labels and splits of the same release?"
+        )
+    both = sorted(set(parts.get("train", [])) & set(parts.get("test", []) + parts.get("val", [])))
+    if both:
+        raise Refused(f"{path}: {len(both)} patient(s) who train and are held out as well: {first(both)}.")
+    counts = pd.Series(listed, dtype=str).value_counts()
+    twice = sorted(counts.index[counts > 1])
+    if twice:
+        raise Refused(f"{path}: {len(twice)} patient(s) listed twice: {first(twice)}. Keep one row of each.")
+    left_out = [patient for patient in known if patient not in counts.index]
+    if left_out:
+        raise Refused(
+            f"{path}: {len(left_out)} of {len(known)} patients of the cohort {cohort.dataset} are missing: "
+            f"{first(left_out)}. Complete the file, or move it away and new splits are made."
+        )
+
+
+def _fold(cohort: Cohort, path: Path, train: set[str], test: set[str], fold: int | None = None) -> Fold:
+    for name, group in (("trains", train), ("tests", test)):
+        if not group:
+            raise Refused(f"{path}: nobody {name}{'' if fold is None else f' fold {fold}'}.")
+    order = list(cohort.slides_of)
+    return tuple(p for p in order if p in train), tuple(p for p in order if p in test)
