@@ -25,6 +25,8 @@ from typing import Any
 from steph import Refused, __version__
 
 COMPLETION = "run.json"
+NUMERIC = ("steph.survival", "steph.training", "steph.hypernetwork", "steph.merging.", "steph.mil.", "steph.data.bags")
+"""Modules whose code decides numbers; what data went in is told by the data's own fingerprints."""
 PACKAGES = ("torch", "numpy", "pandas", "scipy", "h5py", "lifelines", "safetensors")
 
 
@@ -126,31 +128,20 @@ def versions() -> dict[str, str]:
 
 @cache
 def code_fingerprint(*modules: str) -> str:
-    """Hash of the code of modules of `steph` and of all modules of `steph` that they import, comments and docstrings
-    left out: a change that can change a result changes it, a better explanation does not."""
+    """Hash of the code of modules and of all that they import from the same rows of the library (`NUMERIC`), comments
+    and docstrings left out: a change that can change a result changes it, a better explanation does not."""
     waiting, sources = list(modules), {}
     while waiting:
         name = waiting.pop()
-        if name in sources:
-            continue
-        file = importlib.import_module(name).__file__
-        tree = ast.parse(Path(str(file)).read_text(encoding="utf-8"))
-        sources[name] = ast.dump(_without_docstrings(tree))
-        waiting += [found for found in _imports(tree) if found not in sources]
+        if name not in sources:
+            tree = ast.parse(Path(str(importlib.import_module(name).__file__)).read_text(encoding="utf-8"))
+            waiting += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and _numeric(node)]
+            sources[name] = ast.dump(_without_docstrings(tree))
     return fingerprint(sources)
 
 
-def _imports(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("steph"):
-            yield node.module
-            for alias in node.names:
-                if importlib.util.find_spec(f"{node.module}.{alias.name}") if _is_package(node.module) else None:
-                    yield f"{node.module}.{alias.name}"
-
-
-def _is_package(name: str) -> bool:
-    return hasattr(importlib.import_module(name), "__path__")
+def _numeric(node: ast.ImportFrom) -> bool:
+    return (node.module or "").startswith(NUMERIC)
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

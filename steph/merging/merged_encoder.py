@@ -1,0 +1,131 @@
+"""Encoders merged anew for every bag: base + coefficients . task vectors, differentiable in the coefficients.
+
+Task vectors lie in one (m, P) matrix, so the weights of a whole batch are one product. Only the coefficients need a
+gradient: bag by bag it is the inner product of the weights' gradient with each task vector, again one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from steph.data.bags import RaggedBatch, as_batch
+from steph.merging.task_vectors import Layout, State
+
+PADDING = 1.25
+"""Bags are padded to a common length while that makes at most this many times the work."""
+
+
+class MergedEncoder(nn.Module):
+    """The encoder of `network` under weights base + C @ vectors; C (B, m) are coefficients, a row for each bag.
+
+    base: the state that vectors are added to. vectors: m task vectors by name. `part` is the prefix of parameters
+    left out ("head."). Nothing in here is trained: only what gave the coefficients gets a gradient.
+    """
+
+    base: Tensor
+    vectors: Tensor
+
+    def __init__(self, network: nn.Module, base: State, vectors: Sequence[State], without: str = "head.") -> None:
+        super().__init__()
+        self.layout = Layout.of(base, without)
+        self.network = network.requires_grad_(False)
+        self.register_buffer("base", self.layout.flatten(base), persistent=False)
+        self.register_buffer("vectors", torch.stack([self.layout.flatten(v) for v in vectors]), persistent=False)
+        self.calls = 0
+        self._workspace: dict[str, Tensor] = {}
+
+    def forward(self, coefficients: Tensor, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+        """Bag features (B, H), bag i under the weights base + coefficients[i] @ vectors."""
+        batch = as_batch(bags)
+        if hasattr(self.network, "encode_each"):
+            return _MergeAndEncode.apply(coefficients, self, batch)  # type: ignore[no-untyped-call]
+        weights = torch.addmm(self.base, coefficients, self.vectors)
+        encoder = _Encoder(self.network)
+        features = [
+            functional_call(encoder, {f"network.{k}": v for k, v in self.layout.views(w).items()}, ([batch.bag(i)],))
+            for i, w in enumerate(weights.unbind())
+        ]
+        return torch.cat(features)
+
+    def state(self, coefficients: Tensor) -> dict[str, Tensor]:
+        """The merged encoder's parameters for one bag's coefficients (m,)."""
+        return self.layout.views(self.base + coefficients @ self.vectors)
+
+    def workspace(self, name: str, rows: int) -> Tensor:
+        """An uninitialised (rows, P) tensor kept between calls: a fresh one costs more than the product it holds."""
+        held = self._workspace.get(name)
+        if held is None or len(held) < rows or held.dtype != self.base.dtype or held.device != self.base.device:
+            held = self._workspace[name] = self.base.new_empty(rows, self.layout.size)
+        return held[:rows]
+
+
+class _Encoder(nn.Module):
+    """A network's `encode` as a module's forward, so that it can be called under other parameters."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, bags: Sequence[Tensor]) -> Tensor:
+        return self.network.encode(bags)
+
+
+class _MergeAndEncode(torch.autograd.Function):
+    """Merge, encode, and go back to the coefficients, for networks that offer `encode_each`."""
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Tensor, merged: MergedEncoder, batch: RaggedBatch) -> Tensor:
+        sizes = batch.sizes
+        order = sorted(range(len(batch)), key=sizes.__getitem__)
+        weights = merged.workspace("weights", len(order))
+        torch.addmm(merged.base, coefficients[order], merged.vectors, out=weights)
+        features, saved = [], []
+        for start, stop in _groups([sizes[i] for i in order]):
+            bags, valid = _padded([batch.bag(i) for i in order[start:stop]])
+            found, kept = merged.network.encode_each(merged.layout.views(weights[start:stop]), bags, valid)  # type: ignore[operator]
+            features.append(found)
+            saved.append((start, stop, kept))
+        merged.calls += 1
+        ctx.merged, ctx.order, ctx.saved, ctx.call = merged, order, saved, merged.calls
+        return torch.empty_like(torch.cat(features)).index_copy_(0, _index(order, weights), torch.cat(features))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        merged, order, grad = ctx.merged, ctx.order, grads[0][ctx.order]
+        if ctx.saved is None or ctx.call != merged.calls:
+            raise RuntimeError("backward must follow its own forward: the weights' workspace has been used again")
+        d_weights = merged.workspace("gradients", len(order))
+        for start, stop, kept in ctx.saved:
+            merged.network.encode_each_backward(kept, grad[start:stop], merged.layout.views(d_weights[start:stop]))
+        ctx.saved = None
+        d_coefficients = d_weights @ merged.vectors.T
+        return torch.empty_like(d_coefficients).index_copy_(0, _index(order, grad), d_coefficients), None, None
+
+
+def _index(order: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(order, device=like.device)
+
+
+def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:
+    """Neighbours among rising sizes that are worth padding to one length."""
+    start = 0
+    for stop in range(1, len(sizes) + 1):
+        if stop == len(sizes) or sizes[stop] * (stop + 1 - start) > PADDING * sum(sizes[start : stop + 1]):
+            yield start, stop
+            start = stop
+
+
+def _padded(bags: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Bags (N_i, D) as one (G, n, D) tensor, zeros behind the shorter ones, and where patches are real, (G, n)."""
+    if len(bags) == 1:
+        return bags[0].unsqueeze(0), torch.ones(1, len(bags[0]), dtype=torch.bool, device=bags[0].device)
+    padded = nn.utils.rnn.pad_sequence(bags, batch_first=True)
+    sizes = torch.tensor([len(bag) for bag in bags], device=padded.device).view(-1, 1)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < sizes

@@ -1,0 +1,82 @@
+"""Task vectors (Eq. 1): what training on a cancer added to the null model, tau = M - M_0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from steph import Refused
+from steph.mil.state import ModelState, state_fingerprint
+
+State = Mapping[str, Tensor]
+
+
+def task_vector(state: State, null_state: State) -> dict[str, Tensor]:
+    """tau = M - M_0, parameter by parameter.
+
+    Raises `Refused` where the two are not states of the same network, or where the model is known to have been
+    trained from another M_0: their difference would be no task vector.
+    """
+    check_same_network(state, null_state)
+    origin = getattr(state, "origin", None)
+    if origin is not None and getattr(null_state, "origin", None) is not None:
+        expected = state_fingerprint(null_state)
+        if origin != expected:
+            raise Refused(
+                f"the model was trained from another null model (its M_0 is {origin}, this one is {expected}): their "
+                "difference is no task vector. Train both from one M_0; `steph study run` does."
+            )
+    return {name: state[name] - null_state[name] for name in null_state}
+
+
+def apply_task_vector(null_state: State, tau: State) -> dict[str, Tensor]:
+    """M_0 + tau (Eq. 5); parameters that tau leaves out stay those of M_0."""
+    extra = sorted(set(tau) - set(null_state))
+    if extra:
+        raise Refused(f"the task vector has parameters that the null model lacks: {', '.join(extra)}.")
+    return {name: value + tau[name] if name in tau else value for name, value in null_state.items()}
+
+
+def check_same_network(state: State, other: State) -> None:
+    """Raise `Refused` where two states differ in names or shapes: such models cannot be merged."""
+    shapes, others = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, other))
+    if shapes != others:
+        differing = sorted(k for k in shapes.keys() | others.keys() if shapes.get(k) != others.get(k))
+        name = differing[0]
+        raise Refused(
+            f"models of different networks cannot be merged: {len(differing)} parameters differ, first {name}: "
+            f"{shapes.get(name, 'absent')} and {others.get(name, 'absent')}."
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each parameter stands in a flat vector of P numbers."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, state: State, without: str = "") -> Layout:
+        """The layout of a state's parameters, those under the prefix `without` left out."""
+        return cls({k: tuple(v.shape) for k, v in state.items() if not without or not k.startswith(without)})
+
+    @property
+    def size(self) -> int:
+        """P, the length of the flat vector."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    def flatten(self, state: State) -> Tensor:
+        """The flat vector (P,) of a state."""
+        return torch.cat([state[name].reshape(-1) for name in self.shapes])
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Flat vectors (..., P) as parameters (..., *shape); views, nothing is copied."""
+        parts = flat.split([prod(shape) for shape in self.shapes.values()], dim=-1)
+        return {k: p.unflatten(-1, s) for (k, s), p in zip(self.shapes.items(), parts, strict=True)}
+
+
+__all__ = ["Layout", "ModelState", "State", "apply_task_vector", "check_same_network", "task_vector"]

@@ -1,0 +1,130 @@
+"""ABMIL: gated attention pooling over embedded patches (Ilse et al., ICML 2018), the network that the paper merges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from steph.data.bags import RaggedBatch, as_batch
+
+RELEASED_NAMES = {
+    "embed": "feat_proj.0",
+    "gate_tanh": "attention_net.attention_a.0",
+    "gate_sigmoid": "attention_net.attention_b.0",
+    "score": "attention_net.attention_c",
+    "head": "pred_head",
+}
+"""Our layers and the names of the same layers in the authors' release."""
+
+
+class ABMIL(nn.Module):
+    """Embedding (linear, ReLU), gated attention, weighted mean of the embedded patches, linear prediction head.
+
+    The only dropout sits on the two branches of the gate. Everything but `head` is the encoder: the part that the
+    paper's release merges.
+    """
+
+    def __init__(
+        self, dim_in: int = 1536, dim_emb: int = 512, dim_attn: int = 384, n_bins: int = 32, dropout: float = 0.25
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Linear(dim_in, dim_emb)
+        self.gate_tanh = nn.Linear(dim_emb, dim_attn)
+        self.gate_sigmoid = nn.Linear(dim_emb, dim_attn)
+        self.score = nn.Linear(dim_attn, 1)
+        self.head = nn.Linear(dim_emb, n_bins)
+        self.dropout = dropout
+
+    def forward(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+        """Logits of the hazards (B, T) of B bags of patches (N_i, D)."""
+        return self.head(self.encode(bags))
+
+    def encode(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+        """Bag features (B, dim_emb)."""
+        batch = as_batch(bags)
+        embedded, scores = self._embed_and_score(batch.features)
+        return batch.softmax(scores) @ embedded
+
+    def attention(self, bag: Tensor) -> Tensor:
+        """Attention (N,) over the patches of one bag (N, D); it sums to 1."""
+        return torch.softmax(self._embed_and_score(bag)[1], dim=0)
+
+    def _embed_and_score(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        embedded = F.relu(self.embed(patches))  # (N, dim_emb)
+        tanh = F.dropout(torch.tanh(self.gate_tanh(embedded)), self.dropout, self.training)
+        sigmoid = F.dropout(torch.sigmoid(self.gate_sigmoid(embedded)), self.dropout, self.training)
+        return embedded, self.score(tanh * sigmoid).squeeze(1)
+
+    # Each bag under encoder weights of its own: what a hypernetwork asks for. Written by hand, because autograd would
+    # keep and copy a full set of weights for every bag; `tests/test_abmil.py` holds it to autograd's gradient.
+
+    def encode_each(self, weights: Mapping[str, Tensor], bags: Tensor, valid: Tensor) -> tuple[Tensor, tuple]:
+        """Bag features (G, dim_emb) of G padded bags (G, n, D), bag g under the weights ``weights[name][g]``.
+
+        valid: (G, n) True where a patch is real. Returns the features and what `encode_each_backward` needs.
+        """
+        embedded = _linear(bags, weights, "embed").relu_()  # (G, n, dim_emb)
+        tanh = _linear(embedded, weights, "gate_tanh").tanh_()  # (G, n, dim_attn)
+        sigmoid = _linear(embedded, weights, "gate_sigmoid").sigmoid_()
+        kept_tanh, kept_sigmoid = self._kept(tanh), self._kept(sigmoid)
+        gated = tanh * sigmoid
+        if kept_tanh is not None:
+            gated.mul_(kept_tanh).mul_(kept_sigmoid)
+        scores = _linear(gated, weights, "score").squeeze(2).masked_fill_(~valid, -torch.inf)
+        attention = torch.softmax(scores, dim=1)  # (G, n)
+        features = torch.bmm(attention.unsqueeze(1), embedded).squeeze(1)
+        return features, (weights, bags, embedded, tanh, sigmoid, kept_tanh, kept_sigmoid, gated, attention)
+
+    def encode_each_backward(self, saved: tuple, grad: Tensor, out: Mapping[str, Tensor]) -> None:
+        """Gradient of the weights of each bag, written to ``out[name]`` (G, ...), from that of the features
+        (G, dim_emb). Consumes `saved`."""
+        weights, bags, embedded, tanh, sigmoid, kept_tanh, kept_sigmoid, gated, attention = saved
+        d_attention = torch.bmm(embedded, grad.unsqueeze(2)).squeeze(2)
+        d_score = attention * (d_attention - (attention * d_attention).sum(1, keepdim=True))  # (G, n)
+        torch.bmm(d_score.unsqueeze(1), gated, out=out["score.weight"])
+        out["score.bias"].copy_(d_score.sum(1, keepdim=True))
+        d_gated = d_score.unsqueeze(2) * weights["score.weight"]  # (G, n, dim_attn)
+        if kept_tanh is not None:
+            d_gated.mul_(kept_tanh).mul_(kept_sigmoid)
+        d_tanh = (1 - tanh * tanh).mul_(sigmoid).mul_(d_gated)
+        d_sigmoid = d_gated.mul_(tanh).mul_(sigmoid).mul_(1 - sigmoid)
+        d_embedded = torch.bmm(d_tanh, weights["gate_tanh.weight"])
+        d_embedded.baddbmm_(d_sigmoid, weights["gate_sigmoid.weight"])
+        d_embedded.baddbmm_(attention.unsqueeze(2), grad.unsqueeze(1))
+        _linear_gradient(d_tanh, embedded, out, "gate_tanh")
+        _linear_gradient(d_sigmoid, embedded, out, "gate_sigmoid")
+        _linear_gradient(d_embedded.masked_fill_(embedded == 0, 0), bags, out, "embed")
+
+    def _kept(self, values: Tensor) -> Tensor | None:
+        """Dropout's mask with its scale, None where nothing is dropped."""
+        if not self.training or self.dropout == 0:
+            return None
+        return torch.empty_like(values).bernoulli_(1 - self.dropout).div_(1 - self.dropout)
+
+
+def _linear(x: Tensor, weights: Mapping[str, Tensor], layer: str) -> Tensor:
+    """x (G, n, i) through a layer of its own per bag: (G, n, o)."""
+    return torch.baddbmm(weights[f"{layer}.bias"].unsqueeze(1), x, weights[f"{layer}.weight"].transpose(1, 2))
+
+
+def _linear_gradient(d_y: Tensor, x: Tensor, out: Mapping[str, Tensor], layer: str) -> None:
+    torch.bmm(d_y.transpose(1, 2), x, out=out[f"{layer}.weight"])
+    torch.sum(d_y, dim=1, out=out[f"{layer}.bias"])
+
+
+def convert_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters under the release's names, renamed to ours."""
+    ours = {theirs: name for name, theirs in RELEASED_NAMES.items()}
+    return _renamed(state, ours)
+
+
+def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our parameters under the release's names."""
+    return _renamed(state, RELEASED_NAMES)
+
+
+def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    return {f"{names[layer]}.{kind}": v for k, v in state.items() for layer, _, kind in [k.rpartition(".")]}

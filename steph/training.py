@@ -1,0 +1,164 @@
+"""The one training engine: it trains whatever maps bags to the logits of hazards, and knows no method.
+
+A model may add `auxiliary_loss()` (a scalar for the last forward pass) and `monitor()` (numbers worth following).
+The recipe is the paper's Appendix C.2.1 with what the release fixes: AdamW, 16 patients per update (what remains of an
+epoch is dropped), learning rate stepped per update and 0 at the first, no weight decay on vectors, last epoch kept.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from steph import Refused
+from steph.data.bags import RaggedBatch
+from steph.data.dataset import Dataset
+from steph.data.manifest import Network, Recipe
+from steph.survival import bin_index, nll_loss, risk_score, survival_curve
+
+PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - libraries draw from it
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One thread for PyTorch inside the block: sums then never depend on how many cores there are, and runs side by
+    side do not fight for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW's groups: trainable matrices decay, vectors and biases do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+    ]
+
+
+def learning_rate_factor(update: int, steps_per_epoch: int, recipe: Recipe) -> float:
+    """Factor on the peak rate at an update (0, 1, ...): linear warm-up from 0, then a half cosine down to 0."""
+    warmup, total = recipe.warmup_epochs * steps_per_epoch, recipe.epochs * steps_per_epoch
+    if update < warmup:
+        return update / warmup
+    return 0.5 * (1 + math.cos(math.pi * (update - warmup) / max(1, total - warmup)))
+
+
+class Trainer:
+    """A model with its optimizer and schedule; `step` is one update."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> None:
+        self.model, self.recipe = model, recipe
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=recipe.lr, fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda update: learning_rate_factor(update, steps_per_epoch, recipe)
+        )
+
+    def step(self, batch: RaggedBatch, bins: Tensor, event: Tensor) -> dict[str, float]:
+        """One update on B bags with their bins (B,) and events (B,). Returns the losses, the rate and the monitor."""
+        self.optimizer.zero_grad(set_to_none=True)
+        likelihood = nll_loss(torch.sigmoid(self.model(batch)), bins, event, alpha=self.recipe.alpha)
+        auxiliary = self._auxiliary()
+        (likelihood if auxiliary is None else likelihood + auxiliary).backward()
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.schedule.step()
+        seen = self.model.monitor() if hasattr(self.model, "monitor") else {}
+        return {
+            "loss": likelihood.item(),
+            "auxiliary_loss": 0.0 if auxiliary is None else auxiliary.item(),
+            "learning_rate": rate,
+            **seen,
+        }
+
+    def _auxiliary(self) -> Tensor | None:
+        return self.model.auxiliary_loss() if hasattr(self.model, "auxiliary_loss") else None
+
+
+def fit(
+    model: nn.Module,
+    dataset: Dataset,
+    patients: Sequence[str],
+    recipe: Recipe,
+    network: Network,
+    seed: int,
+    device: str = "cpu",
+    precision: str = "fp32",
+    report: Callable[[int, dict[str, float]], None] | None = None,
+) -> pd.DataFrame:
+    """Train a model on patients of a data set; it is left with its last epoch's parameters, in evaluation mode.
+
+    Returns the history, one row per epoch: epoch, loss (mean NLL over its updates), auxiliary_loss, learning_rate (of
+    the last update), seconds, and the means of what the model monitors. `report` gets each row as it comes.
+    Raises `Refused` where there are fewer patients than an update takes, no event, or the loss is no longer finite.
+    """
+    patients = list(patients)
+    labels = dataset.labels(patients)
+    steps = len(patients) // recipe.bags_per_step
+    if steps == 0:
+        raise Refused(
+            f"{dataset.name} has {len(patients)} training patients and an update takes {recipe.bags_per_step}; "
+            "add patients or lower recipe.bags_per_step in the study manifest."
+        )
+    if not labels["event"].any():
+        raise Refused(f"{dataset.name}: no event among {len(patients)} training patients; nothing can be learnt.")
+    dtype = PRECISIONS[precision]
+    model.to(device, dtype).train()
+    bins = torch.from_numpy(bin_index(labels["time_days"], network.n_bins, network.bin_width_days)).to(device)
+    event = torch.from_numpy(labels["event"].to_numpy(dtype=bool)).to(device)
+    trainer = Trainer(model, recipe, steps)
+    shuffler = np.random.default_rng(seed)
+    history = []
+    for epoch in range(1, recipe.epochs + 1):
+        started = time.perf_counter()
+        order = shuffler.permutation(len(patients))[: steps * recipe.bags_per_step]
+        rows = []
+        for chosen in order.reshape(steps, recipe.bags_per_step):
+            batch = dataset.batch([patients[i] for i in chosen], device=device, dtype=dtype)
+            index = torch.from_numpy(chosen).to(device)
+            rows.append(trainer.step(batch, bins[index], event[index]))
+        row = {"epoch": epoch, **pd.DataFrame(rows).mean().to_dict(), "learning_rate": rows[-1]["learning_rate"]}
+        if not math.isfinite(row["loss"]):
+            raise Refused(f"{dataset.name}: the training loss is {row['loss']} in epoch {epoch}; lower recipe.lr.")
+        history.append({**row, "seconds": time.perf_counter() - started})
+        if report:
+            report(epoch, history[-1])
+    model.eval()
+    return pd.DataFrame(history)
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, dataset: Dataset, patients: Sequence[str], device: str = "cpu", precision: str = "fp32"
+) -> pd.DataFrame:
+    """Predictions for patients, one row each in the order given: patient_id, time_days, event (0/1), risk (higher =
+    worse) and survival_1..T, the probability of surviving each interval. Bags go through one by one."""
+    patients = list(patients)
+    dtype = PRECISIONS[precision]
+    model.to(device, dtype).eval()
+    hazards = torch.cat(
+        [torch.sigmoid(model(dataset.batch([p], device=device, dtype=dtype))).double().cpu() for p in patients]
+    )
+    survival = survival_curve(hazards)
+    labels = dataset.labels(patients).astype({"event": int})
+    curves = pd.DataFrame(survival.numpy(), columns=[f"survival_{t + 1}" for t in range(survival.shape[1])])
+    return pd.concat([labels.reset_index(drop=True), pd.Series(risk_score(hazards).numpy(), name="risk"), curves], axis=1)
