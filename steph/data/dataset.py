@@ -1,0 +1,221 @@
+"""A data set, ready to use: labels, splits and features of one cancer, aligned by patient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from glob import glob
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from steph import Refused
+from steph.data.bags import RaggedBatch
+from steph.data.cohort import Cohort, read_cohort
+from steph.data.features import check_slides, find_slides
+from steph.data.manifest import Study
+from steph.data.splits import Splits, load_splits
+from steph.data.store import Store, pack
+from steph.records import fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """One data set of a study. A patient is the sample; the bag holds the patches of all the patient's slides, in table
+    order.
+
+    splits: None for an external set. external: patients of the same population whom nothing is trained on (synthetic
+    studies). oracle: each patient's true log-risk, higher = worse, where it is known (synthetic studies).
+    """
+
+    name: str
+    cohort: Cohort
+    splits: Splits | None
+    store: Store
+    external: Dataset | None = None
+    oracle: pd.Series | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of labels, splits and features."""
+        splits = self.splits.fingerprint if self.splits else None
+        return fingerprint({"cohort": self.cohort.fingerprint, "splits": splits, "store": self.store.fingerprint}, 64)
+
+    @cached_property
+    def _slides(self) -> dict[str, list[str]]:
+        """Each patient's slides, without those that were left out when the store was packed."""
+        return {p: [s for s in slides if s in self.store] for p, slides in self.cohort.slides_of.items()}
+
+    @cached_property
+    def _labels(self) -> pd.DataFrame:
+        return self.cohort.patients.set_index("patient_id", drop=False)[["patient_id", "time_days", "event"]]
+
+    def slides(self, patient_id: str) -> list[str]:
+        """The slides in a patient's bag, in its order."""
+        self._refuse_unknown([patient_id])
+        return self._slides[patient_id]
+
+    def batch(
+        self,
+        patient_ids: Sequence[str],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        coords: bool = False,
+    ) -> RaggedBatch:
+        """The patients' bags in the order given; features (N, D) in `dtype` on `device`, a copy of the store's.
+
+        coords: also the patches' coordinates, (N, 2) int32 on the CPU. Raises `Refused` for an unknown patient.
+        """
+        self._refuse_unknown(patient_ids)
+        slides = [slide for patient in patient_ids for slide in self._slides[patient]]
+        offsets = (0, *accumulate(self.n_patches(patient_ids).tolist()))
+        on_cpu = torch.device(device).type == "cpu"
+        # One pass: rows are gathered and cast together; for an accelerator they travel in the store's precision.
+        source = self.store.tensor
+        features = torch.empty((offsets[-1], self.store.dim), dtype=dtype if on_cpu else source.dtype)
+        at = 0
+        for start, stop in self.store.ranges(slides):
+            features[at : at + stop - start].copy_(source[start:stop])
+            at += stop - start
+        places = torch.from_numpy(self.store.coords_of(slides).copy()) if coords else None
+        return RaggedBatch(features.to(device).to(dtype), offsets, places)
+
+    def n_patches(self, patient_ids: Sequence[str]) -> np.ndarray:
+        """Patches in each patient's bag, (B,) int64."""
+        self._refuse_unknown(patient_ids)
+        counts = self._patch_counts
+        return np.array([counts[patient] for patient in patient_ids], dtype=np.int64)
+
+    @cached_property
+    def _patch_counts(self) -> dict[str, int]:
+        size = dict(zip(self.store.slide_ids, self.store.sizes.tolist(), strict=True))
+        return {patient: sum(size[slide] for slide in slides) for patient, slides in self._slides.items()}
+
+    def labels(self, patient_ids: Sequence[str]) -> pd.DataFrame:
+        """patient_id, time_days (float), event (bool), one row per patient in the order given."""
+        self._refuse_unknown(patient_ids)
+        return self._labels.loc[list(patient_ids)].reset_index(drop=True)
+
+    def _refuse_unknown(self, patient_ids: Sequence[str]) -> None:
+        unknown = [patient for patient in patient_ids if patient not in self._slides]
+        if unknown or not len(patient_ids):
+            what = f"no patient {', '.join(map(str, unknown[:5]))}" if unknown else "no patient given"
+            raise Refused(
+                f"{self.name}: {what}; the cohort has {len(self.cohort)}, the first is {next(iter(self._slides))}."
+            )
+
+
+def open_dataset(study: Study, name: str) -> Dataset:
+    """A data set of a study, from ``labels/``, ``splits/`` and ``stores/`` under the study's data root.
+
+    What a synthetic study lacks is made. Raises `Refused` for an unknown data set, for missing or unusable files, with
+    the command that makes them, and for a store that was made from other files than the manifest names.
+    """
+    study.entry(name)
+    if study.synthetic is None:
+        return _open(study, name, study.data)
+    parts = [study.data] + [study.data / "external"] * bool(study.synthetic.external_patients)
+    if not all(file.is_file() for part in parts for file in _files(part, name)):
+        from steph.data.synthetic import make_dataset
+
+        make_dataset(study, name)
+    external = _open(study, name, parts[1], splits=False) if len(parts) > 1 else None
+    return _open(study, name, study.data, external=external)
+
+
+def _files(root: Path, name: str) -> tuple[Path, Path, Path]:
+    return root / "labels" / f"{name}.csv", root / "stores" / f"{name}.h5", root / "oracle" / f"{name}.csv"
+
+
+def _open(study: Study, name: str, root: Path, splits: bool = True, external: Dataset | None = None) -> Dataset:
+    labels, stored, oracle = _files(root, name)
+    cohort = _cohort(study, name, labels)
+    if not stored.is_file():
+        raise Refused(f"no feature store of {name} at {stored}. Make it with `{_pack_command(study, name)}`.")
+    store = Store.open(stored)
+    store.matches(study.features, cohort, None if study.synthetic else _found(study, name), _pack_command(study, name))
+    return Dataset(
+        name=name,
+        cohort=cohort,
+        splits=load_splits(cohort, root / "splits", study.folds, study.seed) if splits else None,
+        store=store,
+        external=external,
+        oracle=_oracle(oracle, cohort) if study.synthetic else None,
+    )
+
+
+def _cohort(study: Study, name: str, path: Path) -> Cohort:
+    if not path.is_file():
+        raise Refused(
+            f"no label table of {name} at {path}. Make it with `steph data labels --study {study.name} --cdr FILE "
+            f"--slides FILE --out {path.parent}`, or put a table there: patient_id, slide_id, project, time_days, event."
+        )
+    return read_cohort(path, name)
+
+
+def _oracle(path: Path, cohort: Cohort) -> pd.Series:
+    table = pd.read_csv(path, dtype={"patient_id": str}).set_index("patient_id")["log_risk"]
+    if not table.index.is_unique or set(table.index) != set(cohort.slides_of):
+        raise Refused(f"{path} does not list the cohort's patients, once each. Delete it and it is made again.")
+    return table.loc[list(cohort.slides_of)]
+
+
+def _pack_command(study: Study, name: str) -> str:
+    return f"steph data pack --study {study.name} --dataset {name}"
+
+
+# ------------------------------------------------------------------------------------------------ packing
+
+
+def feature_folders(study: Study, name: str) -> list[Path]:
+    """The folders of slide files that the manifest names for a data set and that exist."""
+    entry = study.entry(name)
+    patterns = entry.folders or study.features.folders
+    filled = {p.format(project=project, dataset=name) for p in patterns for project in entry.projects}
+    found = {Path(match) for pattern in filled for match in glob(str(study.data / Path(pattern).expanduser()))}
+    return sorted(folder for folder in found if folder.is_dir())
+
+
+def _found(study: Study, name: str) -> dict[str, Path] | None:
+    """The data set's slide files, or None where there are none (removed after packing)."""
+    return find_slides(feature_folders(study, name)) or None
+
+
+def check_dataset(study: Study, name: str) -> pd.DataFrame:
+    """The preflight table of a data set's slide files (`steph.data.features.check_slides`)."""
+    cohort = _cohort(study, name, _files(study.data, name)[0])
+    slide_ids = [slide for slides in cohort.slides_of.values() for slide in slides]
+    return check_slides(slide_ids, _found_or_refuse(study, name), study.features.dim, study.features)
+
+
+def pack_dataset(study: Study, name: str, allow_missing: bool = False, progress: bool = True) -> Store:
+    """Pack a data set's slide files into its store; a store that is there and matches them is left as it is."""
+    study.entry(name)
+    if study.synthetic:
+        raise Refused(f"study {study.name} is synthetic: its stores are made when it is run, there is nothing to pack.")
+    labels, stored, _ = _files(study.data, name)
+    cohort = _cohort(study, name, labels)
+    if stored.is_file():
+        try:
+            store = Store.open(stored)
+            store.matches(study.features, cohort, _found(study, name))
+            return store
+        except Refused:
+            pass  # Made from something else, or damaged: made anew below, and replaced when that is whole.
+    return pack(stored, cohort, _found_or_refuse(study, name), study.features, allow_missing, progress)
+
+
+def _found_or_refuse(study: Study, name: str) -> dict[str, Path]:
+    found = _found(study, name)
+    if found is None:
+        patterns = study.entry(name).folders or study.features.folders
+        raise Refused(
+            f"no slide feature files of {name}: looked for .h5 and .pt files in {', '.join(patterns)} under {study.data} "
+            f"(projects {', '.join(study.entry(name).projects)}). Put or link the files there, or name their folder in "
+            "the manifest (`folders`); STEPH_DATA sets the data root."
+        )
+    return found

@@ -1,0 +1,330 @@
+"""Slide feature files as tools write them, found, checked and read.
+
+Accepted, for a slide of N patches and an encoder of width D:
+
+- HDF5 (``.h5``; CLAM, TRIDENT, MahmoodLab's UNI2-h features): ``features`` (N, D) or (1, N, D) of any floating-point
+  type; ``coords`` (N, 2) or (1, N, 2) integers, level-0 pixels, or none.
+- PyTorch (``.pt``; CLAM's ``pt_files``): one tensor (N, D) or (1, N, D), without coordinates.
+
+Nothing that runs code when it is loaded is ever opened: a ``.pt`` that is not a bare tensor is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import torch
+
+from steph import Refused
+from steph.data.manifest import Features
+
+SUFFIXES = (".h5", ".pt")
+BLOCK_BYTES = 32 << 20
+"""About how much of a slide is read at a time."""
+
+TABLE = ["slide_id", "path", "n_patches", "dim", "has_coords", "size_bytes", "problem"]
+
+
+@dataclass(frozen=True)
+class SlideInfo:
+    """What the header of a feature file says. attributes: those of ``coords`` (TRIDENT: patch size, magnification)."""
+
+    path: Path
+    n_patches: int
+    dim: int
+    has_coords: bool
+    size_bytes: int
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------------------------ finding
+
+
+def find_slides(folders: Iterable[Path]) -> dict[str, Path]:
+    """The feature files (``.h5``, ``.pt``) in `folders` and their subfolders: file name without its ending -> path.
+
+    Hidden files and folders and macOS's ``._*`` files are passed over, links to folders are followed. Of one CLAM
+    output (``h5_files/`` beside ``pt_files/``, or both endings in one folder) the h5 counts, as it has coordinates.
+    Raises `Refused` where a slide lies in two places: features of different sources must not be mixed by chance.
+    """
+    found: dict[str, Path] = {}
+    twice = []
+    for path in sorted(set(_files(folders))):
+        other = found.setdefault(path.stem, path)
+        if other.resolve() == path.resolve():
+            continue
+        if path.suffix != other.suffix and _output(path) == _output(other):
+            found[path.stem] = path if path.suffix == ".h5" else other
+        else:
+            twice.append(f"  {path.stem}: {other} and {path}")
+    if twice:
+        raise Refused(
+            f"{_listed(twice, 10)}\n{len(twice)} slide(s) lie in two places. Features of two sources are never mixed: "
+            "name only one feature set's folder in the study's `features.folders`, or remove the copy."
+        )
+    return found
+
+
+def _files(folders: Iterable[Path]) -> Iterator[Path]:
+    seen = set()
+    for root in folders:
+        for folder, subfolders, names in os.walk(root, followlinks=True):
+            real = os.path.realpath(folder)
+            subfolders[:] = [] if real in seen else [name for name in subfolders if not name.startswith(".")]
+            if real not in seen:
+                seen.add(real)
+                yield from (Path(folder, n) for n in names if n.endswith(SUFFIXES) and not n.startswith("."))
+
+
+def _output(path: Path) -> Path:
+    """The output folder of the tool that wrote a file."""
+    return path.parent.parent if path.parent.name in {"h5_files", "pt_files"} else path.parent
+
+
+def match_slides(slide_ids: Iterable[str], found: dict[str, Path]) -> dict[str, list[Path]]:
+    """The files that each slide of a table may mean: the one of exactly that name, else those that agree up to the
+    first '.', where either the table or the file leaves out the rest (a TCGA barcode with or without its UUID)."""
+    short: dict[str, list[str]] = {}
+    for stem in found:
+        short.setdefault(stem.split(".")[0], []).append(stem)
+    matches = {}
+    for slide in slide_ids:
+        barcode = slide.split(".")[0]
+        stems = [slide] if slide in found else [s for s in short.get(barcode, []) if barcode in (s, slide)]
+        matches[slide] = [found[stem] for stem in stems]
+    return matches
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+class _Arrays:
+    """The two arrays of an open feature file, without a leading axis of 1."""
+
+    def __init__(self, path: Path, features: Any, coords: Any, rows_per_chunk: int = 1) -> None:
+        self.path, self._features, self._coords, self.rows_per_chunk = path, features, coords, rows_per_chunk
+        self.shape = tuple(features.shape[-2:])
+
+    def read(self, rows: slice) -> tuple[np.ndarray, np.ndarray | None]:
+        try:
+            coords = None if self._coords is None else np.asarray(self._coords[_index(self._coords, rows)])
+            features = self._features[_index(self._features, rows)]
+        except (OSError, RuntimeError) as error:
+            raise Refused(f"{self.path}: not readable ({_first_line(error)}); download or extract it again") from None
+        if isinstance(features, torch.Tensor):
+            features = (features.float() if features.dtype == torch.bfloat16 else features).numpy()
+        return features, coords
+
+
+def _index(array: Any, rows: slice) -> Any:
+    return (0, rows) if array.ndim == 3 else rows
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[_Arrays, dict[str, Any]]]:
+    """A feature file, its form checked, and the attributes of its coordinates."""
+    if not path.is_file():
+        raise Refused(f"{path}: missing")
+    if path.suffix == ".pt":
+        yield _Arrays(path, _tensor(path), None), {}
+        return
+    try:
+        # Files are only read, and network file systems often cannot lock.
+        file = h5py.File(path, "r", locking=False)
+    except OSError as error:
+        raise Refused(
+            f"{path}: truncated or not an HDF5 file ({_first_line(error)}); download or extract it again"
+        ) from None
+    with file:
+        try:
+            opened = _hdf5_arrays(path, file)
+        except (OSError, RuntimeError, KeyError) as error:
+            raise Refused(f"{path}: not readable ({_first_line(error)}); download or extract it again") from None
+        yield opened
+
+
+def _hdf5_arrays(path: Path, file: h5py.File) -> tuple[_Arrays, dict[str, Any]]:
+    features, coords = file.get("features"), file.get("coords")
+    if not isinstance(features, h5py.Dataset):
+        raise Refused(f"{path}: no dataset 'features'; the file holds: {', '.join(sorted(file)) or 'nothing'}")
+    shape = _checked_shape(path, features.shape, "features", features.dtype.kind == "f", str(features.dtype))
+    attributes: dict[str, Any] = {}
+    if coords is not None:
+        if not isinstance(coords, h5py.Dataset) or coords.dtype.kind not in "iu":
+            raise Refused(f"{path}: 'coords' are {getattr(coords, 'dtype', 'a group')}, expected integers")
+        if coords.shape not in {(shape[0], 2), (1, shape[0], 2)}:
+            raise Refused(f"{path}: coords of shape {coords.shape} do not fit features of {shape[0]} patches")
+        attributes = {name: _plain(value) for name, value in coords.attrs.items()}
+    for dataset in (features, coords):
+        _refuse_unwritten(path, dataset)
+    chunk_rows = features.chunks[-2] if features.chunks else 1
+    return _Arrays(path, features, coords, chunk_rows), attributes
+
+
+def _refuse_unwritten(path: Path, dataset: h5py.Dataset | None) -> None:
+    """HDF5 reads parts that were never written as zeros; a tool that was killed leaves such files."""
+    if dataset is None or dataset.size == 0 or dataset.is_virtual:
+        return
+    if dataset.chunks:
+        whole = dataset.id.get_num_chunks() >= prod(
+            -(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)
+        )
+    else:
+        whole = dataset.id.get_storage_size() >= dataset.nbytes
+    if not whole:
+        raise Refused(f"{path}: '{dataset.name[1:]}' was never fully written; extract it again")
+
+
+def _tensor(path: Path) -> torch.Tensor:
+    """The tensor of a ``.pt`` file, mapped where its format allows; `weights_only` runs no code of the file."""
+    try:
+        try:
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            value = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise Refused(_pickled(path, "Python objects")) from None
+    except (RuntimeError, EOFError, OSError, ValueError, AttributeError, KeyError, IndexError) as error:
+        raise Refused(
+            f"{path}: truncated or not a PyTorch file ({_first_line(error)}); download or extract it again"
+        ) from None
+    if not isinstance(value, torch.Tensor):
+        raise Refused(_pickled(path, f"a {type(value).__name__}"))
+    if value.layout != torch.strided or value.is_quantized:
+        raise Refused(f"{path}: the tensor is sparse or quantized; expected a plain one")
+    _checked_shape(path, tuple(value.shape), "the tensor", value.is_floating_point(), str(value.dtype))
+    return value.detach()
+
+
+def _pickled(path: Path, what: str) -> str:
+    return (
+        f"{path}: holds {what}, not a bare tensor. Pickles run code when they are loaded, so nothing else is opened; "
+        "where you trust its origin, save it with the tool that made it as HDF5 or as one tensor"
+    )
+
+
+def _checked_shape(path: Path, shape: tuple[int, ...], what: str, floating: bool, dtype: str) -> tuple[int, int]:
+    if not floating:
+        raise Refused(f"{path}: {what} of type {dtype}, not floating point")
+    if len(shape) == 3 and shape[0] == 1:
+        shape = shape[1:]
+    if len(shape) != 2:
+        raise Refused(f"{path}: {what} of shape {shape}; expected (patches, width) or (1, patches, width)")
+    return shape[0], shape[1]
+
+
+def _plain(value: Any) -> Any:
+    """An HDF5 attribute as plain Python; TRIDENT writes None as 'None'."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return None if value == "None" else value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def inspect(path: Path, dim: int | None = None) -> SlideInfo:
+    """What a feature file holds, from its header alone. dim: the width that it should have.
+
+    Raises `Refused`, with ``<path>: <problem>``, for a missing, truncated or pickled file, one without ``features``
+    or with others than floating-point numbers, coordinates of another length, another width than `dim`.
+    """
+    with _opened(path) as (arrays, attributes):
+        n_patches, width = arrays.shape
+        # An empty slide may have any width: some tools write (0, 0).
+        if dim is not None and width != dim and n_patches:
+            raise Refused(f"{path}: {width} wide, expected {dim}: features of another encoder")
+        return SlideInfo(path, n_patches, width, arrays._coords is not None, path.stat().st_size, attributes)
+
+
+def read(path: Path, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
+    """Rows of a feature file: features (n, D) in the file's precision (bfloat16 as float32), coords (n, 2) or None."""
+    with _opened(path) as (arrays, _):
+        return arrays.read(rows)
+
+
+def blocks(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """A whole feature file, once, in pieces of about `BLOCK_BYTES` (whole chunks of the file), as `read` gives them."""
+    with _opened(path) as (arrays, _):
+        n_patches, width = arrays.shape
+        chunk = arrays.rows_per_chunk
+        step = max(BLOCK_BYTES // (max(width, 1) * 4) // chunk, 1) * chunk
+        for start in range(0, n_patches, step):
+            yield arrays.read(slice(start, min(start + step, n_patches)))
+
+
+# ------------------------------------------------------------------------------------------------ preflight
+
+
+def check_slides(
+    slide_ids: Iterable[str], found: dict[str, Path], dim: int, extraction: Features | None = None
+) -> pd.DataFrame:
+    """The preflight table: a row per slide with the columns `TABLE`; `problem` is empty where the file can be used.
+
+    Only headers are read. extraction: what the study says of patch size and magnification, compared with what the
+    file says, where it says something.
+    """
+    rows = []
+    taken: dict[Path, str] = {}
+    for slide, paths in match_slides(slide_ids, found).items():
+        row: dict[str, Any] = dict.fromkeys(TABLE, pd.NA) | {"slide_id": slide, "problem": ""}
+        rows.append(row)
+        if len(paths) != 1:
+            row["problem"] = f"may mean any of: {', '.join(map(str, paths))}" if paths else "missing"
+            continue
+        row["path"] = str(paths[0])
+        first = taken.setdefault(paths[0], slide)
+        try:
+            info = inspect(paths[0], dim)
+        except Refused as error:
+            row["problem"] = str(error).removeprefix(f"{paths[0]}: ")
+            continue
+        row |= {name: getattr(info, name) for name in ("n_patches", "dim", "has_coords", "size_bytes")}
+        if first != slide:
+            row["problem"] = f"the file is also that of slide {first}"
+        elif info.n_patches == 0:
+            row["problem"] = "empty (0 patches)"
+        elif extraction is not None:
+            row["problem"] = _other_extraction(info.attributes, extraction)
+    return pd.DataFrame(rows, columns=TABLE)
+
+
+def _other_extraction(attributes: dict[str, Any], expected: Features) -> str:
+    pairs = [("patch_size", expected.patch_size_px), ("target_magnification", expected.magnification)]
+    differ = [
+        f"{name} {attributes[name]}, expected {value:g}"
+        for name, value in pairs
+        if isinstance(attributes.get(name), int | float) and attributes[name] != value
+    ]
+    return f"other patches than the study's: {'; '.join(differ)}" if differ else ""
+
+
+def problems_message(table: pd.DataFrame, per_problem: int = 20) -> str:
+    """All problems of a preflight table in one text, slides with the same problem together; '' where there is none."""
+    bad = table[table["problem"] != ""]
+    if bad.empty:
+        return ""
+    lines = [f"{len(bad)} of {len(table)} slides cannot be used:"]
+    for problem, group in bad.groupby("problem", sort=False):
+        named = [
+            f"    {slide}" + ("" if pd.isna(path) else f" ({path})")
+            for slide, path in zip(group["slide_id"], group["path"], strict=True)
+        ]
+        lines += [f"  {problem}: {len(group)} slide(s)", _listed(named, per_problem)]
+    return "\n".join(lines)
+
+
+def _listed(lines: list[str], most: int) -> str:
+    return "\n".join(lines[:most] + ([f"    ... and {len(lines) - most} more"] if len(lines) > most else []))

@@ -1,0 +1,37 @@
+"""Progress: a bar in a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+LINE_EVERY_SECONDS = 10.0
+
+
+def track(iterable: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
+    """The items of `iterable`, with progress on stderr: a tqdm bar where it is a terminal, else plain lines - one
+    before the first item, at most one every ten seconds, one at the end. total: the number of items, where known."""
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(iterable, desc=label, total=total, file=sys.stderr)
+        return
+    began = said = time.monotonic()
+    count, of = 0, "" if total is None else f"/{total}"
+    _say(f"{label}: 0{of}")
+    for count, item in enumerate(iterable, start=1):
+        yield item
+        now = time.monotonic()
+        if now - said >= LINE_EVERY_SECONDS and count != total:
+            said = now
+            _say(f"{label}: {count}{of}, {now - began:.0f} s")
+    _say(f"{label}: {count}{of}, done in {time.monotonic() - began:.1f} s")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
