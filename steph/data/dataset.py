@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from glob import glob
 from itertools import accumulate
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 
 from steph import Refused
 from steph.data.bags import RaggedBatch
-from steph.data.cohort import Cohort, read_cohort
+from steph.data.cohort import COLUMNS, Cohort, read_cohort
 from steph.data.features import check_slides, find_slides
 from steph.data.manifest import Study
 from steph.data.splits import Splits, load_splits
@@ -152,7 +151,7 @@ def _cohort(study: Study, name: str, path: Path) -> Cohort:
     if not path.is_file():
         raise Refused(
             f"no label table of {name} at {path}. Make it with `steph data labels --study {study.name} --cdr FILE "
-            f"--slides FILE --out {path.parent}`, or put a table there: patient_id, slide_id, project, time_days, event."
+            f"--slides FILE --out {path.parent}`, or put a table with the columns {', '.join(COLUMNS)} there."
         )
     return read_cohort(path, name)
 
@@ -174,9 +173,12 @@ def _pack_command(study: Study, name: str) -> str:
 def feature_folders(study: Study, name: str) -> list[Path]:
     """The folders of slide files that the manifest names for a data set and that exist."""
     entry = study.entry(name)
-    patterns = entry.folders or study.features.folders
-    filled = {p.format(project=project, dataset=name) for p in patterns for project in entry.projects}
-    found = {Path(match) for pattern in filled for match in glob(str(study.data / Path(pattern).expanduser()))}
+    found: set[Path] = set()
+    for pattern in entry.folders or study.features.folders:
+        for project in entry.projects:
+            path = Path(pattern.replace("{project}", project).replace("{dataset}", name)).expanduser()
+            base = Path(path.anchor) if path.is_absolute() else study.data
+            found.update(base.glob(str(path.relative_to(path.anchor))))
     return sorted(folder for folder in found if folder.is_dir())
 
 
@@ -214,8 +216,8 @@ def _found_or_refuse(study: Study, name: str) -> dict[str, Path]:
     if found is None:
         patterns = study.entry(name).folders or study.features.folders
         raise Refused(
-            f"no slide feature files of {name}: looked for .h5 and .pt files in {', '.join(patterns)} under {study.data} "
-            f"(projects {', '.join(study.entry(name).projects)}). Put or link the files there, or name their folder in "
-            "the manifest (`folders`); STEPH_DATA sets the data root."
+            f"no slide feature files of {name}: looked for .h5 and .pt files in {', '.join(patterns)} under "
+            f"{study.data} (projects {', '.join(study.entry(name).projects)}). Put or link the files there, or name "
+            "their folder in the manifest (`folders`); STEPH_DATA sets the data root."
         )
     return found

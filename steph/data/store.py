@@ -480,7 +480,8 @@ class _Writer:
 
     def __init__(self, path: Path, file: BinaryIO, features: Features, sizes: list[int]) -> None:
         self.path, self.file, self.sizes = path, file, sizes
-        self.dim, self.dtype, self.description = features.dim, DTYPES[features.precision], _description(features)
+        self.dim, self.description = features.dim, _description(features)
+        self.dtype: np.dtype = DTYPES[features.precision]
         self.offsets = [0, *accumulate(sizes)]
         self.slide_ids = [""] * len(sizes)
         with h5py.File(path, "r", locking=False) as layout:
@@ -516,8 +517,8 @@ class _Writer:
             stored, places = _stored(patches, self.dtype, what), _stored_coords(coords, len(patches), what)
             self._write("features", row, self.dim * self.dtype.itemsize, stored)
             self._write("coords", row, 2 * COORDS.itemsize, places)
-            of_features.update(stored)
-            of_coords.update(places)
+            of_features.update(stored.data)
+            of_coords.update(places.data)
             row += len(patches)
         if row != stop:
             raise Refused(f"{what}: {row - self.offsets[i]} patches; expected {self.sizes[i]}.")
