@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -14,7 +14,7 @@ LINE_EVERY_SECONDS = 10.0
 def track(iterable: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
     """The items of `iterable`, with progress on stderr: a tqdm bar where it is a terminal, else plain lines - one
     before the first item, at most one every ten seconds, one at the end. total: the number of items, where known."""
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     if sys.stderr.isatty():
         from tqdm import tqdm

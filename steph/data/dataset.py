@@ -178,7 +178,8 @@ def feature_folders(study: Study, name: str) -> list[Path]:
         for project in entry.projects:
             path = Path(pattern.replace("{project}", project).replace("{dataset}", name)).expanduser()
             base = Path(path.anchor) if path.is_absolute() else study.data
-            found.update(base.glob(str(path.relative_to(path.anchor))))
+            rest = str(path.relative_to(path.anchor))
+            found.update(base.glob(rest) if set(rest) & set("*?[") else [base / rest])
     return sorted(folder for folder in found if folder.is_dir())
 
 

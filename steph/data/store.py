@@ -48,7 +48,7 @@ from steph.progress import track
 from steph.records import atomic_path, fingerprint
 
 FORMAT, VERSION = "steph-store", 1
-DTYPES = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+DTYPES: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 COORDS = np.dtype("<i4")
 SLIDE_ID = np.dtype("S255")
 """A slide id is a file name, and those end at 255 bytes."""
@@ -276,7 +276,7 @@ def _name_and_size(path: Path) -> list[Any]:
 
 
 def _slide_hash(features: np.ndarray, coords: np.ndarray) -> bytes:
-    digests = [hashlib.sha256(np.ascontiguousarray(array)).digest() for array in (features, coords)]
+    digests = [hashlib.sha256(np.ascontiguousarray(array).data).digest() for array in (features, coords)]
     return hashlib.sha256(b"".join(digests)).digest()
 
 
@@ -343,7 +343,7 @@ def pack(
     usable = table.drop(index=left_out.index)
     if message := problems_message(usable):
         raise Refused(f"{path} was not packed. {message}{_advice(usable, allow_missing)}")
-    sources = {slide: Path(source) for slide, source in usable["path"].items()}
+    sources = {slide: Path(source) for slide, source in zip(usable["slide_id"], usable["path"], strict=True)}
     sizes = [int(n) for n in usable["n_patches"]]
     provenance = {
         "files": {slide: _name_and_size(source) for slide, source in sources.items()},
@@ -481,7 +481,7 @@ class _Writer:
     def __init__(self, path: Path, file: BinaryIO, features: Features, sizes: list[int]) -> None:
         self.path, self.file, self.sizes = path, file, sizes
         self.dim, self.description = features.dim, _description(features)
-        self.dtype: np.dtype = DTYPES[features.precision]
+        self.dtype = DTYPES[features.precision]
         self.offsets = [0, *accumulate(sizes)]
         self.slide_ids = [""] * len(sizes)
         with h5py.File(path, "r", locking=False) as layout:
