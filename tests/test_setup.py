@@ -40,7 +40,9 @@ def tracked(pattern: str = "*") -> list[Path]:
 
 def constraints() -> dict[str, str]:
     lines = [line for line in read("constraints.txt").splitlines() if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.!+-]+", line) for line in lines), "a line is not name==version"
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.!+-]+", line) for line in lines), (
+        "a line is not name==version"
+    )
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
 
 
@@ -83,7 +85,9 @@ def test_imported_packages_are_declared():
                 if module in ("steph", "tests", "benchmarks") or (path.parent / f"{module}.py").exists():
                     continue
                 known = {canonicalize_name(name) for name in providers.get(module, [module])}
-                assert known & declared, f"{path.relative_to(PROJECT)} imports {module}, which pyproject does not declare"
+                assert known & declared, (
+                    f"{path.relative_to(PROJECT)} imports {module}, which pyproject does not declare"
+                )
 
 
 def test_core_needs_few_packages():
@@ -109,7 +113,9 @@ def test_run_time_dependencies_allow_the_mit_licence():
             package = distribution(name)
         except PackageNotFoundError:
             continue
-        licence = " ".join([package.metadata.get("License-Expression") or "", *package.metadata.get_all("Classifier", [])])
+        licence = " ".join(
+            [package.metadata.get("License-Expression") or "", *package.metadata.get_all("Classifier", [])]
+        )
         if re.search(r"(?<!L)GPL|GNU (Affero )?General Public", licence):
             strong[canonicalize_name(name)] = licence
         for line in package.requires or []:
@@ -168,7 +174,9 @@ def test_notebooks_in_git_are_clean():
     notebooks = tracked("notebooks/*.ipynb")
     for path in notebooks:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        assert not [1 for cell in cells if cell.get("outputs") or cell.get("execution_count")], f"{path.name} has outputs"
+        assert not [1 for cell in cells if cell.get("outputs") or cell.get("execution_count")], (
+            f"{path.name} has outputs"
+        )
         tags = [tag for cell in cells for tag in cell["metadata"].get("tags", [])]
         assert tags.count("parameters") == 1, f"{path.name} needs one cell tagged `parameters`"
 
@@ -187,7 +195,9 @@ def test_book_is_whole_and_asks_nothing_of_the_network():
     written = [PROJECT / f"{entry}.md" for entry in entries if not entry.startswith("build/")]
     assert len(written) > 5
     assert not [path.name for path in written if not path.is_file()]
-    assert {path.stem for path in (PROJECT / "book").glob("*.md")} == {path.stem for path in written}, "a page off the TOC"
+    assert {path.stem for path in (PROJECT / "book").glob("*.md")} == {path.stem for path in written}, (
+        "a page off the TOC"
+    )
 
     assert config["execute"]["execute_notebooks"] == "off"
     sphinx = config["sphinx"]["config"]
