@@ -39,9 +39,10 @@ def build_labels(study: Study, cdr: Path, slides: Path, out: Path) -> pd.DataFra
     matched = label_slides(study, cdr, slides)
     reasons = {str(k): int(n) for k, n in matched.loc[matched["dropped"] != "", "dropped"].value_counts().items()}
     if sum(reasons.values()) == len(matched):
+        counted = "; ".join(f"{reason}: {n}" for reason, n in reasons.items())
         raise Refused(
-            f"none of the {len(matched)} slides of {slides} gets a label from {cdr} in study {study.name}: "
-            f"{_counted(reasons)}. Are the slide list and the study's projects those of the same cancers?"
+            f"none of the {len(matched)} slides of {slides} gets a label from {cdr} in study {study.name}: {counted}. "
+            "Are the slide list and the study's projects those of the same cancers?"
         )
     # All data sets are checked before the first is written, so a refusal leaves no half of the labels behind.
     cohorts, rows = [], []
@@ -106,28 +107,27 @@ def read_outcomes(cdr: Path, endpoint: str) -> pd.DataFrame:
             f"table of TCGA-CDR (sheet {SHEET}) with {', '.join(names)}."
         )
     table = table[list(names)].rename(columns=names).dropna(how="all")
-    table = table.apply(lambda column: column.str.strip()).drop_duplicates()
+    table = table.apply(lambda column: column.str.strip())
     nameless = table[table["patient_id"].isna() | table["project"].isna()]
     if len(nameless):
-        raise Refused(
-            f"{cdr}: {len(nameless)} row(s) without bcr_patient_barcode or type, the first: {_row(nameless)}."
-        )
-    table = table.set_index("patient_id")
+        rows = [str(row + 2) for row in nameless.index]
+        raise Refused(f"{cdr}: no bcr_patient_barcode or no type in row(s) {first(rows)}.")
     for column, name in (("event", endpoint), ("time_days", f"{endpoint}.time")):
         numbers = pd.to_numeric(table[column], errors="coerce")
         valid = numbers.isin([0, 1]) if column == "event" else numbers.between(0, 1e6)
         bad = table[table[column].notna() & ~valid]
         if len(bad):
             expected = "1 (event), 0 (censored)" if column == "event" else "days, 0 or more,"
-            values = [f"{patient} {value!r}" for patient, value in bad[column].items()]
+            values = [f"{patient} {value!r}" for patient, value in zip(bad["patient_id"], bad[column], strict=True)]
             raise Refused(f"{cdr}: {len(bad)} row(s) whose {name} is not {expected} or empty: {first(values)}.")
         table[column] = numbers
-    twice = table.index[table.index.duplicated()].unique()
+    table = table.drop_duplicates()
+    twice = table.loc[table["patient_id"].duplicated(), "patient_id"].unique()
     if len(twice):
         raise Refused(
             f"{cdr}: {len(twice)} patient(s) with several, different rows: {first(list(twice))}. Keep the right one."
         )
-    return table
+    return table.set_index("patient_id")
 
 
 def read_slides(path: Path) -> pd.DataFrame:
@@ -201,11 +201,3 @@ def _read_cdr(path: Path) -> pd.DataFrame:
         raise Refused(f"{path}: no sheet {SHEET} ({error}). Expected TCGA-CDR-SupplementalTableS1.xlsx.") from None
     except (zipfile.BadZipFile, KeyError, OSError) as error:
         raise Refused(f"{path} is not a readable xlsx file ({error}). Download it again.") from None
-
-
-def _row(table: pd.DataFrame) -> str:
-    return ", ".join(f"{k}={v}" for k, v in table.iloc[0].items())
-
-
-def _counted(reasons: dict[str, int]) -> str:
-    return "; ".join(f"{reason}: {n}" for reason, n in reasons.items())

@@ -1,0 +1,260 @@
+"""Labels: TCGA-CDR joined to a slide list; on the real tables, all 39 numbers of Table S1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from steph import PROJECT, Refused
+from steph.data.cohort import COLUMNS, read_cohort
+from steph.data.labels import build_labels, label_slides, read_outcomes, read_slides
+from steph.data.manifest import Study, load_study
+
+TCGA = PROJECT.parent / "shared" / "tcga"
+real = pytest.mark.skipif(not TCGA.is_dir(), reason="the real TCGA tables are not there")
+
+CDR = """bcr_patient_barcode,type,OS,OS.time,DSS,DSS.time,Redaction
+TCGA-AA-0001,KIRC,1,900,1,900,
+TCGA-AA-0002,KIRP,0,0,0,0,Redacted
+TCGA-AA-0003,KIRC,1,50,,50,
+TCGA-AA-0004,KIRC,0,70,0,#N/A,
+TCGA-BB-0001,SARC,0,1200,0,1200,
+TCGA-BB-0002,SARC,1,15,1,15,
+TCGA-CC-0001,OV,1,300,1,300,
+"""
+SLIDES = [
+    "TCGA-BB-0002-01Z-00-DX1.U7",
+    "TCGA-AA-0001-01Z-00-DX2.U2",
+    "TCGA-AA-0001-01Z-00-DX1.u1",
+    "TCGA-AA-0002-01Z-00-DX1.U3",
+    "TCGA-AA-0003-01Z-00-DX1.U4",
+    "TCGA-AA-0004-01Z-00-DX1.U5",
+    "TCGA-BB-0001-01Z-00-DX1.U6",
+    "TCGA-CC-0001-01Z-00-DX1.U8",
+    "TCGA-DD-0001-01Z-00-DX1.U9",
+    "TCGA-AA-0001-01A-01-TS1.U10",
+]
+
+
+@pytest.fixture
+def study() -> Study:
+    return Study.model_validate(
+        {
+            "name": "small",
+            "title": "Two data sets",
+            "features": {"encoder": "any", "dim": 4},
+            "datasets": {
+                "KIPAN": {"projects": ["KIRC", "KIRP"], "patients": 2, "slides": 3, "survival_rate_pct": 50.0},
+                "SARC": {"projects": ["SARC"], "patients": 3, "slides": 3, "survival_rate_pct": 66.7},
+                "LIHC": {"projects": ["LIHC"]},
+            },
+        }
+    )
+
+
+@pytest.fixture
+def cdr(tmp_path: Path) -> Path:
+    path = tmp_path / "cdr.csv"
+    path.write_text(CDR)
+    return path
+
+
+def listed(path: Path, lines: list[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_labels_are_cohort_tables_sorted_by_patient_and_slide(study: Study, cdr: Path, tmp_path: Path) -> None:
+    build_labels(study, cdr, listed(tmp_path / "slides.txt", SLIDES), tmp_path / "labels")
+    assert sorted(path.name for path in (tmp_path / "labels").iterdir()) == ["KIPAN.csv", "SARC.csv"]
+    kipan = read_cohort(tmp_path / "labels" / "KIPAN.csv", "KIPAN").slides
+    assert list(kipan.columns) == COLUMNS
+    assert kipan.to_numpy().tolist() == [
+        ["TCGA-AA-0001", "TCGA-AA-0001-01Z-00-DX1.u1", "KIRC", 900.0, True],
+        ["TCGA-AA-0001", "TCGA-AA-0001-01Z-00-DX2.U2", "KIRC", 900.0, True],
+        ["TCGA-AA-0002", "TCGA-AA-0002-01Z-00-DX1.U3", "KIRP", 0.0, False],  # day 0 and redacted: kept
+    ]
+
+
+def test_the_summary_counts_and_compares_and_says_what_was_dropped(study: Study, cdr: Path, tmp_path: Path) -> None:
+    summary = build_labels(study, cdr, listed(tmp_path / "slides.txt", SLIDES), tmp_path / "labels")
+    rows = summary.set_index("dataset")
+    assert rows.loc["KIPAN", ["patients", "slides", "events", "survival_rate_pct"]].tolist() == [2, 3, 1, 50.0]
+    assert rows["slides_dropped"].tolist() == [3, 0, 0]
+    assert rows["matches"].isna().tolist() == [False, False, True]  # LIHC's manifest says no numbers
+    assert bool(rows.loc["KIPAN", "matches"]) and not rows.loc["SARC", "matches"]
+    assert summary.attrs["dropped"] == {
+        "DSS unknown": 2,
+        "project not in the study": 1,
+        "patient not in TCGA-CDR": 1,
+        "frozen section, not a diagnostic slide": 1,
+    }
+    told = label_slides(study, cdr, tmp_path / "slides.txt").set_index("slide_id")["dropped"]
+    assert told["TCGA-AA-0004-01Z-00-DX1.U5"] == "DSS unknown"
+    assert told["TCGA-AA-0001-01A-01-TS1.U10"].startswith("frozen section")
+
+
+def test_the_endpoint_is_the_studys(study: Study, cdr: Path, tmp_path: Path) -> None:
+    overall = study.model_copy(update={"endpoint": study.endpoint.model_copy(update={"name": "OS"})})
+    summary = build_labels(overall, cdr, listed(tmp_path / "slides.txt", SLIDES), tmp_path / "labels")
+    assert summary.loc[0, ["patients", "events"]].tolist() == [4, 2]
+    progression = study.model_copy(update={"endpoint": study.endpoint.model_copy(update={"name": "PFI"})})
+    with pytest.raises(Refused, match=r"no column PFI, PFI\.time; found bcr_patient_barcode, type, OS"):
+        build_labels(progression, cdr, tmp_path / "slides.txt", tmp_path / "labels")
+
+
+def as_text(folder: Path) -> Path:
+    return listed(folder / "slides.txt", ["", *(f"some/where/{slide}.svs" for slide in SLIDES)])
+
+
+def as_table(folder: Path) -> Path:
+    return listed(folder / "slides.csv", ["project,pathology_id", *(f",{slide}" for slide in SLIDES)])
+
+
+def as_folder(folder: Path) -> Path:
+    for i, slide in enumerate(SLIDES):
+        listed(folder / "features" / f"TCGA-{i % 3}" / f"{slide}.h5", ["only the name counts"])
+    listed(folder / "features" / "notes.lock", ["no slide"])
+    return folder / "features"
+
+
+@pytest.mark.parametrize("make", [as_text, as_table, as_folder])
+def test_every_kind_of_slide_list_names_the_same_slides(make: object, tmp_path: Path) -> None:
+    assert sorted(read_slides(make(tmp_path))["slide_id"]) == sorted(SLIDES)  # type: ignore[operator]
+
+
+def test_an_xlsx_gives_the_labels_of_the_csv(study: Study, cdr: Path, tmp_path: Path) -> None:
+    table = pd.read_csv(cdr)
+    with pd.ExcelWriter(tmp_path / "cdr.xlsx", engine="openpyxl") as book:
+        pd.DataFrame({"note": ["another sheet"]}).to_excel(book, sheet_name="Notes")
+        table.to_excel(book, sheet_name="TCGA-CDR", na_rep="#N/A")
+    slides = listed(tmp_path / "slides.txt", SLIDES)
+    first = build_labels(study, cdr, slides, tmp_path / "from_csv")
+    second = build_labels(study, tmp_path / "cdr.xlsx", slides, tmp_path / "from_xlsx")
+    pd.testing.assert_frame_equal(first, second)
+    for name in ("KIPAN.csv", "SARC.csv"):
+        assert (tmp_path / "from_csv" / name).read_bytes() == (tmp_path / "from_xlsx" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("OS.time,DSS,", "OS.time,dss,", r"no column DSS; found .*dss"),
+        ("KIRC,1,900,1,900", "KIRC,1,900,2,900", r"1 row\(s\) whose DSS is not 1 \(event\).*TCGA-AA-0001 '2'"),
+        ("KIRC,1,900,1,900", "KIRC,1,900,Dead,900", r"whose DSS is not 1 \(event\).*TCGA-AA-0001 'Dead'"),
+        ("KIRC,1,900,1,900", "KIRC,1,900,1,-900", r"whose DSS\.time is not days.*TCGA-AA-0001 '-900'"),
+        ("KIRC,1,900,1,900", "KIRC,1,900,1,soon", r"whose DSS\.time is not days.*TCGA-AA-0001 'soon'"),
+        ("TCGA-AA-0002,", "TCGA-AA-0001,", r"1 patient\(s\) with several, different rows: TCGA-AA-0001"),
+        ("TCGA-AA-0002,", ",", r"no bcr_patient_barcode or no type in row\(s\) 3"),
+    ],
+)
+def test_a_bad_outcome_table_is_refused(old: str, new: str, message: str, cdr: Path) -> None:
+    assert old in CDR
+    cdr.write_text(CDR.replace(old, new))
+    with pytest.raises(Refused, match=message) as refused:
+        read_outcomes(cdr, "DSS")
+    assert str(cdr) in str(refused.value)
+
+
+def test_a_repeated_outcome_row_is_one_patient(cdr: Path) -> None:
+    cdr.write_text(CDR + "TCGA-AA-0001,KIRC,1,900,1.0,900.0,again\n\n")
+    outcomes = read_outcomes(cdr, "DSS")
+    assert outcomes.index.is_unique and len(outcomes) == 7
+
+
+def test_an_unreadable_outcome_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="no TCGA-CDR table at"):
+        read_outcomes(tmp_path / "absent.xlsx", "DSS")
+    (tmp_path / "broken.xlsx").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(Refused, match="not a readable xlsx"):
+        read_outcomes(tmp_path / "broken.xlsx", "DSS")
+    pd.DataFrame({"a": [1]}).to_excel(tmp_path / "other.xlsx", sheet_name="Sheet1")
+    with pytest.raises(Refused, match="no sheet TCGA-CDR"):
+        read_outcomes(tmp_path / "other.xlsx", "DSS")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(Refused, match="not a readable CSV"):
+        read_outcomes(tmp_path / "empty.csv", "DSS")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([*SLIDES, "SLIDE_17", "TCGA-AA-00"], r"2 of 12 entries are no TCGA barcodes: 'SLIDE_17', 'TCGA-AA-00'"),
+        ([*SLIDES, SLIDES[0] + ".h5"], r"1 slide\(s\) stand twice: TCGA-BB-0002"),
+        ([" ", ""], "lists no slides"),
+    ],
+)
+def test_a_bad_slide_list_is_refused(lines: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=message):
+        read_slides(listed(tmp_path / "slides.txt", lines))
+
+
+def test_an_unreadable_slide_list_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="no slide list at"):
+        read_slides(tmp_path / "absent.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\x89HDF\xff\xfe")
+    with pytest.raises(Refused, match="is no text"):
+        read_slides(tmp_path / "binary.txt")
+    with pytest.raises(Refused, match=r"expected one column slide_id .*found case"):
+        read_slides(listed(tmp_path / "slides.csv", ["case", SLIDES[0]]))
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(Refused, match="lists no slides"):
+        read_slides(tmp_path / "nothing")
+
+
+def test_the_lists_project_is_a_cross_check(study: Study, cdr: Path, tmp_path: Path) -> None:
+    agreeing = ["slide_id,project", f"{SLIDES[1]},TCGA-KIRC", f"{SLIDES[2]},KIPAN", f"{SLIDES[6]},SARC_OTHERS"]
+    assert len(label_slides(study, cdr, listed(tmp_path / "slides.csv", agreeing))) == 3
+    slides = listed(tmp_path / "slides.csv", [*agreeing, f"{SLIDES[0]},KIRC"])
+    with pytest.raises(Refused, match=r"1 slide\(s\) of another project .*BB-0002.* \(listed KIRC, TCGA-CDR SARC\)"):
+        build_labels(study, cdr, slides, tmp_path / "labels")
+
+
+def test_no_slide_with_a_label_is_refused_and_nothing_is_written(study: Study, cdr: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"none of the 2 slides .*project not in the study: 1") as refused:
+        build_labels(study, cdr, listed(tmp_path / "slides.txt", SLIDES[7:9]), tmp_path / "labels")
+    assert "patient not in TCGA-CDR: 1" in str(refused.value)
+    assert not (tmp_path / "labels").exists()
+
+
+@pytest.fixture(scope="module")
+def released() -> pd.DataFrame:
+    """The label tables of all 13 data sets, one row per slide."""
+    tables = sorted(TCGA.glob("dss_tables/*/*.csv"))
+    return pd.concat([pd.read_csv(t).assign(dataset=t.parent.name.removeprefix("tcga_").upper()) for t in tables])
+
+
+@real
+def test_the_real_tables_give_table_s1(released: pd.DataFrame, tmp_path: Path) -> None:
+    study = load_study("tcga")
+    shuffled = released.sample(frac=1, random_state=0)["pathology_id"].tolist()
+    slides = listed(tmp_path / "slides.txt", shuffled)
+    summary = build_labels(study, TCGA / "tcga_cdr_outcome.csv", slides, tmp_path / "labels").set_index("dataset")
+    table = pd.read_csv(PROJECT / "data_manifest" / "paper" / "table_s1_datasets.csv").set_index("dataset")
+    assert list(summary.index) == list(table.index)
+    assert summary["patients"].tolist() == table["patients"].tolist()
+    assert summary["slides"].tolist() == table["wsis"].tolist()
+    assert summary["survival_rate_pct"].tolist() == (100 * table["survival_rate"]).round(1).tolist()
+    assert summary["matches"].all() and len(summary) == 13
+    for name, theirs in released.groupby("dataset"):
+        ours = read_cohort(tmp_path / "labels" / f"{name}.csv", str(name)).slides
+        expected = set(theirs[["patient_id", "pathology_id", "t", "e"]].itertuples(index=False, name=None))
+        assert (
+            set(ours[["patient_id", "slide_id", "time_days", "event"]].itertuples(index=False, name=None)) == expected
+        )
+        assert len(ours) == len(theirs)
+
+
+@real
+def test_a_real_xlsx_gives_the_same_outcomes(tmp_path: Path) -> None:
+    table = pd.read_csv(TCGA / "tcga_cdr_outcome.csv", usecols=["bcr_patient_barcode", "type", "DSS", "DSS.time"])
+    table = table[table["type"].isin(["SARC", "LUAD", "ESCA"])]
+    table.to_excel(tmp_path / "cdr.xlsx", sheet_name="TCGA-CDR", na_rep="#N/A")
+    from_csv = read_outcomes(TCGA / "tcga_cdr_outcome.csv", "DSS")
+    assert from_csv["event"].isna().any()
+    pd.testing.assert_frame_equal(
+        read_outcomes(tmp_path / "cdr.xlsx", "DSS"), from_csv.loc[table["bcr_patient_barcode"]]
+    )

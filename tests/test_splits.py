@@ -1,0 +1,227 @@
+"""Splits: patient-level, stratified, balanced, the same again; files checked against the cohort."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steph import PROJECT, Refused
+from steph.data.cohort import Cohort, cohort_from, read_cohort
+from steph.data.splits import load_splits, make_splits
+
+TCGA = PROJECT.parent / "shared" / "tcga"
+
+
+def cohort_of(events: list[int], times: list[float] | None = None, name: str = "SARC") -> Cohort:
+    """Patients P000, P001, ...; every third has two slides."""
+    times = list(range(len(events))) if times is None else times
+    rows = [
+        {"patient_id": f"P{i:03}", "slide_id": f"P{i:03}-DX{k}", "project": "SARC", "time_days": t, "event": e}
+        for i, (e, t) in enumerate(zip(events, times, strict=True))
+        for k in range(1 + (i % 3 == 0))
+    ]
+    return cohort_from(pd.DataFrame(rows), name, "test")
+
+
+@pytest.fixture
+def cohort() -> Cohort:
+    return cohort_of([1, 0, 0, 1, 0] * 4 + [0, 1])
+
+
+def folds_of(cohort: Cohort, n_folds: int = 5, seed: int = 42) -> pd.DataFrame:
+    return make_splits(cohort, n_folds, seed).merge(cohort.patients, on="patient_id", validate="one_to_one")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data(), n_folds=st.integers(2, 6), seed=st.integers(0, 2**32))
+def test_folds_are_balanced_in_size_events_and_follow_up(data: st.DataObject, n_folds: int, seed: int) -> None:
+    events = [1] * n_folds + data.draw(st.lists(st.integers(0, 1), max_size=40))
+    times = data.draw(st.lists(st.integers(0, 9), min_size=len(events), max_size=len(events)))
+    cohort = cohort_of(events, times)
+    table = folds_of(cohort, n_folds, seed)
+    by_fold = table.groupby("fold")["event"]
+    assert sorted(by_fold.groups) == list(range(n_folds))
+    assert sorted(table["patient_id"]) == sorted(cohort.patients["patient_id"])
+    assert by_fold.size().max() - by_fold.size().min() <= 1
+    assert by_fold.sum().max() - by_fold.sum().min() <= 1
+    # In each stratum, the patients with the shortest follow-up spread over the folds too.
+    ordered = table[table["event"]].sort_values(["time_days", "patient_id"])["fold"]
+    for start in range(0, len(ordered) - n_folds + 1, n_folds):
+        assert sorted(ordered.iloc[start : start + n_folds]) == list(range(n_folds))
+
+
+def test_the_same_patients_and_seed_give_the_same_folds_in_any_row_order(cohort: Cohort) -> None:
+    table = make_splits(cohort, 5, 42)
+    shuffled = cohort_from(cohort.slides.sample(frac=1, random_state=3), "SARC", "test")
+    pd.testing.assert_frame_equal(make_splits(shuffled, 5, 42), table)
+    assert not make_splits(cohort, 5, 43)["fold"].equals(table["fold"])
+
+
+def test_the_folds_of_a_seed_do_not_change() -> None:
+    assert "".join(map(str, make_splits(cohort_of([1, 0] * 10), 5, 42)["fold"])) == "42243011033204102341"
+
+
+@pytest.mark.parametrize(("events", "n_folds"), [([1, 1, 1, 1, 0, 0, 0], 5), ([1, 1, 1], 1)])
+def test_a_cohort_too_small_for_its_folds_is_refused(events: list[int], n_folds: int) -> None:
+    with pytest.raises(
+        Refused, match=rf"{sum(events)} events among {len(events)} patients do not make {n_folds} folds"
+    ):
+        make_splits(cohort_of(events), n_folds, 42)
+
+
+def test_splits_are_written_once_and_reused(cohort: Cohort, tmp_path: Path) -> None:
+    made = load_splits(cohort, tmp_path, 5, 42)
+    written = (tmp_path / "SARC.csv").read_bytes()
+    again = load_splits(cohort, tmp_path, 5, 7)  # another seed: what is written counts
+    assert (made.origin, again.origin, made.n_folds) == ("made", "file", 5)
+    assert made.folds == again.folds and made.fingerprint == again.fingerprint
+    assert (tmp_path / "SARC.csv").read_bytes() == written
+    assert [path.name for path in tmp_path.iterdir()] == ["SARC.csv"]
+    assert load_splits(cohort, tmp_path / "other", 5, 7).fingerprint != made.fingerprint
+
+
+def test_every_patient_tests_once_and_trains_otherwise_in_table_order(cohort: Cohort, tmp_path: Path) -> None:
+    shuffled = cohort_from(cohort.slides.sample(frac=1, random_state=3), "SARC", "test")
+    splits, order = load_splits(shuffled, tmp_path, 5, 42), list(shuffled.slides_of)
+    assert sorted(patient for k in range(5) for patient in splits.test(k)) == sorted(order)
+    for k in range(5):
+        train, test = splits.train(k), splits.test(k)
+        assert sorted(train + test) == sorted(order)
+        assert train == [p for p in order if p in train] and test == [p for p in order if p in test]
+
+
+@pytest.mark.parametrize("fold", [-1, 5, "0", None])
+def test_a_fold_outside_the_range_is_refused(fold: object, cohort: Cohort, tmp_path: Path) -> None:
+    splits = load_splits(cohort, tmp_path, 5, 42)
+    for of in (splits.train, splits.test):
+        with pytest.raises(Refused, match=r"there is no fold .*; the folds are 0 to 4"):
+            of(fold)  # type: ignore[arg-type]
+
+
+def ours(cohort: Cohort, folder: Path) -> pd.DataFrame:
+    load_splits(cohort, folder, 5, 42)
+    return pd.read_csv(folder / "SARC.csv", dtype=str)
+
+
+BAD_OURS = {
+    "unknown patient": (lambda t: pd.concat([t, t.tail(1).assign(patient_id="P999")]), r"1 patient.*not in .*P999"),
+    "patient twice": (lambda t: pd.concat([t, t.head(1)]), r"1 patient\(s\) listed twice: P000"),
+    "patient missing": (lambda t: t[2:], r"2 of 22 patients of the cohort SARC are missing: P000, P001"),
+    "fold 5": (lambda t: t.replace({"fold": {"4": "5"}}), r"in fold '5'.*folds 0 to 4"),
+    "fold 1.5": (lambda t: t.replace({"fold": {"4": "1.5"}}), r"in fold '1\.5'.*folds 0 to 4"),
+    "empty test": (lambda t: t.replace({"fold": {"4": "3"}}), r"nobody tests fold 4"),
+    "empty train": (lambda t: t.assign(fold="0"), r"nobody trains fold 0"),
+    "no column": (lambda t: t.rename(columns={"fold": "part"}), r"no column fold; found patient_id, part"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OURS)
+def test_a_bad_file_of_ours_is_refused(case: str, cohort: Cohort, tmp_path: Path) -> None:
+    spoil, message = BAD_OURS[case]
+    spoil(ours(cohort, tmp_path)).to_csv(tmp_path / "SARC.csv", index=False)
+    with pytest.raises(Refused, match=message) as refused:
+        load_splits(cohort, tmp_path, 5, 42)
+    assert str(tmp_path / "SARC.csv") in str(refused.value)
+
+
+def test_an_unreadable_file_is_refused(cohort: Cohort, tmp_path: Path) -> None:
+    (tmp_path / "SARC.csv").write_bytes(b"\x89HDF\xff\xfe")
+    with pytest.raises(Refused, match="is not a readable CSV table"):
+        load_splits(cohort, tmp_path, 5, 42)
+
+
+def released(cohort: Cohort, folder: Path, with_test: bool = True, n_folds: int = 5) -> None:
+    """The authors' layout: an index column, columns of different lengths padded with blanks."""
+    patients = np.array(list(cohort.slides_of))
+    folder.mkdir(parents=True)
+    for k in range(n_folds):
+        held, rest = patients[k::n_folds], np.delete(patients, np.s_[k::n_folds])
+        columns = {"train": rest[3:], "val": rest[:3], "test": held} if with_test else {"train": rest, "val": held}
+        table = pd.DataFrame({name: pd.Series(values) for name, values in columns.items()})
+        table.to_csv(folder / f"splits_{k}.csv")
+
+
+@pytest.mark.parametrize("folder", ["SARC", "tcga_sarc"])
+def test_the_authors_files_are_used_and_their_val_patients_are_set_aside(
+    folder: str, cohort: Cohort, tmp_path: Path
+) -> None:
+    load_splits(cohort, tmp_path, 5, 42)  # ours is there as well; the authors' count
+    released(cohort, tmp_path / folder)
+    splits, patients = load_splits(cohort, tmp_path, 5, 42), list(cohort.slides_of)
+    assert splits.origin == "authors" and splits.n_folds == 5
+    assert splits.test(1) == patients[1::5]
+    rest = [patient for patient in patients if patient not in splits.test(1)]
+    assert splits.train(1) == rest[3:]
+
+
+def test_without_a_test_column_val_is_the_test_set(cohort: Cohort, tmp_path: Path) -> None:
+    released(cohort, tmp_path / "SARC", with_test=False)
+    splits, patients = load_splits(cohort, tmp_path, 5, 42), list(cohort.slides_of)
+    for k in range(5):
+        assert splits.test(k) == patients[k::5]
+        assert splits.train(k) == [patient for patient in patients if patient not in patients[k::5]]
+
+
+def put(column: str, row: int, value: object) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    def change(table: pd.DataFrame) -> pd.DataFrame:
+        table.loc[row, column] = value
+        return table
+
+    return change
+
+
+def nobody_tests(table: pd.DataFrame) -> pd.DataFrame:
+    held = pd.concat([table["val"].dropna(), table["test"].dropna()], ignore_index=True)
+    return pd.DataFrame({"train": table["train"], "val": held, "test": None})
+
+
+BAD_AUTHORS = {
+    "unknown patient": (put("val", 3, "TCGA-XX-0000"), r"1 patient\(s\) who are not in the cohort SARC: TCGA-XX-0000"),
+    "train and test": (put("test", 10, "P021"), r"1 patient\(s\) who train and are held out as well: P021"),
+    "train and val": (put("val", 10, "P021"), r"1 patient\(s\) who train and are held out as well: P021"),
+    "val and test": (put("val", 10, "P002"), r"1 patient\(s\) listed twice: P002"),
+    "twice": (put("train", 30, "P021"), r"1 patient\(s\) listed twice: P021"),
+    "missing": (put("test", 0, ""), r"1 of 22 patients of the cohort SARC are missing: P002"),
+    "no test": (nobody_tests, r"nobody tests"),
+    "no train column": (lambda t: t.rename(columns={"train": "fit"}), r"no column train; found .*fit, val, test"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_AUTHORS)
+def test_a_bad_file_of_the_authors_is_refused(case: str, cohort: Cohort, tmp_path: Path) -> None:
+    spoil, message = BAD_AUTHORS[case]
+    released(cohort, tmp_path / "SARC")
+    path = tmp_path / "SARC" / "splits_2.csv"
+    table = pd.read_csv(path, dtype=str)
+    spoil(table).to_csv(path, index=False)
+    with pytest.raises(Refused, match=message) as refused:
+        load_splits(cohort, tmp_path, 5, 42)
+    assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("n_files", [3, 10])
+def test_another_number_of_the_authors_files_is_refused(n_files: int, cohort: Cohort, tmp_path: Path) -> None:
+    released(cohort, tmp_path / "SARC", n_folds=n_files)
+    with pytest.raises(Refused, match=r"splits_2\.csv.*; expected splits_0\.csv to splits_4\.csv"):
+        load_splits(cohort, tmp_path, 5, 42)
+
+
+@pytest.mark.skipif(not TCGA.is_dir(), reason="the real TCGA tables are not there")
+@pytest.mark.parametrize("name", ["SARC", "CESC", "GBMLGG"])
+def test_real_cohorts_split_evenly(name: str, tmp_path: Path) -> None:
+    stem = f"tcga_{name.lower()}"
+    cohort = read_cohort(TCGA / "dss_tables" / stem / f"{stem}_survival.csv", name)
+    splits, patients = load_splits(cohort, tmp_path, 5, 42), cohort.patients.set_index("patient_id")
+    sizes = [len(splits.test(k)) for k in range(5)]
+    events = [int(patients.loc[splits.test(k), "event"].sum()) for k in range(5)]
+    assert max(sizes) - min(sizes) <= 1 and max(events) - min(events) <= 1
+    for _, stratum in patients.groupby("event"):
+        follow_up = stratum["time_days"].rank(pct=True)
+        means = [follow_up[follow_up.index.isin(splits.test(k))].mean() for k in range(5)]
+        assert max(means) - min(means) <= 10 / len(stratum)
