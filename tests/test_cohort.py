@@ -1,0 +1,134 @@
+"""Cohorts: each bad label table has its own message; order is the table's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from steph import PROJECT, Refused
+from steph.data.cohort import COLUMNS, read_cohort, write_cohort
+
+TCGA = PROJECT.parent / "shared" / "tcga"
+
+GOOD = """patient_id,slide_id,project,time_days,event
+P2,P2-DX1,KIRP,30.5,0
+P1,P1-DX2,KIRC,900,1
+P2,P2-DX2,KIRP,30.5,0
+P3,P3-DX1.uuid_1,KIRC,0,1
+P1,P1-DX1,KIRC,900,1
+"""
+
+
+def table(tmp_path: Path, text: str = GOOD) -> Path:
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    return path
+
+
+def test_patients_and_their_slides_stand_in_table_order(tmp_path: Path) -> None:
+    cohort = read_cohort(table(tmp_path), "KIPAN")
+    assert len(cohort) == 3 and cohort.dataset == "KIPAN"
+    assert cohort.patients.to_numpy().tolist() == [
+        ["P2", 30.5, False, 2],
+        ["P1", 900.0, True, 2],
+        ["P3", 0.0, True, 1],
+    ]
+    assert list(cohort.slides_of.items()) == [
+        ("P2", ["P2-DX1", "P2-DX2"]),
+        ("P1", ["P1-DX2", "P1-DX1"]),
+        ("P3", ["P3-DX1.uuid_1"]),
+    ]
+    assert cohort.slides["event"].dtype == bool and cohort.slides["time_days"].dtype == float
+
+
+def test_the_authors_columns_give_the_same_cohort(tmp_path: Path) -> None:
+    header = "patient_id,pathology_id,project,t,e"
+    ours = read_cohort(table(tmp_path), "KIPAN")
+    theirs = read_cohort(table(tmp_path, GOOD.replace(",".join(COLUMNS), header)), "KIPAN")
+    pd.testing.assert_frame_equal(theirs.slides, ours.slides)
+    assert theirs.fingerprint == ours.fingerprint
+
+
+@pytest.mark.parametrize(("zero", "one"), [("0.0", "1.0"), ("False", "True"), ("false", "TRUE"), (" 0", "1 ")])
+def test_events_may_be_written_in_several_ways(zero: str, one: str, tmp_path: Path) -> None:
+    text = GOOD.replace(",0\n", f",{zero}\n").replace(",1\n", f",{one}\n")
+    assert text != GOOD
+    assert read_cohort(table(tmp_path, text), "KIPAN").slides["event"].tolist() == [False, True, False, True, True]
+
+
+@pytest.mark.parametrize("identifier", ["007", "1e5", "NA", "None"])
+def test_identifiers_stay_what_they_are(identifier: str, tmp_path: Path) -> None:
+    cohort = read_cohort(table(tmp_path, GOOD.replace("P3,P3-DX1.uuid_1", f"{identifier},{identifier}")), "KIPAN")
+    assert cohort.slides_of[identifier] == [identifier]
+
+
+def test_a_written_cohort_reads_back_the_same(tmp_path: Path) -> None:
+    cohort = read_cohort(table(tmp_path), "KIPAN")
+    write_cohort(cohort, tmp_path / "new" / "copy.csv")
+    again = read_cohort(tmp_path / "new" / "copy.csv", "KIPAN")
+    pd.testing.assert_frame_equal(again.slides, cohort.slides)
+    assert again.fingerprint == cohort.fingerprint
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["copy.csv"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("P3,P3-DX1", "P4,P3-DX1"),
+        ("P3-DX1", "P3-DX9"),
+        ("30.5", "30.6"),
+        ("KIRC,0,1", "KIRC,0,0"),
+        ("KIRC,0", "KIRP,0"),
+    ],
+)
+def test_the_fingerprint_follows_the_content(old: str, new: str, tmp_path: Path) -> None:
+    before = read_cohort(table(tmp_path), "KIPAN").fingerprint
+    assert read_cohort(table(tmp_path, GOOD.replace(old, new)), "KIPAN").fingerprint != before
+
+
+BAD = {
+    "duplicate slide": ("P1-DX2", "P1-DX1", r"2 row\(s\) with a slide that stands twice.*\n  row 3: patient_id=P1"),
+    "contradictory event": ("P1-DX1,KIRC,900,1", "P1-DX1,KIRC,900,0", r"2 row\(s\) with a patient with two different"),
+    "contradictory time": ("P1-DX1,KIRC,900,1", "P1-DX1,KIRC,901,1", r"2 row\(s\) with a patient with two different"),
+    "missing time": ("KIRC,0,1", "KIRC,,1", r"1 row\(s\) with a missing or unreadable time_days.*\n  row 5: .*P3"),
+    "unreadable time": ("KIRC,0,1", "KIRC,soon,1", r"1 row\(s\) with a missing or unreadable time_days"),
+    "infinite time": ("KIRC,0,1", "KIRC,inf,1", r"1 row\(s\) with a missing or unreadable time_days"),
+    "negative time": ("KIRC,0,1", "KIRC,-1,1", r"1 row\(s\) with a negative time_days"),
+    "event 2": ("KIRC,0,1", "KIRC,0,2", r"1 row\(s\) with an event that is neither 1 .* nor 0"),
+    "missing event": ("KIRC,0,1", "KIRC,0,", r"1 row\(s\) with an event that is neither"),
+    "event in words": ("KIRC,0,1", "KIRC,0,Dead", r"1 row\(s\) with an event that is neither"),
+    "missing column": ("time_days", "months", r"no column time_days; found patient_id, slide_id, project, months"),
+    "missing patient": ("P3,P3", ",P3", r"1 row\(s\) with no patient_id"),
+    "missing slide": ("P3-DX1.uuid_1", " ", r"1 row\(s\) with no slide_id"),
+    "path-like slide": ("P3-DX1.uuid_1", "../P3-DX1", r"1 row\(s\) with a slide_id that cannot be a file name"),
+    "absolute slide": ("P3-DX1.uuid_1", "/data/P3.h5", r"1 row\(s\) with a slide_id that cannot be a file name"),
+    "no rows": (GOOD.split("\n", 1)[1], "", r"the table has no rows"),
+    "nothing": (GOOD, "", r"not a readable CSV table"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_table_is_refused_with_its_own_message(case: str, tmp_path: Path) -> None:
+    old, new, message = BAD[case]
+    assert old in GOOD
+    path = table(tmp_path, GOOD.replace(old, new))
+    with pytest.raises(Refused, match=message) as refused:
+        read_cohort(path, "KIPAN")
+    assert str(path) in str(refused.value)
+
+
+def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"no label table of SARC at .*absent\.csv"):
+        read_cohort(tmp_path / "absent.csv", "SARC")
+    (tmp_path / "binary.csv").write_bytes(b"\x89HDF\r\n\x1a\n\x00\xff\xfe")
+    with pytest.raises(Refused, match="not a readable CSV table"):
+        read_cohort(tmp_path / "binary.csv", "SARC")
+
+
+@pytest.mark.skipif(not TCGA.is_dir(), reason="the real TCGA tables are not there")
+def test_a_real_table_of_the_authors_is_read() -> None:
+    cohort = read_cohort(TCGA / "dss_tables" / "tcga_sarc" / "tcga_sarc_survival.csv", "SARC")
+    assert (len(cohort), len(cohort.slides), int(cohort.patients["event"].sum())) == (248, 591, 78)
+    assert cohort.patients["n_slides"].max() == 30

@@ -1,0 +1,192 @@
+"""Study manifests: what is not understood is refused by name; the shipped ones load and agree with Table S1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from steph import PROJECT, Refused
+from steph.data.manifest import MANIFESTS, load_study
+
+SMALL = {
+    "name": "small",
+    "title": "Two data sets",
+    "features": {"encoder": "any", "dim": 4},
+    "datasets": {"KIPAN": {"projects": ["KIRC", "KIRP"]}, "SARC": {"projects": ["SARC"]}},
+}
+
+
+def manifest(folder: Path, name: str = "small", **changes: object) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}))
+    return path
+
+
+def test_what_is_left_out_is_the_papers(tmp_path: Path) -> None:
+    study = load_study(manifest(tmp_path))
+    assert (study.folds, study.seed, study.endpoint.name, study.endpoint.unit) == (5, 42, "DSS", "days")
+    assert study.network.model_dump() == {
+        "dim_emb": 512, "dim_attn": 384, "n_bins": 32, "bin_width_days": 365, "dropout": 0.25,
+    }  # fmt: skip
+    assert study.recipe.model_dump() == {
+        "epochs": 20, "lr": 1e-4, "weight_decay": 1e-5, "warmup_epochs": 1, "bags_per_step": 16, "alpha": 0.5,
+    }  # fmt: skip
+    assert (study.steph.dim_hidden, study.steph.top_k, study.steph.beta) == (512, 5, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 3}, r"epochs: Extra inputs are not permitted \(found 3\)"),
+        ({"recipe": {"learning_rate": 1}}, r"recipe\.learning_rate: Extra inputs are not permitted"),
+        ({"recipe": {"epochs": "many"}}, r"recipe\.epochs: .*integer.*\(found 'many'\)"),
+        ({"recipe": {"epochs": 0}}, r"recipe\.epochs: .*greater than 0"),
+        ({"folds": 1}, r"folds: .*greater than or equal to 2"),
+        ({"datasets": {}}, r"datasets: .*at least 1"),
+        ({"datasets": {"A": {"projects": []}}}, r"datasets\.A\.projects: .*at least 1"),
+        ({"datasets": {"../A": {"projects": ["A"]}}}, r"datasets\.\.\./A.*: .*match pattern"),
+        ({"features": {"encoder": "any", "dim": 4, "precision": "int8"}}, r"features\.precision: .*'float32'"),
+        ({"features": {"encoder": "any"}}, r"features\.dim: Field required"),
+        ({"endpoint": {"unit": "months"}}, r"endpoint\.unit: .*'days'"),
+    ],
+)
+def test_a_wrong_key_or_value_is_refused_by_name(changes: dict, message: str, tmp_path: Path) -> None:
+    path = manifest(tmp_path, **changes)
+    with pytest.raises(Refused, match=message) as refused:
+        load_study(path)
+    assert str(path) in str(refused.value)
+
+
+def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(Refused) as refused:
+        load_study(manifest(tmp_path, epochs=3, folds="five", seed=-1))
+    assert all(name in str(refused.value) for name in ("epochs", "folds", "seed"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"name: [unclosed", "is not readable YAML"),
+        (b"\xff\xfe\x00", "is not readable YAML"),
+        (b"a: \x00", "is not readable YAML"),
+        (b"- a\n- b\n", "holds list; expected keys and values"),
+        (b"", "holds NoneType"),
+        (b"a: !!python/object/apply:os.getcwd []", "is not readable YAML"),
+    ],
+)
+def test_a_file_that_is_no_manifest_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(Refused, match=message):
+        load_study(path)
+
+
+def test_an_unknown_study_is_refused_with_the_nearest_names(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"unknown study 'tgca' .*Did you mean tcga\?.*Or give the path"):
+        load_study("tgca")
+    with pytest.raises(Refused, match=r"no study manifest at .*absent\.yaml"):
+        load_study(tmp_path / "absent.yaml")
+
+
+def test_an_unknown_data_set_is_refused_with_the_nearest_names(tmp_path: Path) -> None:
+    study = load_study(manifest(tmp_path))
+    assert study.entry("SARC").projects == ["SARC"]
+    with pytest.raises(
+        Refused, match=r"unknown data set 'sarc' in study small. Did you mean SARC\? It has: KIPAN, SARC"
+    ):
+        study.entry("sarc")
+    with pytest.raises(Refused, match=r"unknown data set 'ZZZZZ' in study small\. It has: KIPAN, SARC"):
+        study.entry("ZZZZZ")
+
+
+def test_extends_takes_over_what_is_left_out(tmp_path: Path) -> None:
+    manifest(tmp_path, recipe={"epochs": 7, "lr": 0.01})
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: small\nname: child\nrecipe: {lr: 0.02}\ndatasets: {SARC: {projects: [SARC]}}\n")
+    study = load_study(child)
+    assert (study.name, study.title) == ("child", "Two data sets")
+    assert (study.recipe.epochs, study.recipe.lr) == (7, 0.02)
+    assert list(study.datasets) == ["SARC"]  # the choice of data sets is replaced, not added to
+
+
+def test_a_shipped_study_can_be_extended_from_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "short.yaml").write_text("extends: tcga\nname: short\nrecipe: {epochs: 2}\n")
+    study, tcga = load_study(tmp_path / "short.yaml"), load_study("tcga")
+    assert study.recipe.epochs == 2 and study.datasets == tcga.datasets
+    assert study.data == tcga.data and study.build != tcga.build
+
+
+def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b\n")
+    (tmp_path / "b.yaml").write_text("extends: a\n")
+    with pytest.raises(Refused, match="extends itself"):
+        load_study(tmp_path / "a.yaml")
+    (tmp_path / "c.yaml").write_text("extends: nowhere\n")
+    with pytest.raises(Refused, match="unknown study 'nowhere'"):
+        load_study(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(("patients", "gamma"), [(248, 0.05), (500, 0.05), (501, 0.005), (1035, 0.005)])
+def test_gamma_follows_the_papers_size_rule(patients: int, gamma: float, tmp_path: Path) -> None:
+    assert load_study(manifest(tmp_path)).steph.gamma(patients) == gamma
+
+
+def test_sources_are_the_others_in_alphabetical_order(tmp_path: Path) -> None:
+    names = ["SARC", "BLCA", "KIPAN"]
+    study = load_study(manifest(tmp_path, datasets={name: {"projects": [name]} for name in names}))
+    assert study.sources_of("KIPAN") == ["BLCA", "SARC"]
+
+
+def test_the_environment_replaces_the_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STEPH_DATA", raising=False)
+    monkeypatch.delenv("STEPH_BUILD", raising=False)
+    real = load_study(manifest(tmp_path))
+    made = load_study(manifest(tmp_path, synthetic={"scale": 0.5}))
+    assert real.data == made.data == PROJECT / "build" / "small" / "data"
+    assert real.build == PROJECT / "build" / "small"
+    monkeypatch.setenv("STEPH_DATA", str(tmp_path / "elsewhere"))
+    assert real.data == tmp_path / "elsewhere"
+    assert made.data == PROJECT / "build" / "small" / "data"  # a made cohort never lies among real data
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "out"))
+    assert real.build == tmp_path / "out" / "small"
+
+
+SHIPPED = sorted(path.stem for path in MANIFESTS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_manifest_loads_under_its_own_name(name: str) -> None:
+    assert load_study(name).name == name
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_numbers_are_table_s1(name: str) -> None:
+    study = load_study(name)
+    table = pd.read_csv(MANIFESTS / "paper" / "table_s1_datasets.csv").set_index("dataset")
+    assert set(study.datasets) <= set(table.index)
+    for dataset, entry in study.datasets.items():
+        row = table.loc[dataset]
+        assert (entry.patients, entry.slides, entry.mean_patches) == (row.patients, row.wsis, row.patches_mean)
+        assert entry.survival_rate_pct == pytest.approx(100 * row.survival_rate, abs=1e-9)
+
+
+def test_the_tcga_study_is_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STEPH_DATA", raising=False)
+    study = load_study("tcga")
+    table = pd.read_csv(MANIFESTS / "paper" / "table_s1_datasets.csv")
+    assert list(study.datasets) == table["dataset"].tolist()
+    assert sum(entry.patients or 0 for entry in study.datasets.values()) == 7268
+    assert sum(entry.slides or 0 for entry in study.datasets.values()) == 8818
+    assert (study.features.encoder, study.features.dim, study.features.patch_size_px) == ("UNI2-h", 1536, 256)
+    assert study.synthetic is None and study.data.is_absolute()
+    large = {name for name, e in study.datasets.items() if study.steph.gamma(e.patients or 0) == 0.005}
+    assert large == {"BRCA", "KIPAN", "LUNG", "GBMLGG", "COADREAD", "STES", "UCEC"}
+    projects = [project for entry in study.datasets.values() for project in entry.projects]
+    assert len(projects) == len(set(projects)) == 19
+    cdr = next(source for source in study.sources if source.name == "TCGA-CDR")
+    assert (cdr.size_bytes, len(cdr.md5 or "")) == (2945129, 32)
+    assert all(source.address.startswith("https://") and source.licence for source in study.sources)
+    assert not any(source.redistribution for source in study.sources if source.provides == "features")
