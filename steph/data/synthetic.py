@@ -148,7 +148,8 @@ def planted_similarity(study: Study) -> pd.DataFrame:
 def draw(study: Study, dataset: str, external: bool = False) -> Drawn:
     """Draw a data set's cohort, or its external patients. The same arguments give the same numbers, bit for bit."""
     synthetic, entry = _synthetic(study), study.entry(dataset)
-    n = synthetic.external_patients if external else _n_patients(synthetic, entry, dataset)
+    in_cohort = _n_patients(synthetic, entry, dataset)
+    n = synthetic.external_patients if external else in_cohort
     latent = _draw_patients(synthetic, entry, dataset, n, external)
     threshold = _time_scale(synthetic, entry, dataset)
     event = latent.censoring_ratio > threshold
@@ -297,8 +298,8 @@ def _patches(
     of_patch: np.ndarray,
     n_patches: np.ndarray,
 ) -> np.ndarray:
-    """Features (N, dim) of patches: the phenotype's prototype, the cancer's shift, the slide's batch effect, the state of
-    the patient's tumour (of the background, where the patch is background), and noise."""
+    """Features (N, dim) of patches: the phenotype's prototype, the cancer's shift, the slide's batch effect, the
+    state of the patient's tumour (or of the background, in a background patch), and noise."""
     seed, dataset, _ = stream
     if dim < N_FACTORS:
         raise Refused(f"features.dim is {dim}; the synthetic cohort needs at least {N_FACTORS} numbers a patch.")
