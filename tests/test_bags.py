@@ -1,0 +1,60 @@
+"""steph.data.bags: what is done to a batch is what would be done to each bag."""
+
+import pytest
+import torch
+
+from steph import Refused
+from steph.data import RaggedBatch, as_batch
+
+
+@pytest.fixture
+def bags():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (4, 1, 9)]
+
+
+def test_bags_come_out_as_they_went_in(bags):
+    batch = RaggedBatch.from_bags([bags[0], bags[1].unsqueeze(0), bags[2]])
+    assert len(batch) == 3 and batch.sizes == [4, 1, 9] and batch.offsets == (0, 4, 5, 14)
+    assert all(torch.equal(batch.bag(i), bag) for i, bag in enumerate(bags))
+    assert as_batch(batch) is batch and torch.equal(as_batch(bags).features, batch.features)
+
+
+def test_a_single_bag_is_not_copied(bags):
+    assert RaggedBatch.from_bags(bags[:1]).features.data_ptr() == bags[0].data_ptr()
+
+
+def test_mean_and_softmax_are_those_of_each_bag(bags):
+    batch = as_batch(bags)
+    assert torch.allclose(batch.mean(batch.features), torch.stack([bag.mean(0) for bag in bags]), atol=1e-14)
+    attention = batch.softmax(batch.features[:, 0])
+    for i, bag in enumerate(bags):
+        own = attention[i, batch.offsets[i] : batch.offsets[i + 1]]
+        assert torch.allclose(own, torch.softmax(bag[:, 0], 0), atol=1e-14)
+    assert torch.equal(attention != 0, batch.membership)
+
+
+def test_huge_scores_do_not_leak_between_bags(bags):
+    batch = as_batch(bags)
+    scores = torch.zeros(14, dtype=torch.float64)
+    scores[0] = 1e300
+    attention = batch.softmax(scores)
+    assert torch.isfinite(attention).all() and torch.allclose(attention.sum(1), torch.ones(3, dtype=torch.float64))
+    assert attention[2, -1] == pytest.approx(1 / 9)
+
+
+def test_to_changes_precision_and_keeps_the_rest(bags):
+    batch = RaggedBatch(torch.cat(bags), (0, 4, 5, 14), torch.zeros(14, 2))
+    half = batch.to("cpu", torch.float16)
+    assert half.features.dtype == torch.float16 and half.offsets == batch.offsets and half.coords is batch.coords
+
+
+@pytest.mark.parametrize("offsets", [(0, 4, 5), (1, 5, 14), (0, 14, 20)])
+def test_offsets_that_do_not_fit_are_refused(bags, offsets):
+    with pytest.raises(Refused, match="do not fit offsets"):
+        RaggedBatch(torch.cat(bags), offsets)
+
+
+def test_an_empty_bag_is_refused_by_number(bags):
+    with pytest.raises(Refused, match="bag 1 has no patches"):
+        RaggedBatch(torch.cat(bags), (0, 4, 4, 14))
