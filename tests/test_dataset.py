@@ -211,3 +211,9 @@ def test_a_synthetic_data_set_is_made_on_first_use(tmp_path):
     assert read_cohort(tmp_path / "external/labels/BLCA.csv", "BLCA").fingerprint == dataset.external.cohort.fingerprint
     with pytest.raises(Refused, match="synthetic"):
         pack_dataset(study, "BLCA")
+
+    changed = study.model_copy(update={"synthetic": study.synthetic.model_copy(update={"seed": 1})})
+    with pytest.raises(Refused, match="other settings"):
+        open_dataset(changed, "BLCA")
+    dataset.store.path.unlink()
+    assert open_dataset(study, "BLCA").fingerprint == dataset.fingerprint

@@ -117,13 +117,20 @@ def open_dataset(study: Study, name: str) -> Dataset:
     study.entry(name)
     if study.synthetic is None:
         return _open(study, name, study.data)
+    from steph.data.synthetic import make_dataset, provenance
+
     parts = [study.data] + [study.data / "external"] * bool(study.synthetic.external_patients)
     if not all(file.is_file() for part in parts for file in _files(part, name)):
-        from steph.data.synthetic import make_dataset
-
         make_dataset(study, name)
     external = _open(study, name, parts[1], splits=False) if len(parts) > 1 else None
-    return _open(study, name, study.data, external=external)
+    dataset = _open(study, name, study.data, external=external)
+    for part, is_external in ((dataset, False), (external, True)):
+        if part is not None and part.store.provenance != provenance(study, name, is_external):
+            raise Refused(
+                f"{part.store.path} was made with other settings than those of study {study.name} now (scale, seed, "
+                f"sharing, size). Delete {study.data} and it is made again, or give the changed study another name."
+            )
+    return dataset
 
 
 def _files(root: Path, name: str) -> tuple[Path, Path, Path]:

@@ -149,7 +149,7 @@ def _opened(path: Path) -> Iterator[tuple[_Arrays, dict[str, Any]]]:
     with file:
         try:
             opened = _hdf5_arrays(path, file)
-        except (OSError, RuntimeError, KeyError) as error:
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # A damaged header raises any.
             raise Refused(f"{path}: not readable ({_first_line(error)}); download or extract it again") from None
         yield opened
 
@@ -157,7 +157,9 @@ def _opened(path: Path) -> Iterator[tuple[_Arrays, dict[str, Any]]]:
 def _hdf5_arrays(path: Path, file: h5py.File) -> tuple[_Arrays, dict[str, Any]]:
     features, coords = file.get("features"), file.get("coords")
     if not isinstance(features, h5py.Dataset):
-        raise Refused(f"{path}: no dataset 'features'; the file holds: {', '.join(sorted(file)) or 'nothing'}")
+        raise Refused(
+            f"{path}: no dataset 'features'; the file holds: {', '.join(sorted(map(str, file))) or 'nothing'}"
+        )
     shape = _checked_shape(path, features.shape, "features", features.dtype.kind == "f", str(features.dtype))
     attributes: dict[str, Any] = {}
     if coords is not None:

@@ -55,6 +55,8 @@ SLIDE_ID = np.dtype("S255")
 UNAVAILABLE = ("missing", "empty (0 patches)")
 """Problems that `allow_missing` may pass over: there are no features to read. Damaged files are never passed over."""
 
+AGAIN = "Delete it; `steph data pack` makes it again, or, in a synthetic study, the next run."
+
 Piece = tuple[np.ndarray, np.ndarray | None]
 
 
@@ -85,14 +87,12 @@ class Store:
         try:
             store = cls._read(path)
         except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise Refused(
-                f"{path} is not a whole feature store ({error}). Delete it and pack it again (`steph data pack`)."
-            ) from None
+            raise Refused(f"{path} is not a whole feature store ({error}). {AGAIN}") from None
         expected = _content(store.description, store.dtype, store.slide_ids, store.sizes.tolist(), store.hashes)
         if store.fingerprint != expected:
             raise Refused(
                 f"{path}: slide list, sizes or hashes are not those it was finished with (content {expected[:12]}, "
-                f"expected {store.fingerprint[:12]!r}). Delete it and pack it again (`steph data pack`)."
+                f"expected {store.fingerprint[:12]!r}). {AGAIN}"
             )
         return store
 
@@ -215,7 +215,7 @@ class Store:
         if damaged:
             raise Refused(
                 f"{self.path}: {len(damaged)} slide(s) are not what was packed: {', '.join(damaged[:10])}. The disk or "
-                "a copy damaged the file: delete it and pack it again (`steph data pack`)."
+                f"a copy damaged the file. {AGAIN}"
             )
 
     def matches(
