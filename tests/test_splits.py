@@ -38,7 +38,7 @@ def folds_of(cohort: Cohort, n_folds: int = 5, seed: int = 42) -> pd.DataFrame:
     return make_splits(cohort, n_folds, seed).merge(cohort.patients, on="patient_id", validate="one_to_one")
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(data=st.data(), n_folds=st.integers(2, 6), seed=st.integers(0, 2**32))
 def test_folds_are_balanced_in_size_events_and_follow_up(data: st.DataObject, n_folds: int, seed: int) -> None:
     events = [1] * n_folds + data.draw(st.lists(st.integers(0, 1), max_size=40))

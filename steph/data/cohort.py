@@ -37,7 +37,8 @@ class Cohort:
     @cached_property
     def slides_of(self) -> dict[str, list[str]]:
         """Slide ids of each patient, in table order."""
-        return self.slides.groupby("patient_id", sort=False)["slide_id"].agg(list).to_dict()
+        grouped = self.slides.groupby("patient_id", sort=False)["slide_id"]
+        return {str(patient): list(slides) for patient, slides in grouped}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -107,6 +108,7 @@ def _refuse(bad: pd.Series, table: pd.DataFrame, where: str, what: str) -> None:
     if bad.any():
         rows = table[bad].head(5)
         listed = "\n".join(
-            f"  row {i + 2}: {', '.join(f'{k}={v}' for k, v in row.items())}" for i, row in rows.iterrows()
+            f"  row {i + 2}: {', '.join(f'{k}={v}' for k, v in row.items())}"
+            for i, row in zip(rows.index, rows.to_dict("records"), strict=True)
         )
         raise Refused(f"{where}: {int(bad.sum())} row(s) with {what}:\n{listed}")

@@ -125,8 +125,9 @@ class Study(_Strict):
     title: str
     synthetic: Synthetic | None = None
     data_root: str = Field(
-        default="build/{name}/data",
-        description="labels/, splits/, features/ and stores/ lie in it; relative to the checkout; STEPH_DATA replaces it",
+        default="",
+        description="labels/, splits/, features/ and stores/ lie in it; relative to the checkout; STEPH_DATA replaces "
+        "it for a real study; empty: data/ in the study's build folder",
     )
     endpoint: Endpoint = Endpoint()
     features: Features
@@ -141,8 +142,8 @@ class Study(_Strict):
     @property
     def data(self) -> Path:
         """The data root."""
-        given = "" if self.synthetic else os.environ.get("STEPH_DATA", "")
-        return PROJECT / Path(given or self.data_root.format(name=self.name)).expanduser()
+        given = self.data_root if self.synthetic else os.environ.get("STEPH_DATA", "") or self.data_root
+        return PROJECT / Path(given).expanduser() if given else self.build / "data"
 
     @property
     def build(self) -> Path:
