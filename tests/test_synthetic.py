@@ -100,6 +100,20 @@ def test_seed_and_data_set_decide_the_numbers(demo: Study) -> None:
     assert len(set(np.concatenate(fractions)) - {0.1, 0.9}) > 120, "two data sets share their random numbers"
 
 
+def test_numbers_of_this_recipe(demo: Study) -> None:
+    """Made stores are recognised by `RECIPE`: whoever changes these numbers raises it."""
+    drawn = synthetic.draw(demo, "CESC")
+    found = [
+        *drawn.patients["log_risk"][:2],
+        drawn.patients["time_days"].sum(),
+        np.abs(drawn.features).sum(dtype=float),
+        drawn.coords.sum(),
+        drawn.phenotype.sum(),
+    ]
+    expected = [-1.0564822892134402, 1.1809785223658742, 118843.0, 79294.18351344501, 45707264.0, 4074.0]
+    assert synthetic.RECIPE == 1 and found == pytest.approx(expected, rel=1e-6)
+
+
 def test_external_patients_change_nothing_and_are_others(demo: Study) -> None:
     few, many = changed(demo, scale=0.1, external_patients=5), changed(demo, scale=0.1, external_patients=40)
     a, b = synthetic.draw(few, "LIHC"), synthetic.draw(many, "LIHC")

@@ -61,6 +61,8 @@ WEIBULL_SHAPE = 1.2
 PATCH_PX = 256  # edge of a patch, and of the grid that patches lie on
 GRID = 17  # cells along the side of the square in which a slide's tissue grows
 MIN_PATIENTS = 10
+RECIPE = 1
+"""To be raised whenever the numbers that are made change: stores of an older recipe are then made again."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +115,7 @@ def provenance(study: Study, dataset: str, external: bool = False) -> dict[str, 
     """What a made store says it was made from: a store that says something else is of another demo."""
     return {
         "source": "synthetic: made by steph.data.synthetic, not patients",
+        "recipe": RECIPE,
         "dataset": dataset,
         "external": external,
         "synthetic": _synthetic(study).model_dump(),
