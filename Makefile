@@ -81,7 +81,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  $(PYTHON) -m venv --clear .venv; fi; \
 	case "$$torch" in \
 	system) \
-	  lent=$$($(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)'); \
+	  lent=$$($(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent.parent)' 2>/dev/null); \
 	  echo "$$lent" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent_torch.pth"; \
 	  grep -v '^torch==' constraints.txt > .venv/constraints.txt; \
 	  $(PIP) install -q -c .venv/constraints.txt -e '.[book,dev]';; \
