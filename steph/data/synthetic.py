@@ -62,7 +62,7 @@ PATCH_PX = 256  # edge of a patch, and of the grid that patches lie on
 GRID = 17  # cells along the side of the square in which a slide's tissue grows
 MIN_PATIENTS = 10
 RECIPE = 1
-"""To be raised whenever the numbers that are made change: stores of an older recipe are then made again."""
+"""To be raised whenever the numbers that are made change: stores of an older recipe are then refused."""
 
 
 @dataclass(frozen=True, eq=False)
