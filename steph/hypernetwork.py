@@ -128,8 +128,9 @@ class STEPH(nn.Module):
     def merged_state(self, bag: Tensor) -> dict[str, Tensor]:
         """The parameters of the network that this bag (N, D) is seen through."""
         coefficients = mixture_coefficients(*self.batch_coefficients([bag]))[0]
-        head = {f"head.{k}": v for k, v in self.head.named_parameters()}
-        if self.merged_head is not None:
+        if self.merged_head is None:
+            head: dict[str, Tensor] = {f"head.{k}": v for k, v in self.head.named_parameters()}
+        else:
             head = self.merged_head.state(coefficients)
         return {**self.encoder.state(coefficients), **head}
 

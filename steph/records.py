@@ -135,13 +135,15 @@ def code_fingerprint(*modules: str) -> str:
         name = waiting.pop()
         if name not in sources:
             tree = ast.parse(Path(str(importlib.import_module(name).__file__)).read_text(encoding="utf-8"))
-            waiting += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and _numeric(node)]
+            waiting += [found for found in _imports(tree) if found.startswith(NUMERIC)]
             sources[name] = ast.dump(_without_docstrings(tree))
     return fingerprint(sources)
 
 
-def _numeric(node: ast.ImportFrom) -> bool:
-    return (node.module or "").startswith(NUMERIC)
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

@@ -271,8 +271,8 @@ def _check(study: Study, wanted: Run, device: str) -> None:
     m, top_k = len(study.datasets) - 1, study.steph.top_k
     if entry.build.__name__ == "steph" and top_k > m:
         raise Refused(
-            f"steph.top_k = {top_k} in study {study.name}, but {wanted.dataset} has {m} source cancers; set steph.top_k "
-            f"to at most {m} in the manifest."
+            f"steph.top_k = {top_k} in study {study.name}, but {wanted.dataset} has {m} source cancers; set "
+            f"steph.top_k to at most {m} in the manifest."
         )
     check_device(device)
 
@@ -342,6 +342,7 @@ def _execute(bench: Workbench, wanted: Run, device: str) -> Record:
     with single_thread():
         started = time.perf_counter()
         data, study = bench.dataset(wanted.dataset), bench.study
+        assert data.splits is not None
         model = bench.untrained(wanted)
         history = pd.DataFrame()
         if any(p.requires_grad for p in model.parameters()):
@@ -379,7 +380,7 @@ def _execute(bench: Workbench, wanted: Run, device: str) -> Record:
 
 
 def _metrics(predictions: pd.DataFrame, study: Study) -> dict[str, Any]:
-    """C-index and loss (alpha = 0, as the release reports it) of a test fold; why there is none, where there is none."""
+    """C-index (or why there is none) and loss (alpha = 0, as the release reports it) of a test fold."""
     found = c_index(predictions)
     bins = torch.from_numpy(bin_index(predictions["time_days"], study.network.n_bins, study.network.bin_width_days))
     curve = torch.from_numpy(predictions.filter(regex=r"^survival_\d+$").to_numpy())

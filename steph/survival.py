@@ -72,32 +72,26 @@ def nll_loss(
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
-def concordance_index(time_days: Any, event: Any, risk: Any) -> float:
+def concordance_index(time_days: Any, event: Any, risk: Any, tied_tol: float = 1e-8) -> float:
     """Harrell's C-index on continuous time: the share of comparable pairs in which the shorter survival has the
-    higher risk; ties in risk count one half, and risks closer than 1e-8 are ties.
+    higher risk. A pair is comparable when the earlier of the two had the event, or both times are equal and only one
+    had; risks within `tied_tol` count one half (lifelines has no such tolerance; otherwise the two agree).
 
     time_days, event, risk: (N,); event 1 or 0; higher risk = worse. Raises `Refused` where no pair is comparable
     (fewer than two patients, or no event before the longest follow-up) or a risk is not finite.
     """
-    from lifelines.utils import concordance_index as harrell
-
     time, seen, risk = np.asarray(time_days, float), np.asarray(event).astype(bool), np.asarray(risk, float)
     if not np.isfinite(risk).all():
         raise Refused(f"{int((~np.isfinite(risk)).sum())} of {risk.size} risks are not finite; the model diverged.")
-    try:
-        return float(harrell(time, -_merge_ties(risk, 1e-8), seen))
-    except ZeroDivisionError:
+    score, pairs = 0.0, 0
+    for i in np.flatnonzero(seen):
+        later = (time > time[i]) | ((time == time[i]) & ~seen)
+        difference = risk[i] - risk[later]
+        score += np.count_nonzero(difference > tied_tol) + 0.5 * np.count_nonzero(np.abs(difference) <= tied_tol)
+        pairs += difference.size
+    if pairs == 0:
         raise Refused(
             f"no comparable pair among {time.size} patients with {int(seen.sum())} events: the C-index is undefined. "
             "Use a fold or a cohort in which somebody with an event was followed for less time than somebody else."
-        ) from None
-
-
-def _merge_ties(values: np.ndarray, tolerance: float) -> np.ndarray:
-    """Values closer than `tolerance` to their next lower neighbour take that neighbour's value."""
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    starts = np.concatenate([[True], np.diff(ordered) > tolerance])
-    merged = np.empty_like(values)
-    merged[order] = ordered[starts][np.cumsum(starts) - 1]
-    return merged
+        )
+    return score / pairs

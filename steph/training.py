@@ -82,7 +82,7 @@ class Trainer:
         rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.schedule.step()
-        seen = self.model.monitor() if hasattr(self.model, "monitor") else {}
+        seen = self.model.monitor() if hasattr(self.model, "monitor") else {}  # type: ignore[operator]
         return {
             "loss": likelihood.item(),
             "auxiliary_loss": 0.0 if auxiliary is None else auxiliary.item(),
@@ -91,7 +91,7 @@ class Trainer:
         }
 
     def _auxiliary(self) -> Tensor | None:
-        return self.model.auxiliary_loss() if hasattr(self.model, "auxiliary_loss") else None
+        return self.model.auxiliary_loss() if hasattr(self.model, "auxiliary_loss") else None  # type: ignore[operator]
 
 
 def fit(
@@ -136,7 +136,8 @@ def fit(
             batch = dataset.batch([patients[i] for i in chosen], device=device, dtype=dtype)
             index = torch.from_numpy(chosen).to(device)
             rows.append(trainer.step(batch, bins[index], event[index]))
-        row = {"epoch": epoch, **pd.DataFrame(rows).mean().to_dict(), "learning_rate": rows[-1]["learning_rate"]}
+        means = {str(name): float(value) for name, value in pd.DataFrame(rows).mean().items()}
+        row = {"epoch": epoch, **means, "learning_rate": rows[-1]["learning_rate"]}
         if not math.isfinite(row["loss"]):
             raise Refused(f"{dataset.name}: the training loss is {row['loss']} in epoch {epoch}; lower recipe.lr.")
         history.append({**row, "seconds": time.perf_counter() - started})
@@ -161,4 +162,6 @@ def predict(
     survival = survival_curve(hazards)
     labels = dataset.labels(patients).astype({"event": int})
     curves = pd.DataFrame(survival.numpy(), columns=[f"survival_{t + 1}" for t in range(survival.shape[1])])
-    return pd.concat([labels.reset_index(drop=True), pd.Series(risk_score(hazards).numpy(), name="risk"), curves], axis=1)
+    return pd.concat(
+        [labels.reset_index(drop=True), pd.Series(risk_score(hazards).numpy(), name="risk"), curves], axis=1
+    )

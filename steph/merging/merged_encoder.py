@@ -44,7 +44,7 @@ class MergedEncoder(nn.Module):
         """Bag features (B, H), bag i under the weights base + coefficients[i] @ vectors."""
         batch = as_batch(bags)
         if hasattr(self.network, "encode_each"):
-            return _MergeAndEncode.apply(coefficients, self, batch)  # type: ignore[no-untyped-call]
+            return _MergeAndEncode.apply(coefficients, self, batch)
         weights = torch.addmm(self.base, coefficients, self.vectors)
         encoder = _Encoder(self.network)
         features = [
@@ -73,7 +73,7 @@ class _Encoder(nn.Module):
         self.network = network
 
     def forward(self, bags: Sequence[Tensor]) -> Tensor:
-        return self.network.encode(bags)
+        return self.network.encode(bags)  # type: ignore[operator]
 
 
 class _MergeAndEncode(torch.autograd.Function):

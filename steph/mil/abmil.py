@@ -54,9 +54,10 @@ class ABMIL(nn.Module):
 
     def _embed_and_score(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         embedded = F.relu(self.embed(patches))  # (N, dim_emb)
-        tanh = F.dropout(torch.tanh(self.gate_tanh(embedded)), self.dropout, self.training)
-        sigmoid = F.dropout(torch.sigmoid(self.gate_sigmoid(embedded)), self.dropout, self.training)
-        return embedded, self.score(tanh * sigmoid).squeeze(1)
+        gated = torch.tanh(self.gate_tanh(embedded)) * torch.sigmoid(self.gate_sigmoid(embedded))
+        # Dropout on both branches, drawn at once: a product is kept where both of its factors are.
+        gated = F.dropout(gated, 1 - (1 - self.dropout) ** 2, self.training)
+        return embedded, self.score(gated).squeeze(1)
 
     # Each bag under encoder weights of its own: what a hypernetwork asks for. Written by hand, because autograd would
     # keep and copy a full set of weights for every bag; `tests/test_abmil.py` holds it to autograd's gradient.
@@ -69,26 +70,25 @@ class ABMIL(nn.Module):
         embedded = _linear(bags, weights, "embed").relu_()  # (G, n, dim_emb)
         tanh = _linear(embedded, weights, "gate_tanh").tanh_()  # (G, n, dim_attn)
         sigmoid = _linear(embedded, weights, "gate_sigmoid").sigmoid_()
-        kept_tanh, kept_sigmoid = self._kept(tanh), self._kept(sigmoid)
-        gated = tanh * sigmoid
-        if kept_tanh is not None:
-            gated.mul_(kept_tanh).mul_(kept_sigmoid)
+        gated, kept = tanh * sigmoid, self._kept(tanh)
+        if kept is not None:
+            gated.mul_(kept)
         scores = _linear(gated, weights, "score").squeeze(2).masked_fill_(~valid, -torch.inf)
         attention = torch.softmax(scores, dim=1)  # (G, n)
         features = torch.bmm(attention.unsqueeze(1), embedded).squeeze(1)
-        return features, (weights, bags, embedded, tanh, sigmoid, kept_tanh, kept_sigmoid, gated, attention)
+        return features, (weights, bags, embedded, tanh, sigmoid, kept, gated, attention)
 
     def encode_each_backward(self, saved: tuple, grad: Tensor, out: Mapping[str, Tensor]) -> None:
         """Gradient of the weights of each bag, written to ``out[name]`` (G, ...), from that of the features
         (G, dim_emb). Consumes `saved`."""
-        weights, bags, embedded, tanh, sigmoid, kept_tanh, kept_sigmoid, gated, attention = saved
+        weights, bags, embedded, tanh, sigmoid, kept, gated, attention = saved
         d_attention = torch.bmm(embedded, grad.unsqueeze(2)).squeeze(2)
         d_score = attention * (d_attention - (attention * d_attention).sum(1, keepdim=True))  # (G, n)
         torch.bmm(d_score.unsqueeze(1), gated, out=out["score.weight"])
         out["score.bias"].copy_(d_score.sum(1, keepdim=True))
         d_gated = d_score.unsqueeze(2) * weights["score.weight"]  # (G, n, dim_attn)
-        if kept_tanh is not None:
-            d_gated.mul_(kept_tanh).mul_(kept_sigmoid)
+        if kept is not None:
+            d_gated.mul_(kept)
         d_tanh = (1 - tanh * tanh).mul_(sigmoid).mul_(d_gated)
         d_sigmoid = d_gated.mul_(tanh).mul_(sigmoid).mul_(1 - sigmoid)
         d_embedded = torch.bmm(d_tanh, weights["gate_tanh.weight"])
@@ -99,10 +99,11 @@ class ABMIL(nn.Module):
         _linear_gradient(d_embedded.masked_fill_(embedded == 0, 0), bags, out, "embed")
 
     def _kept(self, values: Tensor) -> Tensor | None:
-        """Dropout's mask with its scale, None where nothing is dropped."""
+        """What dropout on both branches leaves of their product, with its scale; None where nothing is dropped."""
         if not self.training or self.dropout == 0:
             return None
-        return torch.empty_like(values).bernoulli_(1 - self.dropout).div_(1 - self.dropout)
+        keep = (1 - self.dropout) ** 2
+        return torch.empty_like(values).bernoulli_(keep).div_(keep)
 
 
 def _linear(x: Tensor, weights: Mapping[str, Tensor], layer: str) -> Tensor:

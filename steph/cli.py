@@ -1,0 +1,221 @@
+"""The command `steph`: it parses, calls, prints. Everything it does can be called from Python too."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+import yaml
+
+from steph import Refused
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+data_app = typer.Typer(no_args_is_help=True, help="Labels, features and stores of a study.")
+study_app = typer.Typer(no_args_is_help=True, help="Runs of a study.")
+app.add_typer(data_app, name="data")
+app.add_typer(study_app, name="study")
+
+StudyOption = Annotated[str, typer.Option("--study", help="a study of data_manifest/, or the path of a manifest")]
+DatasetsOption = Annotated[list[str] | None, typer.Option("--dataset", help="repeat for several; default: all")]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="processes on the CPU; default: one per core")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N")]
+Result = TypeVar("Result")
+
+
+def _speaks(command: Callable[..., Result]) -> Callable[..., Result]:
+    """Refusals and interruptions end in a sentence and an exit code, not in a traceback."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Result:
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return command(*args, **kwargs)
+        except Refused as reason:
+            print(f"steph: {reason}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print("steph: interrupted. What is finished is kept; the same command goes on from there.", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@app.command("run")
+@_speaks
+def run_notebook(
+    notebook: Annotated[str, typer.Argument(help="a notebook of notebooks/ (01_baselines or baselines), or a path")],
+    parameter: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", help="name=value, as YAML; repeat")
+    ] = None,
+    study: Annotated[str | None, typer.Option("--study", help="short for -p study=...")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="where the executed copy goes")] = None,
+) -> None:
+    """Execute a notebook with parameters, all of them checked before any work."""
+    from steph import notebooks
+
+    given = dict(_assignment(text) for text in parameter or [])
+    if study is not None:
+        given["study"] = study
+    print(notebooks.execute(notebooks.find(notebook), given, output, progress=sys.stderr.isatty()))
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise Refused(f"-p {text!r}: expected name=value, such as -p dataset=SARC.")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise Refused(f"-p {text!r}: {value!r} is not a readable value.") from None
+
+
+@study_app.command("run")
+@_speaks
+def study_run(
+    study: StudyOption = "demo",
+    dataset: DatasetsOption = None,
+    method: Annotated[list[str] | None, typer.Option("--method", help="repeat for several; default: all")] = None,
+    fold: Annotated[list[int] | None, typer.Option("--fold", help="repeat for several; default: all")] = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="repeat for several; default: the study's")] = None,
+    device: DeviceOption = "cpu",
+    precision: Annotated[str, typer.Option("--precision", help="fp32 or fp64")] = "fp32",
+    workers: WorkersOption = None,
+) -> None:
+    """Carry out the runs that are not finished yet, and print the mean C-index of all."""
+    from steph.study import Workbench, plan, run_all
+
+    bench = Workbench(study)
+    wanted = plan(bench.study, dataset, method, fold, seed, precision)
+    _print_means(run_all(bench, wanted, device=device, workers=workers))
+
+
+@app.command("results")
+@_speaks
+def show_results(
+    study: StudyOption = "demo",
+    csv: Annotated[Path | None, typer.Option("--csv", help="write all rows to this file")] = None,
+) -> None:
+    """Print the mean C-index of every finished run, by data set and method."""
+    from steph.records import atomic_path
+    from steph.study import results
+
+    table = results(study)
+    if table.empty:
+        raise Refused(f"study {study} has no finished run yet: steph study run --study {study}")
+    if csv:
+        with atomic_path(csv) as temporary:
+            table.to_csv(temporary, index=False)
+    _print_means(table)
+
+
+def _print_means(table: Any) -> None:
+    problems = table[table["problem"] != ""]
+    for row in problems.itertuples():
+        print(f"no C-index: {row.dataset} {row.method} fold {row.fold}: {row.problem}")
+    if len(table) > len(problems):
+        means = table.pivot_table(index="dataset", columns="method", values="c_index", sort=False)
+        counts = table.pivot_table(index="dataset", columns="method", values="c_index", aggfunc="count", sort=False)
+        folds = sorted(set(counts.to_numpy().ravel().tolist()))
+        print(f"mean C-index over {', '.join(f'{n:.0f}' for n in folds if n == n)} runs each")
+        print(means.round(4).to_string(na_rep=""))
+
+
+@app.command("book")
+@_speaks
+def build_book(study: StudyOption = "demo", device: DeviceOption = "cpu", workers: WorkersOption = None) -> None:
+    """Run what is missing, execute the notebooks, build the book."""
+    from steph import book
+    from steph.study import Workbench
+
+    print(book.build_book(Workbench(study), device=device, workers=workers))
+
+
+@data_app.command("list")
+@_speaks
+def data_list(study: StudyOption = "tcga") -> None:
+    """Data sets of a study, the sources of its data, and what is there."""
+    from steph.data.manifest import load_study
+
+    found = load_study(study)
+    print(f"{found.title}\ndata root: {found.data}\n")
+    for name, entry in found.datasets.items():
+        have = [
+            kind
+            for kind, end in (("labels", "csv"), ("stores", "h5"))
+            if (found.data / kind / f"{name}.{end}").is_file()
+        ]
+        print(f"{name:10} {' + '.join(entry.projects):22} {' and '.join(have) or 'nothing here yet'}")
+    for source in found.sources:
+        gate = "gated; " if source.gated else ""
+        print(f"\n{source.name}: {source.provides}\n  {source.address}\n  {gate}licence: {source.licence}")
+
+
+@data_app.command("labels")
+@_speaks
+def data_labels(
+    cdr: Annotated[Path, typer.Option("--cdr", help="TCGA-CDR table, .csv or .xlsx")],
+    slides: Annotated[Path, typer.Option("--slides", help="slide list (text or CSV), or a folder of feature files")],
+    out: Annotated[Path | None, typer.Option("--out", help="default: labels/ of the study's data root")] = None,
+    study: StudyOption = "tcga",
+) -> None:
+    """Build the label tables of a study from TCGA-CDR."""
+    from steph.data.labels import build_labels
+    from steph.data.manifest import load_study
+
+    found = load_study(study)
+    print(build_labels(found, cdr, slides, out or found.data / "labels").to_string(index=False))
+
+
+@data_app.command("check")
+@_speaks
+def data_check(study: StudyOption = "tcga", dataset: DatasetsOption = None) -> None:
+    """List every slide file that cannot be used, and why."""
+    from steph.data.dataset import check_dataset
+    from steph.data.features import problems_message
+    from steph.data.manifest import load_study
+
+    found, bad = load_study(study), 0
+    for name in dataset or found.datasets:
+        table = check_dataset(found, name)
+        problems = table[table["problem"] != ""]
+        bad += len(problems)
+        print(problems_message(table) if len(problems) else f"{name}: {len(table)} slides, all usable")
+    if bad:
+        raise typer.Exit(1)
+
+
+@data_app.command("pack")
+@_speaks
+def data_pack(
+    study: StudyOption = "tcga",
+    dataset: DatasetsOption = None,
+    allow_missing: Annotated[bool, typer.Option(help="leave out missing slides of patients who keep one")] = False,
+) -> None:
+    """Pack slide feature files into one store per data set; it can be interrupted and goes on."""
+    from steph.data.dataset import pack_dataset
+    from steph.data.manifest import load_study
+
+    found = load_study(study)
+    for name in dataset or found.datasets:
+        store = pack_dataset(found, name, allow_missing)
+        print(f"{name}: {store.path}")
+
+
+def main() -> None:
+    """`python -m steph.cli`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Notebooks as commands: parameters checked by name, type and value before any work, execution that is whole or fails.
+
+A notebook declares what it takes in its cell tagged ``parameters``. `steph run` checks what is given against that cell
+before a kernel starts; `start`, the notebook's second cell, checks again, so plain papermill is as strict. A copy that
+ran to its end gets a completion record beside it, written last; nothing else counts as finished.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steph import PROJECT, Refused
+from steph.data.manifest import Study, load_study, unknown
+from steph.records import atomic_path, file_sha256, fingerprint, versions, write_json
+from steph.study import Workbench, check_device
+from steph.training import PRECISIONS
+
+NOTEBOOKS = PROJECT / "notebooks"
+CELL_TIMEOUT_S = None  # a cell may train for days
+MARK = "# Parameters"
+"""First line of the parameters cell, and of the cell that papermill injects behind it."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Checked parameters of a notebook. What a notebook does not declare has its default."""
+
+    study: Study
+    bench: Workbench
+    dataset: str
+    datasets: list[str]
+    folds: list[int]
+    seed: int
+    n_seeds: int
+    device: str
+    precision: str
+
+
+def start(namespace: Mapping[str, Any]) -> Parameters:
+    """Check the parameters of the notebook whose globals are given; set the plots' style; say if all is synthetic.
+
+    Raises `Refused` for a name that the notebook does not take (papermill injects a misspelt parameter with a mere
+    warning), for a wrong type and an impossible value.
+    """
+    from IPython.display import Markdown, display
+
+    from steph import plots
+
+    checked = check({name: namespace[name] for name in _assigned_by_cells(namespace.get("In", []))})
+    plots.set_style()
+    if checked.study.synthetic:
+        display(Markdown(f"> **Synthetic demo cohort — not TCGA, not patients.** Study `{checked.study.name}`."))
+    return checked
+
+
+def check(given: Mapping[str, Any]) -> Parameters:
+    """Parameters by name, checked and completed. Raises `Refused` for the first that cannot be used."""
+    for name in given:
+        if name not in DEFAULTS:
+            raise Refused(unknown("notebook parameter", name, list(DEFAULTS), "the parameters that notebooks take"))
+    values = {**DEFAULTS, **given}
+    for name, value in values.items():
+        _check_type(name, value)
+    study = load_study(values["study"])
+    dataset = values["dataset"]
+    if dataset != "all":
+        study.entry(dataset)
+    if values["precision"] not in PRECISIONS:
+        raise Refused(f"notebook parameter precision = {values['precision']!r}; expected {' or '.join(PRECISIONS)}.")
+    if (values["seed"] is not None and values["seed"] < 0) or values["n_seeds"] < 1:
+        raise Refused(f"seed = {values['seed']}, n_seeds = {values['n_seeds']}; expected seed >= 0 and n_seeds >= 1.")
+    check_device(values["device"])
+    return Parameters(
+        study=study,
+        bench=Workbench(study),
+        dataset=dataset,
+        datasets=list(study.datasets) if dataset == "all" else [dataset],
+        folds=_folds(values["folds"], study),
+        seed=study.seed if values["seed"] is None else values["seed"],
+        n_seeds=values["n_seeds"],
+        device=values["device"],
+        precision=values["precision"],
+    )
+
+
+DEFAULTS: dict[str, Any] = {
+    "study": "demo",
+    "dataset": "all",
+    "folds": "all",
+    "seed": None,
+    "n_seeds": 1,
+    "device": "cpu",
+    "precision": "fp32",
+}
+"""Every parameter that a notebook may take."""
+
+TYPES: dict[str, tuple[type, ...]] = {
+    "study": (str,),
+    "dataset": (str,),
+    "folds": (str, int, list),
+    "seed": (int, type(None)),
+    "n_seeds": (int,),
+    "device": (str,),
+    "precision": (str,),
+}
+
+
+def _check_type(name: str, value: Any) -> None:
+    if not isinstance(value, TYPES[name]) or isinstance(value, bool):
+        expected = " or ".join("none" if t is type(None) else t.__name__ for t in TYPES[name])
+        raise Refused(f"notebook parameter {name} = {value!r} is of type {type(value).__name__}; expected {expected}.")
+
+
+def _folds(value: str | int | list, study: Study) -> list[int]:
+    """Folds from "all", a number, a list, or a text such as "0,2"."""
+    if value == "all":
+        return list(range(study.folds))
+    parts = value.strip("[] ").split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    try:
+        folds = [int(str(part)) for part in parts]
+    except ValueError:
+        raise Refused(f"notebook parameter folds = {value!r}; expected all, or folds such as 0,1,2.") from None
+    wrong = [fold for fold in folds if not 0 <= fold < study.folds]
+    if wrong or not folds:
+        raise Refused(f"fold {wrong[:1] or value} of study {study.name}: its folds are 0 to {study.folds - 1}.")
+    return list(dict.fromkeys(folds))
+
+
+def _assigned_by_cells(executed: Sequence[str]) -> list[str]:
+    """Names that the notebook's parameters cell assigns; refuses others that a later such cell assigns."""
+    cells = [_assignments(source) for source in executed if source.lstrip().startswith(MARK)]
+    takes = list(cells[0]) if cells else []
+    for cell in cells[1:]:
+        for name in cell:
+            if name not in takes:
+                raise Refused(unknown("parameter", name, takes, "this notebook"))
+    return takes
+
+
+def _assignments(source: str) -> dict[str, ast.expr]:
+    """Values assigned to plain names in a piece of code."""
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return {target.id: node.value for node in nodes for target in node.targets if isinstance(target, ast.Name)}
+
+
+# ---------------------------------------------------------------------------------------------- execution
+
+
+def find(name: str | Path) -> Path:
+    """A notebook by path or by name (``01_baselines``, ``baselines``). Raises `Refused` for one that is not there."""
+    path = Path(name)
+    if path.suffix == ".ipynb" and path.is_file():
+        return path
+    known = sorted(NOTEBOOKS.glob("*.ipynb"))
+    for candidate in known:
+        if path.stem in (candidate.stem, candidate.stem.partition("_")[2]):
+            return candidate
+    raise Refused(unknown("notebook", str(name), [p.stem for p in known], str(NOTEBOOKS)))
+
+
+def declared(notebook: Path) -> dict[str, Any]:
+    """Parameters and defaults of a notebook's cell tagged ``parameters``. Raises `Refused` where there is none."""
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        cell = next(c for c in cells if "parameters" in c.get("metadata", {}).get("tags", []))
+        source = "".join(cell["source"])
+        if not source.startswith(MARK):
+            raise Refused(f"the parameters cell of {notebook} must begin with the line {MARK!r}.")
+        return {name: ast.literal_eval(value) for name, value in _assignments(source).items()}
+    except StopIteration:
+        raise Refused(f"{notebook} has no cell tagged 'parameters'; tag the one that assigns them.") from None
+    except (ValueError, KeyError, SyntaxError, TypeError) as error:
+        raise Refused(f"{notebook} is not a notebook with plain parameters: {error}") from None
+
+
+def output_path(notebook: Path, checked: Parameters, takes: Mapping[str, Any]) -> Path:
+    """Where the executed copy goes: ``build/<study>/notebooks/``, named after the notebook and its data set."""
+    which = f"-{checked.dataset}" if "dataset" in takes and checked.dataset != takes["dataset"] else ""
+    return checked.study.build / "notebooks" / f"{notebook.stem}{which}.ipynb"
+
+
+def execute(notebook: Path, given: Mapping[str, Any], output: Path | None = None, progress: bool = True) -> Path:
+    """Execute a notebook with parameters; returns the executed copy, which has its completion record beside it.
+
+    Raises `Refused` for parameters that cannot be used (before a kernel starts), for an error in a cell (what was
+    executed is kept as ``...failed.ipynb``), and for a kernel that died, as it does when memory runs out.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    takes = declared(notebook)
+    for name in given:
+        if name not in takes:
+            raise Refused(unknown("parameter", name, list(takes), f"notebook {notebook.name}"))
+    checked = check({**takes, **given})
+    target = output or output_path(notebook, checked, takes)
+    completion_path(target).unlink(missing_ok=True)
+    started = time.perf_counter()
+    failed = target.with_name(f"{target.stem}.failed.ipynb")
+    with atomic_path(target) as temporary:
+        working = temporary.with_suffix(".ipynb")
+        try:
+            papermill.execute_notebook(
+                notebook, working, dict(given), progress_bar=progress, cwd=PROJECT, execution_timeout=CELL_TIMEOUT_S
+            )  # fmt: skip
+        except PapermillExecutionError as error:
+            working.replace(failed)
+            raise Refused(f"{notebook.name} stopped: {error.ename}: {error.evalue}\nSee {failed}") from None
+        except DeadKernelError:
+            raise Refused(
+                f"the kernel of {notebook.name} died; most often the system ended it for want of memory. Finished runs "
+                "are kept: run the same command again, with fewer workers or on a larger machine."
+            ) from None
+        finally:
+            if working.exists():
+                working.replace(temporary)
+    failed.unlink(missing_ok=True)
+    write_json(
+        completion_path(target),
+        {
+            "status": "complete",
+            "study": checked.study.name,
+            "synthetic": checked.study.synthetic is not None,
+            "parameters": dict(given),
+            "state": state(notebook, given, checked.bench),
+            "notebook": file_sha256(target),
+            "seconds": round(time.perf_counter() - started, 1),
+            "device": checked.device,
+            "versions": versions(),
+        },
+    )
+    return target
+
+
+def completion_path(executed: Path) -> Path:
+    """The completion record of an executed notebook."""
+    return executed.with_suffix(".json")
+
+
+def completion(executed: Path) -> dict[str, Any]:
+    """The completion record of an executed notebook. Raises `Refused` where it is missing or the notebook is another
+    one than was completed: then it may be half done, whatever it looks like."""
+    path = completion_path(executed)
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        if info["status"] == "complete" and info["notebook"] == file_sha256(executed):
+            return info
+        reason = "the notebook is not the one that was completed"
+    except (OSError, ValueError, KeyError, TypeError):
+        reason = f"no readable completion record at {path}"
+    raise Refused(f"{executed}: {reason}. Run it again: steph run {executed.stem.partition('-')[0]}")
+
+
+def state(notebook: Path, given: Mapping[str, Any], bench: Workbench) -> str:
+    """Hash of all that an executed notebook shows: its source and parameters, the library, the study, its records."""
+    library = sorted((PROJECT / "steph").rglob("*.py"))
+    runs = sorted(str(path) for path in (bench.study.build / "runs").glob("*/*/*/run.json"))
+    source = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    cells = [[cell["cell_type"], "".join(cell["source"])] for cell in source]
+    manifest = bench.study.model_dump(mode="json")
+    return fingerprint([cells, dict(given), [file_sha256(p) for p in library], manifest, runs])
+
+
+def up_to_date(executed: Path, notebook: Path, given: Mapping[str, Any], bench: Workbench) -> bool:
+    """Whether an executed copy is finished and shows what a new execution would show."""
+    try:
+        return executed.is_file() and completion(executed)["state"] == state(notebook, given, bench)
+    except Refused:
+        return False

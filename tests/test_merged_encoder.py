@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch import nn
+
+from steph.data import RaggedBatch
+from steph.merging import MergedEncoder, task_vector
+from steph.merging.merged_encoder import _groups
+from steph.mil import ABMIL
+from steph.mil.state import state_of
+
+
+class Plain(nn.Module):
+    """A network without `encode_each`: it takes the general way."""
+
+    def __init__(self, network):
+        super().__init__()
+        for name, child in network.named_children():
+            self.add_module(name, child)
+        self.inner = [network]
+
+    def encode(self, bags):
+        return self.inner[0].encode(bags)
+
+
+@pytest.fixture
+def problem(float64):
+    torch.manual_seed(0)
+    network = ABMIL(6, 5, 4, 3).eval()
+    null = state_of(network)
+    vectors = [task_vector({k: v + torch.randn_like(v) for k, v in null.items()}, null) for _ in range(3)]
+    bags = [torch.randn(n, 6) for n in (4, 19, 5, 1, 40)]
+    return network, null, vectors, bags, torch.randn(5, 3)
+
+
+def gradient(encoder, coefficients, bags):
+    coefficients = coefficients.clone().requires_grad_()
+    features = encoder(coefficients, bags)
+    (features * torch.arange(features.numel()).view_as(features)).sum().backward()
+    return features.detach(), coefficients.grad
+
+
+def test_batched_and_looped_merging_agree(problem):
+    network, null, vectors, bags, coefficients = problem
+    features, d = gradient(MergedEncoder(network, null, vectors), coefficients, RaggedBatch.from_bags(bags))
+    expected, d_expected = gradient(MergedEncoder(Plain(network), null, vectors), coefficients, bags)
+    torch.testing.assert_close(features, expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(d, d_expected, rtol=1e-9, atol=1e-10)
+
+
+def test_merged_weights_are_the_looped_sum(problem):
+    network, null, vectors, _, coefficients = problem
+    found = MergedEncoder(network, null, vectors).state(coefficients[1])
+    for name, value in found.items():
+        looped = null[name]
+        for c, tau in zip(coefficients[1], vectors, strict=True):
+            looped = looped + c * tau[name]
+        torch.testing.assert_close(value, looped, rtol=1e-12, atol=1e-12)
+    assert not any(name.startswith("head.") for name in found)
+
+
+def test_zero_coefficients_give_the_base_back(problem):
+    network, null, vectors, bags, coefficients = problem
+    found = MergedEncoder(network, null, vectors)(torch.zeros_like(coefficients), bags)
+    torch.testing.assert_close(found, network.encode(bags), rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_but_the_coefficients_gets_a_gradient(problem):
+    network, null, vectors, bags, coefficients = problem
+    encoder = MergedEncoder(network, null, vectors)
+    gradient(encoder, coefficients, bags)
+    assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
+
+
+def test_a_late_backward_is_refused_not_wrong(problem):
+    network, null, vectors, bags, coefficients = problem
+    encoder = MergedEncoder(network, null, vectors)
+    first = encoder(coefficients.clone().requires_grad_(), bags)
+    encoder(coefficients, bags)
+    with pytest.raises(RuntimeError, match="workspace has been used again"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("sizes", [[1], [5, 5, 5], [1, 2, 4, 8, 100], [6, 7, 8, 9, 40, 41]])
+def test_groups_cover_all_and_waste_little(sizes):
+    groups = list(_groups(sizes))
+    assert [i for start, stop in groups for i in range(start, stop)] == list(range(len(sizes)))
+    for start, stop in groups:
+        assert sizes[stop - 1] * (stop - start) <= 1.25 * sum(sizes[start:stop])

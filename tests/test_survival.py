@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steph import Refused
+from steph.survival import bin_index, concordance_index, nll_loss, risk_score, survival_curve
+
+
+@pytest.mark.parametrize("case", ["max_below", "max_equal", "max_above", "int_days"])
+def test_bins_are_the_releases(reference, case):
+    numbers = reference("c_timebins")
+    label = "label_int_days" if case == "int_days" else f"label_{case}"
+    np.testing.assert_array_equal(bin_index(numbers[f"t_{case}"]), numbers[label])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
+def test_a_time_that_cannot_be_is_refused(bad):
+    with pytest.raises(Refused, match="missing, infinite or negative"):
+        bin_index([10.0, bad])
+
+
+@pytest.mark.parametrize(("tag", "alpha"), [("alpha05", 0.5), ("alpha0", 0.0), ("alpha015", 0.15)])
+def test_likelihood_and_gradient_are_the_releases(reference, tag, alpha):
+    numbers = reference("b_survmle")
+    logits = numbers.tensor("logits").requires_grad_()
+    bins, event = numbers.tensor("t_bin"), numbers.tensor("event")
+    hazards = torch.sigmoid(logits)
+    for reduction, name in [("none", "per_sample"), ("mean", "mean"), ("sum", "sum")]:
+        found = nll_loss(hazards, bins, event, alpha=alpha, reduction=reduction)
+        torch.testing.assert_close(found, numbers.tensor(f"loss_{name}_{tag}"), rtol=1e-12, atol=1e-14)
+    nll_loss(hazards, bins, event, alpha=alpha).backward()
+    torch.testing.assert_close(logits.grad, numbers.tensor(f"grad_logits_mean_{tag}"), rtol=1e-10, atol=1e-14)
+
+
+def test_likelihood_clamps_as_the_release(reference):
+    numbers = reference("b_survmle")
+    hazards, bins, event = (numbers.tensor(f"clamp_{name}") for name in ("hazards", "t_bin", "event"))
+    for tag, alpha in [("alpha05", 0.5), ("alpha0", 0.0)]:
+        found = nll_loss(hazards, bins, event, alpha=alpha, eps=float(numbers["eps"]), reduction="none")
+        torch.testing.assert_close(found, numbers.tensor(f"clamp_loss_per_sample_{tag}"), rtol=1e-12, atol=1e-14)
+
+
+CASES = ["random", "timeties", "riskties", "bothties", "lastgroup", "constant", "tolerance", "tolerance_shuffled"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_c_index_is_scikit_survivals(reference, case):
+    numbers = reference("d_cindex")
+    if f"{case}_hazards" in numbers.arrays:
+        risk = risk_score(numbers.tensor(f"{case}_hazards"))
+        np.testing.assert_allclose(risk, numbers[f"{case}_risk"], rtol=1e-12)
+    found = concordance_index(numbers[f"{case}_time"], numbers[f"{case}_event"], numbers[f"{case}_risk"])
+    assert found == pytest.approx(float(numbers[f"{case}_cindex"]), rel=1e-12)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.booleans(), st.integers(-5, 5)), min_size=2, max_size=40))
+def test_c_index_agrees_with_two_packages_on_anything(rows):
+    sksurv = pytest.importorskip("sksurv.metrics")
+    time, event, risk = (np.array(column) for column in zip(*rows, strict=True))
+    try:
+        expected = sksurv.concordance_index_censored(event.astype(bool), time.astype(float), risk.astype(float))[0]
+    except (ValueError, ZeroDivisionError):  # all censored, or nothing comparable
+        expected = np.nan
+    from lifelines.utils import concordance_index as lifelines_index
+
+    if np.isnan(expected):
+        with pytest.raises(Refused, match="no comparable pair"):
+            concordance_index(time, event, risk)
+    else:
+        found = concordance_index(time, event, risk)
+        assert found == pytest.approx(expected, abs=1e-12)
+        assert found == pytest.approx(lifelines_index(time, -risk, event), abs=1e-12)
+
+
+def test_higher_risk_is_worse():
+    assert concordance_index([1, 2, 3], [1, 1, 1], [3, 2, 1]) == 1.0
+    early, late = torch.zeros(2, 4).scatter(1, torch.tensor([[0], [3]]), 0.9).split(1)
+    assert risk_score(early) > risk_score(late)
+    assert survival_curve(early)[0].tolist() == pytest.approx([0.1] * 4)
+
+
+def test_a_risk_that_is_not_a_number_is_refused():
+    with pytest.raises(Refused, match="1 of 2 risks are not finite"):
+        concordance_index([1, 2], [1, 1], [0.0, np.nan])
