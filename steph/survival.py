@@ -94,4 +94,4 @@ def concordance_index(time_days: Any, event: Any, risk: Any, tied_tol: float = 1
             f"no comparable pair among {time.size} patients with {int(seen.sum())} events: the C-index is undefined. "
             "Use a fold or a cohort in which somebody with an event was followed for less time than somebody else."
         )
-    return score / pairs
+    return float(score / pairs)

@@ -48,6 +48,25 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture(scope="session")
+def build_folder(tmp_path_factory):
+    """A build folder of the test session's own; the checkout's is not touched."""
+    folder = tmp_path_factory.mktemp("build")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEPH_BUILD", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny(build_folder):
+    """The workbench of the study `tiny` with every run of it finished."""
+    from steph.study import Workbench, plan, run_all
+
+    bench = Workbench("tiny")
+    run_all(bench, plan(bench.study), workers=1)
+    return bench
+
+
 def assert_states_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-9) -> None:
     assert set(found) == set(expected)
     for name, value in expected.items():

@@ -1,0 +1,178 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from steph import Refused
+from steph.methods import METHODS
+from steph.mil.state import load_state
+from steph.records import read_record
+from steph.study import Run, Workbench, c_index, check_device, plan, results, run, run_all
+
+SARC = Run("SARC", "steph", 1, 42)
+
+
+def test_every_run_leaves_a_whole_record(tiny):
+    for wanted in plan(tiny.study):
+        record = tiny.record(wanted)
+        info = record.info
+        assert info["run"]["method"] == wanted.method and info["synthetic"] is True and info["device"] == "cpu"
+        predictions = pd.read_csv(record.file("predictions.csv"))
+        assert predictions["patient_id"].tolist() == tiny.dataset(wanted.dataset).splits.test(wanted.fold)
+        assert list(predictions.columns) == ["patient_id", "time_days", "event", "risk"] + [
+            f"survival_{t}" for t in range(1, 33)
+        ]
+        assert c_index(predictions)["c_index"] == info["metrics"]["c_index"]
+        history = pd.read_csv(record.file("history.csv")) if wanted.method != "model_average" else pd.DataFrame()
+        assert len(history) == (0 if wanted.method == "model_average" else tiny.study.recipe.epochs)
+
+
+def test_history_of_steph_follows_every_source(tiny):
+    history = pd.read_csv(tiny.record(SARC).file("history.csv"))
+    assert {"w_CESC", "lambda_CESC", "w_LIHC", "lambda_LIHC"} <= set(history.columns)
+    assert not any(name.endswith("_SARC") for name in history.columns)
+
+
+def test_source_models_never_saw_a_test_patient(tiny):
+    """Sources are other cancers' models; the target's is of the same fold, so it saw none of the fold's patients."""
+    upstream = tiny.upstream(SARC)
+    assert set(upstream) == {"target", "CESC", "LIHC"}
+    assert upstream["target"] == replace(SARC, method="vanilla")
+    tested = set(tiny.dataset("SARC").splits.test(SARC.fold))
+    for first in upstream.values():
+        assert not tested & set(tiny.dataset(first.dataset).splits.train(first.fold))
+
+
+def test_all_models_share_one_null_model(tiny):
+    origins = {tiny.state(r).origin for r in plan(tiny.study, methods=["vanilla", "steph"])}
+    assert origins == {tiny.null_state("abmil").origin}
+
+
+def test_a_saved_model_predicts_what_was_recorded(tiny):
+    from steph.training import predict, single_thread
+
+    for name in METHODS:
+        wanted = replace(SARC, method=name)
+        data = tiny.dataset("SARC")
+        with single_thread():
+            again = predict(tiny.model(wanted), data, data.splits.test(1))
+        recorded = pd.read_csv(tiny.record(wanted).file("predictions.csv"), float_precision="round_trip")
+        assert again["risk"].tolist() == recorded["risk"].tolist()
+
+
+def test_finished_runs_are_not_repeated(tiny, monkeypatch):
+    def fails(*_args):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("steph.study._execute", fails)
+    again = run_all(Workbench("tiny"), plan(tiny.study))
+    assert len(again) == len(plan(tiny.study))
+
+
+def test_one_or_two_workers_give_the_same_bits(tiny, build_folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path))
+    bench = Workbench("tiny")
+    run_all(bench, [SARC], workers=2)
+    assert bench.key(SARC) == tiny.key(SARC)
+    one, two = (load_state(b.record(SARC).file("model.safetensors")) for b in (tiny, bench))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_key_follows_what_decides_the_result(tiny, monkeypatch):
+    key = tiny.key(SARC)
+    study = tiny.study
+    changed = {
+        "recipe": study.model_copy(update={"recipe": study.recipe.model_copy(update={"lr": 1e-3})}),
+        "settings": study.model_copy(update={"steph": study.steph.model_copy(update={"beta": 0.1})}),
+        "seed of M_0": study.model_copy(update={"seed": 7}),
+        "network": study.model_copy(update={"network": study.network.model_copy(update={"dropout": 0.1})}),
+    }
+    for what, other in changed.items():
+        assert Workbench(other).key(SARC) != key, what
+    assert Workbench(study.model_copy(update={"title": "another"})).key(SARC) == key
+    assert len({tiny.key(replace(SARC, **{k: v})) for k, v in [("seed", 1), ("fold", 0), ("precision", "fp64")]}) == 3
+
+
+def test_results_leave_out_runs_of_another_key(tiny):
+    record = tiny.record(SARC)
+    stale = record.path.with_name("fold1-seed42-000000000000")
+    import json
+    import shutil
+
+    shutil.copytree(record.path, stale)
+    info = json.loads((stale / "run.json").read_text())
+    (stale / "run.json").write_text(json.dumps({**info, "key": "000000000000"}))
+    try:
+        assert "000000000000" not in set(results(tiny)["key"])
+        assert "000000000000" in set(results(tiny, current_only=False)["key"])
+    finally:
+        shutil.rmtree(stale)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": "SARK"}, r"unknown data set 'SARK' in study tiny\. Did you mean SARC\?"),
+        ({"method": "stef"}, r"unknown method 'stef'.* Did you mean steph\?"),
+        ({"fold": 2}, "fold 2 of study tiny: it has 2 folds, 0 to 1"),
+        ({"precision": "fp8"}, "precision 'fp8'; expected one of fp32, fp64"),
+    ],
+)
+def test_runs_that_cannot_be_are_refused_before_any_work(tiny, change, message):
+    with pytest.raises(Refused, match=message):
+        run_all(tiny, [replace(SARC, **change)])
+
+
+def test_more_kept_sources_than_there_are_is_refused_before_any_work(tiny):
+    study = tiny.study.model_copy(update={"steph": tiny.study.steph.model_copy(update={"top_k": 5})})
+    with pytest.raises(Refused, match=r"steph\.top_k = 5 in study tiny, but SARC has 2 source cancers"):
+        run_all(study, [SARC])
+
+
+@pytest.mark.parametrize(("device", "message"), [("gpu", "expected cpu, cuda"), ("cuda:99", "sees . GPUs here")])
+def test_a_device_that_is_not_there(device, message):
+    with pytest.raises(Refused, match=message):
+        check_device(device)
+
+
+def test_a_missing_model_names_the_command(tiny):
+    with pytest.raises(Refused, match="steph study run --study tiny --dataset SARC --method steph --fold 1 --seed 5"):
+        tiny.model(replace(SARC, seed=5))
+
+
+def test_a_fold_without_events_has_a_reason_not_a_number(tiny):
+    predictions = pd.read_csv(tiny.record(SARC).file("predictions.csv")).assign(event=0)
+    found = c_index(predictions)
+    assert found["c_index"] is None and "no comparable pair" in found["problem"]
+
+
+def test_killed_at_any_moment_and_run_again_gives_the_same_numbers(tiny, tmp_path):
+    """SIGKILL in the middle of a study, several times; then it ends as if nothing had happened."""
+    script = textwrap.dedent("""
+        from steph.study import Run, Workbench, run_all
+        if __name__ == "__main__":
+            run_all(Workbench("tiny"), [Run("SARC", m, 1, 42) for m in ("steph", "hypernetwork_only")], workers=1)
+    """)
+    environment = {**os.environ, "STEPH_BUILD": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    for seconds in (3.0, 3.6, 4.2):
+        process = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, stderr=subprocess.DEVNULL)
+    found = read_record(tmp_path / tiny.folder(SARC).relative_to(tiny.study.build.parent))
+    expected = tiny.record(SARC)
+    for name in ("predictions.csv", "model.safetensors"):
+        assert found.info["files"][name] == expected.info["files"][name]
+
+
+def test_run_returns_the_record(tiny):
+    found = run(tiny, "SARC", "vanilla", 0)
+    assert found.info["key"] == tiny.key(Run("SARC", "vanilla", 0, 42))

@@ -1,0 +1,193 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import assert_states_close
+from torch import nn
+
+from steph import Refused
+from steph.data import RaggedBatch
+from steph.data.manifest import Network, Recipe
+from steph.hypernetwork import STEPH
+from steph.hypernetwork import convert_released as convert_steph
+from steph.mil import ABMIL, convert_released
+from steph.mil.abmil import RELEASED_NAMES
+from steph.mil.state import load_into, state_of
+from steph.training import Trainer, fit, learning_rate_factor, parameter_groups, predict, seed_everything, single_thread
+
+
+@pytest.mark.parametrize(
+    ("case", "steps", "warmup"), [("S7_warm1", 7, 1), ("S1_warm1", 1, 1), ("S51_warm1", 51, 1), ("S7_warm0", 7, 0)]
+)
+def test_schedule_is_the_releases(reference, case, steps, warmup):
+    numbers = reference("i_lr_groups")
+    expected = numbers[f"lr_{case}"]
+    recipe = Recipe(epochs=int(numbers["epochs"]), warmup_epochs=warmup)
+    found = [learning_rate_factor(update, steps, recipe) for update in range(len(expected) + 1)]
+    np.testing.assert_allclose(np.array(found[:-1]) * float(numbers["base_lr"]), expected, rtol=1e-12, atol=1e-20)
+    assert found[-1] == pytest.approx(0, abs=1e-15)
+
+
+def test_steps_per_epoch_drop_the_remainder(reference):
+    numbers = reference("i_lr_groups")
+    np.testing.assert_array_equal(numbers["n_train"] // Recipe().bags_per_step, numbers["steps_per_epoch"])
+
+
+def groups_of(model):
+    names = {id(p): n for n, p in model.named_parameters()}
+    plain, decayed = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 1e-5))
+    return plain, decayed
+
+
+def released_names(numbers, which, table):
+    layers = {**{theirs: ours for ours, theirs in RELEASED_NAMES.items()}, **table}
+    return {
+        f"{layers[layer]}.{kind}" if layer else layers[kind]
+        for name in numbers[which].tolist()
+        for layer, _, kind in [name.rpartition(".")]
+    }
+
+
+def test_weight_decay_groups_are_the_releases(reference):
+    from steph.hypernetwork import RELEASED_NAMES as STEPH_NAMES
+
+    numbers = reference("i_lr_groups")
+    null = state_of(ABMIL(4, 3, 2, 2))
+    pool = {"a": null, "b": null}
+    models = {
+        "abmil": ABMIL(4, 3, 2, 2),
+        "steph_nn": STEPH(null, null, pool, top_k=1, dim_hidden=3),
+        "steph_param": STEPH(null, null, pool, top_k=1, dim_hidden=3, mix="parameter"),
+        "steph_fix": STEPH(null, null, pool, top_k=1, dim_hidden=3, mix=0.5),
+    }
+    for name, model in models.items():
+        table = {**STEPH_NAMES, "vecmix_layer": "ratio_vector"} if name != "abmil" else {}
+        plain, decayed = groups_of(model)
+        assert plain == released_names(numbers, f"group_nodecay__{name}", table), name
+        assert decayed == released_names(numbers, f"group_decay__{name}", table), name
+        assert [g["weight_decay"] for g in parameter_groups(model, 1e-5)] == numbers[f"group_wd__{name}"].tolist()
+
+
+@pytest.mark.parametrize("name", ["abmil", "steph"])
+def test_five_updates_land_on_the_releases_weights(reference, float64, name):
+    numbers = reference("k_train_steps")
+    states = {k: convert_released(numbers.state(k)) for k in ("theta0", "theta_t", *(f"theta_s{i}" for i in range(5)))}
+    if name == "abmil":
+        model, convert = ABMIL(24, 16, 12, 8, dropout=0.0), convert_released
+    else:
+        pool = {f"s{i}": states[f"theta_s{i}"] for i in range(5)}
+        model = STEPH(
+            states["theta0"], states["theta_t"], pool, top_k=int(numbers["K"]), dim_hidden=16, dropout=0.0,
+            beta=float(numbers["beta"]), gamma=float(numbers["gamma"]),
+        )  # fmt: skip
+        convert = convert_steph
+    load_into(model, convert(numbers.state(f"{name}_init")))
+    trainer = Trainer(model.train(), Recipe(), int(numbers["steps_per_epoch"]))
+    for step in range(5):
+        bags = [numbers.tensor(f"bag_{i}") for i in range(4 * step, 4 * step + 4)]
+        bins, event = numbers.tensor("labels")[4 * step : 4 * step + 4].T
+        found = trainer.step(RaggedBatch.from_bags(bags), bins, event)
+        nll, _, _, total, rate = numbers[f"{name}_record_nll_merge_mix_total_lr"][step]
+        assert found["loss"] == pytest.approx(nll, rel=1e-10)
+        assert found["loss"] + found["auxiliary_loss"] == pytest.approx(total, rel=1e-10)
+        assert found["learning_rate"] == pytest.approx(rate, rel=1e-10, abs=1e-20)
+        if step + 1 in (1, 2, 5):
+            trained = state_of(model, trainable_only=True)
+            assert_states_close(trained, convert(numbers.state(f"{name}_after{step + 1}")), rtol=1e-9)
+
+
+class Patients:
+    """A data set in memory: what the engine asks of `Dataset`."""
+
+    name = "made"
+
+    def __init__(self, n=40, events=True):
+        generator = torch.Generator().manual_seed(0)
+        self.risk = torch.randn(n, generator=generator)
+        self.bags = [torch.randn(3 + i % 4, 5, generator=generator) + r for i, r in enumerate(self.risk)]
+        self.ids = [f"P{i:02}" for i in range(n)]
+        days = 800 * torch.exp(-self.risk) + 1
+        self.table = pd.DataFrame({"patient_id": self.ids, "time_days": days.numpy(), "event": events})
+
+    def labels(self, patients):
+        return self.table.set_index("patient_id", drop=False).loc[list(patients)].reset_index(drop=True)
+
+    def batch(self, patients, device="cpu", dtype=torch.float32):
+        return RaggedBatch.from_bags([self.bags[self.ids.index(p)] for p in patients]).to(device, dtype)
+
+
+NETWORK = Network(dim_emb=8, dim_attn=4, n_bins=8)
+
+
+def trained(data, seed=0, **recipe):
+    seed_everything(1)
+    model = ABMIL(5, 8, 4, 8)
+    history = fit(model, data, data.ids, Recipe(**{"lr": 0.02, "epochs": 8, **recipe}), NETWORK, seed)
+    return model, history
+
+
+def test_training_learns_what_is_there():
+    from steph.survival import concordance_index
+
+    data = Patients()
+    model, history = trained(data, epochs=60)
+    assert history["loss"].iloc[-1] < 0.7 * history["loss"].iloc[0]
+    assert history["epoch"].tolist() == list(range(1, 61)) and not model.training
+    found = predict(model, data, data.ids)
+    assert concordance_index(found["time_days"], found["event"], found["risk"]) > 0.8
+
+
+def test_same_seed_same_bits_and_another_seed_others():
+    data = Patients()
+    one, other, different = (state_of(trained(data, seed=seed)[0]) for seed in (0, 0, 1))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert not all(torch.equal(one[k], different[k]) for k in one)
+
+
+def test_predictions_are_aligned_by_patient_whatever_the_order():
+    data = Patients()
+    model, _ = trained(data, epochs=1)
+    straight = predict(model, data, data.ids).set_index("patient_id")
+    turned = predict(model, data, data.ids[::-1]).set_index("patient_id")
+    pd.testing.assert_frame_equal(turned.loc[data.ids], straight)
+    curves = straight.filter(like="survival_").to_numpy()
+    assert curves.shape == (40, 8) and (np.diff(curves) <= 0).all() and (curves <= 1).all()
+    np.testing.assert_allclose(straight["risk"], -curves.sum(1), rtol=1e-12)
+
+
+def test_only_the_last_epochs_model_is_kept_and_frozen_parts_stay():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = ABMIL(5, 8, 4, 8).requires_grad_(False)
+            self.inner.head.requires_grad_(True)
+
+        def forward(self, bags):
+            return self.inner(bags)
+
+    data = Patients()
+    model = Frozen()
+    before = state_of(model)
+    fit(model, data, data.ids, Recipe(lr=0.02, epochs=2), NETWORK, 0)
+    after = state_of(model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"inner.head.weight", "inner.head.bias"}
+
+
+def test_what_cannot_be_trained_is_refused():
+    with pytest.raises(Refused, match="15 training patients and an update takes 16"):
+        trained(Patients(15))
+    with pytest.raises(Refused, match="no event among 40 training patients"):
+        trained(Patients(events=False))
+    with pytest.raises(Refused, match=r"training loss is nan .* lower recipe\.lr"):
+        data = Patients()
+        data.bags[3][0] = torch.nan
+        trained(data, epochs=1, bags_per_step=40)
+
+
+def test_single_thread_gives_the_threads_back():
+    torch.set_num_threads(2)
+    with single_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
