@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -216,3 +217,26 @@ def test_page_opens_with_its_question_and_closes_with_a_take_away(page):
     if page.stem not in ("index", "glossary", "bibliography"):
         assert "?" in text.split("\n## ")[0], "no question before the first section"
         assert ":class: tip" in text, "no take-away"
+
+
+def test_commands_in_the_text_exist():
+    """Each `steph ...` line of a code block names a command and options that the command line has."""
+    import typer
+
+    from steph.cli import app
+
+    seen = 0
+    for path in [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *(PROJECT / "book").glob("*.md")]:
+        text = "\n".join(code_of(path.read_text(encoding="utf-8"))).replace("\\\n", " ")
+        for line in re.findall(r"^\s*(?:\.venv/bin/)?steph ([^#`\n]*)", text, re.M):
+            words, command = shlex.split(line), typer.main.get_command(app)
+            while words and hasattr(command, "commands") and words[0] in command.commands:
+                command = command.commands[words.pop(0)]
+            assert not hasattr(command, "commands") or line.split()[0] == "...", (
+                f"{path.name}: no command `steph {line}`"
+            )
+            known = {name for parameter in command.params for name in parameter.opts}
+            unknown = {word for word in words if word.startswith("-")} - known
+            assert not unknown, f"{path.name}: `steph {line}` has no option {sorted(unknown)}"
+            seen += 1
+    assert seen > 5
