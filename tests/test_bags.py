@@ -41,6 +41,8 @@ def test_huge_scores_do_not_leak_between_bags(bags):
     attention = batch.softmax(scores)
     assert torch.isfinite(attention).all() and torch.allclose(attention.sum(1), torch.ones(3, dtype=torch.float64))
     assert attention[2, -1] == pytest.approx(1 / 9)
+    scores[5:] = -1e12
+    assert torch.allclose(batch.softmax(scores)[2, 5:], torch.full((9,), 1 / 9, dtype=torch.float64))
 
 
 def test_to_changes_precision_and_keeps_the_rest(bags):
