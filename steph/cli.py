@@ -174,16 +174,22 @@ def data_labels(
     from steph.data.manifest import load_study
 
     found = load_study(study)
-    print(build_labels(found, cdr, slides, out or found.data / "labels").to_string(index=False))
+    summary = build_labels(found, cdr, slides, out or found.data / "labels")
+    print(summary.to_string(index=False))
+    for reason, count in summary.attrs["dropped"].items():
+        print(f"left out: {count} slide(s): {reason}")
+    for row in summary[summary["matches"].eq(False)].itertuples():
+        print(f"{row.dataset}: these counts are not those of the study's manifest; is the slide list complete?")
 
 
 @data_app.command("check")
 @_speaks
 def data_check(study: StudyOption = "tcga", dataset: DatasetsOption = None) -> None:
-    """List every slide file that cannot be used, and why."""
+    """List every slide file that cannot be used, and why; check the content of stores that are there."""
     from steph.data.dataset import check_dataset
     from steph.data.features import problems_message
     from steph.data.manifest import load_study
+    from steph.data.store import Store
 
     found, bad = load_study(study), 0
     for name in dataset or found.datasets:
@@ -191,6 +197,10 @@ def data_check(study: StudyOption = "tcga", dataset: DatasetsOption = None) -> N
         problems = table[table["problem"] != ""]
         bad += len(problems)
         print(problems_message(table) if len(problems) else f"{name}: {len(table)} slides, all usable")
+        stored = found.data / "stores" / f"{name}.h5"
+        if stored.is_file():
+            Store.open(stored).verify(progress=True)
+            print(f"{name}: the store holds what was packed")
     if bad:
         raise typer.Exit(1)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
+from steph.data.tables import read_csv
 from steph.records import atomic_path, fingerprint
 
 COLUMNS = ["patient_id", "slide_id", "project", "time_days", "event"]
@@ -58,11 +59,7 @@ def read_cohort(path: Path, dataset: str) -> Cohort:
     """
     if not path.is_file():
         raise Refused(f"no label table of {dataset} at {path}. `steph data labels` builds it from TCGA-CDR.")
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise Refused(f"{path} is not a readable CSV table: {error}") from None
-    return cohort_from(table, dataset, str(path))
+    return cohort_from(read_csv(path), dataset, str(path))
 
 
 def cohort_from(table: pd.DataFrame, dataset: str, where: str) -> Cohort:

@@ -1,0 +1,77 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from steph.cli import app
+
+
+@pytest.fixture
+def call(build_folder):
+    def run(*arguments):
+        return CliRunner().invoke(app, [str(a) for a in arguments])
+
+    return run
+
+
+def test_study_run_then_results(call, tiny, tmp_path):
+    done = call("study", "run", "--study", "tiny", "--dataset", "SARC", "--method", "steph", "--workers", 1)
+    assert done.exit_code == 0 and "steph" in done.output and "SARC" in done.output
+    done = call("results", "--study", "tiny", "--csv", tmp_path / "all.csv")
+    assert done.exit_code == 0
+    table = pd.read_csv(tmp_path / "all.csv")
+    assert set(table["dataset"]) == set(tiny.study.datasets) and table["c_index"].between(0, 1).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["study", "run", "--study", "tiny", "--method", "stef"], "Did you mean steph?"),
+        (["study", "run", "--study", "tiny", "--dataset", "SARK"], "Did you mean SARC?"),
+        (["study", "run", "--study", "tiny", "--fold", "7"], "it has 2 folds, 0 to 1"),
+        (["study", "run", "--study", "tiny", "--device", "cuda:9"], "GPUs here"),
+        (["run", "01_baselines", "-p", "study=tiny", "-p", "cancr=LUAD"], "unknown parameter 'cancr'"),
+        (["run", "01_baselines", "-p", "study=tiny", "-p", "folds=[3]"], "its folds are 0 to 1"),
+        (["run", "01_baselines", "-p", "nonsense"], "expected name=value"),
+        (["run", "nosuch"], "unknown notebook 'nosuch'"),
+        (["data", "pack", "--study", "tiny"], "synthetic"),
+        (["results", "--study", "nosuch"], "unknown study 'nosuch'"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(call, arguments, message):
+    done = call(*arguments)
+    assert done.exit_code == 1
+    assert message in done.output and "Traceback" not in done.output
+
+
+def test_results_of_nothing_name_the_command(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path))
+    done = call("results", "--study", "tiny")
+    assert done.exit_code == 1 and "steph study run --study tiny" in done.output
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_study_says_so_and_goes_on(tmp_path, tiny, sent):
+    environment = {**os.environ, "STEPH_BUILD": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "steph.cli", "study", "run", "--study", "tiny", "--workers", "2"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("tiny/runs/*/*/*/run.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "What is finished is kept" in said
+    finished = {p: p.stat().st_mtime_ns for p in tmp_path.glob("tiny/runs/*/*/*/run.json")}
+    assert finished
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
+
+
+def test_data_list_names_sources_and_terms(call):
+    done = call("data", "list", "--study", "tcga")
+    assert done.exit_code == 0 and "UNI2-h" in done.output and "licence" in done.output

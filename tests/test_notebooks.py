@@ -1,0 +1,153 @@
+import json
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from steph import Refused, notebooks
+from steph.notebooks import check, completion, completion_path, declared, execute, find, start, up_to_date
+
+PARAMETERS = '# Parameters\nstudy = "tiny"\ndataset = "all"\nfolds = "all"\nseed = 42\ndevice = "cpu"\n'
+
+
+def made(path, *cells, parameters=PARAMETERS):
+    """A notebook on disk with a parameters cell, `start`, and the cells given."""
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    begin = nbformat.v4.new_code_cell("from steph.notebooks import start\np = start(globals())")
+    notebook.cells = [first, begin, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
+    nbformat.write(notebook, path)
+    return path
+
+
+@pytest.fixture
+def notebook(tmp_path, build_folder):
+    return made(tmp_path / "a.ipynb", "print('folds', p.folds, 'of', p.datasets)")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"datset": "SARC"}, r"unknown notebook parameter 'datset'.* Did you mean dataset\?"),
+        ({"dataset": "SARK"}, r"unknown data set 'SARK' in study tiny\. Did you mean SARC\?"),
+        ({"study": "dem"}, r"unknown study 'dem'.* Did you mean demo"),
+        ({"folds": [0, 2]}, "fold .2. of study tiny: its folds are 0 to 1"),
+        ({"folds": "1,x"}, "expected all, or folds such as"),
+        ({"folds": []}, "its folds are 0 to 1"),
+        ({"seed": "42"}, "seed = '42' is of type str; expected int or none"),
+        ({"seed": True}, "seed = True is of type bool"),
+        ({"seed": -1}, "expected seed >= 0"),
+        ({"n_seeds": 0}, "n_seeds >= 1"),
+        ({"precision": "fp8"}, "precision = 'fp8'"),
+        ({"device": "tpu"}, "expected cpu, cuda"),
+        ({"dataset": 3}, "dataset = 3 is of type int; expected str"),
+    ],
+)
+def test_parameters_that_cannot_be_are_refused(given, message):
+    with pytest.raises(Refused, match=message):
+        check({"study": "tiny", **given})
+
+
+@pytest.mark.parametrize(
+    ("folds", "expected"), [("all", [0, 1]), (1, [1]), ("1", [1]), ([1, 0], [1, 0]), ("[0, 1]", [0, 1]), ("1,1", [1])]
+)
+def test_folds_can_be_said_in_many_ways(folds, expected):
+    assert check({"study": "tiny", "folds": folds}).folds == expected
+
+
+def test_defaults_come_from_the_study():
+    checked = check({"study": "tiny"})
+    assert checked.seed == checked.study.seed and checked.datasets == ["LIHC", "CESC", "SARC"]
+    assert check({"study": "tiny", "dataset": "SARC"}).datasets == ["SARC"]
+
+
+def test_start_refuses_what_papermill_injects_beside_the_declared():
+    own, injected = PARAMETERS, '# Parameters\ncancr = "LUAD"\n'
+    names = {"study": "tiny", "dataset": "all", "folds": "all", "seed": 42, "device": "cpu", "cancr": "LUAD"}
+    with pytest.raises(Refused, match="unknown parameter 'cancr' in this notebook"):
+        start({"In": ["", own, injected], **names})
+    later = "cancr = 'a variable of a later cell'"
+    assert start({"In": ["", own, "", later], **names, "dataset": "SARC"}).datasets == ["SARC"]
+
+
+def test_declared_parameters(notebook, tmp_path):
+    assert declared(notebook)["dataset"] == "all"
+    untagged = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("a = 1")])
+    nbformat.write(untagged, tmp_path / "b.ipynb")
+    with pytest.raises(Refused, match="no cell tagged 'parameters'"):
+        declared(tmp_path / "b.ipynb")
+    with pytest.raises(Refused, match="must begin with the line"):
+        declared(made(tmp_path / "c.ipynb", parameters="study = 'tiny'"))
+    (tmp_path / "d.ipynb").write_text("{")
+    with pytest.raises(Refused, match=r"d\.ipynb is not a notebook"):
+        declared(tmp_path / "d.ipynb")
+
+
+def test_notebooks_are_found_by_name():
+    assert find("baselines") == find("01_baselines") == notebooks.NOTEBOOKS / "01_baselines.ipynb"
+    with pytest.raises(Refused, match=r"unknown notebook '01_baseline'.* Did you mean 01_baselines\?"):
+        find("01_baseline")
+
+
+def test_execution_leaves_a_copy_with_its_completion(notebook):
+    executed = execute(notebook, {"folds": "1", "dataset": "SARC"}, progress=False)
+    assert executed.name == "a-SARC.ipynb" and "folds [1] of ['SARC']" in executed.read_text()
+    info = completion(executed)
+    assert info["parameters"] == {"folds": "1", "dataset": "SARC"} and info["synthetic"] is True
+    bench = check({"study": "tiny"}).bench
+    assert up_to_date(executed, notebook, {"folds": "1", "dataset": "SARC"}, bench)
+    assert not up_to_date(executed, notebook, {"folds": "0", "dataset": "SARC"}, bench)
+    made(notebook, "print('changed')")
+    assert not up_to_date(executed, notebook, {"folds": "1", "dataset": "SARC"}, bench)
+    executed.write_text(executed.read_text() + "\n")
+    with pytest.raises(Refused, match="not the one that was completed"):
+        completion(executed)
+
+
+def test_unknown_parameters_are_refused_before_a_kernel_starts(notebook, monkeypatch):
+    monkeypatch.setattr("papermill.execute_notebook", lambda *a, **k: pytest.fail("a kernel was started"))
+    with pytest.raises(Refused, match=r"unknown parameter 'cancr' in notebook a\.ipynb"):
+        execute(notebook, {"cancr": "LUAD"})
+    with pytest.raises(Refused, match="unknown data set"):
+        execute(notebook, {"dataset": "LUAD"})
+
+
+def test_plain_papermill_is_as_strict(notebook, tmp_path):
+    command = [sys.executable, "-m", "papermill", str(notebook), str(tmp_path / "out.ipynb"), "-p", "cancr", "LUAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "unknown parameter 'cancr' in this notebook" in done.stderr
+
+
+def test_an_error_in_a_cell_is_told_and_kept_for_reading(tmp_path, build_folder):
+    broken = made(tmp_path / "broken.ipynb", "1 / 0")
+    with pytest.raises(Refused, match=r"broken\.ipynb stopped: ZeroDivisionError: division by zero\nSee .*failed"):
+        execute(broken, {}, tmp_path / "out.ipynb", progress=False)
+    assert "ZeroDivisionError" in (tmp_path / "out.failed.ipynb").read_text()
+    assert not (tmp_path / "out.ipynb").exists() and not completion_path(tmp_path / "out.ipynb").exists()
+
+
+def test_a_kernel_that_dies_is_an_error_and_its_notebook_is_not_finished(tmp_path, build_folder):
+    dying = made(tmp_path / "dying.ipynb", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(Refused, match=r"the kernel of dying\.ipynb died; most often .* memory"):
+        execute(dying, {}, tmp_path / "out.ipynb", progress=False)
+    with pytest.raises(Refused, match="no readable completion record"):
+        completion(tmp_path / "out.ipynb")
+
+
+def test_parameters_are_data_not_code(tmp_path, build_folder):
+    echo = made(tmp_path / "echo.ipynb", "print(repr(word))", parameters="# Parameters\nstudy = 'tiny'\n")
+    quote = "tiny'\nraise SystemExit(1)\n'"
+    with pytest.raises(Refused, match="unknown study"):
+        execute(echo, {"study": quote}, tmp_path / "out.ipynb", progress=False)
+
+
+def test_the_projects_notebooks_declare_known_parameters():
+    found = sorted(notebooks.NOTEBOOKS.glob("*.ipynb"))
+    assert found
+    for path in found:
+        takes = declared(path)
+        assert set(takes) <= set(notebooks.DEFAULTS) and "study" in takes, path.name
+        check(takes)
+        cells = json.loads(path.read_text())["cells"]
+        assert any("start(globals())" in "".join(cell["source"]) for cell in cells), path.name
