@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from steph import PROJECT, Refused, notebooks
 from steph.analysis.dynamics import runs as dynamics_runs
@@ -67,7 +68,7 @@ def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None
             notebooks.execute(source, given, executed, progress=sys.stderr.isatty())
             print(f"{source.name}: executed", file=sys.stderr)
     shelve(bench)
-    return build_pages()
+    return build_pages(bench.study)
 
 
 def executed_path(study: Study, chapter: Chapter) -> Path:
@@ -138,10 +139,16 @@ def _markdown(table: pd.DataFrame) -> str:
     return "\n".join([head, *(f"| {row} |" for row in cells)])
 
 
-def build_pages() -> Path:
+def build_pages(study: Study) -> Path:
     """Run the builder; its warnings are errors. Raises `Refused` with the end of its output when it fails."""
+    configuration = yaml.safe_load((PROJECT / "_config.yml").read_text(encoding="utf-8"))
+    if study.synthetic is None:
+        del configuration["html"]["announcement"]  # the banner that says: synthetic
+    with atomic_path(SHELF / "_config.yml") as temporary:
+        temporary.write_text(yaml.safe_dump(configuration), encoding="utf-8")
     output = SHELF / "_build" / "html" / "index.html"
     builder = [sys.executable, "-m", "jupyter_book", "build", str(PROJECT), "--path-output", str(SHELF)]
+    builder += ["--config", str(SHELF / "_config.yml")]
     command = [*builder, "-W", "-n", "--keep-going"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment)

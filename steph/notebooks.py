@@ -22,7 +22,6 @@ from steph.study import Workbench, check_device
 from steph.training import PRECISIONS
 
 NOTEBOOKS = PROJECT / "notebooks"
-CELL_TIMEOUT_S = None  # a cell may train for days
 MARK = "# Parameters"
 """First line of the parameters cell, and of the cell that papermill injects behind it."""
 
@@ -50,10 +49,10 @@ def start(namespace: Mapping[str, Any]) -> Parameters:
     """
     from IPython.display import Markdown, display
 
-    from steph import plots
+    from steph.plots import set_style
 
     checked = check({name: namespace[name] for name in _assigned_by_cells(namespace.get("In", []))})
-    plots.set_style()
+    set_style()
     if checked.study.synthetic:
         display(Markdown(f"> **Synthetic demo cohort — not TCGA, not patients.** Study `{checked.study.name}`."))
     return checked
@@ -208,8 +207,14 @@ def execute(notebook: Path, given: Mapping[str, Any], output: Path | None = None
         working = temporary.with_suffix(".ipynb")
         try:
             papermill.execute_notebook(
-                notebook, working, dict(given), progress_bar=progress, cwd=PROJECT, execution_timeout=CELL_TIMEOUT_S
-            )  # fmt: skip
+                notebook,
+                working,
+                dict(given),
+                language="python",
+                kernel_name="python3",
+                progress_bar=progress,
+                cwd=PROJECT,
+            )
         except PapermillExecutionError as error:
             working.replace(failed)
             raise Refused(f"{notebook.name} stopped: {error.ename}: {error.evalue}\nSee {failed}") from None

@@ -13,7 +13,9 @@ PARAMETERS = '# Parameters\nstudy = "tiny"\ndataset = "all"\nfolds = "all"\nseed
 
 def made(path, *cells, parameters=PARAMETERS):
     """A notebook on disk with a parameters cell, `start`, and the cells given."""
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    notebook = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    )
     first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
     begin = nbformat.v4.new_code_cell("from steph.notebooks import start\np = start(globals())")
     notebook.cells = [first, begin, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
