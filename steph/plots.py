@@ -1,4 +1,4 @@
-"""Figures and tables as the book shows them: one look, one colour for one thing, and no synthetic figure without a stamp.
+"""Figures and tables as the book shows them: one look, a colour for a thing, no synthetic figure without a stamp.
 
 Every function that draws returns a figure and writes nothing; `show_figure` and `show_table` stamp, write and display.
 Figures are 7 inches wide, to be read at 700 pixels.
@@ -7,7 +7,7 @@ Figures are 7 inches wide, to be read at 700 pixels.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +112,7 @@ def set_style() -> None:
 
 
 def stamp(fig: Figure, study: Study) -> None:
-    """Write across the top of a synthetic study's figure that nobody in it is real; once, however often it is called."""
+    """Write across the top of a synthetic study's figure that nobody in it is real; once, however often called."""
     if study.synthetic is None or any(text.get_gid() == "stamp" for text in fig.texts):
         return
     fig.text(
@@ -126,8 +126,8 @@ def stamp(fig: Figure, study: Study) -> None:
 
 
 def file_name(name: str, p: Any) -> str:
-    """A table's or figure's file name: what a choice of parameters narrows or changes stands in it, so that a run on one
-    data set does not replace what a run on all has written."""
+    """A table's or figure's file name: what parameters narrow or change stands in it, so that a run on one data
+    set does not replace what a run on all has written."""
     parts = [name]
     if p.dataset != "all":
         parts.append(p.dataset)
@@ -192,7 +192,7 @@ def styled(table: pd.DataFrame, formats: Mapping[Any, str] | None = None, index:
         elif pd.api.types.is_float_dtype(numbers):
             chosen[column] = "{:.4f}"
     shown = table.style.format({**chosen, **(formats or {})}, na_rep="", escape="html")
-    numeric = [c for c in table.columns if pd.api.types.is_numeric_dtype(table[c])]
+    numeric: list[Hashable] = [c for c in table.columns if pd.api.types.is_numeric_dtype(table[c])]
     shown = shown.set_table_styles(
         [
             {"selector": "th, td", "props": "padding: .25em .6em; text-align: left; vertical-align: top"},
@@ -296,7 +296,7 @@ def patches(datasets: Sequence[Dataset]) -> Figure:
     ax.set_yticks(range(1, len(datasets) + 1), [data.name for data in datasets])
     ax.invert_yaxis()
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    ax.xaxis.set_major_locator(LogLocator(10, (1, 2, 3, 5)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("patches per patient (all slides together)")
@@ -315,12 +315,10 @@ def similarity(matrix: pd.DataFrame, label: str = "planted similarity") -> Figur
     ax.set_xticks(range(n), matrix.columns, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(n), matrix.index)
     ax.grid(visible=False)
-    for i, j in np.ndindex(n, n):
-        value = matrix.iat[i, j]
-        colour = "white" if abs(value) > 0.6 else "#1F2937"
-        ax.text(j, i, f"{value:.1f}".replace("-0.0", "0.0"), ha="center", va="center", fontsize=6.5, color=colour)
+    for (i, j), value in np.ndenumerate(matrix.to_numpy()):
+        _write(ax, j, i, f"{value:.1f}".replace("-0.0", "0.0"), dark=abs(value) > 0.6, size=6.5)
     bar = fig.colorbar(image, ax=ax, shrink=0.7, label=label)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return fig
 
 
@@ -328,18 +326,20 @@ def similarity(matrix: pd.DataFrame, label: str = "planted similarity") -> Figur
 
 
 def c_index(results: pd.DataFrame, oracle: pd.DataFrame | None = None, value: str = "c_index") -> Figure:
-    """C-index of methods, a row per data set: a dot for each fold, a bar for their mean, an open diamond for the paper's
-    mean where Table 1 has it, and a tick for the true risk's where `oracle` gives it (`steph.results.oracle_table`)."""
+    """C-index of methods, a row per data set: a dot for each fold, a bar for their mean, an open diamond for the
+    paper's mean where Table 1 has it, and a dotted line for the true risk's (`steph.results.oracle_table`)."""
     import matplotlib.pyplot as plt
 
     from steph.results import beside_paper
 
-    methods, datasets = list(results["method"].unique()), list(results["dataset"].unique())
+    methods = list(results["method"].unique())
     means = summary(results, value)
-    printed = beside_paper(results).set_index(["dataset", "method"])["paper"] if value == "c_index" else None
-    rows = [*datasets, AVERAGE] if len(datasets) > 1 else datasets
+    # The paper's numbers are of test folds; beside external patients there is nothing of its to show.
+    paper = beside_paper(results) if value == "c_index" else pd.DataFrame(columns=["dataset", "method", "paper"])
+    printed = paper.dropna(subset="paper").set_index(["dataset", "method"])["paper"].to_dict()
+    rows = list(means["dataset"].unique())
     step = 0.8 / len(methods)
-    fig, ax = plt.subplots(figsize=(WIDTH, 0.16 * len(rows) * (len(methods) + 0.6) + 1.0))
+    fig, ax = plt.subplots(figsize=(WIDTH, 0.13 * len(rows) * (len(methods) + 0.6) + 1.0))
     for i, dataset in enumerate(rows):
         if i % 2:
             ax.axhspan(i - 0.5, i + 0.5, color="#F3F4F6", zorder=0, linewidth=0)
@@ -352,26 +352,34 @@ def c_index(results: pd.DataFrame, oracle: pd.DataFrame | None = None, value: st
                 text = f"{title(method)}: undefined ({found['undefined']})"
                 ax.text(0.99, y, text, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=7)
             else:
-                ax.plot([found["mean"]] * 2, [y - step * 0.46, y + step * 0.46], color=colour, linewidth=2.6, zorder=3)
-            if printed is not None and not pd.isna(printed.get((dataset, method), np.nan)):
                 ax.plot(
-                    printed[dataset, method], y, marker="D", markersize=4.2, markerfacecolor="white",
+                    [float(found["mean"])] * 2,
+                    [y - step * 0.46, y + step * 0.46],
+                    color=colour,
+                    linewidth=2.6,
+                    zorder=3,
+                )
+            if (dataset, method) in printed:
+                ax.plot(
+                    float(printed[dataset, method]), y, marker="D", markersize=4.2, markerfacecolor="white",
                     markeredgecolor=colour, markeredgewidth=1.1, zorder=4,
                 )  # fmt: skip
     if oracle is not None and len(oracle):
-        best = summary(oracle, value).set_index("dataset")["mean"]
-        for i, dataset in enumerate(rows):
-            ax.plot([best[dataset]] * 2, [i - 0.42, i + 0.42], color="black", linewidth=1, linestyle=":", zorder=2)
+        best = summary(oracle, value).set_index("dataset")["mean"].reindex(rows).to_numpy(float)
+        ax.vlines(best, np.arange(len(rows)) - 0.42, np.arange(len(rows)) + 0.42, color="black", linewidth=1,
+                  linestyle=":", zorder=2)  # fmt: skip
     ax.axvline(0.5, color=MUTED, linewidth=0.8, zorder=1)
     ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5), xlabel=_axis_label(value))
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
     if rows[-1] == AVERAGE:
-        ax.get_yticklabels()[-1].set_weight("bold")
+        ax.get_yticklabels()[-1].set_fontweight("bold")
     handles = [plt.Line2D([], [], color=colour_of(m), linewidth=3, label=title(m)) for m in methods]
     shapes = [plt.Line2D([], [], color=MUTED, marker="o", markersize=3, linestyle="", label="one fold")]
-    shapes += [plt.Line2D([], [], color=MUTED, linewidth=0, marker="|", markeredgewidth=2.6, label="mean")]
-    if printed is not None and printed.notna().any():
+    shapes += [
+        plt.Line2D([], [], color=MUTED, linestyle="", marker="|", markersize=9, markeredgewidth=2.6, label="mean")
+    ]
+    if printed:
         shapes += [plt.Line2D([], [], color=MUTED, marker="D", markersize=4, markerfacecolor="white", linestyle="",
                               label="the paper's mean (TCGA)")]  # fmt: skip
     if oracle is not None and len(oracle):
@@ -385,19 +393,24 @@ def _axis_label(value: str) -> str:
 
 
 def intervals(table: pd.DataFrame, margin: float) -> Figure:
-    """Differences with their intervals, a row each: columns label, difference, low, high, colour (optional). The grey
-    band is the margin within which nothing is read."""
+    """Differences with their intervals, a row each: columns label, difference, low, high, paper (an open diamond;
+    may be NaN). The grey band is the margin within which nothing is read."""
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(WIDTH, 0.36 * len(table) + 0.8))
     ax.axvspan(-margin, margin, color="#E5E7EB", zorder=0, linewidth=0)
     ax.axvline(0, color=MUTED, linewidth=0.9)
-    for i, row in enumerate(table.itertuples()):
-        ax.plot([row.low, row.high], [i, i], color="#0072B2", linewidth=2, solid_capstyle="butt")
-        ax.plot(row.difference, i, "o", color="#0072B2", markersize=5)
+    rows, mean = np.arange(len(table)), table["difference"].to_numpy(float)
+    ax.hlines(rows, table["low"].to_numpy(float), table["high"].to_numpy(float), color="#0072B2", linewidth=2)
+    ax.plot(mean, rows, "o", color="#0072B2", markersize=5)
+    ax.plot(table["paper"].to_numpy(float), rows, "D", markerfacecolor="white", markeredgecolor="#1F2937", markersize=5)
     ax.set(yticks=range(len(table)), yticklabels=table["label"], ylim=(len(table) - 0.5, -0.5))
-    ax.set_xlabel(f"difference in C-index, 95 % interval (grey: below {margin}, not read)")
+    ax.set_xlabel(f"difference in C-index, with its 95 % interval; the grey band, ± {margin}, is not read")
     ax.grid(axis="y", visible=False)
+    if table["paper"].notna().any():
+        handle = plt.Line2D([], [], marker="D", markerfacecolor="white", markeredgecolor="#1F2937", linestyle="",
+                            markersize=5, label="the paper's (TCGA)")  # fmt: skip
+        fig.legend(handles=[handle], loc="outside lower center")
     return fig
 
 
@@ -405,52 +418,73 @@ def intervals(table: pd.DataFrame, margin: float) -> Figure:
 
 
 def dynamics(course: pd.DataFrame, target: str) -> Figure:
-    """The course of lambda and w over epochs, as in Fig. 9: a line per source, its mean over seeds, with a band from the
-    least to the largest of them. course: as `steph.analysis.dynamics.dynamics` gives it."""
+    """The course of lambda and w over epochs from one start, as in Fig. 9: a line per source.
+
+    course: as `steph.analysis.dynamics.dynamics` gives it, of one seed.
+    """
     import matplotlib.pyplot as plt
 
-    sources = list(course["source"].unique())
-    n = course["seed"].nunique()
-    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6))
+    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4))
     for ax, name, symbol in zip(axes, ("lambda", "w"), ("λ", "w"), strict=True):
-        ends = {}
-        for source in sources:
-            grouped = course[course["source"] == source].groupby("epoch")[name]
-            mean, low, high = grouped.mean(), grouped.min(), grouped.max()
-            colour, line = colour_of_dataset(source), line_of_dataset(source)
-            if n > 1:
-                ax.fill_between(mean.index, low, high, color=colour, alpha=0.07, linewidth=0)
-            ax.plot(mean.index, mean, color=colour, linestyle=line, linewidth=1.4)
-            ends[source] = float(mean.iloc[-1])
-        top = 1.04 if name == "lambda" else max(1e-9, float(course[name].max())) * 1.05
-        ax.set(ylim=(0, top), xlim=(1, course["epoch"].max()), xlabel="epoch", title=f"{symbol} of each source")
-        _label_ends(ax, ends, top)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    spread = (
-        f"mean of {n} starts, band from least to largest" if n > 1 else f"one start (seed {course['seed'].iloc[0]})"
-    )
-    fig.suptitle(f"target {target}: {spread}", fontsize=9, x=0.01, ha="left")
+        wide = course.pivot(index="epoch", columns="source", values=name)
+        for source in wide.columns:
+            ax.plot(wide.index, wide[source], color=colour_of_dataset(source), linestyle=line_of_dataset(source))
+        top = 1.04 if name == "lambda" else max(1e-9, float(wide.to_numpy().max())) * 1.05
+        _epochs(ax, wide.index, top)
+        ax.set_title(f"{symbol} of each source for {target}")
+        _label_ends(ax, wide.iloc[-1], top)
     return fig
 
 
-def _label_ends(ax: Axes, ends: Mapping[str, float], top: float) -> None:
-    """Names at the ends of lines, pushed apart where they would overlap."""
-    gap = top / 17
-    names = sorted(ends, key=lambda name: ends[name])
-    places = np.array([ends[name] for name in names])
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + gap)
-    # The stack may have grown over the top; then it is pushed down again.
-    limit = top
-    for i in reversed(range(len(places))):
-        places[i] = min(places[i], limit)
-        limit = places[i] - gap
-    for name, y in zip(names, places, strict=True):
+def dynamics_of_starts(course: pd.DataFrame, name: str = "w", named: int = 3) -> Figure:
+    """The course of w (or lambda) from each start, a panel each; the sources that end with the largest are named, the
+    others grey. What the panels do not have in common is the start's doing, not the cancers'."""
+    import matplotlib.pyplot as plt
+
+    seeds = list(course["seed"].unique())
+    columns = min(3, len(seeds))
+    rows = -(-len(seeds) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(WIDTH, 2.0 * rows + 0.3), sharey=True, squeeze=False)
+    top = max(1e-9, float(course[name].max())) * 1.05
+    for ax in axes.flat[len(seeds) :]:
+        ax.set_visible(False)
+    for ax, seed in zip(axes.flat, seeds, strict=False):
+        wide = course[course["seed"] == seed].pivot(index="epoch", columns="source", values=name)
+        largest = wide.iloc[-1].nlargest(named)
+        for source in [*wide.columns.difference(largest.index), *largest.index]:
+            shown = source in largest.index
+            colour, line = (colour_of_dataset(source), line_of_dataset(source)) if shown else ("#C5CBD3", "-")
+            ax.plot(wide.index, wide[source], color=colour, linestyle=line, linewidth=1.6 if shown else 0.8)
+        _epochs(ax, wide.index, top)
+        ax.set_title(f"start {seed}")
+        _label_ends(ax, largest, top, rows_of_text=9)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("λ" if name == "lambda" else name)
+    return fig
+
+
+def _epochs(ax: Axes, epochs: pd.Index, top: float) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    ax.set(ylim=(0, top), xlim=(epochs.min() - 0.5, epochs.max()), xlabel="epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+
+
+def _label_ends(ax: Axes, ends: pd.Series, top: float, rows_of_text: int = 16) -> None:
+    """Names at the ends of lines, moved apart as little as needed; the axis has room for so many rows of text."""
+    from scipy.optimize import isotonic_regression
+
+    ends, gap, n = ends.sort_values(), top / rows_of_text, len(ends)
+    # Places that rise by `gap` at least are, less i * gap, places that rise: the nearest such are an isotonic fit.
+    places = isotonic_regression(ends.to_numpy() - gap * np.arange(n)).x + gap * np.arange(n)
+    places = np.maximum(np.minimum(places, top - gap * np.arange(n)[::-1]), gap * np.arange(n))
+    side = ax.get_yaxis_transform()
+    for (name, end), y in zip(ends.items(), places, strict=True):
+        colour = colour_of_dataset(str(name))
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
         ax.annotate(
-            name, xy=(1, ends[name]), xytext=(1.06, y), xycoords=ax.get_yaxis_transform(),
-            textcoords=ax.get_yaxis_transform(), va="center", fontsize=7.5, color=colour_of_dataset(name),
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour_of_dataset(name), "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
+            str(name), xy=(1, end), xytext=(1.07, y), xycoords=side, textcoords=side, va="center", fontsize=7.5,
+            color=colour, annotation_clip=False, arrowprops=line,
         )  # fmt: skip
 
 
@@ -460,36 +494,39 @@ def starts(last: pd.DataFrame, planted: pd.Series | None = None) -> Figure:
     import matplotlib.pyplot as plt
 
     w = last.pivot(index="source", columns="seed", values="w")
-    order = (
-        planted.loc[w.index].sort_values(ascending=False).index
-        if planted is not None
-        else w.mean(axis=1).sort_values(ascending=False).index
-    )
-    w, lam = w.loc[order], last.pivot(index="source", columns="seed", values="lambda").loc[order]
-    ratios = [w.shape[1], 1] if planted is not None else [1]
-    width = min(WIDTH, 2.2 + 0.8 * sum(ratios)) if planted is not None else min(WIDTH, 2.2 + 0.8 * w.shape[1])
+    order = (w.mean(axis=1) if planted is None else planted.loc[w.index]).sort_values(ascending=False).index
+    lam = last.pivot(index="source", columns="seed", values="lambda").loc[order].to_numpy()
+    values, seeds = w.loc[order].to_numpy(), [str(seed) for seed in w.columns]
+    ratios = [len(seeds)] if planted is None else [len(seeds), 1]
     fig, axes = plt.subplots(
-        1, len(ratios), figsize=(width, 0.27 * len(w) + 1.2), squeeze=False, gridspec_kw={"width_ratios": ratios}
+        1,
+        len(ratios),
+        figsize=(min(WIDTH, 2.2 + 0.8 * sum(ratios)), 0.27 * len(order) + 1.2),
+        squeeze=False,
+        gridspec_kw={"width_ratios": ratios},
     )
-    largest = max(float(w.to_numpy().max()), 1e-9)
-    image = axes[0, 0].imshow(w.to_numpy(), cmap="Blues", vmin=0, vmax=largest, aspect="auto")
-    for i, j in np.ndindex(*w.shape):
-        colour = "white" if w.iat[i, j] > 0.6 * largest else "#1F2937"
-        text = f"λ {lam.iat[i, j]:.2f}" if w.iat[i, j] > 0 else "–"
-        axes[0, 0].text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
-    axes[0, 0].set_xticks(range(w.shape[1]), [str(seed) for seed in w.columns])
-    axes[0, 0].set_yticks(range(len(w)), list(w.index))
+    largest = max(float(values.max()), 1e-9)
+    image = axes[0, 0].imshow(values, cmap="Blues", vmin=0, vmax=largest, aspect="auto")
+    for i, j in np.ndindex(*values.shape):
+        text = f"λ {lam[i, j]:.2f}" if values[i, j] > 0 else "–"
+        _write(axes[0, 0], j, i, text, dark=bool(values[i, j] > 0.6 * largest))
+    axes[0, 0].set_xticks(range(len(seeds)), seeds)
+    axes[0, 0].set_yticks(range(len(order)), list(order))
     axes[0, 0].set(xlabel="seed of the hypernetwork", title="final w (colour)")
-    fig.colorbar(image, ax=axes[0, 0], shrink=0.8, pad=0.02).outline.set_visible(False)  # type: ignore[operator]
+    fig.colorbar(image, ax=axes[0, 0], shrink=0.8, pad=0.02).outline.set_visible(False)
     if planted is not None:
-        values = planted.loc[order]
-        axes[0, 1].imshow(values.to_numpy()[:, None], cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
-        for i, value in enumerate(values):
-            colour = "white" if abs(value) > 0.6 else "#1F2937"
-            axes[0, 1].text(0, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        shared = planted.loc[order].to_numpy()
+        axes[0, 1].imshow(shared[:, None], cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+        for i, value in enumerate(shared):
+            _write(axes[0, 1], 0, i, f"{value:.2f}", dark=abs(value) > 0.6)
         axes[0, 1].set(xticks=[], yticks=[], title="planted")
     for ax in axes.flat:
         ax.grid(visible=False)
         ax.spines[:].set_visible(False)
         ax.tick_params(length=0)
     return fig
+
+
+def _write(ax: Axes, x: float, y: float, text: str, dark: bool, size: float = 7) -> None:
+    """A number in a cell of a heat map, legible on its colour."""
+    ax.text(x, y, text, ha="center", va="center", fontsize=size, color="white" if dark else "#1F2937")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -53,7 +52,7 @@ def paper_c_index(method: str) -> pd.Series:
 
 
 def summary(results: pd.DataFrame, value: str = "c_index") -> pd.DataFrame:
-    """Mean and sample standard deviation over folds, a row per method and data set, then `AVERAGE` over data sets.
+    """Mean and sample standard deviation over folds, a row per method and data set, then `AVERAGE` over several.
 
     results: as `steph.study.results` gives them; one row per data set, method and fold (choose one seed and precision).
     Returns dataset, method, mean, std, n (folds), undefined (which folds or data sets have no value; then mean and std
@@ -69,9 +68,11 @@ def summary(results: pd.DataFrame, value: str = "c_index") -> pd.DataFrame:
             values = cells[value].astype(float)
             mean, std = (np.nan, np.nan) if undefined else (values.mean(), values.std())
             own.append((dataset, name, mean, std, len(cells), undefined))
-        lacking = [row[0] for row in own if row[5]]
-        mean = np.nan if lacking else float(np.mean([row[2] for row in own]))
-        rows += [*own, (AVERAGE, name, mean, np.nan, len(of_method), ", ".join(map(str, lacking)))]
+        rows += own
+        if len(own) > 1:
+            lacking = [row[0] for row in own if row[5]]
+            mean = np.nan if lacking else float(np.mean([row[2] for row in own]))
+            rows.append((AVERAGE, name, mean, np.nan, len(of_method), ", ".join(map(str, lacking))))
     return pd.DataFrame(rows, columns=["dataset", "method", "mean", "std", "n", "undefined"])
 
 
@@ -92,6 +93,21 @@ def c_index_table(
     table = summary(_choose(results, methods, datasets), value)
     table["text"] = table.apply(cell, axis=1)
     return _wide(table, "text")
+
+
+def table1_methods() -> list[str]:
+    """The methods of the registry that have a row in the paper's Table 1, in its order."""
+    order = list(paper_table("table1_baselines")["method"].unique())
+    return sorted(
+        (name for name, m in METHODS.items() if m.paper in order), key=lambda n: order.index(METHODS[n].paper)
+    )
+
+
+def seconds_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Seconds that a run of each method took, alone: method, runs, mean, max, device."""
+    grouped = results.groupby(["method", "device"], sort=False)["seconds"]
+    table = grouped.agg(runs="size", mean="mean", max="max").reset_index()
+    return table.assign(method=table["method"].map(title))[["method", "runs", "mean", "max", "device"]]
 
 
 def fold_table(results: pd.DataFrame, value: str = "c_index") -> pd.DataFrame:
@@ -183,7 +199,7 @@ def _refuse_repeats(results: pd.DataFrame) -> None:
 
 def _wide(table: pd.DataFrame, column: str) -> pd.DataFrame:
     wide = table.pivot(index="dataset", columns="method", values=column)
-    wide = wide.loc[[d for d in table["dataset"].unique() if d != AVERAGE] + [AVERAGE], list(table["method"].unique())]
+    wide = wide.loc[list(table["dataset"].unique()), list(table["method"].unique())]
     return wide.rename(columns=title).rename_axis(index=None, columns=None)
 
 
@@ -241,15 +257,18 @@ class Comparison:
 
     @property
     def gain(self) -> Estimate:
-        """Mean gain over data sets, with a 95 % interval from Student's t."""
+        """Mean gain over data sets with a 95 % interval by Student's t, the wider of two: one takes the data sets as
+        they are and the folds as noise, the other the data sets as a sample of all there could be."""
         from scipy.stats import t
 
-        c = len(self.gains)
-        mean = float(self.gains["gain"].mean())
-        error = float(np.sqrt((self.gains["error"] ** 2).sum()) / c)
-        # Fixed data sets, folds as noise: errors of data sets add up independently.
-        reach = float(t.ppf(0.975, c * (self.n_folds - 1))) * error if self.n_folds > 1 else np.nan
-        return Estimate(mean, mean - reach, mean + reach)
+        c, mean = len(self.gains), float(self.gains["gain"].mean())
+        reach = []
+        if self.n_folds > 1:
+            error = float(np.sqrt((self.gains["error"] ** 2).sum()) / c)
+            reach.append(float(t.ppf(0.975, c * (self.n_folds - 1))) * error)
+        if c > 1:
+            reach.append(float(t.ppf(0.975, c - 1)) * float(self.gains["gain"].std()) / np.sqrt(c))
+        return Estimate(mean, mean - max(reach), mean + max(reach)) if reach else Estimate(mean)
 
     @property
     def wins(self) -> Estimate:
@@ -382,7 +401,7 @@ def judge_gain(gain: Estimate, paper: float) -> tuple[str, str]:
     by at least `NOISE`, and the paper's lies above the interval. Everything else is unclear.
     """
     if np.isnan(gain.low):
-        return "unclear", "one fold gives no interval"
+        return "unclear", "one fold of one data set gives no interval"
     if gain.low > 0 and gain.value >= NOISE:
         return "agrees", f"the interval lies above 0 and the gain is at least {NOISE}"
     if paper - gain.value >= NOISE and gain.high < paper:
@@ -465,43 +484,89 @@ def interval(estimate: Estimate, form: str = "+.3f") -> str:
     return f"95 % interval {estimate.low:{form}} to {estimate.high:{form}}"
 
 
-def cohort_numbers(study: Study, cohorts: Iterable[Dataset]) -> pd.DataFrame:
-    """Table S1 of the study's own cohorts, by data set: patients, slides, survival_rate_pct, mean and largest number of
-    patches on a slide; then the paper's (`paper_...`), and `match`, whether the first three agree with it."""
+def cohort_numbers(datasets: Iterable[Dataset]) -> pd.DataFrame:
+    """Table S1's numbers counted on data sets, by name: patients, slides, survival_rate_pct, mean and largest number of
+    patches of a patient; then the paper's (`paper_...`) and `match`: do the first three agree with it?
+
+    Table S1 does not say whether its patches are a slide's or a patient's. Its numbers for the data sets with several
+    slides a patient (SARC, GBMLGG) read like a patient's.
+    """
     printed = paper_table("table_s1_datasets").set_index("dataset")
+    printed = printed.rename(columns={"wsis": "slides", "patches_mean": "mean_patches", "patches_max": "max_patches"})
+    printed["survival_rate_pct"] = (100 * printed.pop("survival_rate")).round(1)
+    rows = {}
+    for data in datasets:
+        patients = data.cohort.patients
+        counts = data.n_patches(list(patients["patient_id"]))
+        rows[data.name] = {
+            "patients": len(patients),
+            "slides": len(data.cohort.slides),
+            "survival_rate_pct": round(100 * (1 - float(patients["event"].mean())), 1),
+            "mean_patches": round(float(counts.mean())),
+            "max_patches": int(counts.max()),
+        }
+    own = pd.DataFrame.from_dict(rows, orient="index")
+    table = own.join(printed[own.columns].add_prefix("paper_")).rename_axis("dataset")
+    whole = [c for c in table.columns if not c.endswith("_pct")]
+    same = [table[c] == table[f"paper_{c}"] for c in ("patients", "slides", "survival_rate_pct")]
+    return table.astype(dict.fromkeys(whole, "Int64")).assign(match=same[0] & same[1] & same[2])
+
+
+def cohort_table(numbers: pd.DataFrame, synthetic: bool) -> pd.DataFrame:
+    """`cohort_numbers` to look at: for each number ours and the paper's, and whether they agree (a synthetic cohort is
+    smaller on purpose, so it is not asked)."""
+    names = {"patients": "patients", "slides": "slides", "survival_rate_pct": "survival rate (%)"}
+    names |= {"mean_patches": "patches (mean)", "max_patches": "patches (max)"}
+    pairs = {}
+    for column, name in names.items():
+        pairs[name, "here"], pairs[name, "Table S1"] = numbers[column], numbers[f"paper_{column}"]
+    table = pd.DataFrame(pairs)
+    if not synthetic:
+        known = numbers["paper_patients"].notna()
+        table["agrees", ""] = numbers["match"].map({True: "yes", False: "no"}).where(known, "not in the paper")
+    return table.rename_axis(index=None)
+
+
+def split_table(datasets: Iterable[Dataset]) -> pd.DataFrame:
+    """How alike the folds are, a row per data set: test patients, test events and median follow-up (years) of a fold,
+    each from the least to the largest, and where the splits come from."""
     rows = []
-    for data in cohorts:
-        patients, sizes = data.cohort.patients, data.store.sizes
-        rate = round(100 * (1 - float(patients["event"].mean())), 1)
-        own = {
-            "dataset": data.name, "patients": len(patients), "slides": len(data.cohort.slides),
-            "survival_rate_pct": rate, "mean_patches": round(float(sizes.mean())), "max_patches": int(sizes.max()),
-        }  # fmt: skip
-        if data.name in printed.index:
-            row = printed.loc[data.name]
-            own |= {
-                "paper_patients": int(row["patients"]), "paper_slides": int(row["wsis"]),
-                "paper_survival_rate_pct": round(100 * float(row["survival_rate"]), 1),
-                "paper_mean_patches": int(row["patches_mean"]), "paper_max_patches": int(row["patches_max"]),
-            }  # fmt: skip
-            own["match"] = all(own[k] == own[f"paper_{k}"] for k in ("patients", "slides", "survival_rate_pct"))
-        rows.append(own)
-    return pd.DataFrame(rows).set_index("dataset")
+    for data in datasets:
+        assert data.splits is not None
+        tests = [data.labels(data.splits.test(fold)) for fold in range(data.splits.n_folds)]
+        sizes: dict[str, Sequence[float]] = {
+            "test patients": [len(t) for t in tests],
+            "test events": [int(t["event"].sum()) for t in tests],
+            "median follow-up (years)": [float(t["time_days"].median()) / 365.25 for t in tests],
+        }
+        row = {name: _range(values) for name, values in sizes.items()}
+        origin = "the authors' files" if data.splits.origin == "authors" else "made here, stratified"
+        rows.append({"data set": data.name, "folds": len(tests), **row, "splits": origin})
+    return pd.DataFrame(rows)
+
+
+def _range(values: Sequence[float]) -> str:
+    form = "d" if all(isinstance(v, int) for v in values) else ".1f"
+    least, most = (f"{v:{form}}" for v in (min(values), max(values)))
+    return least if least == most else f"{least} to {most}"
 
 
 def _check_cohort(evidence: Evidence) -> Finding:
     table = evidence.cohort
-    if table is None or "match" not in table:
-        raise Refused("no data set of the paper is in this study.")
-    printed = paper_table("table_s1_datasets").set_index("dataset")
-    known = table.loc[table.index.isin(printed.index)]
+    if table is None:
+        raise Refused("the cohort was not counted.")
+    known = table[table["paper_patients"].notna()]
     columns = ["patients", "slides", "survival_rate_pct"]
     same = sum(int((known[c] == known[f"paper_{c}"]).sum()) for c in columns)
-    total = 3 * len(printed)
-    answer = "agrees" if same == total else "disagrees"
+    total = 3 * len(paper_table("table_s1_datasets"))
+    if evidence.study.synthetic:
+        answer, because = "unclear", f"it is made at {evidence.study.synthetic.scale:g} of the size, on purpose"
+    else:
+        answer = "agrees" if same == total else "disagrees"
+        because = "patients, slides and survival rate of each data set, number by number"
     return Finding(
         f"{same} of {total} numbers; {int(known['patients'].sum()):,} patients, {int(known['slides'].sum()):,} slides",
-        answer, "patients, slides and survival rate of each data set, number by number",
+        answer, because,
     )  # fmt: skip
 
 
@@ -565,17 +630,18 @@ def sources_used(figure: str, target: str, sources: Sequence[str], below: float 
     )
 
 
+MEAN_GAINS = [("steph", "vanilla"), ("vanilla", "model_average"), ("steph", "model_average")]
+"""Better and worse method of each claim about a mean."""
+
 CLAIMS: list[Claim] = [
     Claim(
         "cohort", "Table S1", "13 data sets with these patients, slides, survival rates", _paper_cohort, _check_cohort
     ),
-    mean_gain("gain", "5.2 (1)", "STEPH is better than the cancer's own model on average", "steph", "vanilla"),
+    mean_gain("gain", "5.2 (1)", "STEPH is better than the cancer's own model on average", *MEAN_GAINS[0]),
     wins("wins", "5.2 (1)", "STEPH is better than the cancer's own model on nearly all data sets", "steph", "vanilla"),
-    mean_gain(
-        "average-worse", "5.2 (3)", "averaging models is worse than the cancer's own model", "vanilla", "model_average"
-    ),
+    mean_gain("average-worse", "5.2 (3)", "averaging models is worse than the cancer's own model", *MEAN_GAINS[1]),
     wins("average-all", "5.2 (3)", "averaging is worse on every data set", "vanilla", "model_average"),
-    mean_gain("over-average", "5.2 (3)", "STEPH is better than averaging", "steph", "model_average"),
+    mean_gain("over-average", "5.2 (3)", "STEPH is better than averaging", *MEAN_GAINS[2]),
     sources_used("Fig. 9", "BRCA", ["KIPAN", "COADREAD", "BLCA"], below=0.3),
     sources_used("Fig. S1", "KIPAN", ["HNSC", "STES", "CESC", "SARC"]),
     sources_used("Fig. S2", "LUNG", ["HNSC", "STES", "CESC"]),
@@ -648,12 +714,29 @@ def control_table(results: pd.DataFrame, controls: Iterable[Control] | None = No
 def read(gain: Estimate) -> str:
     """ "yes", "no, the reverse" or "not shown"; see `control_table`."""
     if np.isnan(gain.low):
-        return "not shown (one fold gives no interval)"
+        return "not shown (no interval)"
     if gain.low > 0 and gain.value >= NOISE:
         return "yes"
     if gain.high < 0 and gain.value <= -NOISE:
         return "no, the reverse"
     return "not shown"
+
+
+def differences(results: pd.DataFrame) -> pd.DataFrame:
+    """What the scorecard's figure shows, a row per comparison: label, difference, low, high, and the paper's difference
+    (NaN where it has none): those of `CLAIMS` about a mean gain, then the `CONTROLS`."""
+    claimed = [Control("", "", first, second) for first, second in MEAN_GAINS]
+    rows = []
+    for control, is_claim in [(c, True) for c in claimed] + [(c, False) for c in CONTROLS]:
+        try:
+            gain = compare(results, control.first, control.second, control.value).gain
+        except Refused:
+            continue  # what is undefined stands, with its reason, in the tables
+        where = "test folds" if control.value == "c_index" else "external patients"
+        label = f"{title(control.first)} − {title(control.second)}\n{where}"
+        paper = paper_gain(control.first, control.second)[0] if is_claim else np.nan
+        rows.append((label, gain.value, gain.low, gain.high, paper))
+    return pd.DataFrame(rows, columns=["label", "difference", "low", "high", "paper"])
 
 
 def ceiling(results: pd.DataFrame, oracle: pd.DataFrame, value: str = "c_index") -> pd.DataFrame:
@@ -668,11 +751,11 @@ def ceiling(results: pd.DataFrame, oracle: pd.DataFrame, value: str = "c_index")
     return pd.DataFrame(rows, columns=["method", "mean", "oracle", "share"])
 
 
-def sources_line(results: pd.DataFrame, build: Path) -> str:
+def sources_line(results: pd.DataFrame, study: Study) -> str:
     """Which records a page stands on, in one sentence."""
     seeds, devices = (", ".join(map(str, sorted(results[c].unique()))) for c in ("seed", "device"))
     return (
-        f"{len(results)} finished runs below `{build.name}/runs`: {results['dataset'].nunique()} data set(s), "
+        f"{len(results)} finished runs below `build/{study.name}/runs`: {results['dataset'].nunique()} data set(s), "
         f"{results['method'].nunique()} method(s), fold(s) {', '.join(map(str, sorted(results['fold'].unique())))}, "
         f"seed {seeds}, on {devices}."
     )

@@ -15,7 +15,7 @@ from steph import Refused
 from steph.data.manifest import Study
 from steph.records import Record
 from steph.results import USED_BELOW
-from steph.study import Run, Workbench, plan
+from steph.study import Run, Workbench, plan, results
 
 
 def runs(study: Study, dataset: str, fold: int, seeds: Sequence[int], precision: str = "fp32") -> list[Run]:
@@ -44,6 +44,19 @@ def dynamics(bench: Workbench, chosen: Iterable[Run]) -> pd.DataFrame:
     if not parts:
         raise Refused("no runs to follow; name at least one.")
     return pd.concat(parts, ignore_index=True)[["seed", "epoch", "source", "w", "lambda"]]
+
+
+def of_finished(bench: Workbench, targets: Iterable[str], fold: int = 0) -> dict[str, pd.DataFrame]:
+    """By target, the course over all starts that are finished, `dynamics` of them; nothing is run."""
+    finished = results(bench)
+    found = {}
+    for target in targets:
+        wanted = {"dataset": target, "method": "steph", "fold": fold, "precision": "fp32"}
+        if len(finished):
+            seeds = sorted(finished.loc[(finished[list(wanted)] == pd.Series(wanted)).all(axis=1), "seed"])
+            if seeds:
+                found[target] = dynamics(bench, runs(bench.study, target, fold, seeds))
+    return found
 
 
 def _course(found: Record) -> pd.DataFrame:
