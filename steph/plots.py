@@ -165,7 +165,8 @@ def show_table(
 ) -> Path:
     """Write a table to ``build/<study>/tables/`` as CSV, unrounded, and display it. Returns the CSV's path.
 
-    formats: how columns are displayed, e.g. {"share": "{:.0%}"}; other fractions have four decimals. index: show it.
+    formats: how columns are displayed, e.g. {"share": "{:.0%}"}, by name or by a part of it; other fractions have four
+    decimals. index: show it.
     The CSV of a synthetic study says so in its first column.
     """
     from IPython.display import display
@@ -184,14 +185,17 @@ def show_table(
 def styled(table: pd.DataFrame, formats: Mapping[Any, str] | None = None, index: bool = True) -> Any:
     """A table as HTML: thousands separated, fractions with four decimals unless `formats` says otherwise, blank for a
     missing value."""
+    given = formats or {}
     chosen: dict[Any, Any] = {}
     for column in table.columns:
-        numbers = table[column]
-        if pd.api.types.is_integer_dtype(numbers):
+        named = next((name for name in (column, *(column if isinstance(column, tuple) else ())) if name in given), None)
+        if named is not None:
+            chosen[column] = given[named]
+        elif pd.api.types.is_integer_dtype(table[column]):
             chosen[column] = "{:,}"
-        elif pd.api.types.is_float_dtype(numbers):
+        elif pd.api.types.is_float_dtype(table[column]):
             chosen[column] = "{:.4f}"
-    shown = table.style.format({**chosen, **(formats or {})}, na_rep="", escape="html")
+    shown = table.style.format(chosen, na_rep="", escape="html")
     numeric: list[Hashable] = [c for c in table.columns if pd.api.types.is_numeric_dtype(table[c])]
     shown = shown.set_table_styles(
         [

@@ -343,7 +343,7 @@ class Evidence:
     def limits(self) -> str:
         """Why these records cannot decide a claim about the paper's experiment; "" where they can."""
         if self.study.synthetic:
-            return "the cohort is synthetic"
+            return "synthetic cohort"
         lacking = sorted(set(paper_table("table_s1_datasets")["dataset"]) - set(self.study.datasets))
         if lacking:
             return f"{len(lacking)} of the paper's 13 data sets are not in this study ({', '.join(lacking)})"
@@ -380,8 +380,11 @@ def verdict(claim: Claim, evidence: Evidence) -> dict[str, str]:
     limits = evidence.limits if claim.needs_cohort else ""
     if limits:
         decided = UNDECIDED
-        where = "this study" if evidence.study.synthetic is None else "the demo"
-        points = {"agrees": f"{where} agrees", "disagrees": f"{where} disagrees", "unclear": f"{where} leaves it open"}
+        points = {
+            "agrees": "the numbers here agree",
+            "disagrees": "the numbers here disagree",
+            "unclear": "left open here",
+        }
         why = f"{limits}; {points[found.answer]}: {why}"
     return {
         "id": claim.id, "section": claim.section, "claim": claim.text, "paper": claim.paper(), "ours": found.ours,
