@@ -48,7 +48,8 @@ class STEPH(nn.Module):
     Options for what the paper says otherwise than the release (numbers of the book's list of differences):
     hyper_head "linear" (D1: one layer in place of two); balance_term False (D2: Eq. 7 alone); fresh_head False (D3: the
     target's head, frozen, in place of a new one that is trained); bounded_lambda (D4: keeps a trained lambda vector in
-    (0, 1]); merge_head (D5: the head is merged like the encoder); base "target" (D12: mixtures are added to M_t).
+    (0, 1]); clamp_weights (D10: w stays in [0, 1], as in the original AdaMerging); merge_head (D5: the head is merged
+    like the encoder); base "target" (D12: mixtures are added to M_t).
 
     Raises `Refused` for states of different networks, models with another M_0, an empty pool, K outside 1..m.
     """
@@ -70,6 +71,7 @@ class STEPH(nn.Module):
         balance_term: bool = True,
         fresh_head: bool = True,
         bounded_lambda: bool = False,
+        clamp_weights: bool = False,
         merge_head: bool = False,
         base: Literal["null", "target"] = "null",
     ) -> None:
@@ -77,7 +79,8 @@ class STEPH(nn.Module):
         m = len(source_states)
         _check_options(m, top_k, mix, weight)
         self.source_names = list(source_states)
-        self.top_k, self.mix, self.weight, self.bounded_lambda = top_k, mix, weight, bounded_lambda
+        self.top_k, self.mix, self.weight = top_k, mix, weight
+        self.bounded_lambda, self.clamp_weights = bounded_lambda, clamp_weights
         self.beta, self.gamma, self.balance_term = beta, gamma, balance_term
 
         network = network or _abmil_of(null_state, dropout)
@@ -97,11 +100,17 @@ class STEPH(nn.Module):
 
     def forward(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
         """Logits of the hazards (B, T) of B bags of patches (N_i, D), each bag under its own merged model."""
-        batch = as_batch(bags)
+        coefficients, features = self._merge_and_encode(as_batch(bags))
+        return self.head(features) if self.merged_head is None else self.merged_head(coefficients, features)
+
+    def encode(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+        """Bag features (B, H), each bag's under its own merged encoder."""
+        return self._merge_and_encode(as_batch(bags))[1]
+
+    def _merge_and_encode(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
         w, lam, selected = self._last = self.batch_coefficients(batch)
         coefficients = mixture_coefficients(w, lam, selected)
-        features = self.encoder(coefficients, batch)
-        return self.head(features) if self.merged_head is None else self.merged_head(coefficients, features)
+        return coefficients, self.encoder(coefficients, batch)
 
     def batch_coefficients(self, bags: Sequence[Tensor] | RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """w (B, m), lambda (B, m) and the kept sources (B, K), by falling w, of B bags."""
@@ -109,6 +118,8 @@ class STEPH(nn.Module):
         w_logits, z = self.hyper(batch)
         n = len(batch)
         w = F.relu(w_logits) if w_logits is not None else self.weight_vector.expand(n, -1)  # type: ignore[union-attr]
+        if self.clamp_weights:
+            w = w.clamp(0, 1)
         if z is not None:
             lam = 1 / (1 + F.relu(z))
         elif self.ratio_vector is not None:

@@ -1,6 +1,12 @@
 """The one training engine: it trains whatever maps bags to the logits of hazards, and knows no method.
 
-A model may add `auxiliary_loss()` (a scalar for the last forward pass) and `monitor()` (numbers worth following).
+A model may add:
+- `auxiliary_loss()`, a scalar for the last forward pass, and `monitor()`, numbers worth following;
+- `supervised = False`: the likelihood is followed but trains nothing, `auxiliary_loss()` alone does;
+- `frozen(bags) -> (B, ...)`: what it makes of bags without anything that is trained. That is computed once per patient,
+  not in every epoch, and handed back: `forward(bags, frozen)`;
+- `reads_patches = False`: it needs no more than that, and gets None in place of bags.
+
 The recipe is the paper's Appendix C.2.1 with what the release fixes: AdamW, 16 patients per update (what remains of an
 epoch is dropped), learning rate stepped per update and 0 at the first, no weight decay on vectors, last epoch kept.
 """
@@ -12,6 +18,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -73,12 +80,20 @@ class Trainer:
             self.optimizer, lambda update: learning_rate_factor(update, steps_per_epoch, recipe)
         )
 
-    def step(self, batch: RaggedBatch, bins: Tensor, event: Tensor) -> dict[str, float]:
-        """One update on B bags with their bins (B,) and events (B,). Returns the losses, the rate and the monitor."""
+    def step(
+        self, batch: RaggedBatch | None, bins: Tensor, event: Tensor, frozen: Tensor | None = None
+    ) -> dict[str, float]:
+        """One update on B bags with their bins (B,) and events (B,). Returns the losses, the rate and the monitor.
+
+        frozen: (B, ...) what the model's `frozen` made of the bags, for models that have it.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        likelihood = nll_loss(torch.sigmoid(self.model(batch)), bins, event, alpha=self.recipe.alpha)
+        logits = self.model(batch) if frozen is None else self.model(batch, frozen)
+        likelihood = nll_loss(torch.sigmoid(logits), bins, event, alpha=self.recipe.alpha)
         auxiliary = self._auxiliary()
-        (likelihood if auxiliary is None else likelihood + auxiliary).backward()
+        terms = [likelihood] if getattr(self.model, "supervised", True) else []
+        terms += [] if auxiliary is None else [auxiliary]
+        torch.stack(terms).sum().backward()
         rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.schedule.step()
@@ -125,6 +140,9 @@ def fit(
     model.to(device, dtype).train()
     bins = torch.from_numpy(bin_index(labels["time_days"], network.n_bins, network.bin_width_days)).to(device)
     event = torch.from_numpy(labels["event"].to_numpy(dtype=bool)).to(device)
+    batch_of = partial(dataset.batch, device=device, dtype=dtype)
+    frozen = _frozen(model, patients, batch_of) if hasattr(model, "frozen") else None
+    reads_patches = getattr(model, "reads_patches", True)
     trainer = Trainer(model, recipe, steps)
     shuffler = np.random.default_rng(seed)
     history = []
@@ -133,9 +151,9 @@ def fit(
         order = shuffler.permutation(len(patients))[: steps * recipe.bags_per_step]
         rows = []
         for chosen in order.reshape(steps, recipe.bags_per_step):
-            batch = dataset.batch([patients[i] for i in chosen], device=device, dtype=dtype)
+            batch = batch_of([patients[i] for i in chosen]) if reads_patches else None
             index = torch.from_numpy(chosen).to(device)
-            rows.append(trainer.step(batch, bins[index], event[index]))
+            rows.append(trainer.step(batch, bins[index], event[index], None if frozen is None else frozen[index]))
         means = {str(name): float(value) for name, value in pd.DataFrame(rows).mean().items()}
         row = {"epoch": epoch, **means, "learning_rate": rows[-1]["learning_rate"]}
         if not math.isfinite(row["loss"]):
@@ -145,6 +163,12 @@ def fit(
             report(epoch, history[-1])
     model.eval()
     return pd.DataFrame(history)
+
+
+@torch.no_grad()
+def _frozen(model: nn.Module, patients: Sequence[str], batch_of: Callable[[Sequence[str]], RaggedBatch]) -> Tensor:
+    """What `model.frozen` makes of each patient's bag, (N, ...) in the order given. Bags go through one by one."""
+    return torch.cat([model.frozen(batch_of([patient])) for patient in patients])  # type: ignore[operator]
 
 
 @torch.no_grad()
