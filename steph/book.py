@@ -23,6 +23,9 @@ SHELF = PROJECT / "build" / "book"
 """What the builder reads besides book/: gated notebooks and the status page."""
 
 
+BUILDER = "from jupyter_book.cli.main import main; main()"  # the package cannot be run with -m
+
+
 @dataclass(frozen=True)
 class Chapter:
     """One notebook of the book and the parameters it is published with."""
@@ -147,7 +150,7 @@ def build_pages(study: Study) -> Path:
     with atomic_path(SHELF / "_config.yml") as temporary:
         temporary.write_text(yaml.safe_dump(configuration), encoding="utf-8")
     output = SHELF / "_build" / "html" / "index.html"
-    builder = [sys.executable, "-m", "jupyter_book", "build", str(PROJECT), "--path-output", str(SHELF)]
+    builder = [sys.executable, "-c", BUILDER, "build", str(PROJECT), "--path-output", str(SHELF)]
     builder += ["--config", str(SHELF / "_config.yml")]
     command = [*builder, "-W", "-n", "--keep-going"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
