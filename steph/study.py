@@ -311,7 +311,7 @@ def _carry_out(bench: Workbench, missing: list[Run], device: str, workers: int) 
         bench.null_state(network)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker, initargs=(bench.study,)) as pool:
-        futures = [pool.submit(_work, wanted, device) for wanted in missing]
+        futures = [pool.submit(_work, wanted, bench.key(wanted), device) for wanted in missing]
         try:
             for future in track(as_completed(futures), label, total=len(futures)):
                 future.result()
@@ -332,8 +332,13 @@ def _prepare_worker(study: Study) -> None:
     _bench_of_worker = Workbench(study)
 
 
-def _work(wanted: Run, device: str) -> None:
+def _work(wanted: Run, key: str, device: str) -> None:
     assert _bench_of_worker is not None
+    if _bench_of_worker.key(wanted) != key:
+        raise Refused(
+            "the library's code or the study's data changed while the study was starting. What is finished is kept; "
+            "run the same command again."
+        )
     _execute(_bench_of_worker, wanted, device)
 
 
@@ -350,10 +355,11 @@ def _execute(bench: Workbench, wanted: Run, device: str) -> Record:
             history = fit(
                 model, data, patients, study.recipe, study.network, wanted.seed, device, wanted.precision
             )  # fmt: skip
-        tables = {"predictions.csv": predict(model, data, data.splits.test(wanted.fold), device, wanted.precision)}
+        how = (device, wanted.precision, study.recipe.max_patches)
+        tables = {"predictions.csv": predict(model, data, data.splits.test(wanted.fold), *how)}
         if data.external is not None:
             everyone = list(data.external.cohort.patients["patient_id"])
-            tables["predictions_external.csv"] = predict(model, data.external, everyone, device, wanted.precision)
+            tables["predictions_external.csv"] = predict(model, data.external, everyone, *how)
         metrics = {**_metrics(tables["predictions.csv"], study), **_external(tables)}
         seconds = time.perf_counter() - started
     trained = any(p.requires_grad for p in model.parameters())

@@ -5,7 +5,8 @@ A model may add:
 - `supervised = False`: the likelihood is followed but trains nothing, `auxiliary_loss()` alone does;
 - `frozen(bags) -> (B, ...)`: what it makes of bags without anything that is trained. That is computed once per patient,
   not in every epoch, and handed back: `forward(bags, frozen)`;
-- `reads_patches = False`: it needs no more than that, and gets None in place of bags.
+- `reads_patches = False`: it needs no more than that, and gets None in place of bags;
+- `needs_coords = True`, itself or a network inside it: its batches carry the patches' coordinates.
 
 The recipe is the paper's Appendix C.2.1 with what the release fixes: AdamW, 16 patients per update (what remains of an
 epoch is dropped), learning rate stepped per update and 0 at the first, no weight decay on vectors, last epoch kept.
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -109,6 +111,32 @@ class Trainer:
         return self.model.auxiliary_loss() if hasattr(self.model, "auxiliary_loss") else None  # type: ignore[operator]
 
 
+def needs_coords(model: nn.Module) -> str | None:
+    """The network in a model (or the model itself) that asks for the patches' coordinates; None where none does."""
+    asking = [type(module).__name__ for module in model.modules() if getattr(module, "needs_coords", False)]
+    return asking[-1] if asking else None
+
+
+def _batches(
+    model: nn.Module,
+    dataset: Dataset,
+    patients: Sequence[str],
+    max_patches: int | None,
+    device: str,
+    dtype: torch.dtype,
+) -> Callable[[Sequence[str]], RaggedBatch]:
+    """What gives a model its batches of these patients. Raises `Refused` where it needs coordinates that are not
+    there."""
+    options: dict[str, Any] = {}
+    if max_patches is not None:
+        options["max_patches"] = max_patches
+    network = needs_coords(model)
+    if network is not None:
+        dataset.check_coords(patients, network)
+        options["coords"] = True
+    return partial(dataset.batch, device=device, dtype=dtype, **options)
+
+
 def fit(
     model: nn.Module,
     dataset: Dataset,
@@ -140,7 +168,7 @@ def fit(
     model.to(device, dtype).train()
     bins = torch.from_numpy(bin_index(labels["time_days"], network.n_bins, network.bin_width_days)).to(device)
     event = torch.from_numpy(labels["event"].to_numpy(dtype=bool)).to(device)
-    batch_of = partial(dataset.batch, device=device, dtype=dtype)
+    batch_of = _batches(model, dataset, patients, recipe.max_patches, device, dtype)
     frozen = _frozen(model, patients, batch_of) if hasattr(model, "frozen") else None
     reads_patches = getattr(model, "reads_patches", True)
     trainer = Trainer(model, recipe, steps)
@@ -173,16 +201,21 @@ def _frozen(model: nn.Module, patients: Sequence[str], batch_of: Callable[[Seque
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, dataset: Dataset, patients: Sequence[str], device: str = "cpu", precision: str = "fp32"
+    model: nn.Module,
+    dataset: Dataset,
+    patients: Sequence[str],
+    device: str = "cpu",
+    precision: str = "fp32",
+    max_patches: int | None = None,
 ) -> pd.DataFrame:
     """Predictions for patients, one row each in the order given: patient_id, time_days, event (0/1), risk (higher =
-    worse) and survival_1..T, the probability of surviving each interval. Bags go through one by one."""
+    worse) and survival_1..T, the probability of surviving each interval. Bags go through one by one; `max_patches` as
+    in the recipe that the model was trained by."""
     patients = list(patients)
     dtype = PRECISIONS[precision]
     model.to(device, dtype).eval()
-    hazards = torch.cat(
-        [torch.sigmoid(model(dataset.batch([p], device=device, dtype=dtype))).double().cpu() for p in patients]
-    )
+    batch_of = _batches(model, dataset, patients, max_patches, device, dtype)
+    hazards = torch.cat([torch.sigmoid(model(batch_of([p]))).double().cpu() for p in patients])
     survival = survival_curve(hazards)
     labels = dataset.labels(patients).astype({"event": int})
     curves = pd.DataFrame(survival.numpy(), columns=[f"survival_{t + 1}" for t in range(survival.shape[1])])

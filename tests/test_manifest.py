@@ -33,6 +33,7 @@ def test_what_is_left_out_is_the_papers(tmp_path: Path) -> None:
     }  # fmt: skip
     assert study.recipe.model_dump() == {
         "epochs": 20, "lr": 1e-4, "weight_decay": 1e-5, "warmup_epochs": 1, "bags_per_step": 16, "alpha": 0.5,
+            "max_patches": None,
     }  # fmt: skip
     assert (study.steph.dim_hidden, study.steph.top_k, study.steph.beta) == (512, 5, 0.05)
 

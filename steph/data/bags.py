@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from steph import Refused
+from steph.records import fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,12 +20,14 @@ class RaggedBatch:
     """B bags in one tensor: bag i is ``features[offsets[i]:offsets[i + 1]]``.
 
     features: (N, D), the patches of all bags. offsets: B + 1 rising integers from 0 to N. coords: (N, 2) or None, the
-    patches' level-0 pixels.
+    patches' level-0 pixels. slide_offsets: like `offsets`, but of slides; every bag starts with a slide. None where
+    each bag is one slide.
     """
 
     features: Tensor
     offsets: tuple[int, ...]
     coords: Tensor | None = None
+    slide_offsets: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         sizes = self.sizes
@@ -33,12 +37,20 @@ class RaggedBatch:
             raise Refused(
                 f"bag {sizes.index(min(sizes)) if sizes else 0} has no patches; every bag needs at least one."
             )
+        if self.coords is not None and self.coords.shape != (len(self.features), 2):
+            raise Refused(
+                f"coordinates {tuple(self.coords.shape)}; expected one pair per patch, ({self.offsets[-1]}, 2)."
+            )
+        slides = self.slide_offsets
+        if slides is not None and (not set(self.offsets) <= set(slides) or any(b <= a for a, b in pairwise(slides))):
+            raise Refused(f"slides that start at {slides} do not divide bags that start at {self.offsets}.")
 
     @classmethod
-    def from_bags(cls, bags: Sequence[Tensor]) -> RaggedBatch:
-        """Join bags of shape (N_i, D) or (1, N_i, D)."""
+    def from_bags(cls, bags: Sequence[Tensor], coords: Sequence[Tensor] | None = None) -> RaggedBatch:
+        """Join bags of shape (N_i, D) or (1, N_i, D), each one slide with its patches' coordinates (N_i, 2), if any."""
         flat = [bag.squeeze(0) if bag.ndim == 3 else bag for bag in bags]
-        return cls(torch.cat(flat) if len(flat) > 1 else flat[0], (0, *accumulate(len(bag) for bag in flat)))
+        places = torch.cat(list(coords)) if coords is not None else None
+        return cls(torch.cat(flat) if len(flat) > 1 else flat[0], (0, *accumulate(len(bag) for bag in flat)), places)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -51,6 +63,13 @@ class RaggedBatch:
     def bag(self, i: int) -> Tensor:
         """The patches of bag i, (N_i, D), a view."""
         return self.features[self.offsets[i] : self.offsets[i + 1]]
+
+    def alone(self, i: int) -> RaggedBatch:
+        """Bag i as a batch of its own, with its coordinates and slides; views."""
+        start, stop = self.offsets[i], self.offsets[i + 1]
+        coords = None if self.coords is None else self.coords[start:stop]
+        slides = self.slide_offsets and tuple(at - start for at in self.slide_offsets if start <= at <= stop)
+        return RaggedBatch(self.features[start:stop], (0, stop - start), coords, slides)
 
     @cached_property
     def membership(self) -> Tensor:
@@ -70,9 +89,16 @@ class RaggedBatch:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> RaggedBatch:
         """The batch on another device or in another precision."""
-        return RaggedBatch(self.features.to(device, dtype), self.offsets, self.coords)
+        return RaggedBatch(self.features.to(device, dtype), self.offsets, self.coords, self.slide_offsets)
 
 
 def as_batch(bags: Sequence[Tensor] | RaggedBatch) -> RaggedBatch:
     """What a network is given, a list of bags or a `RaggedBatch`, as a `RaggedBatch`."""
     return bags if isinstance(bags, RaggedBatch) else RaggedBatch.from_bags(bags)
+
+
+def sampled(n: int, max_patches: int, seed: int, patient_id: str) -> np.ndarray:
+    """Which of a bag's n patches are kept, (max_patches,) int64, rising, so that patches stay in order. Drawn without
+    replacement by seed and patient alone: the same in every epoch, fold and process."""
+    stream = np.random.default_rng([seed, int(fingerprint(patient_id), 16)])
+    return np.sort(stream.choice(n, max_patches, replace=False))

@@ -13,13 +13,16 @@ import pandas as pd
 import torch
 
 from steph import Refused
-from steph.data.bags import RaggedBatch
+from steph.data.bags import RaggedBatch, sampled
 from steph.data.cohort import COLUMNS, Cohort, read_cohort
 from steph.data.features import check_slides, find_slides
 from steph.data.manifest import Study
 from steph.data.splits import Splits, load_splits
 from steph.data.store import Store, pack
 from steph.records import fingerprint
+
+NO_COORDS = -1
+"""What a store holds for both coordinates of a patch whose file had none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +31,8 @@ class Dataset:
     order.
 
     splits: None for an external set. external: patients of the same population whom nothing is trained on (synthetic
-    studies). oracle: each patient's true log-risk, higher = worse, where it is known (synthetic studies).
+    studies). oracle: each patient's true log-risk, higher = worse, where it is known (synthetic studies). seed: the
+    study's; it draws the patches of a bag that is sampled.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Dataset:
     store: Store
     external: Dataset | None = None
     oracle: pd.Series | None = None
+    seed: int = 0
 
     @cached_property
     def fingerprint(self) -> str:
@@ -64,24 +69,53 @@ class Dataset:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         coords: bool = False,
+        max_patches: int | None = None,
     ) -> RaggedBatch:
         """The patients' bags in the order given; features (N, D) in `dtype` on `device`, a copy of the store's.
 
-        coords: also the patches' coordinates, (N, 2) int32 on the CPU. Raises `Refused` for an unknown patient.
+        coords: also the patches' coordinates, (N, 2) int32 on the CPU, and where slides start. max_patches: larger bags
+        are sampled down to this many (`steph.data.bags.sampled`). Raises `Refused` for an unknown patient.
         """
         self._refuse_unknown(patient_ids)
-        slides = [slide for patient in patient_ids for slide in self._slides[patient]]
-        offsets = (0, *accumulate(self.n_patches(patient_ids).tolist()))
+        pieces = [self._rows(patient, max_patches) for patient in patient_ids]
+        offsets = (0, *accumulate(sum(map(_length, rows)) for rows in pieces))
         on_cpu = torch.device(device).type == "cpu"
         # One pass: rows are gathered and cast together; for an accelerator they travel in the store's precision.
         source = self.store.tensor
         features = torch.empty((offsets[-1], self.store.dim), dtype=dtype if on_cpu else source.dtype)
         at = 0
-        for start, stop in self.store.ranges(slides):
-            features[at : at + stop - start].copy_(source[start:stop])
-            at += stop - start
-        places = torch.from_numpy(self.store.coords_of(slides).copy()) if coords else None
-        return RaggedBatch(features.to(device).to(dtype), offsets, places)
+        for rows in _joined(pieces):
+            features[at : at + _length(rows)].copy_(source[rows])
+            at += _length(rows)
+        features = features.to(device).to(dtype)
+        if not coords:
+            return RaggedBatch(features, offsets)
+        flat = [rows for of_patient in pieces for rows in of_patient]
+        places = torch.from_numpy(np.concatenate([self.store.coords[rows] for rows in flat]))
+        return RaggedBatch(features, offsets, places, (0, *accumulate(map(_length, flat))))
+
+    def _rows(self, patient_id: str, max_patches: int | None) -> list[slice | np.ndarray]:
+        """The store's rows that a patient's bag takes, a piece for each slide that has any."""
+        whole = [slice(*self.store.ranges([slide])[0]) for slide in self._slides[patient_id]]
+        n = self._patch_counts[patient_id]
+        if max_patches is None or n <= max_patches:
+            return list(whole)
+        kept = sampled(n, max_patches, self.seed, patient_id)
+        rows = np.concatenate([np.arange(part.start, part.stop) for part in whole])[kept]
+        ends = np.searchsorted(kept, np.cumsum([_length(part) for part in whole])[:-1])
+        return [piece for piece in np.split(rows, ends) if len(piece)]
+
+    def check_coords(self, patient_ids: Sequence[str], network: str) -> None:
+        """Raise `Refused` where slides of these patients have no coordinates, which `network` needs."""
+        self._refuse_unknown(patient_ids)
+        slides = [slide for patient in patient_ids for slide in self._slides[patient]]
+        without = [s for s in slides if (np.asarray(self.store.coords_of([s])[:2]) == NO_COORDS).all()]
+        if without:
+            raise Refused(
+                f"{network} needs patches' coordinates, and {len(without)} of {len(slides)} slides of {self.name} "
+                f"have none (first {without[0]}, in {self.store.path}). Pack feature files that hold coordinates, or "
+                "choose a network that needs none."
+            )
 
     def n_patches(self, patient_ids: Sequence[str]) -> np.ndarray:
         """Patches in each patient's bag, (B,) int64."""
@@ -106,6 +140,22 @@ class Dataset:
             raise Refused(
                 f"{self.name}: {what}; the cohort has {len(self.cohort)}, the first is {next(iter(self._slides))}."
             )
+
+
+def _length(rows: slice | np.ndarray) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def _joined(pieces: Sequence[Sequence[slice | np.ndarray]]) -> list[slice | np.ndarray]:
+    """The pieces of all patients in order; what lies side by side in the store is one."""
+    joined: list[slice | np.ndarray] = []
+    for rows in (rows for of_patient in pieces for rows in of_patient):
+        last = joined[-1] if joined else None
+        if isinstance(rows, slice) and isinstance(last, slice) and last.stop == rows.start:
+            joined[-1] = slice(last.start, rows.stop)
+        else:
+            joined.append(rows)
+    return joined
 
 
 def open_dataset(study: Study, name: str) -> Dataset:
@@ -151,6 +201,7 @@ def _open(study: Study, name: str, root: Path, splits: bool = True, external: Da
         store=store,
         external=external,
         oracle=_oracle(oracle, cohort) if study.synthetic else None,
+        seed=study.seed,
     )
 
 

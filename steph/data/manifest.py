@@ -101,6 +101,11 @@ class Recipe(_Strict):
     warmup_epochs: int = Field(default=1, ge=0, description="epochs of linear warm-up before the cosine")
     bags_per_step: Positive = Field(default=16, description="patients per update; an epoch's remainder is dropped")
     alpha: float = Field(default=0.5, ge=0, le=1, description="how much less a censored patient counts in the loss")
+    max_patches: Positive | None = Field(
+        default=None,
+        description="larger bags are sampled down to this many patches, the same ones in training and evaluation, "
+        "drawn by the study's seed and the patient; None takes every patch",
+    )
 
 
 class StephSettings(_Strict):

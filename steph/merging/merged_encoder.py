@@ -48,7 +48,7 @@ class MergedEncoder(nn.Module):
         weights = torch.addmm(self.base, coefficients, self.vectors)
         encoder = _Encoder(self.network)
         features = [
-            functional_call(encoder, {f"network.{k}": v for k, v in self.layout.views(w).items()}, ([batch.bag(i)],))
+            functional_call(encoder, {f"network.{k}": v for k, v in self.layout.views(w).items()}, (batch.alone(i),))
             for i, w in enumerate(weights.unbind())
         ]
         return torch.cat(features)
@@ -72,7 +72,7 @@ class _Encoder(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, bags: Sequence[Tensor]) -> Tensor:
+    def forward(self, bags: RaggedBatch) -> Tensor:
         return self.network.encode(bags)  # type: ignore[operator]
 
 
