@@ -280,8 +280,9 @@ class Comparison:
         if self.n_folds < 2:
             return Estimate(seen)
         gain, error = self.gains["gain"].to_numpy(), self.gains["error"].to_numpy()
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.where(error > 0, gain / error, np.sign(gain) * np.inf)
+        # Without any spread the sign is certain; a gain of exactly 0 is none.
+        certain = np.where(gain > 0, np.inf, -np.inf)
+        ratio = np.divide(gain, error, out=certain, where=error > 0)
         distribution = np.ones(1)  # of the number of gains above 0, data set by data set
         for p in t.cdf(ratio, self.n_folds - 1):
             distribution = np.convolve(distribution, [1 - p, p])
@@ -346,7 +347,7 @@ class Evidence:
             return "synthetic cohort"
         lacking = sorted(set(paper_table("table_s1_datasets")["dataset"]) - set(self.study.datasets))
         if lacking:
-            return f"{len(lacking)} of the paper's 13 data sets are not in this study ({', '.join(lacking)})"
+            return f"{len(lacking)} of the paper's 13 data sets are not in this study"
         if self.study.endpoint.name != "DSS" or self.study.folds != PAPER_FOLDS:
             return f"endpoint {self.study.endpoint.name}, {self.study.folds} folds; the paper's are DSS, {PAPER_FOLDS}"
         return ""

@@ -182,6 +182,8 @@ def test_counts_of_wins_know_their_noise():
     assert (sure.value, sure.low, sure.high) == (13, 13, 13)
     unsure = results.compare(shifted(0.001, 0.1), "steph", "vanilla").wins
     assert unsure.value == 13 and unsure.low < 6 and unsure.high < 13
+    tied = results.compare(frame({("SARC", m): [0.5, 0.6] for m in ("steph", "vanilla")}), "steph", "vanilla").wins
+    assert (tied.value, tied.low, tied.high) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
