@@ -55,7 +55,7 @@ def needed_runs(study: Study) -> list[Run]:
     takes = notebooks.declared(notebooks.find("06_dynamics"))
     seeds = [study.seed + i for i in range(takes["n_seeds"])]
     fold = notebooks.check({**takes, "study": study.name, "dataset": dynamics_target(study)}).folds[0]
-    return [*plan(study), *dynamics_runs(study, dynamics_target(study), fold, seeds)]
+    return list(dict.fromkeys([*plan(study), *dynamics_runs(study, dynamics_target(study), fold, seeds)]))
 
 
 def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None) -> Path:
