@@ -1,7 +1,22 @@
 """Model merging: task vectors and what is made of them. Nothing here knows the layers of any network."""
 
 from steph.merging.average import model_average
+from steph.merging.iso import iso_c, iso_cts
 from steph.merging.merged_encoder import MergedEncoder
+from steph.merging.pairs import PAIR_MERGES, merge_pairs
+from steph.merging.surgery import Surgery
 from steph.merging.task_vectors import apply_task_vector, task_vector
+from steph.merging.ties import ties
 
-__all__ = ["MergedEncoder", "apply_task_vector", "model_average", "task_vector"]
+__all__ = [
+    "PAIR_MERGES",
+    "MergedEncoder",
+    "Surgery",
+    "apply_task_vector",
+    "iso_c",
+    "iso_cts",
+    "merge_pairs",
+    "model_average",
+    "task_vector",
+    "ties",
+]
