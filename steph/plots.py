@@ -7,7 +7,7 @@ Figures are 7 inches wide, to be read at 700 pixels.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from steph.data.cohort import Cohort
 from steph.data.dataset import Dataset
 from steph.data.manifest import Study
 from steph.records import atomic_path
-from steph.results import AVERAGE, paper_table, summary, title
+from steph.results import AVERAGE, NOISE, paper_table, summary, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,6 +182,13 @@ def show_table(
     return path
 
 
+def show_text(*lines: str) -> None:
+    """Display Markdown: one paragraph, or a list item per line that begins with a dash."""
+    from IPython.display import Markdown, display
+
+    display(Markdown("\n".join(lines)))
+
+
 def styled(table: pd.DataFrame, formats: Mapping[Any, str] | None = None, index: bool = True) -> Any:
     """A table as HTML: thousands separated, fractions with four decimals unless `formats` says otherwise, blank for a
     missing value."""
@@ -196,14 +203,14 @@ def styled(table: pd.DataFrame, formats: Mapping[Any, str] | None = None, index:
         elif pd.api.types.is_float_dtype(table[column]):
             chosen[column] = "{:.4f}"
     shown = table.style.format(chosen, na_rep="", escape="html")
-    numeric: list[Hashable] = [c for c in table.columns if pd.api.types.is_numeric_dtype(table[c])]
-    shown = shown.set_table_styles(
-        [
-            {"selector": "th, td", "props": "padding: .25em .6em; text-align: left; vertical-align: top"},
-            {"selector": "th.col_heading", "props": "border-bottom: 1px solid currentColor"},
-        ]
-    )
-    shown = shown.set_properties(subset=numeric, **{"text-align": "right"}) if numeric else shown
+    numeric = [f".col{i}" for i, column in enumerate(table.columns) if pd.api.types.is_numeric_dtype(table[column])]
+    heading = f"th.level{table.columns.nlevels - 1}"
+    styles: list[Any] = [
+        {"selector": "th, td", "props": "padding: .25em .6em; text-align: left; vertical-align: top"},
+        {"selector": "th.col_heading", "props": "border-bottom: 1px solid currentColor"},
+        *({"selector": f"td{column}, {heading}{column}", "props": "text-align: right"} for column in numeric),
+    ]
+    shown = shown.set_table_styles(styles)
     return shown if index else shown.hide(axis="index")
 
 
@@ -396,7 +403,7 @@ def _axis_label(value: str) -> str:
     return "C-index on external patients" if value.startswith("external") else "C-index on the test fold"
 
 
-def intervals(table: pd.DataFrame, margin: float) -> Figure:
+def intervals(table: pd.DataFrame, margin: float = NOISE) -> Figure:
     """Differences with their intervals, a row each: columns label, difference, low, high, paper (an open diamond;
     may be NaN). The grey band is the margin within which nothing is read."""
     import matplotlib.pyplot as plt

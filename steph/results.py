@@ -27,6 +27,9 @@ NOISE = 0.025
 """Differences of two C-indices below this are not read: a mean over 13 x 5 test folds varies by .010 to .014 from one
 draw of the cohort to the next."""
 
+VALUES = {"c_index": "test folds", "external_c_index": "external patients"}
+"""What a result's C-indices are of."""
+
 REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "cannot be decided on this cohort"
 
 
@@ -148,21 +151,18 @@ def beside_paper(
 
 
 def beside_paper_wide(table: pd.DataFrame) -> pd.DataFrame:
-    """`beside_paper` to look at: data sets in rows; ours, the paper's and the difference of each method in columns."""
+    """The means of `beside_paper` to look at: data sets in rows; ours, the paper's and the difference of each method in
+    columns. What is undefined says so."""
+    ours = [f"undefined ({u})" if u else f"{m:.4f}" for u, m in zip(table["undefined"], table["mean"], strict=True)]
     text = table.assign(
-        ours=table.apply(cell, axis=1),
-        paper_text=[_printed(m, s) for m, s in zip(table["paper"], table["paper_std"], strict=True)],
-        difference_text=table["difference"].map(lambda x: "" if pd.isna(x) else f"{x:+.3f}"),
+        ours=ours,
+        paper=table["paper"].map(lambda x: "" if pd.isna(x) else f"{x:.4f}"),
+        difference=table["difference"].map(lambda x: "" if pd.isna(x) else f"{x:+.3f}"),
     )
-    parts = {"ours": "ours", "paper": "paper_text", "ours − paper": "difference_text"}
+    parts = {"ours": "ours", "paper": "paper", "Δ": "difference"}
     wide = pd.concat({name: _wide(text, column) for name, column in parts.items()}, axis=1).swaplevel(axis=1)
     columns = [(title(m), part) for m in table["method"].unique() for part in parts]
-    wide = wide[[column for column in columns if (wide[column] != "").any()]]
-    return wide
-
-
-def _printed(mean: float, std: float) -> str:
-    return "" if pd.isna(mean) else f"{mean:.4f}" + ("" if pd.isna(std) else f" (± {std:.3f})")
+    return wide[[column for column in columns if (wide[column] != "").any()]]
 
 
 def title(method: str) -> str:
@@ -220,6 +220,20 @@ def oracle_table(datasets: Iterable[Dataset], folds: Sequence[int]) -> pd.DataFr
         for fold in folds:
             rows.append((data.name, "oracle", fold, _oracle_c_index(data, data.splits.test(fold)), of_all))
     return pd.DataFrame(rows, columns=["dataset", "method", "fold", "c_index", "external_c_index"])
+
+
+def oracle_wide(oracle: pd.DataFrame) -> pd.DataFrame:
+    """`oracle_table` to look at: data sets in rows; test folds and, where there are some, external patients."""
+    table = c_index_table(oracle).set_axis([VALUES["c_index"]], axis=1)
+    if steadiest(oracle) == "external_c_index":
+        means = summary(oracle, "external_c_index").set_index("dataset")["mean"]
+        table[VALUES["external_c_index"]] = means.map("{:.4f}".format)
+    return table
+
+
+def steadiest(results: pd.DataFrame) -> str:
+    """The value with the least noise: that of external patients where all results have it, else of the test folds."""
+    return "external_c_index" if results["external_c_index"].notna().all() else "c_index"
 
 
 def _oracle_c_index(data: Dataset, patients: list[str]) -> float | None:
@@ -705,7 +719,7 @@ def control_table(results: pd.DataFrame, controls: Iterable[Control] | None = No
             "id": control.id,
             "question": control.question,
             "comparison": f"{title(control.first)} − {title(control.second)}",
-            "on": "test folds" if control.value == "c_index" else "external patients",
+            "on": VALUES[control.value],
         }
         try:
             gain = compare(results, control.first, control.second, control.value).gain
@@ -736,8 +750,7 @@ def differences(results: pd.DataFrame) -> pd.DataFrame:
             gain = compare(results, control.first, control.second, control.value).gain
         except Refused:
             continue  # what is undefined stands, with its reason, in the tables
-        where = "test folds" if control.value == "c_index" else "external patients"
-        label = f"{title(control.first)} − {title(control.second)}\n{where}"
+        label = f"{title(control.first)} − {title(control.second)}\n{VALUES[control.value]}"
         paper = paper_gain(control.first, control.second)[0] if is_claim else np.nan
         rows.append((label, gain.value, gain.low, gain.high, paper))
     return pd.DataFrame(rows, columns=["label", "difference", "low", "high", "paper"])

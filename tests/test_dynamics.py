@@ -106,6 +106,18 @@ def test_sources_over_starts():
     assert table.loc["A", ["w_mean", "w_min", "w_max"]].tolist() == pytest.approx([0.6, 0.1, 0.9])
 
 
+def test_sources_over_starts_to_look_at():
+    wide = dynamics.by_source_wide(dynamics.by_source(made()), 3)
+    assert wide.iloc[0].tolist() == ["A", "0.60 (0.10 to 0.90)", "0.10 (0.10 to 0.10)", 3, 2]
+    assert list(wide.columns) == ["source", "w", "λ", "used (of 3)", "largest w (of 3)"]
+
+
+def test_only_a_synthetic_study_knows_what_is_shared():
+    found = dynamics.planted(load_study("demo"), "BRCA")
+    assert found is not None and found.idxmax() == "UCEC" and "BRCA" not in found.index
+    assert dynamics.planted(load_study("tcga"), "BRCA") is None
+
+
 def test_starts_that_agree_and_that_do_not():
     found = dynamics.agreement(made()).set_index(["seed_a", "seed_b"])["correlation"]
     assert found.to_dict() == pytest.approx({(1, 2): 1.0, (1, 3): -1.0, (2, 3): -1.0})

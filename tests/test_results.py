@@ -137,8 +137,11 @@ def test_beside_paper_takes_the_right_cells():
     assert (beside.loc["steph", "paper"], beside.loc["steph", "paper_std"]) == (0.6024, 0.070)
     assert beside.loc["steph", "difference"] == pytest.approx(0.6 - 0.6024)
     wide = results.beside_paper_wide(beside.reset_index())
-    assert wide.loc["SARC", ("STEPH", "paper")] == "0.6024 (± 0.070)"
-    assert wide.loc["SARC", ("Vanilla", "ours − paper")] == "-0.031"
+    assert wide.loc["SARC", ("STEPH", "paper")] == "0.6024"
+    assert wide.loc["SARC", ("Vanilla", "Δ")] == "-0.031"
+    undefined = frame({("SARC", "steph"): [0.5, None]})
+    wide = results.beside_paper_wide(results.beside_paper(undefined))
+    assert wide.loc["SARC", ("STEPH", "ours")] == "undefined (fold 1)" and ("STEPH", "Δ") not in wide.columns
 
 
 def test_the_papers_average_stands_only_beside_all_its_data_sets():
@@ -350,3 +353,8 @@ def test_cohort_and_splits_of_a_small_study(tmp_path, monkeypatch):
     assert results.split_table(data)["test patients"].tolist() == ["25"]
     oracle = results.oracle_table(data, [0, 1])
     assert (oracle["c_index"] > 0.6).all() and oracle["external_c_index"].nunique() == 1
+    shown = results.oracle_wide(oracle)
+    assert (
+        list(shown.columns) == ["test folds", "external patients"] and "±" not in shown.loc["SARC", "external patients"]
+    )
+    assert results.steadiest(oracle) == "external_c_index" and results.steadiest(shifted(0)) == "c_index"

@@ -13,6 +13,7 @@ import pandas as pd
 
 from steph import Refused
 from steph.data.manifest import Study
+from steph.data.synthetic import planted_similarity
 from steph.records import Record
 from steph.results import USED_BELOW
 from steph.study import Run, Workbench, plan, results
@@ -89,6 +90,25 @@ def by_source(course: pd.DataFrame) -> pd.DataFrame:
     table["used"] = grouped["used"].sum()
     table["top"] = first.reindex(table.index, fill_value=0)
     return table.sort_values("w_mean", ascending=False, kind="stable").rename_axis("source")
+
+
+def by_source_wide(table: pd.DataFrame, n_starts: int) -> pd.DataFrame:
+    """`by_source` to look at: w and lambda as "mean (least to largest)", counts out of the number of starts."""
+
+    def spread(name: str) -> list[str]:
+        columns = (table[f"{name}_{part}"] for part in ("mean", "min", "max"))
+        return [f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in zip(*columns, strict=True)]
+
+    counts = {"used": table["used"], "largest w": table["top"]}
+    return pd.DataFrame(
+        {"source": table.index, "w": spread("w"), "λ": spread("lambda")}
+        | {f"{name} (of {n_starts})": count.to_numpy() for name, count in counts.items()}
+    )
+
+
+def planted(study: Study, target: str) -> pd.Series | None:
+    """Planted similarity of each source to the target; None in a study of real patients."""
+    return planted_similarity(study)[target].drop(target) if study.synthetic else None
 
 
 def agreement(course: pd.DataFrame) -> pd.DataFrame:
