@@ -1,0 +1,122 @@
+"""ILRA-MIL: patches pass through a bottleneck of low rank (Xiang and Zhang, ICLR 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from steph import Refused
+from steph.data.bags import RaggedBatch, as_batch
+
+HEADS = 8
+
+
+class ILRA(nn.Module):
+    """Two low-rank blocks, each of which lets learned latent vectors attend to the patches and the patches to what the
+    latents have gathered; then one learned query attends to all patches: the bag's feature.
+
+    The width is half of the study's dim_emb (the paper: 256). With the one latent vector of the configuration that has
+    the paper's number of parameters, patches attend to a single vector: that attention is 1 whatever the scores are,
+    and the weights that only form scores there (`from_latents`, key and the attention's first two thirds) stay as they
+    were drawn. Raises `Refused` for a width that 8 heads do not divide.
+    """
+
+    def __init__(
+        self, dim_in: int = 1536, dim: int = 256, n_bins: int = 32, n_latents: int = 1, blocks: int = 2
+    ) -> None:
+        super().__init__()
+        if dim % HEADS:
+            raise Refused(f"ILRA has {HEADS} heads; its width, half of network.dim_emb, is {dim}, no multiple of that.")
+        self.blocks = nn.ModuleList([LowRankBlock(dim if i else dim_in, dim, n_latents) for i in range(blocks)])
+        self.query = _learned(1, dim)
+        self.pool = AttentionBlock(dim, dim, dim, gated=False)
+        self.head = nn.Linear(dim, n_bins)
+
+    def forward(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+        """Logits of the hazards (B, T) of B bags of patches (N_i, D)."""
+        return self.head(self.encode(bags))
+
+    def encode(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+        """Bag features (B, dim)."""
+        return self._pooled(as_batch(bags))[0]
+
+    def attention(self, bag: Tensor) -> Tensor:
+        """Attention (N,) of the pooling query over the patches of one bag (N, D), mean over the heads; sums to 1."""
+        return self._pooled(as_batch([bag]))[1][0]
+
+    def _pooled(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+        """Bag features (B, dim) and the attention that pooled them (B, n)."""
+        patches = batch.features
+        for block in self.blocks:
+            patches = block(patches, batch.sizes)
+        features, attention = self.pool.gather(self.query, patches, batch.sizes)
+        return features.squeeze(1), attention.squeeze(1)
+
+
+class LowRankBlock(nn.Module):
+    """Latents attend to the patches of a bag, then the patches to the latents."""
+
+    def __init__(self, dim_in: int, dim: int, n_latents: int) -> None:
+        super().__init__()
+        self.latents = _learned(n_latents, dim)
+        self.to_latents = AttentionBlock(dim, dim_in, dim, gated=True)
+        self.from_latents = AttentionBlock(dim_in, dim, dim, gated=True)
+
+    def forward(self, patches: Tensor, sizes: list[int]) -> Tensor:
+        """(N, dim_in) to (N, dim); bag by bag, of these sizes."""
+        gathered, _ = self.to_latents.gather(self.latents, patches, sizes)  # (B, latents, dim)
+        return self.from_latents.spread(patches, gathered, sizes)
+
+
+class AttentionBlock(nn.Module):
+    """Queries attend to keys: projections, multi-head attention, residual connections; then, if `gated`, what was found
+    is scaled by a gate (SiLU) that looks at the query."""
+
+    def __init__(self, dim_query: int, dim_key: int, dim: int, gated: bool) -> None:
+        super().__init__()
+        self.key = nn.Linear(
+            dim_key, dim
+        )  # the network's first layer: whoever merges it reads the features' width here
+        self.query = nn.Linear(dim_query, dim)
+        self.value = nn.Linear(dim_key, dim)
+        self.attend = nn.MultiheadAttention(dim, HEADS, batch_first=True)
+        self.out = nn.Linear(dim, dim)
+        self.gate = nn.Linear(dim_query, dim) if gated else None
+
+    def gather(self, queries: Tensor, patches: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+        """The same queries (q, dim_query) attend to the patches (N, dim_key) of each bag: (B, q, dim), and the
+        attention (B, q, n), mean over the heads."""
+        keys, absent = _padded(self.key(patches), sizes)
+        values, _ = _padded(self.value(patches), sizes)
+        asked = self.query(queries).expand(len(sizes), -1, -1)
+        found, attention = self.attend(asked, keys, values, key_padding_mask=absent)
+        return self._finished(queries, asked + found), attention
+
+    def spread(self, patches: Tensor, gathered: Tensor, sizes: list[int]) -> Tensor:
+        """The patches (N, dim_query) of each bag attend to what was gathered from it (B, k, dim_key): (N, dim)."""
+        asked = self.query(patches)
+        padded, absent = _padded(asked, sizes)
+        found, _ = self.attend(padded, self.key(gathered), self.value(gathered), need_weights=False)
+        flat = found.flatten(0, 1) if absent is None else found[~absent]
+        return self._finished(patches, asked + flat)
+
+    def _finished(self, queries: Tensor, found: Tensor) -> Tensor:
+        found = found + F.relu(self.out(found))
+        return found if self.gate is None else found * F.silu(self.gate(queries))
+
+
+def _learned(n: int, dim: int) -> nn.Parameter:
+    return nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, dim)))
+
+
+def _padded(values: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor | None]:
+    """Patch values (N, H) as (B, n, H), zeros behind the shorter bags, and where there is no patch, (B, n); None where
+    bags are of one size."""
+    if len(set(sizes)) == 1:
+        return values.view(len(sizes), sizes[0], -1), None
+    padded = nn.utils.rnn.pad_sequence(list(values.split(sizes)), batch_first=True)
+    counts = torch.tensor(sizes, device=values.device).view(-1, 1)
+    return padded, torch.arange(padded.shape[1], device=values.device) >= counts

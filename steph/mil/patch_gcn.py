@@ -1,0 +1,134 @@
+"""Patch-GCN: patches exchange messages with their neighbours on the slide (Chen et al., MICCAI 2021)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from steph import Refused
+from steph.data.bags import RaggedBatch, as_batch
+
+NEIGHBOURS = 8
+CACHED_PATCHES = 20_000_000
+"""Slides' graphs are kept up to this many patches in all (32 bytes each): every epoch asks for the same ones."""
+
+
+class PatchGCN(nn.Module):
+    """Embedding (linear, ReLU, dropout), a residual graph convolution over each patch's 8 nearest neighbours, its input
+    and output side by side, a linear layer on both; then gated attention pooling.
+
+    One layer of graph convolution, as in the configuration that has the paper's number of parameters. A patient's
+    slides are graphs of their own, pooled together. Batches must carry coordinates. Needs the package torch_geometric.
+    """
+
+    needs_coords = True
+
+    def __init__(
+        self, dim_in: int = 1536, dim: int = 384, dim_attn: int = 256, n_bins: int = 32, dropout: float = 0.25
+    ) -> None:
+        super().__init__()
+        try:
+            from torch_geometric.nn import DeepGCNLayer, GENConv
+        except ImportError:
+            raise Refused(
+                "Patch-GCN needs the package torch_geometric: pip install torch_geometric -c constraints.txt"
+            ) from None
+        self.dropout = dropout
+        self.embed = nn.Linear(dim_in, dim)
+        convolution = GENConv(dim, dim, aggr="softmax", learn_t=True, num_layers=2, norm="layer")
+        self.graph = DeepGCNLayer(convolution, nn.LayerNorm(dim), nn.ReLU(), block="res", dropout=min(0.1, dropout))
+        self.join = nn.Linear(2 * dim, dim)
+        self.gate_tanh = nn.Linear(dim, dim_attn)
+        self.gate_sigmoid = nn.Linear(dim, dim_attn)
+        self.score = nn.Linear(dim_attn, 1)
+        self.head = nn.Linear(dim, n_bins)
+
+    def forward(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+        """Logits of the hazards (B, T) of B bags of patches (N_i, D). Raises `Refused` for bags without coordinates."""
+        return self.head(self.encode(bags))
+
+    def encode(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+        """Bag features (B, dim)."""
+        batch = as_batch(bags)
+        patches, scores = self._embed_and_score(batch)
+        return batch.softmax(scores) @ patches
+
+    def attention(self, bag: Tensor | RaggedBatch) -> Tensor:
+        """Attention (N,) of the pooling over the patches of one bag, a batch of one with its coordinates; it sums to
+        1."""
+        batch = bag if isinstance(bag, RaggedBatch) else as_batch([bag])
+        if len(batch) != 1:
+            raise Refused(f"attention() takes one bag; this batch has {len(batch)}.")
+        return torch.softmax(self._embed_and_score(batch)[1], dim=0)
+
+    def _embed_and_score(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+        edges = graph_of(batch).to(batch.features.device)
+        embedded = self._dropped(F.relu(self.embed(batch.features)))
+        patches = torch.cat([embedded, self.graph(embedded, edges)], dim=1)
+        patches = self._dropped(F.relu(self.join(patches)))
+        gate = self._dropped(torch.tanh(self.gate_tanh(patches)))
+        gate = gate * self._dropped(torch.sigmoid(self.gate_sigmoid(patches)))
+        return patches, self.score(gate).squeeze(1)
+
+    def _dropped(self, values: Tensor) -> Tensor:
+        return F.dropout(values, self.dropout, self.training)
+
+
+def graph_of(batch: RaggedBatch) -> Tensor:
+    """Edges (2, E) int64, on the CPU, from each patch's nearest neighbours on its slide (first row) to the patch.
+
+    Raises `Refused` for a batch without coordinates.
+    """
+    if batch.coords is None:
+        raise Refused(
+            "Patch-GCN needs the coordinates of patches, and this batch has none. Ask for them: "
+            "dataset.batch(patients, coords=True) or RaggedBatch.from_bags(bags, coords)."
+        )
+    coords = batch.coords.cpu().numpy()
+    edges = []
+    for start, stop in pairwise(batch.slide_offsets or batch.offsets):
+        near = _cached_neighbours(coords[start:stop])
+        targets = np.repeat(np.arange(start, stop), near.shape[1])
+        edges.append(np.stack([near.ravel() + np.int64(start), targets]))
+    return torch.from_numpy(np.concatenate(edges, axis=1))
+
+
+def neighbours(coords: np.ndarray, k: int = NEIGHBOURS) -> np.ndarray:
+    """The k patches nearest to each of n on one slide, itself left out, (n, min(k, n - 1)) int32. coords: (n, 2).
+
+    Equally near ones are chosen by their coordinates, so the graph does not depend on the order of patches.
+    """
+    from scipy.spatial import cKDTree
+
+    n = len(coords)
+    k = min(k, n - 1)
+    if k == 0:
+        return np.empty((n, 0), dtype=np.int32)
+    order = np.lexsort(coords.T)
+    places = coords[order].astype(np.float64)
+    found = cKDTree(places).query(places, k + 1)[1]  # (n, k + 1), nearest first
+    # Where patches share a place, a patch may not be the first, or not be at all, among its own nearest.
+    itself = found == np.arange(n)[:, None]
+    itself[~itself.any(axis=1), k] = True
+    near = np.empty((n, k), dtype=np.int32)
+    near[order] = order[found[~itself].reshape(n, k)]
+    return near
+
+
+_graphs: dict[bytes, np.ndarray] = {}
+
+
+def _cached_neighbours(coords: np.ndarray) -> np.ndarray:
+    """`neighbours`, kept by what the coordinates are; all are forgotten when there are too many."""
+    key = hashlib.blake2b(coords.tobytes()).digest()
+    if key not in _graphs:
+        if sum(map(len, _graphs.values())) + len(coords) > CACHED_PATCHES:
+            _graphs.clear()
+        _graphs[key] = neighbours(coords)
+    return _graphs[key]
