@@ -121,3 +121,12 @@ def test_merged_pairs_keep_heads_and_say_where_they_stem_from(reference):
         assert state.origin == null.origin
         assert torch.equal(state["head.weight"], sources[name]["head.weight"])
         assert not torch.equal(state["embed.weight"], sources[name]["embed.weight"])
+
+
+def test_clamped_weights_stay_between_0_and_1(reference, float64):
+    null, target, sources = states(reference("f_adamerging"))
+    given = torch.tensor([-0.5, 0.0, 0.3, 1.0, 2.0])
+    for clamp, expected in ((True, [0, 0, 0.3, 1, 1]), (False, given.tolist())):
+        model = adamerging(null, target, sources, clamp_weights=clamp)
+        load_into(model, {**state_of(model, trainable_only=True), "weight_vector": given})
+        assert model.coefficients(torch.zeros(2, 24))[0].tolist() == pytest.approx(expected)
