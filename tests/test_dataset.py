@@ -9,6 +9,7 @@ from test_features import DIM, cohort_of, write_h5
 
 from steph import Refused
 from steph.data import dataset as datasets
+from steph.data.bags import sampled
 from steph.data.cohort import read_cohort, write_cohort
 from steph.data.dataset import check_dataset, feature_folders, open_dataset, pack_dataset
 from steph.data.features import find_slides, read
@@ -104,6 +105,69 @@ def test_slides_left_out_are_not_in_the_bag(study, tmp_path):
     patient = gone.stem.split("-")[0]
     assert dataset.slides(patient) == [s for s in dataset.cohort.slides_of[patient] if s != gone.stem]
     assert dataset.batch([patient]).sizes == dataset.n_patches([patient]).tolist()
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def test_sampling_takes_the_same_patches_in_order_each_time(study, dataset):
+    everyone = list(dataset.cohort.slides_of)
+    limit = int(np.median(dataset.n_patches(everyone)))
+    again = open_dataset(study, "LUNG")
+    turned = again.batch(everyone[::-1], coords=True, max_patches=limit)
+    cut = 0
+    for i, patient in enumerate(everyone):
+        whole = dataset.batch([patient], coords=True)
+        part = dataset.batch([patient], coords=True, max_patches=limit)
+        assert part.sizes == [min(limit, len(whole.features))]
+        assert torch.equal(part.features, turned.bag(len(everyone) - 1 - i))
+        if len(whole.features) <= limit:  # untouched, bit for bit
+            assert torch.equal(part.features, whole.features) and torch.equal(part.coords, whole.coords)
+            assert part.slide_offsets == whole.slide_offsets
+            continue
+        cut += 1
+        kept = sampled(len(whole.features), limit, study.seed, patient)
+        assert (np.diff(kept) > 0).all()
+        assert torch.equal(part.features, whole.features[kept]) and torch.equal(part.coords, whole.coords[kept])
+        slide = np.searchsorted(whole.slide_offsets, kept, side="right")
+        assert part.slide_offsets == (0, *np.cumsum(np.unique(slide, return_counts=True)[1]).tolist())
+    assert 0 < cut < len(everyone)
+
+
+def test_a_slide_of_which_no_patch_was_drawn_is_no_slide(dataset):
+    batch = dataset.batch(list(dataset.cohort.slides_of), coords=True, max_patches=1)
+    assert batch.sizes == [1] * 12 and batch.slide_offsets == batch.offsets
+
+
+def test_what_is_sampled_depends_on_seed_and_patient_alone():
+    one = sampled(1000, 100, 42, "P1").tolist()
+    assert one == sampled(1000, 100, 42, "P1").tolist()
+    assert len({tuple(one), tuple(sampled(1000, 100, 43, "P1")), tuple(sampled(1000, 100, 42, "P2"))}) == 3
+    counts = np.bincount(np.concatenate([sampled(50, 10, 0, f"P{i}") for i in range(2000)]), minlength=50)
+    assert abs(counts - 400).max() < 5 * np.sqrt(400 * 0.8), "every patch has the same chance"
+
+
+def test_batches_know_where_slides_start(dataset):
+    order = ["P4", "P0"]
+    batch = dataset.batch(order, coords=True)
+    sizes = [len(dataset.store.bag([slide])) for patient in order for slide in dataset.slides(patient)]
+    assert np.diff(batch.slide_offsets).tolist() == sizes
+    assert batch.to("cpu", torch.float64).slide_offsets == batch.slide_offsets
+    assert batch.alone(1).slide_offsets == dataset.batch(["P0"], coords=True).slide_offsets
+    assert torch.equal(batch.alone(1).coords, dataset.batch(["P0"], coords=True).coords)
+
+
+def test_slides_without_coordinates_are_refused_by_name(study, dataset):
+    dataset.check_coords(list(dataset.cohort.slides_of), "Patch-GCN")
+    for path in find_slides(feature_folders(study, "LUNG")).values():
+        if path.stem.startswith("P3-DX1"):
+            features, _ = read(path)
+            write_h5(path, features=features, coords=None)
+    pack_dataset(study, "LUNG", progress=False)
+    dataset = open_dataset(study, "LUNG")
+    dataset.check_coords(["P1", "P2"], "Patch-GCN")
+    with pytest.raises(Refused, match=r"Patch-GCN needs patches' coordinates, and 1 of 4 slides of LUNG have.*P3-DX1"):
+        dataset.check_coords(["P2", "P3"], "Patch-GCN")
 
 
 # ------------------------------------------------------------------------------------------------ opening

@@ -1,16 +1,25 @@
 """steph.mil.patch_gcn: the paper's numbers, the graph, and training on a data set with and without coordinates."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from fabricate import fabricate
+from test_features import DIM, cohort_of, write_h5
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from steph import Refused
 from steph.data import RaggedBatch
-from steph.data.manifest import Network
+from steph.data.cohort import write_cohort
+from steph.data.dataset import feature_folders, open_dataset, pack_dataset
+from steph.data.features import find_slides, read
+from steph.data.manifest import Network, Study
+from steph.hypernetwork import STEPH
 from steph.mil import NETWORKS, patch_gcn
 from steph.mil.patch_gcn import PatchGCN, graph_of, neighbours
+from steph.mil.state import state_of
+from steph.training import fit, needs_coords, predict, seed_everything
 
 PAPER = Network()
 
@@ -144,3 +153,66 @@ def test_works_at_the_demos_size():
     sizes = range(1, 41)
     batch = RaggedBatch.from_bags([torch.randn(n, 32) for n in sizes], [grid(n) for n in sizes])
     assert network(batch).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A real study in miniature: 12 patients of one data set, two slides each."""
+    monkeypatch.setenv("STEPH_DATA", str(tmp_path))
+    cohort = cohort_of(12, 2)
+    write_cohort(cohort, tmp_path / "labels/LUNG.csv")
+    fabricate(cohort, tmp_path / "features", "trident", DIM, 20)
+    return Study.model_validate(
+        {
+            "name": "mini",
+            "title": "in miniature",
+            "folds": 2,
+            "features": {"encoder": "UNI2-h", "dim": DIM, "folders": ["features"]},
+            "datasets": {"LUNG": {"projects": ["LUAD"]}},
+            "network": {"dim_emb": 16, "n_bins": 4},
+            "recipe": {"epochs": 2, "bags_per_step": 4, "lr": 0.01, "max_patches": 25},
+        }
+    )
+
+
+def trained(study, network):
+    dataset = open_dataset(study, "LUNG")
+    everyone = list(dataset.cohort.slides_of)
+    seed_everything(0)
+    model = NETWORKS[network](DIM, study.network)
+    fit(model, dataset, everyone, study.recipe, study.network, seed=0)
+    return model, predict(model, dataset, everyone, max_patches=study.recipe.max_patches)
+
+
+def test_trains_on_a_data_set_with_coordinates_and_sampled_bags(study):
+    pack_dataset(study, "LUNG", progress=False)
+    model, predictions = trained(study, "patch_gcn")
+    dataset = open_dataset(study, "LUNG")
+    assert dataset.n_patches(predictions["patient_id"]).max() > 25
+    batch = dataset.batch(predictions["patient_id"], coords=True, max_patches=25)
+    with torch.no_grad():
+        survival = torch.cumprod(1 - torch.sigmoid(model(batch).double()), dim=1)
+    np.testing.assert_allclose(predictions["risk"], -survival.sum(1), rtol=1e-5)
+    again, repeated = trained(study, "patch_gcn")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    pd.testing.assert_frame_equal(repeated, predictions)
+
+
+def test_a_data_set_without_coordinates_is_refused_before_training(study):
+    for path in find_slides(feature_folders(study, "LUNG")).values():
+        features, _ = read(path)
+        write_h5(path, features=features, coords=None)
+    pack_dataset(study, "LUNG", progress=False)
+    with pytest.raises(Refused, match=r"PatchGCN needs patches' coordinates, and 24 of 24 slides of LUNG have none"):
+        trained(study, "patch_gcn")
+    assert len(trained(study, "ilra")[1]) == 12
+
+
+def test_a_model_that_holds_such_a_network_asks_for_coordinates_too(network):
+    null = state_of(network)
+    model = STEPH(null, null, {"a": null, "b": null}, top_k=1, dim_hidden=3, network=network)
+    assert needs_coords(model) == needs_coords(network) == "PatchGCN"
+    assert needs_coords(NETWORKS["abmil"](6, PAPER)) is None
