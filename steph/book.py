@@ -17,7 +17,8 @@ from steph import PROJECT, Refused, notebooks
 from steph.analysis.dynamics import runs as dynamics_runs
 from steph.data.manifest import Study
 from steph.records import atomic_path, versions
-from steph.study import Run, Workbench, plan, results, run_all
+from steph.runs import Run, Workbench, plan, results
+from steph.study import run_all
 
 SHELF = PROJECT / "build" / "book"
 """What the builder reads besides book/: gated notebooks and the status page."""
@@ -36,7 +37,7 @@ class Chapter:
 
 def chapters(study: Study) -> list[Chapter]:
     """The notebooks that make the book, in reading order."""
-    name = {"study": study.name}
+    name = {"study": study.address}
     return [
         Chapter("00_data", name),
         Chapter("01_baselines", name),
@@ -54,7 +55,7 @@ def needed_runs(study: Study) -> list[Run]:
     """Every run that the book shows."""
     takes = notebooks.declared(notebooks.find("06_dynamics"))
     seeds = [study.seed + i for i in range(takes["n_seeds"])]
-    fold = notebooks.check({**takes, "study": study.name, "dataset": dynamics_target(study)}).folds[0]
+    fold = notebooks.check({**takes, "study": study.address, "dataset": dynamics_target(study)}).folds[0]
     return list(dict.fromkeys([*plan(study), *dynamics_runs(study, dynamics_target(study), fold, seeds)]))
 
 
@@ -63,7 +64,9 @@ def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None
     run_all(bench, needed_runs(bench.study), device=device, workers=workers)
     for chapter in chapters(bench.study):
         source = notebooks.find(chapter.notebook)
-        given = {**chapter.parameters, **({"device": device} if "device" in notebooks.declared(source) else {})}
+        takes = notebooks.declared(source)
+        wanted = {**chapter.parameters, "device": device}
+        given = {name: value for name, value in wanted.items() if name in takes and value != takes[name]}
         executed = executed_path(bench.study, chapter)
         if notebooks.up_to_date(executed, source, given, bench):
             print(f"{source.name}: up to date", file=sys.stderr)

@@ -93,7 +93,8 @@ def study_run(
     workers: WorkersOption = None,
 ) -> None:
     """Carry out the runs that are not finished yet, and print the mean C-index of all."""
-    from steph.study import Workbench, plan, run_all
+    from steph.runs import Workbench, plan
+    from steph.study import run_all
 
     bench = Workbench(study)
     wanted = plan(bench.study, dataset, method, fold, seed, precision)
@@ -108,7 +109,7 @@ def show_results(
 ) -> None:
     """Print the mean C-index of every finished run, by data set and method."""
     from steph.records import atomic_path
-    from steph.study import results
+    from steph.runs import results
 
     table = results(study)
     if table.empty:
@@ -136,7 +137,7 @@ def _print_means(table: Any) -> None:
 def build_book(study: StudyOption = "demo", device: DeviceOption = "cpu", workers: WorkersOption = None) -> None:
     """Run what is missing, execute the notebooks, build the book."""
     from steph import book
-    from steph.study import Workbench
+    from steph.runs import Workbench
 
     print(book.build_book(Workbench(study), device=device, workers=workers))
 

@@ -18,7 +18,8 @@ from typing import Any
 from steph import PROJECT, Refused
 from steph.data.manifest import Study, load_study, unknown
 from steph.records import atomic_path, file_sha256, fingerprint, versions, write_json
-from steph.study import Workbench, check_device
+from steph.runs import Workbench
+from steph.study import check_device
 from steph.training import PRECISIONS
 
 NOTEBOOKS = PROJECT / "notebooks"

@@ -1,162 +1,34 @@
-"""Studies: which runs there are, what each stands on, and how they are carried out once and only once.
+"""Studies: runs carried out once and only once, several at a time, and read back.
 
-A run is one method on one data set, fold and seed. Its key hashes what decides its result: configuration, data, code
-and the keys of the runs it builds on. A finished run is found by its key and never repeated; a changed one has another.
+What is finished is found by its key and never repeated, so an interrupted study is run again to go on.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
 import multiprocessing
 import os
-import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
 
 from steph import Refused
-from steph.data.dataset import Dataset, open_dataset
-from steph.data.manifest import Study, load_study
-from steph.methods import Ingredients, Method, method
-from steph.mil import NETWORKS
-from steph.mil.state import ModelState, load_into, load_state, save_state, state_fingerprint, state_of
+from steph.data.manifest import Study
+from steph.methods import method
+from steph.mil.state import save_state, state_of
 from steph.progress import track
-from steph.records import Record, code_fingerprint, fingerprint, read_record, write_record
+from steph.records import Record, write_record
+from steph.runs import Run, Workbench, plan, results, row_of
 from steph.survival import bin_index, concordance_index, nll_loss
-from steph.training import PRECISIONS, fit, predict, seed_everything, single_thread
+from steph.training import PRECISIONS, fit, predict, single_thread
 
-SOURCE_FOLD = 0
-"""The fold whose model stands for a source cancer (as in the release)."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One method on one data set, fold and seed."""
-
-    dataset: str
-    method: str
-    fold: int
-    seed: int
-    precision: str = "fp32"
-
-    def __str__(self) -> str:
-        return f"{self.dataset}/{self.method}/fold{self.fold}-seed{self.seed}"
-
-
-class Workbench:
-    """A study with its data opened and its keys known; what the functions below work with."""
-
-    def __init__(self, study: Study | str | Path) -> None:
-        self.study = study if isinstance(study, Study) else load_study(study)
-        self._datasets: dict[str, Dataset] = {}
-        self._keys: dict[Run, str] = {}
-
-    def dataset(self, name: str) -> Dataset:
-        """A data set, opened once (and made first, in a synthetic study)."""
-        if name not in self._datasets:
-            self.study.entry(name)
-            self._datasets[name] = open_dataset(self.study, name)
-        return self._datasets[name]
-
-    def upstream(self, run: Run) -> dict[str, Run]:
-        """The runs that must be finished first: the target's model of the same fold, the sources' of fold 0. They are
-        trained with the study's own seed, so that seeds of a run can be compared on the same models."""
-        wanted = method(run.method)
-        base = replace(run, method="vanilla", seed=self.study.seed)
-        found = {"target": base} if wanted.needs_target else {}
-        if wanted.needs_sources:
-            names = self.study.sources_of(run.dataset)
-            found |= {name: replace(base, dataset=name, fold=SOURCE_FOLD) for name in names}
-        return found
-
-    def key(self, run: Run) -> str:
-        """Hash of what decides the result of a run."""
-        if run not in self._keys:
-            wanted, study = method(run.method), self.study
-            decides = {
-                "run": asdict(run),
-                "options": {k: repr(v) for k, v in wanted.options.items()},
-                "data": self._data_fingerprint(run.dataset),
-                "dimensions": [study.features.dim, study.network.model_dump(), study.steph.model_dump()],
-                "recipe": study.recipe.model_dump(),
-                "null": [study.seed, wanted.network],
-                "code": [code_fingerprint("steph.training", "steph.survival", *wanted.code), _code_of(wanted)],
-                "upstream": {name: self.key(first) for name, first in self.upstream(run).items()},
-            }
-            self._keys[run] = fingerprint(decides)
-        return self._keys[run]
-
-    def _data_fingerprint(self, name: str) -> list[str]:
-        data = self.dataset(name)
-        return [data.fingerprint, data.external.fingerprint if data.external else ""]
-
-    def folder(self, run: Run) -> Path:
-        """Where a run's record lies."""
-        name = f"fold{run.fold}-seed{run.seed}-{self.key(run)}"
-        return self.study.build / "runs" / run.dataset / run.method / name
-
-    def record(self, run: Run) -> Record | None:
-        """The finished record of a run, None where there is none."""
-        return read_record(self.folder(run))
-
-    @cached_property
-    def _null_folder(self) -> Path:
-        return self.study.build / "null_models"
-
-    def null_state(self, network: str) -> ModelState:
-        """M_0: one untrained network for all data sets and folds, made once and kept on disk."""
-        study = self.study
-        key = fingerprint([network, study.features.dim, study.network.model_dump(), study.seed])
-        folder = self._null_folder / f"{network}-{key}"
-        found = read_record(folder)
-        if found is None:
-            seed_everything(study.seed)
-            state = state_of(NETWORKS[network](study.features.dim, study.network))
-            state.origin = state_fingerprint(state)
-            info = {"network": network, "seed": study.seed, "fingerprint": state.origin}
-            found = write_record(folder, {"model.safetensors": lambda path: save_state(state, path)}, info)
-        return load_state(found.file("model.safetensors"))
-
-    def state(self, run: Run) -> ModelState:
-        """The parameters that a finished run trained. Raises `Refused` where it is not finished."""
-        found = self.record(run)
-        if found is None:
-            raise Refused(
-                f"{run} is not finished. Run it: steph study run --study {self.study.name} --dataset {run.dataset} "
-                f"--method {run.method} --fold {run.fold} --seed {run.seed}"
-            )
-        return load_state(found.file("model.safetensors"))
-
-    def untrained(self, run: Run) -> nn.Module:
-        """The model of a run as its method builds it, before training, on the models it merges."""
-        wanted = method(run.method)
-        states = {name: self.state(first) for name, first in self.upstream(run).items()}
-        ingredients = Ingredients(
-            study=self.study,
-            dataset=run.dataset,
-            n_patients=len(self.dataset(run.dataset).cohort),
-            null_state=self.null_state(wanted.network),
-            target_state=states.pop("target", None),
-            source_states=states,
-        )
-        seed_everything(run.seed)
-        return wanted.build(ingredients, **wanted.options)
-
-    def model(self, run: Run) -> nn.Module:
-        """The model of a finished run, in evaluation mode."""
-        model = self.untrained(run)
-        load_into(model, self.state(run))
-        return model.eval()
+__all__ = ["Run", "Workbench", "check_device", "plan", "results", "run", "run_all"]
 
 
 def run(
@@ -180,29 +52,6 @@ def run(
     return found
 
 
-def plan(
-    study: Study,
-    datasets: Sequence[str] | None = None,
-    methods: Sequence[str] | None = None,
-    folds: Sequence[int] | None = None,
-    seeds: Sequence[int] | None = None,
-    precision: str = "fp32",
-) -> list[Run]:
-    """The runs of a choice of data sets, methods, folds and seeds; None takes all (of seeds, the study's own).
-
-    Raises `Refused` for a name or fold that the study does not have.
-    """
-    from steph.methods import METHODS
-
-    return [
-        Run(dataset, name, fold, seed, precision)
-        for dataset in datasets or list(study.datasets)
-        for name in methods or list(METHODS)
-        for fold in (range(study.folds) if folds is None else folds)
-        for seed in (seeds or [study.seed])
-    ]
-
-
 def run_all(
     study: Study | str | Path | Workbench, runs: Iterable[Run], device: str = "cpu", workers: int | None = None
 ) -> pd.DataFrame:
@@ -222,40 +71,7 @@ def run_all(
         missing = [wanted for wanted in stage if bench.record(wanted) is None]
         if missing:
             _carry_out(bench, missing, device, min(workers, len(missing)))
-    return pd.DataFrame([_row(bench.record(wanted)) for wanted in runs])
-
-
-def results(study: Study | str | Path | Workbench, current_only: bool = True) -> pd.DataFrame:
-    """Every finished run of a study, a row each: dataset, method, fold, seed, precision, c_index, problem, loss,
-    n_test, events_test, external_c_index, seconds, device, key, current, path.
-
-    current: the key is the one that today's data, code and configuration give; runs of other keys are left out.
-    """
-    bench = study if isinstance(study, Workbench) else Workbench(study)
-    rows = []
-    for path in sorted((bench.study.build / "runs").glob("*/*/*/run.json")):
-        found = read_record(path.parent)
-        row = _row(found)
-        known = row["dataset"] in bench.study.datasets and _is_method(row["method"])
-        row["current"] = known and bench.key(Run(**{k: row[k] for k in Run.__dataclass_fields__})) == row["key"]
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    return table[table["current"]].reset_index(drop=True) if current_only and len(table) else table
-
-
-def _is_method(name: str) -> bool:
-    from steph.methods import METHODS
-
-    return name in METHODS
-
-
-def _row(found: Record | None) -> dict[str, Any]:
-    assert found is not None
-    info = found.info
-    return {
-        **info["run"], **info["metrics"], "seconds": info["seconds"], "device": info["device"], "key": info["key"],
-        "path": str(found.path),
-    }  # fmt: skip
+    return pd.DataFrame([row_of(bench.record(wanted)) for wanted in runs])
 
 
 def _check(study: Study, wanted: Run, device: str) -> None:
@@ -415,13 +231,3 @@ def c_index(predictions: pd.DataFrame) -> dict[str, Any]:
 
 def _device_name(device: str) -> str:
     return "cpu" if device == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
-
-
-def _code_of(entry: Method) -> str:
-    """The code of a method's builder, without its docstring."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(entry.build)))
-    function = tree.body[0]
-    assert isinstance(function, ast.FunctionDef)
-    if ast.get_docstring(function):
-        function.body = function.body[1:]
-    return fingerprint(ast.dump(function))

@@ -44,10 +44,10 @@ def regions_by_hand(n):
 @pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 100, 257])
 def test_regions_are_blocks_of_the_square(n):
     patches = torch.arange(1.0, n + 1).view(-1, 1)
-    found, rows = _regions(patches)
+    found, rows = _regions(patches, [n])
     expected = torch.tensor(regions_by_hand(n), dtype=torch.float32) + 1
-    assert torch.equal(found.squeeze(2), expected)
-    assert torch.equal(found.flatten(0, 1)[rows], patches)
+    assert torch.equal(found[0].squeeze(2), expected)
+    assert torch.equal(found.flatten(0, 2)[rows], patches)
 
 
 def attend_by_hand(attention, tokens):

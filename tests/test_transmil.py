@@ -35,7 +35,7 @@ def layer_by_hand(layer, tokens):
     landmarks, width = DIM // 2, DIM // HEADS
     x = F.layer_norm(tokens, (DIM,), layer.norm.weight, layer.norm.bias)
     x = torch.cat([torch.zeros(-len(x) % landmarks, DIM), x])
-    query, key, value = (x @ part.T for part in layer.attention.to_qkv.weight.chunk(3))
+    query, key, value = (x @ part.T for part in layer.inputs.weight.chunk(3))
     query = query / math.sqrt(width)
 
     def of_head(values, head):
@@ -58,11 +58,11 @@ def layer_by_hand(layer, tokens):
             z = 0.25 * z @ (13 * one - a @ z @ (15 * one - a @ z @ (7 * one - a @ z)))
         v = of_head(value, head)
         attention.append(left @ z @ right)
-        kernel = layer.attention.res_conv.weight[head].view(-1)
+        kernel = layer.around.weight[head].view(-1)
         around = F.pad(v, (0, 0, 16, 16))
         found.append(attention[-1] @ v + sum(kernel[i] * around[i : i + len(v)] for i in range(33)))
-    linear, n = layer.attention.to_out[0], len(tokens)
-    out = torch.cat(found, 1) @ linear.weight.T + linear.bias
+    n = len(tokens)
+    out = torch.cat(found, 1) @ layer.out.weight.T + layer.out.bias
     return tokens + out[-n:], [matrix[-n:, -n:] for matrix in attention]
 
 

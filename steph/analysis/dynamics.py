@@ -16,7 +16,7 @@ from steph.data.manifest import Study
 from steph.data.synthetic import planted_similarity
 from steph.records import Record
 from steph.results import USED_BELOW
-from steph.study import Run, Workbench, plan, results
+from steph.runs import Run, Workbench, plan, results
 
 
 def runs(study: Study, dataset: str, fold: int, seeds: Sequence[int], precision: str = "fp32") -> list[Run]:

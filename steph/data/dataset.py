@@ -208,7 +208,7 @@ def _open(study: Study, name: str, root: Path, splits: bool = True, external: Da
 def _cohort(study: Study, name: str, path: Path) -> Cohort:
     if not path.is_file():
         raise Refused(
-            f"no label table of {name} at {path}. Make it with `steph data labels --study {study.name} --cdr FILE "
+            f"no label table of {name} at {path}. Make it with `steph data labels --study {study.address} --cdr FILE "
             f"--slides FILE --out {path.parent}`, or put a table with the columns {', '.join(COLUMNS)} there."
         )
     return read_cohort(path, name)
@@ -222,7 +222,7 @@ def _oracle(path: Path, cohort: Cohort) -> pd.Series:
 
 
 def _pack_command(study: Study, name: str) -> str:
-    return f"steph data pack --study {study.name} --dataset {name}"
+    return f"steph data pack --study {study.address} --dataset {name}"
 
 
 # ------------------------------------------------------------------------------------------------ packing

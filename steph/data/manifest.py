@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from steph import PROJECT, Refused
 
@@ -143,6 +143,12 @@ class Study(_Strict):
     recipe: Recipe = Recipe()
     steph: StephSettings = StephSettings()
     sources: list[Source] = []
+    _address: str = PrivateAttr(default="")
+
+    @property
+    def address(self) -> str:
+        """What `load_study` finds the study by: its name, or the path of its manifest."""
+        return self._address or self.name
 
     @property
     def data(self) -> Path:
@@ -182,7 +188,9 @@ def load_study(name: str | Path) -> Study:
     """
     path = _manifest_path(name)
     try:
-        return Study.model_validate(_read(path))
+        study = Study.model_validate(_read(path))
+        study._address = study.name if path == MANIFESTS / f"{study.name}.yaml" else str(path.resolve())
+        return study
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {e.get('input')!r})" for e in error.errors()]
         raise Refused(f"study manifest {path} is not valid:\n" + "\n".join(lines)) from None

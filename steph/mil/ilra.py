@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from steph import Refused
 from steph.data.bags import RaggedBatch, as_batch
+from steph.mil.grouping import placed
 
 HEADS = 8
 
@@ -89,8 +90,10 @@ class AttentionBlock(nn.Module):
     def gather(self, queries: Tensor, patches: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
         """The same queries (q, dim_query) attend to the patches (N, dim_key) of each bag: (B, q, dim), and the
         attention (B, q, n), mean over the heads."""
-        keys, absent = _padded(self.key(patches), sizes)
-        values, _ = _padded(self.value(patches), sizes)
+        keys, at = placed(self.key(patches), sizes, max(sizes))
+        values, _ = placed(self.value(patches), sizes, max(sizes))
+        absent = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+        absent.view(-1)[at] = False
         asked = self.query(queries).expand(len(sizes), -1, -1)
         found, attention = self.attend(asked, keys, values, key_padding_mask=absent)
         return self._finished(queries, asked + found), attention
@@ -98,10 +101,9 @@ class AttentionBlock(nn.Module):
     def spread(self, patches: Tensor, gathered: Tensor, sizes: list[int]) -> Tensor:
         """The patches (N, dim_query) of each bag attend to what was gathered from it (B, k, dim_key): (N, dim)."""
         asked = self.query(patches)
-        padded, absent = _padded(asked, sizes)
+        padded, at = placed(asked, sizes, max(sizes))
         found, _ = self.attend(padded, self.key(gathered), self.value(gathered), need_weights=False)
-        flat = found.flatten(0, 1) if absent is None else found[~absent]
-        return self._finished(patches, asked + flat)
+        return self._finished(patches, asked + found.flatten(0, 1)[at])
 
     def _finished(self, queries: Tensor, found: Tensor) -> Tensor:
         found = found + F.relu(self.out(found))
@@ -110,13 +112,3 @@ class AttentionBlock(nn.Module):
 
 def _learned(n: int, dim: int) -> nn.Parameter:
     return nn.Parameter(nn.init.xavier_uniform_(torch.empty(n, dim)))
-
-
-def _padded(values: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor | None]:
-    """Patch values (N, H) as (B, n, H), zeros behind the shorter bags, and where there is no patch, (B, n); None where
-    bags are of one size."""
-    if len(set(sizes)) == 1:
-        return values.view(len(sizes), sizes[0], -1), None
-    padded = nn.utils.rnn.pad_sequence(list(values.split(sizes)), batch_first=True)
-    counts = torch.tensor(sizes, device=values.device).view(-1, 1)
-    return padded, torch.arange(padded.shape[1], device=values.device) >= counts

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from steph import Refused
 from steph.data.bags import RaggedBatch, as_batch
+from steph.mil.grouping import alike, placed
 
 HEADS = 8
 REGIONS = 8
@@ -23,7 +24,7 @@ class R2TMIL(nn.Module):
     pooling (linear, tanh, linear, no gate).
 
     The patches are laid out in a square, row by row, which is divided into 8 x 8 regions; so their order matters, and
-    bags go through one by one. What is missing to a square of whole regions are zeros, which take part. In a bag of at
+    only bags whose regions are of one size go through together. What is missing to a square of whole regions are zeros, which take part. In a bag of at
     most 64 patches each is a region of its own, and nothing comes across. Raises `Refused` for a width that 8 heads do
     not divide.
     """
@@ -50,19 +51,21 @@ class R2TMIL(nn.Module):
     def encode(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
         """Bag features (B, dim_emb)."""
         batch = as_batch(bags)
-        found = [self._embed_and_attend(batch.bag(i)) for i in range(len(batch))]
-        return torch.stack([attention @ patches for patches, attention in found])
+        patches, scores = self._embed_and_score(batch)
+        return batch.softmax(scores) @ patches
 
     def attention(self, bag: Tensor) -> Tensor:
         """Attention (N,) of the pooling over the (re-embedded) patches of one bag (N, D); it sums to 1."""
-        return self._embed_and_attend(bag.reshape(bag.shape[-2], -1))[1]
+        return torch.softmax(self._embed_and_score(as_batch([bag]))[1], dim=0)
 
-    def _embed_and_attend(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Re-embedded patches (N, dim_emb) and the attention (N,) of the pooling."""
-        embedded = F.dropout(F.relu(self.embed(patches)), self.dropout, self.training)
-        embedded = self.norm(self.across(self.within(embedded)))
-        scores = self.score(torch.tanh(self.pool(embedded))).squeeze(1)
-        return embedded, torch.softmax(scores, dim=0)
+    def _embed_and_score(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+        """Re-embedded patches (N, dim_emb) and the scores (N,) of the pooling."""
+        embedded = F.dropout(F.relu(self.embed(batch.features)), self.dropout, self.training)
+        again = torch.empty_like(embedded)
+        for _, rows, sizes in alike(batch, _edge):
+            again = again.index_copy(0, rows, self.across(self.within(embedded[rows], sizes), sizes))
+        again = self.norm(again)
+        return again, self.score(torch.tanh(self.pool(again))).squeeze(1)
 
 
 class Attention(nn.Module):
@@ -95,10 +98,10 @@ class WithinRegions(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.attention = Attention(dim, dropout, KERNEL)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """(N, dim) to (N, dim)."""
-        regions, rows = _regions(self.norm(patches))
-        return patches + self.attention(regions).flatten(0, 1)[rows]
+    def forward(self, patches: Tensor, sizes: list[int]) -> Tensor:
+        """(N, dim) to (N, dim), bag by bag, of these sizes."""
+        regions, at = _regions(self.norm(patches), sizes)
+        return patches + self.attention(regions.flatten(0, 1)).flatten(0, 1)[at]
 
 
 class AcrossRegions(nn.Module):
@@ -111,28 +114,32 @@ class AcrossRegions(nn.Module):
         self.representatives = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(dim, REPRESENTATIVES), a=5**0.5))
         self.attention = Attention(dim, dropout)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """(N, dim) to (N, dim)."""
-        regions, rows = _regions(self.norm(patches))  # (G, p, dim)
-        scores = regions @ self.representatives  # (G, p, k)
-        summed = torch.softmax(scores, dim=1).transpose(1, 2) @ regions  # (G, k, dim)
-        summed = self.attention(summed.transpose(0, 1)).transpose(0, 1)
-        low, high = scores.amin(dim=1, keepdim=True), scores.amax(dim=1, keepdim=True)
+    def forward(self, patches: Tensor, sizes: list[int]) -> Tensor:
+        """(N, dim) to (N, dim), bag by bag, of these sizes."""
+        regions, at = _regions(self.norm(patches), sizes)  # (B, 64, p, dim)
+        scores = regions @ self.representatives  # (B, 64, p, k)
+        summed = torch.softmax(scores, dim=2).transpose(2, 3) @ regions  # (B, 64, k, dim)
+        heard = self.attention(summed.transpose(1, 2).flatten(0, 1))  # (B k, 64, dim)
+        summed = heard.view(len(sizes), REPRESENTATIVES, *heard.shape[1:]).transpose(1, 2)
+        low, high = scores.amin(dim=2, keepdim=True), scores.amax(dim=2, keepdim=True)
         # A region of equal scores shares nothing, and must not pass on a gradient that 1 / 0 has blown up.
         scale = torch.where(high > low, 1 / (high - low + 1e-8), 0)
-        share = torch.softmax(scores, dim=2) * (scores - low) * scale
-        return patches + (share @ summed).flatten(0, 1)[rows]
+        share = torch.softmax(scores, dim=3) * (scores - low) * scale
+        return patches + (share @ summed).flatten(0, 2)[at]
 
 
-def _regions(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Patches (N, dim) in a square, row by row, cut into 8 x 8 regions: (64, p, dim), with zeros where there is no
-    patch, and the row of each patch among all 64 p, (N,)."""
-    n, dim = patches.shape
-    side = isqrt(n - 1) + 1
-    edge = -(-side // REGIONS)  # of a region
+def _edge(n: int) -> int:
+    """Patches along the edge of a region, in a bag of n."""
+    return -(-(isqrt(n - 1) + 1) // REGIONS)
+
+
+def _regions(patches: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """Bags' patches (N, dim), each bag in a square, row by row, cut into 8 x 8 regions: (B, 64, p, dim), with zeros
+    where there is no patch, and the place of each patch among all B 64 p, (N,). All regions must be of one size."""
+    edge = _edge(max(sizes))
     side = edge * REGIONS
-    square = F.pad(patches, (0, 0, 0, side * side - n)).view(REGIONS, edge, REGIONS, edge, dim)
-    at = torch.arange(n, device=patches.device)
-    row, column = at // side, at % side
-    region = row // edge * REGIONS + column // edge
-    return square.transpose(1, 2).flatten(2, 3).flatten(0, 1), region * edge**2 + row % edge * edge + column % edge
+    square, at = placed(patches, sizes, side * side)
+    cut = square.view(len(sizes), REGIONS, edge, REGIONS, edge, -1).transpose(2, 3)
+    bag, row, column = at // side**2, at % side**2 // side, at % side
+    region = (bag * REGIONS + row // edge) * REGIONS + column // edge
+    return cut.flatten(3, 4).flatten(1, 2), (region * edge + row % edge) * edge + column % edge
