@@ -66,8 +66,8 @@ class TransMIL(nn.Module):
         return folded / folded.sum()
 
     def _before_second(self, embedded: Tensor, sizes: list[int]) -> Tensor:
-        """Class token and patches (N, dim_emb) of bags with squares of one size, (B, 1 + side^2, dim_emb), as the second
-        layer takes them."""
+        """Class token and patches (N, dim_emb) of bags with squares of one size, as the second layer takes them:
+        (B, 1 + side^2, dim_emb)."""
         side = _side(max(sizes))
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         place = torch.arange(side * side)
@@ -84,8 +84,8 @@ def _side(n: int) -> int:
 
 
 class AttentionLayer(nn.Module):
-    """x + attention(norm(x)), the attention approximated by Nystrom's method (Xiong et al., AAAI 2021): 8 heads, half as
-    many landmarks as the width, and beside it a convolution over the values of 33 neighbours, one per head."""
+    """x + attention(norm(x)), the attention approximated by Nystrom's method (Xiong et al., AAAI 2021): 8 heads, half
+    as many landmarks as the width, and beside it a convolution over the values of 33 neighbours, one per head."""
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
@@ -109,8 +109,8 @@ class AttentionLayer(nn.Module):
         return (left[:, :, -n].unsqueeze(2) @ inverse @ right).squeeze(2).mean(1)[:, -n:]
 
     def _factors(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The three factors of the attention matrix, (B, heads, L, m), (B, heads, m, m), (B, heads, m, L), and the values
-        (B, heads, L, width). L: n and what zeros in front make of it, so that m landmarks divide it."""
+        """The three factors of the attention matrix, (B, heads, L, m), (B, heads, m, m), (B, heads, m, L), and the
+        values (B, heads, L, width). L: n and what zeros in front make of it, so that m landmarks divide it."""
         padded = F.pad(self.norm(tokens), (0, 0, -tokens.shape[1] % self.landmarks, 0))
         query, key, value = self.inputs(padded).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         query = query * self.scale
