@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from steph import Refused
+from steph.data.dataset import Dataset
 from steph.data.manifest import Study, unknown
 from steph.hypernetwork import STEPH
 from steph.merging.average import model_average
@@ -22,27 +23,41 @@ from steph.mil.state import ModelState, load_into
 
 @dataclass(frozen=True)
 class Ingredients:
-    """What a method may build its model from. States are None or empty where the method did not ask for them."""
+    """What a method may build its model from. States are None or empty where the method did not ask for them.
+
+    data, patients: the target's data set and the patients who train in this fold; nobody else may be looked at.
+    stage_state: what the run named by `Method.after` trained. known: what the model said of itself (`facts`) when this
+    very run was finished before; empty while it is trained.
+    """
 
     study: Study
-    dataset: str
-    n_patients: int
+    data: Dataset
+    patients: list[str]
+    network_name: str
     null_state: ModelState
     target_state: ModelState | None = None
     source_states: Mapping[str, ModelState] = field(default_factory=dict)
+    stage_state: ModelState | None = None
+    known: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    precision: str = "fp32"
 
-    def network(self, name: str = "abmil") -> nn.Module:
-        """A new network with the study's dimensions."""
-        return NETWORKS[name](self.study.features.dim, self.study.network)
+    def network(self, state: ModelState | None = None) -> nn.Module:
+        """A network of the method's kind with the study's dimensions: new, or with a finished model's parameters."""
+        network = NETWORKS[self.network_name](self.study.features.dim, self.study.network)
+        if state is not None:
+            load_into(network, state)
+        return network
 
 
 @dataclass(frozen=True)
 class Method:
     """One method. `build` makes its model from ingredients; what of it requires a gradient is then trained.
 
-    title: as tables show it. group: the paper's grouping. network: whose M_0 and cancer-specific models it needs.
-    needs_target / needs_sources: models of the target (same fold) / of the other cancers (fold 0) come first.
-    code: modules whose code decides its numbers. paper: its name in `data_manifest/paper`, None for our own controls.
+    title: as tables show it. group: the paper's grouping. network: its kind, whose M_0 it starts from or merges onto.
+    needs_target / needs_sources: cancer-specific models of the target (same fold) / of the other cancers (fold 0) come
+    first; `base` is the method that trains them. after: a method that comes first on the same data set, fold and seed.
+    code: modules whose code decides its numbers. paper: its name in `data_manifest/paper`, None for our own.
     """
 
     title: str
@@ -52,6 +67,8 @@ class Method:
     needs_target: bool = False
     needs_sources: bool = False
     network: str = "abmil"
+    base: str = "vanilla"
+    after: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     code: tuple[str, ...] = ("steph.mil.abmil",)
     paper: str | None = None
@@ -59,17 +76,14 @@ class Method:
 
 def vanilla(x: Ingredients) -> nn.Module:
     """A network trained from M_0 on the target alone."""
-    network = x.network()
-    load_into(network, x.null_state)
-    return network
+    return x.network(x.null_state)
 
 
 def averaged(x: Ingredients, **options: Any) -> nn.Module:
     """The network under the mean of all models; nothing is trained."""
-    network = x.network().requires_grad_(False)
     assert x.target_state is not None
-    load_into(network, model_average(x.null_state, x.target_state, x.source_states, **options))
-    return network
+    merged = ModelState(model_average(x.null_state, x.target_state, x.source_states, **options))
+    return x.network(merged).requires_grad_(False)
 
 
 def steph(x: Ingredients, **options: Any) -> nn.Module:
@@ -81,7 +95,7 @@ def steph(x: Ingredients, **options: Any) -> nn.Module:
         "dim_hidden": s.dim_hidden,
         "dropout": n.dropout,
         "beta": s.beta,
-        "gamma": s.gamma(x.n_patients),
+        "gamma": s.gamma(len(x.data.cohort)),
     }
     return STEPH(
         x.null_state, x.target_state, x.source_states, network=x.network(), **{**defaults, **options}

@@ -29,6 +29,8 @@ from steph.training import seed_everything
 
 SOURCE_FOLD = 0
 """The fold whose model stands for a source cancer (as in the release)."""
+TARGET, STAGE = "(target)", "(stage)"
+"""Roles of runs that come first, beside the sources' names."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,14 @@ class Workbench:
         return self._datasets[name]
 
     def upstream(self, run: Run) -> dict[str, Run]:
-        """The runs that must be finished first: the target's model of the same fold, the sources' of fold 0. They are
-        trained with the study's own seed, so that seeds of a run can be compared on the same models."""
+        """The runs that must be finished first: the target's model of the same fold, the sources' of fold 0, and an
+        earlier stage. Models that are merged are trained with the study's own seed, so that seeds of a run can be
+        compared on the same models."""
         wanted = method(run.method)
-        base = replace(run, method="vanilla", seed=self.study.seed)
-        found = {"target": base} if wanted.needs_target else {}
+        base = replace(run, method=wanted.base, seed=self.study.seed)
+        found = {TARGET: base} if wanted.needs_target else {}
+        if wanted.after:
+            found[STAGE] = replace(run, method=wanted.after)
         if wanted.needs_sources:
             names = self.study.sources_of(run.dataset)
             found |= {name: replace(base, dataset=name, fold=SOURCE_FOLD) for name in names}
@@ -129,17 +134,23 @@ class Workbench:
             )
         return load_state(found.file("model.safetensors"))
 
-    def untrained(self, run: Run) -> nn.Module:
+    def untrained(self, run: Run, device: str = "cpu") -> nn.Module:
         """The model of a run as its method builds it, before training, on the models it merges."""
-        wanted = method(run.method)
+        wanted, data, done = method(run.method), self.dataset(run.dataset), self.record(run)
+        assert data.splits is not None
         states = {name: self.state(first) for name, first in self.upstream(run).items()}
         ingredients = Ingredients(
             study=self.study,
-            dataset=run.dataset,
-            n_patients=len(self.dataset(run.dataset).cohort),
+            data=data,
+            patients=data.splits.train(run.fold),
+            network_name=wanted.network,
             null_state=self.null_state(wanted.network),
-            target_state=states.pop("target", None),
+            target_state=states.pop(TARGET, None),
+            stage_state=states.pop(STAGE, None),
             source_states=states,
+            known=done.info.get("facts", {}) if done else {},
+            device=device,
+            precision=run.precision,
         )
         seed_everything(run.seed)
         return wanted.build(ingredients, **wanted.options)

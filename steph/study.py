@@ -164,7 +164,7 @@ def _execute(bench: Workbench, wanted: Run, device: str) -> Record:
         started = time.perf_counter()
         data, study = bench.dataset(wanted.dataset), bench.study
         assert data.splits is not None
-        model = bench.untrained(wanted)
+        model = bench.untrained(wanted, device)
         history = pd.DataFrame()
         if any(p.requires_grad for p in model.parameters()):
             patients = data.splits.train(wanted.fold)
@@ -193,6 +193,7 @@ def _execute(bench: Workbench, wanted: Run, device: str) -> Record:
         "data": data.fingerprint,
         "upstream": {name: bench.key(first) for name, first in bench.upstream(wanted).items()},
         "null_model": origin,
+        "facts": getattr(model, "facts", {}),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "configuration": study.model_dump(include={"features", "network", "recipe", "steph", "endpoint"}, mode="json"),
         "device": _device_name(device),

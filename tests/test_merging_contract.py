@@ -11,7 +11,7 @@ from conftest import assert_states_close
 from test_adamerging import adamerging
 
 from steph import Refused
-from steph.data.manifest import Network, Recipe, load_study
+from steph.data.manifest import Network, Recipe
 from steph.hypernetwork import STEPH, mixture_coefficients
 from steph.merging import PAIR_MERGES, Surgery, apply_task_vector, merge_pairs, model_average, task_vector
 from steph.merging.ties import trim
@@ -391,15 +391,16 @@ def merging_methods():
 
 
 @pytest.mark.parametrize("name", merging_methods())
-def test_nothing_but_what_a_method_names_is_trained(name, float64):
-    study = load_study("tiny")
+def test_nothing_but_what_a_method_names_is_trained(name, tiny, float64):
+    study = tiny.study
     dim = study.features.dim
     pool = Pool(lambda: NETWORKS[METHODS[name].network](dim, study.network))
     dataset, *others = sorted(study.datasets)
     ingredients = Ingredients(
         study=study,
-        dataset=dataset,
-        n_patients=300,
+        data=tiny.dataset(dataset),
+        patients=tiny.dataset(dataset).splits.train(0),
+        network_name=METHODS[name].network,
         null_state=pool.null,
         target_state=pool.target,
         source_states=dict(zip(others, pool.sources.values(), strict=False)),

@@ -14,6 +14,7 @@ from steph import Refused
 from steph.methods import METHODS
 from steph.mil.state import load_state
 from steph.records import read_record
+from steph.runs import TARGET
 from steph.study import Run, Workbench, c_index, check_device, plan, results, run, run_all
 
 SARC = Run("SARC", "steph", 1, 42)
@@ -43,8 +44,8 @@ def test_history_of_steph_follows_every_source(tiny):
 def test_source_models_never_saw_a_test_patient(tiny):
     """Sources are other cancers' models; the target's is of the same fold, so it saw none of the fold's patients."""
     upstream = tiny.upstream(SARC)
-    assert set(upstream) == {"target", "CESC", "LIHC"}
-    assert upstream["target"] == replace(SARC, method="vanilla")
+    assert set(upstream) == {TARGET, "CESC", "LIHC"}
+    assert upstream[TARGET] == replace(SARC, method="vanilla")
     tested = set(tiny.dataset("SARC").splits.test(SARC.fold))
     for first in upstream.values():
         assert not tested & set(tiny.dataset(first.dataset).splits.train(first.fold))

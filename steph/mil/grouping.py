@@ -1,9 +1,12 @@
-"""Bags of one shape, for networks that look at a bag as a whole: such bags go through together, exactly."""
+"""Bags side by side, for networks that look at a bag as a whole: grouped by shape, or padded to one length."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +30,33 @@ def alike(batch: RaggedBatch, shape_of: Callable[[int], int]) -> Iterator[tuple[
         yield bags, rows.to(batch.features.device), [sizes[i] for i in bags]
 
 
-def placed(values: Tensor, sizes: Sequence[int], length: int) -> tuple[Tensor, Tensor]:
-    """Bags' values (N, H), one after the other, each at the start of a row of `length`, zeros behind: (B, length, H);
-    and where each of the N stands among the B * length, (N,)."""
-    at = torch.cat([torch.arange(i * length, i * length + size) for i, size in enumerate(sizes)]).to(values.device)
-    room = values.new_zeros(len(sizes) * length, values.shape[1])
-    return room.index_copy(0, at, values).view(len(sizes), length, -1), at
+@dataclass(frozen=True, eq=False)
+class Padding:
+    """Bags in rows of one length, each at the start of its row. sizes: patches of each. at: where each of all N patches
+    stands among the B * length, (N,)."""
+
+    sizes: list[int]
+    length: int
+    at: Tensor
+
+    @classmethod
+    def of(cls, sizes: list[int], length: int, device: torch.device) -> Padding:
+        """That of bags of these sizes, on a device."""
+        counts = np.array(sizes)
+        skipped = np.arange(len(sizes)) * length - (np.cumsum(counts) - counts)
+        return cls(sizes, length, torch.from_numpy(np.arange(counts.sum()) + np.repeat(skipped, counts)).to(device))
+
+    def pad(self, values: Tensor) -> Tensor:
+        """Patch values (N, H) as (B, length, H), zeros behind each bag."""
+        room = values.new_zeros(len(self.sizes) * self.length, values.shape[1])
+        return room.index_copy(0, self.at, values).view(len(self.sizes), self.length, -1)
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """(B, length, H) back to (N, H)."""
+        return padded.flatten(0, 1).index_select(0, self.at)
+
+    @cached_property
+    def absent(self) -> Tensor:
+        """(B, length) True where there is no patch."""
+        everywhere = torch.ones(len(self.sizes) * self.length, dtype=torch.bool, device=self.at.device)
+        return everywhere.index_fill(0, self.at, False).view(len(self.sizes), self.length)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from steph import Refused
 from steph.data.bags import RaggedBatch, as_batch
-from steph.mil.grouping import placed
+from steph.mil.grouping import Padding
 
 HEADS = 8
 
@@ -50,10 +50,10 @@ class ILRA(nn.Module):
 
     def _pooled(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
         """Bag features (B, dim) and the attention that pooled them (B, n)."""
-        patches = batch.features
+        patches, padding = batch.features, Padding.of(batch.sizes, max(batch.sizes), batch.features.device)
         for block in self.blocks:
-            patches = block(patches, batch.sizes)
-        features, attention = self.pool.gather(self.query, patches, batch.sizes)
+            patches = block(patches, padding)
+        features, attention = self.pool.gather(self.query, patches, padding)
         return features.squeeze(1), attention.squeeze(1)
 
 
@@ -66,10 +66,10 @@ class LowRankBlock(nn.Module):
         self.to_latents = AttentionBlock(dim, dim_in, dim, gated=True)
         self.from_latents = AttentionBlock(dim_in, dim, dim, gated=True)
 
-    def forward(self, patches: Tensor, sizes: list[int]) -> Tensor:
-        """(N, dim_in) to (N, dim); bag by bag, of these sizes."""
-        gathered, _ = self.to_latents.gather(self.latents, patches, sizes)  # (B, latents, dim)
-        return self.from_latents.spread(patches, gathered, sizes)
+    def forward(self, patches: Tensor, padding: Padding) -> Tensor:
+        """(N, dim_in) to (N, dim), bag by bag."""
+        gathered, _ = self.to_latents.gather(self.latents, patches, padding)  # (B, latents, dim)
+        return self.from_latents.spread(patches, gathered, padding)
 
 
 class AttentionBlock(nn.Module):
@@ -87,23 +87,20 @@ class AttentionBlock(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.gate = nn.Linear(dim_query, dim) if gated else None
 
-    def gather(self, queries: Tensor, patches: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    def gather(self, queries: Tensor, patches: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
         """The same queries (q, dim_query) attend to the patches (N, dim_key) of each bag: (B, q, dim), and the
         attention (B, q, n), mean over the heads."""
-        keys, at = placed(self.key(patches), sizes, max(sizes))
-        values, _ = placed(self.value(patches), sizes, max(sizes))
-        absent = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
-        absent.view(-1)[at] = False
-        asked = self.query(queries).expand(len(sizes), -1, -1)
-        found, attention = self.attend(asked, keys, values, key_padding_mask=absent)
+        keys, values = padding.pad(self.key(patches)), padding.pad(self.value(patches))
+        asked = self.query(queries).expand(len(keys), -1, -1)
+        found, attention = self.attend(asked, keys, values, key_padding_mask=padding.absent)
         return self._finished(queries, asked + found), attention
 
-    def spread(self, patches: Tensor, gathered: Tensor, sizes: list[int]) -> Tensor:
+    def spread(self, patches: Tensor, gathered: Tensor, padding: Padding) -> Tensor:
         """The patches (N, dim_query) of each bag attend to what was gathered from it (B, k, dim_key): (N, dim)."""
         asked = self.query(patches)
-        padded, at = placed(asked, sizes, max(sizes))
-        found, _ = self.attend(padded, self.key(gathered), self.value(gathered), need_weights=False)
-        return self._finished(patches, asked + found.flatten(0, 1)[at])
+        keys, values = self.key(gathered), self.value(gathered)
+        found, _ = self.attend(padding.pad(asked), keys, values, need_weights=False)
+        return self._finished(patches, asked + padding.unpad(found))
 
     def _finished(self, queries: Tensor, found: Tensor) -> Tensor:
         found = found + F.relu(self.out(found))

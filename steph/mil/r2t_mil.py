@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from steph import Refused
 from steph.data.bags import RaggedBatch, as_batch
-from steph.mil.grouping import alike, placed
+from steph.mil.grouping import Padding, alike
 
 HEADS = 8
 REGIONS = 8
@@ -101,7 +101,7 @@ class WithinRegions(nn.Module):
     def forward(self, patches: Tensor, sizes: list[int]) -> Tensor:
         """(N, dim) to (N, dim), bag by bag, of these sizes."""
         regions, at = _regions(self.norm(patches), sizes)
-        return patches + self.attention(regions.flatten(0, 1)).flatten(0, 1)[at]
+        return patches + self.attention(regions.flatten(0, 1)).flatten(0, 1).index_select(0, at)
 
 
 class AcrossRegions(nn.Module):
@@ -125,7 +125,7 @@ class AcrossRegions(nn.Module):
         # A region of equal scores shares nothing, and must not pass on a gradient that 1 / 0 has blown up.
         scale = torch.where(high > low, 1 / (high - low + 1e-8), 0)
         share = torch.softmax(scores, dim=3) * (scores - low) * scale
-        return patches + (share @ summed).flatten(0, 2)[at]
+        return patches + (share @ summed).flatten(0, 2).index_select(0, at)
 
 
 def _edge(n: int) -> int:
@@ -138,8 +138,9 @@ def _regions(patches: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
     where there is no patch, and the place of each patch among all B 64 p, (N,). All regions must be of one size."""
     edge = _edge(max(sizes))
     side = edge * REGIONS
-    square, at = placed(patches, sizes, side * side)
-    cut = square.view(len(sizes), REGIONS, edge, REGIONS, edge, -1).transpose(2, 3)
+    padding = Padding.of(sizes, side * side, patches.device)
+    cut = padding.pad(patches).view(len(sizes), REGIONS, edge, REGIONS, edge, -1).transpose(2, 3)
+    at = padding.at
     bag, row, column = at // side**2, at % side**2 // side, at % side
     region = (bag * REGIONS + row // edge) * REGIONS + column // edge
     return cut.flatten(3, 4).flatten(1, 2), (region * edge + row % edge) * edge + column % edge
