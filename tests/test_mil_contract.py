@@ -15,7 +15,8 @@ from steph.mil import NETWORKS
 from steph.mil.state import load_into, load_state, save_state, state_fingerprint, state_of
 
 DIMENSIONS = Network(dim_emb=16, dim_attn=8, n_bins=4)
-SIZES = (1, 5, 12, 40, 90)
+SIZES = (1, 5, 12, 40, 14, 6, 90, 85)
+"""Some share a shape (squares, regions), some do not; order is no sorting."""
 
 
 @pytest.fixture(params=sorted(NETWORKS))
