@@ -120,15 +120,15 @@ def _check_type(name: str, value: Any) -> None:
 def _folds(value: str | int | list, study: Study) -> list[int]:
     """Folds from "all", a number, a list, or a text such as "0,2"."""
     if value == "all":
-        return list(range(study.folds))
+        return list(range(study.n_folds))
     parts = value.strip("[] ").split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
     try:
         folds = [int(str(part)) for part in parts]
     except ValueError:
         raise Refused(f"notebook parameter folds = {value!r}; expected all, or folds such as 0,1,2.") from None
-    wrong = [fold for fold in folds if not 0 <= fold < study.folds]
+    wrong = [fold for fold in folds if not 0 <= fold < study.n_folds]
     if wrong or not folds:
-        raise Refused(f"fold {wrong[:1] or value} of study {study.name}: its folds are 0 to {study.folds - 1}.")
+        raise Refused(f"fold {wrong[:1] or value} of study {study.name}: its folds are 0 to {study.n_folds - 1}.")
     return list(dict.fromkeys(folds))
 
 

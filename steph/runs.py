@@ -24,7 +24,15 @@ from steph.data.manifest import Study, load_study
 from steph.methods import METHODS, Ingredients, Method, method
 from steph.mil import NETWORKS
 from steph.mil.state import ModelState, load_into, load_state, save_state, state_fingerprint, state_of
-from steph.records import Record, code_fingerprint, fingerprint, read_record, write_record
+from steph.records import (
+    NUMERIC,
+    Record,
+    code_fingerprint,
+    fingerprint,
+    read_record,
+    without_docstrings,
+    write_record,
+)
 from steph.training import seed_everything
 
 SOURCE_FOLD = 0
@@ -82,12 +90,12 @@ class Workbench:
             wanted, study = method(run.method), self.study
             decides = {
                 "run": asdict(run),
-                "options": {k: repr(v) for k, v in wanted.options.items()},
+                "options": {k: repr(v) for k, v in sorted(wanted.options.items())},
                 "data": self._data_fingerprint(run.dataset),
                 "dimensions": [study.features.dim, study.network.model_dump(), study.steph.model_dump()],
                 "recipe": study.recipe.model_dump(),
                 "null": [study.seed, wanted.network],
-                "code": [code_fingerprint("steph.training", "steph.survival", *wanted.code), _code_of(wanted)],
+                "code": code_of(wanted),
                 "upstream": {name: self.key(first) for name, first in self.upstream(run).items()},
             }
             self._keys[run] = fingerprint(decides)
@@ -149,6 +157,7 @@ class Workbench:
             stage_state=states.pop(STAGE, None),
             source_states=states,
             known=done.info.get("facts", {}) if done else {},
+            seed=run.seed,
             device=device,
             precision=run.precision,
         )
@@ -170,15 +179,21 @@ def plan(
     seeds: Sequence[int] | None = None,
     precision: str = "fp32",
 ) -> list[Run]:
-    """The runs of a choice of data sets, methods, folds and seeds; None takes all (of seeds, the study's own).
+    """The runs of a choice of data sets, methods, folds and seeds.
+
+    None takes all: of methods those that the book shows, without settings of a sweep that ask for more sources than the
+    study has; of seeds the study's own.
 
     Raises `Refused` for a name or fold that the study does not have.
     """
+    if methods is None:
+        some = next(iter(study.datasets))
+        methods = [n for n, m in METHODS.items() if m.in_book and not (m.group == "sweep" and m.refusal(study, some))]
     return [
         Run(dataset, name, fold, seed, precision)
         for dataset in datasets or list(study.datasets)
-        for name in methods or list(METHODS)
-        for fold in (range(study.folds) if folds is None else folds)
+        for name in methods
+        for fold in (range(study.n_folds) if folds is None else folds)
         for seed in (seeds or [study.seed])
     ]
 
@@ -211,11 +226,20 @@ def row_of(found: Record | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _code_of(entry: Method) -> str:
-    """The code of a method's builder, without its docstring."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(entry.build)))
-    function = tree.body[0]
-    assert isinstance(function, ast.FunctionDef)
-    if ast.get_docstring(function):
-        function.body = function.body[1:]
-    return fingerprint(ast.dump(function))
+def code_of(entry: Method) -> str:
+    """Hash of the code that decides a method's numbers, docstrings left out: its builder with the functions of the same
+    module that it calls, and whole modules: those of what they name elsewhere, the network's, the engine's."""
+    functions, waiting = {}, [entry.build]
+    modules = {"steph.training", "steph.survival", f"steph.mil.{entry.network}", *entry.code}
+    while waiting:
+        build = waiting.pop()
+        tree = ast.parse(textwrap.dedent(inspect.getsource(build)))
+        functions[build.__name__] = ast.dump(without_docstrings(tree))
+        for node in ast.walk(tree):
+            found = build.__globals__.get(node.id) if isinstance(node, ast.Name) else None
+            home = getattr(found, "__module__", None) or ""
+            if inspect.isfunction(found) and home == build.__module__ and found.__name__ not in functions:
+                waiting.append(found)
+            elif home.startswith(NUMERIC):
+                modules.add(home)
+    return fingerprint([functions, code_fingerprint(*sorted(modules))])

@@ -78,18 +78,15 @@ def _check(study: Study, wanted: Run, device: str) -> None:
     """Refuse a run that cannot be, before anything is done."""
     study.entry(wanted.dataset)
     entry = method(wanted.method)
-    if not 0 <= wanted.fold < study.folds:
-        raise Refused(f"fold {wanted.fold} of study {study.name}: it has {study.folds} folds, 0 to {study.folds - 1}.")
+    if not 0 <= wanted.fold < study.n_folds:
+        raise Refused(
+            f"fold {wanted.fold} of study {study.name}: it has {study.n_folds} folds, 0 to {study.n_folds - 1}."
+        )
     if wanted.precision not in PRECISIONS:
         raise Refused(f"precision {wanted.precision!r}; expected one of {', '.join(PRECISIONS)}.")
-    if entry.needs_sources and len(study.datasets) < 2:
-        raise Refused(f"{entry.title} needs source cancers; study {study.name} has only {wanted.dataset}.")
-    m, top_k = len(study.datasets) - 1, study.steph.top_k
-    if entry.build.__name__ == "steph" and top_k > m:
-        raise Refused(
-            f"steph.top_k = {top_k} in study {study.name}, but {wanted.dataset} has {m} source cancers; set "
-            f"steph.top_k to at most {m} in the manifest."
-        )
+    refusal = entry.refusal(study, wanted.dataset)
+    if refusal:
+        raise Refused(refusal)
     check_device(device)
 
 

@@ -225,3 +225,52 @@ def test_real_cohorts_split_evenly(name: str, tmp_path: Path) -> None:
         follow_up = stratum["time_days"].rank(pct=True)
         means = [follow_up[follow_up.index.isin(splits.test(k))].mean() for k in range(5)]
         assert max(means) - min(means) <= 10 / len(stratum)
+
+
+# ------------------------------------------------------------------------------------------------ repeats
+
+
+def test_each_repeat_is_a_cross_validation_of_its_own(cohort: Cohort, tmp_path: Path) -> None:
+    splits = load_splits(cohort, tmp_path, 5, 42, repeats=3)
+    assert splits.n_folds == 15
+    for repeat in range(3):
+        folds = range(5 * repeat, 5 * repeat + 5)
+        tested = [patient for k in folds for patient in splits.test(k)]
+        assert sorted(tested) == sorted(cohort.slides_of)  # everybody once: folds of a repeat are disjoint
+        for k in folds:
+            assert not set(splits.train(k)) & set(splits.test(k))
+            assert sorted(splits.train(k) + splits.test(k)) == sorted(cohort.slides_of)
+        alone = load_splits(cohort, tmp_path / f"alone{repeat}", 5, 42 + repeat)
+        assert splits.folds[folds.start : folds.stop] == alone.folds
+    assert len({frozenset(splits.test(k)) for k in range(15)}) == 15
+
+
+def test_more_repeats_leave_what_is_there_as_it_is(cohort: Cohort, tmp_path: Path) -> None:
+    once = load_splits(cohort, tmp_path, 5, 42)
+    written = (tmp_path / "SARC.csv").read_bytes()
+    three = load_splits(cohort, tmp_path, 5, 42, repeats=3)
+    assert three.folds[:5] == once.folds and three.origin == "made"
+    assert (tmp_path / "SARC.csv").read_bytes() == written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["SARC.csv", "SARC.repeat1.csv", "SARC.repeat2.csv"]
+    assert set(pd.read_csv(tmp_path / "SARC.repeat2.csv")["fold"]) == set(range(10, 15))
+    again = load_splits(cohort, tmp_path, 5, 42)  # and fewer repeats look at fewer files
+    assert again.fingerprint == once.fingerprint
+    assert load_splits(cohort, tmp_path, 5, 7, repeats=3).folds == three.folds  # what is written counts
+
+
+def test_the_fingerprint_of_one_cross_validation_does_not_change(tmp_path: Path) -> None:
+    """Keys of finished runs stand on it."""
+    assert load_splits(cohort_of([1, 0] * 10), tmp_path, 5, 42).fingerprint == "4a44e2958480"
+
+
+def test_a_repeat_with_folds_of_another_is_refused(cohort: Cohort, tmp_path: Path) -> None:
+    load_splits(cohort, tmp_path, 5, 42)
+    (tmp_path / "SARC.repeat1.csv").write_bytes((tmp_path / "SARC.csv").read_bytes())
+    with pytest.raises(Refused, match=r"SARC\.repeat1\.csv: P000 in fold '\d'.*folds 5 to 9 there"):
+        load_splits(cohort, tmp_path, 5, 42, repeats=2)
+
+
+def test_the_authors_files_cannot_be_repeated(cohort: Cohort, tmp_path: Path) -> None:
+    released(cohort, tmp_path / "SARC")
+    with pytest.raises(Refused, match=r"SARC holds the authors' splits, one cross-validation.*repeats it 2 times"):
+        load_splits(cohort, tmp_path, 5, 42, repeats=2)

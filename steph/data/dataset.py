@@ -197,7 +197,7 @@ def _open(study: Study, name: str, root: Path, splits: bool = True, external: Da
     return Dataset(
         name=name,
         cohort=cohort,
-        splits=load_splits(cohort, root / "splits", study.folds, study.seed) if splits else None,
+        splits=load_splits(cohort, root / "splits", study.folds, study.seed, study.repeats) if splits else None,
         store=store,
         external=external,
         oracle=_oracle(oracle, cohort) if study.synthetic else None,

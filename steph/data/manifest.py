@@ -117,6 +117,11 @@ class StephSettings(_Strict):
     gamma_large: float = Field(default=0.005, ge=0, description="gamma of data sets above `large_above` patients")
     gamma_small: float = Field(default=0.05, ge=0, description="gamma of the others")
     large_above: int = 500
+    sample_patches: Positive | None = Field(
+        default=256,
+        description="patches per bag that the hypernetwork of steph_subsampled reads; None lets it read all. No other "
+        "method looks at this",
+    )
 
     def gamma(self, n_patients: int) -> float:
         """gamma by the paper's size rule (Appendix C.2.1)."""
@@ -137,7 +142,11 @@ class Study(_Strict):
     endpoint: Endpoint = Endpoint()
     features: Features
     datasets: dict[Name, DatasetEntry] = Field(min_length=1)
-    folds: int = Field(default=5, ge=2)
+    folds: int = Field(default=5, ge=2, description="of one cross-validation")
+    repeats: Positive = Field(
+        default=1,
+        description="cross-validations, each of splits of its own; fold f belongs to repeat f // folds",
+    )
     seed: int = Field(default=42, ge=0)
     network: Network = Network()
     recipe: Recipe = Recipe()
@@ -160,6 +169,11 @@ class Study(_Strict):
     def build(self) -> Path:
         """Where everything made for the study goes: ``build/<study>``; STEPH_BUILD replaces ``build``."""
         return Path(os.environ.get("STEPH_BUILD") or PROJECT / "build").expanduser().resolve() / self.name
+
+    @property
+    def n_folds(self) -> int:
+        """Folds in all, of every repeat of the cross-validation; numbered from 0."""
+        return self.folds * self.repeats
 
     def entry(self, dataset: str) -> DatasetEntry:
         """A data set by name. Raises `Refused`, with the nearest names, for an unknown one."""

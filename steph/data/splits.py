@@ -22,7 +22,8 @@ Fold = tuple[tuple[str, ...], tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Splits:
-    """Cross-validation of a cohort. folds: per fold, the patients who train and who test, both in cohort table order.
+    """Cross-validation of a cohort. folds: per fold, the patients who train and who test, both in cohort table order;
+    where it is repeated, the folds of the first repeat come first, then those of the second, and so on.
 
     origin: "authors" (their files), "file" (ours, found) or "made" (ours, just written).
     """
@@ -78,28 +79,43 @@ def make_splits(cohort: Cohort, n_folds: int, seed: int) -> pd.DataFrame:
     return table.sort_values("patient_id", ignore_index=True)
 
 
-def load_splits(cohort: Cohort, folder: Path, n_folds: int, seed: int) -> Splits:
+def load_splits(cohort: Cohort, folder: Path, n_folds: int, seed: int, repeats: int = 1) -> Splits:
     """The splits of a cohort: the authors' files, else ours, else made now and written.
+
+    n_folds: folds of one cross-validation; it is repeated `repeats` times. Fold f belongs to repeat f // n_folds, whose
+    folds are made from seed + repeat.
 
     Authors' files: ``<folder>/<data set>/splits_<k>.csv`` (or ``<folder>/tcga_<data set in small letters>/``, as they
     are published): columns train, test and val with patient ids; blank cells are left out. Without a test column val is
     the test set, with one the val patients neither train nor test. Ours: ``<folder>/<data set>.csv`` with patient_id
-    and fold; a fold's patients test, all others train.
+    and fold; a fold's patients test, all others train. A further repeat r has a file of its own,
+    ``<folder>/<data set>.repeat<r>.csv``, with its folds' numbers (n_folds * r and up), so that more repeats leave what is
+    there as it is. The authors' files are one cross-validation and cannot be repeated.
 
     Raises `Refused`, naming file and patients, for: an unreadable file or missing columns, a fold's file that is
     missing, a number of folds other than `n_folds`, a patient who is not in the cohort, a patient of the cohort whom
-    the file leaves out, a patient listed twice, one who trains and tests, nobody to train or to test.
+    the file leaves out, a patient listed twice, one who trains and tests, nobody to train or to test; and for authors'
+    files where `repeats` is more than 1.
     """
     for authors in (folder / cohort.dataset, folder / f"tcga_{cohort.dataset.lower()}"):
         if any(authors.glob("splits_*.csv")):
+            if repeats > 1:
+                raise Refused(
+                    f"{authors} holds the authors' splits, one cross-validation, and the study repeats it {repeats} "
+                    "times. Set `repeats` to 1 in the manifest, or move the files away and all splits are made anew."
+                )
             return Splits(tuple(_read_released(cohort, authors, n_folds)), "authors")
-    path = folder / f"{cohort.dataset}.csv"
-    made = not path.is_file()
-    if made:
-        table = make_splits(cohort, n_folds, seed)
-        with atomic_path(path) as temporary:
-            table.to_csv(temporary, index=False)
-    return Splits(tuple(_read_ours(cohort, path, n_folds)), "made" if made else "file")
+    folds: list[Fold] = []
+    made = False
+    for repeat in range(repeats):
+        path = folder / f"{cohort.dataset}{f'.repeat{repeat}' if repeat else ''}.csv"
+        if not path.is_file():
+            table = make_splits(cohort, n_folds, seed + repeat)
+            with atomic_path(path) as temporary:
+                table.assign(fold=table["fold"] + repeat * n_folds).to_csv(temporary, index=False)
+            made = True
+        folds += _read_ours(cohort, path, range(repeat * n_folds, (repeat + 1) * n_folds))
+    return Splits(tuple(folds), "made" if made else "file")
 
 
 def _read_released(cohort: Cohort, folder: Path, n_folds: int) -> Iterable[Fold]:
@@ -128,19 +144,19 @@ def _read_released(cohort: Cohort, folder: Path, n_folds: int) -> Iterable[Fold]
         yield _fold(cohort, path, set(parts["train"]), set(parts[test]))
 
 
-def _read_ours(cohort: Cohort, path: Path, n_folds: int) -> Iterable[Fold]:
+def _read_ours(cohort: Cohort, path: Path, numbers: range) -> Iterable[Fold]:
     table = read_csv(path)
     missing = [name for name in ("patient_id", "fold") if name not in table.columns]
     if missing:
         raise Refused(f"{path}: no column {', '.join(missing)}; found {', '.join(table.columns)}.")
     patients, folds = table["patient_id"].str.strip(), table["fold"].str.strip()
-    valid = [str(k) for k in range(n_folds)]
+    valid = [str(k) for k in numbers]
     bad = table[~folds.isin(valid)]
     if len(bad):
         pairs = [f"{r.patient_id} in fold {r.fold!r}" for r in bad.itertuples()]
         raise Refused(
-            f"{path}: {first(pairs)}; the study has folds 0 to {n_folds - 1}. Change `folds` in the manifest, or "
-            "delete the file and new splits are made."
+            f"{path}: {first(pairs)}; the study has folds {numbers[0]} to {numbers[-1]} there. Change `folds` in the "
+            "manifest, or delete the file and new splits are made."
         )
     _check_patients(cohort, path, list(patients), {})
     for k in valid:
