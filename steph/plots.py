@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from steph.analysis.statistics import NOISE
 from steph.data.cohort import Cohort
 from steph.data.dataset import Dataset
 from steph.data.manifest import Study
 from steph.records import atomic_path
-from steph.results import AVERAGE, NOISE, paper_table, summary, title
+from steph.results import AVERAGE, beside_paper, paper_table, summary, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -338,10 +339,8 @@ def similarity(matrix: pd.DataFrame, label: str = "planted similarity") -> Figur
 
 def c_index(results: pd.DataFrame, oracle: pd.DataFrame | None = None, value: str = "c_index") -> Figure:
     """C-index of methods, a row per data set: a dot for each fold, a bar for their mean, an open diamond for the
-    paper's mean where Table 1 has it, and a dotted line for the true risk's (`steph.results.oracle_table`)."""
+    paper's mean where Table 1 has it, and a dotted line for the true risk's (of `oracle_table`)."""
     import matplotlib.pyplot as plt
-
-    from steph.results import beside_paper
 
     methods = list(results["method"].unique())
     means = summary(results, value)

@@ -15,8 +15,10 @@ from steph import Refused
 from steph.data.manifest import Study
 from steph.data.synthetic import planted_similarity
 from steph.records import Record
-from steph.results import USED_BELOW
 from steph.runs import Run, Workbench, plan, results
+
+USED_BELOW = 0.8
+"""A source counts as used when its w > 0 and its lambda is below this (the paper's words on Fig. S1)."""
 
 
 def runs(study: Study, dataset: str, fold: int, seeds: Sequence[int], precision: str = "fp32") -> list[Run]:

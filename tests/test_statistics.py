@@ -1,0 +1,60 @@
+"""Comparisons of two methods: the intervals, the counts, what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from made_results import DATASETS, frame, shifted
+from scipy.stats import t, ttest_1samp
+
+from steph import Refused
+from steph.analysis import statistics
+
+
+def test_the_interval_of_one_data_set_is_nadeau_and_bengios():
+    gains = np.array([0.01, 0.05, 0.03, -0.02, 0.04])
+    table = frame({("SARC", "vanilla"): [0.5] * 5, ("SARC", "steph"): list(0.5 + gains)})
+    found = statistics.compare(table, "steph", "vanilla").gain
+    reach = t.ppf(0.975, 4) * np.sqrt((1 / 5 + 1 / 4) * gains.var(ddof=1))
+    assert (found.value, found.low, found.high) == pytest.approx((0.022, 0.022 - reach, 0.022 + reach))
+
+
+def test_the_interval_over_data_sets_is_never_narrower_than_students():
+    rng = np.random.default_rng(1)
+    own = {d: rng.normal(0.03, 0.05) for d in DATASETS}
+    table = frame({(d, m): [0.5 + (m == "steph") * own[d]] * 5 for d in DATASETS for m in ("vanilla", "steph")})
+    found = statistics.compare(table, "steph", "vanilla").gain
+    expected = ttest_1samp(list(own.values()), 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_counts_of_wins_know_their_noise():
+    sure = statistics.compare(shifted(0.1, 0.001), "steph", "vanilla").wins
+    assert (sure.value, sure.low, sure.high) == (13, 13, 13)
+    unsure = statistics.compare(shifted(0.001, 0.1), "steph", "vanilla").wins
+    assert unsure.value == 13 and unsure.low < 6 and unsure.high < 13
+    tied = statistics.compare(frame({("SARC", m): [0.5, 0.6] for m in ("steph", "vanilla")}), "steph", "vanilla").wins
+    assert (tied.value, tied.low, tied.high) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({("SARC", "steph"): [0.5, 0.6]}, "no results to compare"),
+        ({("SARC", "steph"): [0.5, None], ("SARC", "vanilla"): [0.5, 0.5]}, "SARC, fold 1"),
+        ({("SARC", "steph"): [0.5, 0.6], ("SARC", "vanilla"): [0.5]}, "SARC, fold 1"),
+        (
+            {(d, m): [0.5] * n for m in ("steph", "vanilla") for d, n in (("SARC", 2), ("LIHC", 3))},
+            "SARC has 2 folds, LIHC 3",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(values, message):
+    with pytest.raises(Refused, match=message):
+        statistics.compare(frame(values), "steph", "vanilla")
+
+
+def test_share_of_the_way_to_the_true_risk():
+    table = frame({("SARC", "vanilla"): [0.6, 0.6], ("SARC", "steph"): [0.7, 0.7]})
+    oracle = frame({("SARC", "oracle"): [0.9, 0.9]})
+    assert statistics.ceiling(table, oracle)["share"].tolist() == pytest.approx([0.25, 0.5])
