@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steph import Refused
-from steph.data.bags import RaggedBatch, as_batch
+from steph.data.bags import RaggedBatch, as_batch, sample_each
 from steph.merging.merged_encoder import MergedEncoder
 from steph.merging.task_vectors import Layout, State, task_vector
 from steph.mil.abmil import ABMIL
@@ -44,6 +44,8 @@ class STEPH(nn.Module):
     "parameter" (one trained vector) or a constant. weight: how w is found: "hypernetwork" or "parameter".
     dim_hidden: width of the hypernetworks. beta, gamma: weights of the auxiliary losses (Eq. 7).
     network: the network whose states these are; None takes ABMIL and reads its dimensions off the states.
+    sample_patches: the hypernetworks read at most so many patches of a bag, drawn by `sample_seed` (see
+    `steph.data.bags.sample_each`); the merged encoder still reads all. None, the paper's, lets them read all.
 
     Options for what the paper says otherwise than the release (numbers of the book's list of differences):
     hyper_head "linear" (D1: one layer in place of two); balance_term False (D2: Eq. 7 alone); fresh_head False (D3: the
@@ -67,6 +69,8 @@ class STEPH(nn.Module):
         beta: float = 0.05,
         gamma: float = 0.005,
         network: nn.Module | None = None,
+        sample_patches: int | None = None,
+        sample_seed: int = 0,
         hyper_head: Literal["mlp", "linear"] = "mlp",
         balance_term: bool = True,
         fresh_head: bool = True,
@@ -78,6 +82,9 @@ class STEPH(nn.Module):
         super().__init__()
         m = len(source_states)
         _check_options(m, top_k, mix, weight)
+        if sample_patches is not None and sample_patches < 1:
+            raise Refused(f"sample_patches = {sample_patches}; expected at least 1 patch per bag, or None for all.")
+        self.sample_patches, self.sample_seed = sample_patches, sample_seed
         self.source_names = list(source_states)
         self.top_k, self.mix, self.weight = top_k, mix, weight
         self.bounded_lambda, self.clamp_weights = bounded_lambda, clamp_weights
@@ -115,7 +122,8 @@ class STEPH(nn.Module):
     def batch_coefficients(self, bags: Sequence[Tensor] | RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """w (B, m), lambda (B, m) and the kept sources (B, K), by falling w, of B bags."""
         batch = as_batch(bags)
-        w_logits, z = self.hyper(batch)
+        read = batch if self.sample_patches is None else sample_each(batch, self.sample_patches, self.sample_seed)
+        w_logits, z = self.hyper(read)
         n = len(batch)
         w = F.relu(w_logits) if w_logits is not None else self.weight_vector.expand(n, -1)  # type: ignore[union-attr]
         if self.clamp_weights:

@@ -97,6 +97,22 @@ def as_batch(bags: Sequence[Tensor] | RaggedBatch) -> RaggedBatch:
     return bags if isinstance(bags, RaggedBatch) else RaggedBatch.from_bags(bags)
 
 
+def sample_each(batch: RaggedBatch, max_patches: int, seed: int) -> RaggedBatch:
+    """The batch with larger bags sampled down to `max_patches` features, without coordinates and slides.
+
+    Which patches of a bag are kept follows from its size and the seed alone, so a bag's sample does not depend on the
+    others in its batch. A batch of small bags is returned as it is.
+    """
+    if max(batch.sizes) <= max_patches:
+        return batch
+    kept = [
+        start + (np.arange(n) if n <= max_patches else sampled(n, max_patches, seed, f"bag of {n}"))
+        for start, n in zip(batch.offsets, batch.sizes, strict=False)
+    ]
+    rows = torch.from_numpy(np.concatenate(kept)).to(batch.features.device)
+    return RaggedBatch(batch.features[rows], (0, *accumulate(map(len, kept))))
+
+
 def sampled(n: int, max_patches: int, seed: int, patient_id: str) -> np.ndarray:
     """Which of a bag's n patches are kept, (max_patches,) int64, rising, so that patches stay in order. Drawn without
     replacement by seed and patient alone: the same in every epoch, fold and process."""

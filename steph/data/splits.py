@@ -89,8 +89,8 @@ def load_splits(cohort: Cohort, folder: Path, n_folds: int, seed: int, repeats: 
     are published): columns train, test and val with patient ids; blank cells are left out. Without a test column val is
     the test set, with one the val patients neither train nor test. Ours: ``<folder>/<data set>.csv`` with patient_id
     and fold; a fold's patients test, all others train. A further repeat r has a file of its own,
-    ``<folder>/<data set>.repeat<r>.csv``, with its folds' numbers (n_folds * r and up), so that more repeats leave what is
-    there as it is. The authors' files are one cross-validation and cannot be repeated.
+    ``<folder>/<data set>.repeat<r>.csv``, with its folds' numbers (n_folds * r and up), so that more repeats leave what
+    is there as it is. The authors' files are one cross-validation and cannot be repeated.
 
     Raises `Refused`, naming file and patients, for: an unreadable file or missing columns, a fold's file that is
     missing, a number of folds other than `n_folds`, a patient who is not in the cohort, a patient of the cohort whom

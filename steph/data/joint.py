@@ -1,0 +1,110 @@
+"""Several data sets as one to train on: multi-cancer joint learning (the paper's Fig. 1b)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from steph import Refused
+from steph.data.bags import RaggedBatch
+from steph.data.dataset import Dataset
+from steph.data.splits import Splits
+from steph.data.tables import first
+
+
+class JointDataset:
+    """The union of data sets, with what training asks of one (`batch`, `labels`, `n_patches`, `check_coords`).
+
+    A patient is named ``<data set>/<patient_id>``, since two data sets may use the same number for two people.
+    Raises `Refused` where there is none.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        if not datasets:
+            raise Refused("joint learning needs a data set; none was given.")
+        self.parts = {data.name: data for data in datasets}
+        self.name = "+".join(self.parts)
+
+    def train(self, fold: int) -> list[str]:
+        """Patients who train fold `fold` in any of the data sets, data set by data set.
+
+        Raises `Refused` for a patient_id that trains in one data set and tests in another: where the two are one
+        person, the model would be tested on whom it was trained on.
+        """
+        tests: dict[str, str] = {}
+        for name, data in self.parts.items():
+            tests |= dict.fromkeys(_splits(data).test(fold), name)
+        training = [(name, patient) for name, data in self.parts.items() for patient in _splits(data).train(fold)]
+        shared = [
+            f"{patient} (trains {name}, tests {tests[patient]})" for name, patient in training if patient in tests
+        ]
+        if shared:
+            raise Refused(
+                f"joint learning on {self.name}, fold {fold}: {len(shared)} patient(s) of one data set test "
+                f"another: {first(shared)}. Take data sets that share no patient, or give patients ids that "
+                "tell them apart."
+            )
+        return [f"{name}/{patient}" for name, patient in training]
+
+    def labels(self, patient_ids: Sequence[str]) -> pd.DataFrame:
+        """patient_id, time_days (float), event (bool), one row per patient in the order given."""
+        found = self._found(list(dict.fromkeys(patient_ids)))
+        tables = []
+        for data in self.parts.values():
+            own = {name: patient for name, of, patient in found if of is data}
+            if own:
+                tables.append(data.labels(list(own.values())).assign(patient_id=list(own)))
+        table = pd.concat(tables).set_index("patient_id", drop=False)
+        return table.loc[list(patient_ids)].reset_index(drop=True)
+
+    def batch(
+        self,
+        patient_ids: Sequence[str],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        coords: bool = False,
+        max_patches: int | None = None,
+    ) -> RaggedBatch:
+        """The patients' bags in the order given (see `Dataset.batch`)."""
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "coords": coords, "max_patches": max_patches}
+        return _joined([data.batch([patient], **options) for _, data, patient in self._found(patient_ids)])
+
+    def n_patches(self, patient_ids: Sequence[str]) -> np.ndarray:
+        """Patches in each patient's bag, (B,) int64."""
+        return np.concatenate([data.n_patches([patient]) for _, data, patient in self._found(patient_ids)])
+
+    def check_coords(self, patient_ids: Sequence[str], network: str) -> None:
+        """Raise `Refused` where slides of these patients have no coordinates, which `network` needs."""
+        for _, data, patient in self._found(patient_ids):
+            data.check_coords([patient], network)
+
+    def _found(self, patient_ids: Sequence[str]) -> list[tuple[str, Dataset, str]]:
+        """The name here, the data set and the name there of each patient."""
+        named = [(patient, *str(patient).partition("/")[::2]) for patient in patient_ids]
+        unknown = [name for name, of, _ in named if of not in self.parts]
+        if unknown or not named:
+            what = f"no patient {', '.join(map(str, unknown[:5]))}" if unknown else "no patient given"
+            raise Refused(f"{self.name}: {what}; patients are named <data set>/<patient_id>.")
+        return [(name, self.parts[of], patient) for name, of, patient in named]
+
+
+def _splits(data: Dataset) -> Splits:
+    if data.splits is None:
+        raise Refused(f"{data.name} has no splits: it is an external set, and nothing is trained on it.")
+    return data.splits
+
+
+def _joined(batches: Sequence[RaggedBatch]) -> RaggedBatch:
+    """Batches of one bag each as one batch."""
+    sizes = [len(batch.features) for batch in batches]
+    starts = (0, *accumulate(sizes))
+    features = torch.cat([batch.features for batch in batches])
+    if batches[0].coords is None:
+        return RaggedBatch(features, starts)
+    slides = [at + stop for at, b in zip(starts, batches, strict=False) for stop in (b.slide_offsets or b.offsets)[1:]]
+    return RaggedBatch(features, starts, torch.cat([b.coords for b in batches]), (0, *slides))  # type: ignore[misc]
