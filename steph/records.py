@@ -25,7 +25,10 @@ from typing import Any
 from steph import Refused, __version__
 
 COMPLETION = "run.json"
-NUMERIC = ("steph.survival", "steph.training", "steph.hypernetwork", "steph.merging.", "steph.mil.", "steph.data.bags")
+NUMERIC = (
+    "steph.survival", "steph.training", "steph.hypernetwork", "steph.transfer", "steph.selection", "steph.merging.",
+    "steph.mil.", "steph.data.bags",
+)  # fmt: skip
 """Modules whose code decides numbers; what data went in is told by the data's own fingerprints."""
 PACKAGES = ("torch", "numpy", "pandas", "scipy", "h5py", "lifelines", "safetensors")
 
@@ -136,7 +139,7 @@ def code_fingerprint(*modules: str) -> str:
         if name not in sources:
             tree = ast.parse(Path(str(importlib.import_module(name).__file__)).read_text(encoding="utf-8"))
             waiting += [found for found in _imports(tree) if found.startswith(NUMERIC)]
-            sources[name] = ast.dump(_without_docstrings(tree))
+            sources[name] = ast.dump(without_docstrings(tree))
     return fingerprint(sources)
 
 
@@ -146,7 +149,8 @@ def _imports(tree: ast.Module) -> Iterator[str]:
             yield node.module
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
+def without_docstrings(tree: ast.Module) -> ast.Module:
+    """The tree, its docstrings taken out."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
             node

@@ -115,7 +115,9 @@ def _stages(bench: Workbench, runs: Sequence[Run]) -> Iterator[list[Run]]:
 
 
 def _carry_out(bench: Workbench, missing: list[Run], device: str, workers: int) -> None:
-    label = f"{bench.study.name}: {', '.join(dict.fromkeys(wanted.method for wanted in missing))}"
+    names = list(dict.fromkeys(wanted.method for wanted in missing))
+    others = f" and {len(names) - 3} other methods" if len(names) > 4 else ""
+    label = f"{bench.study.name}: {', '.join(names[:3] if others else names)}{others}"
     if workers <= 1:
         for wanted in track(missing, label):
             _execute(bench, wanted, device)

@@ -9,8 +9,8 @@ from steph import PROJECT
 ROWS = [
     ("steph", "survival", "records", "progress"),
     ("data",),
-    ("mil", "merging", "hypernetwork", "transfer", "training"),
-    ("methods",),
+    ("mil", "merging", "hypernetwork", "transfer", "training", "selection"),
+    ("methods", "builders"),
     ("runs",),
     ("results", "analysis", "plots", "scorecard", "predict"),
     ("study", "notebooks", "book"),

@@ -1,9 +1,11 @@
 """Every way of merging goes through the same suite.
 
-Three registries are walked: merges of a pair (`steph.merging.PAIR_MERGES`), the methods that merge (group
-"model_merging" of `steph.methods.METHODS`), and the variants of STEPH and AdaMerging below. What is new in the first
+Three registries are walked: merges of a pair (`steph.merging.PAIR_MERGES`), the methods that merge (those of
+`steph.methods.METHODS` that ask for the target's and the sources' models), and the variants of STEPH and AdaMerging below. What is new in the first
 two is found here and fails until it says what it does with itself, or what it trains.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -335,6 +337,7 @@ TRAINS = {
     "surgery_hyper": {"adapter"},
     **{f"{name}_am": AM for name in PAIR_MERGES},
     **{f"{name}_hyper": HYPER for name in PAIR_MERGES},
+    **{name: MIXING for name, entry in METHODS.items() if entry.group == "sweep"},
 }
 """The parts that each way of merging trains; everything else is frozen."""
 
@@ -387,26 +390,30 @@ def test_nothing_but_the_adapter_is_trained(pool, bags, name):
 
 
 def merging_methods():
-    return sorted(name for name, entry in METHODS.items() if entry.group == "model_merging")
+    both = (name for name, entry in METHODS.items() if entry.needs_target and entry.needs_sources)
+    return sorted(name for name in both if METHODS[name].group != "representation_transfer")
 
 
 @pytest.mark.parametrize("name", merging_methods())
 def test_nothing_but_what_a_method_names_is_trained(name, tiny, float64):
-    study = tiny.study
+    study, entry = tiny.study, METHODS[name]
     dim = study.features.dim
-    pool = Pool(lambda: NETWORKS[METHODS[name].network](dim, study.network))
-    dataset, *others = sorted(study.datasets)
-    ingredients = Ingredients(
+    pool = Pool(lambda: NETWORKS[entry.network](dim, study.network))
+    dataset = tiny.dataset("SARC")
+    sources = [f"s{i}" for i in range(12)]
+    x = Ingredients(
         study=study,
-        data=tiny.dataset(dataset),
-        patients=tiny.dataset(dataset).splits.train(0),
-        network_name=METHODS[name].network,
+        data=dataset,
+        patients=dataset.splits.train(0),
+        network_name=entry.network,
         null_state=pool.null,
         target_state=pool.target,
-        source_states=dict(zip(others, pool.sources.values(), strict=False)),
+        source_states={source: pool.near_null() for source in sources},
     )
-    model = METHODS[name].build(ingredients, **METHODS[name].options)
-    check_update(name, model, [torch.randn(n, dim) for n in (3, 9, 1, 5)])
+    if entry.after:
+        first = METHODS[entry.after]
+        x = replace(x, stage_state=state_of(first.build(x, **first.options), trainable_only=True))
+    check_update(name, entry.build(x, **entry.options), [torch.randn(n, dim) for n in (3, 9, 1, 5)])
 
 
 def test_what_is_said_to_be_trained_is_checked(pool):
