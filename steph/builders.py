@@ -6,21 +6,29 @@ method has, under which options.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from steph import Refused
 from steph.data.dataset import Dataset
 from steph.data.manifest import Study
 from steph.hypernetwork import STEPH
 from steph.merging.average import model_average
+from steph.merging.merged_encoder import MergedEncoder
 from steph.merging.pairs import PAIR_MERGES, merge_pairs
+from steph.merging.random_sources import random_sources
 from steph.merging.surgery import Surgery
+from steph.merging.task_vectors import task_vector
+from steph.merging.training_free import Mixture, by_concordance, by_cosine, by_scores, merged, patient_scores
 from steph.mil import NETWORKS
 from steph.mil.state import ModelState, load_into
+from steph.selection import best_value, grid_search
+from steph.survival import bin_index
+from steph.training import PRECISIONS, needs_coords, seed_everything
 from steph.transfer import ROUPKT, FineTuned, best_source, nearest_source, transfer_performance
 
 
@@ -137,6 +145,29 @@ def steph(x: Ingredients, with_target: bool = False, sources: int | None = None,
     return STEPH(x.null_state, x.own_state, pool, network=x.network(), **{**defaults, **options})
 
 
+def steph_gamma_search(x: Ingredients, values: Sequence[float]) -> nn.Module:
+    """STEPH under the gamma that does best in cross-validation inside the fold's training patients."""
+    facts = dict(x.known)
+    if not facts:
+        scores = grid_search(
+            values,
+            own=lambda: vanilla(x),
+            merged=lambda own_state, gamma: steph(replace(x, target_state=own_state), gamma=gamma),
+            dataset=x.data,
+            patients=x.patients,
+            recipe=x.study.recipe,
+            network=x.study.network,
+            seed=x.seed,
+            device=x.device,
+            precision=x.precision,
+        )
+        facts = {"gamma": best_value(scores), "inner_c_index": scores.to_dict("records")}
+        seed_everything(x.seed)  # from here on it is the same run as with this gamma given
+    model = steph(x, gamma=facts["gamma"])
+    model.facts = facts  # type: ignore[assignment]
+    return model
+
+
 def adamerging(x: Ingredients, merge: str | None = None, **options: Any) -> nn.Module:
     """AdaMerging as released: one trained weight for each model of the pool, 1/n at first, and a new head.
 
@@ -160,3 +191,73 @@ def surgery(x: Ingredients, **options: Any) -> nn.Module:
     merged = adamerging(x, **options)
     load_into(merged, x.stage_state)
     return Surgery(merged, x.network(x.own_state))
+
+
+# ---------------------------------------- beyond the paper
+
+
+def joint(x: Ingredients) -> nn.Module:
+    """A network trained from M_0 on all data sets together (`Method.joint`); once it is trained, that very network."""
+    if x.stage_state is None:
+        return x.network(x.null_state)
+    return x.network(x.stage_state).requires_grad_(False)
+
+
+def steph_random_sources(x: Ingredients, **options: Any) -> nn.Module:
+    """STEPH on noise as long as the sources' task vectors, drawn by the run's seed."""
+    return steph(replace(x, source_states=random_sources(x.null_state, x.source_states, x.seed)), **options)
+
+
+def steph_subsampled(x: Ingredients, **options: Any) -> nn.Module:
+    """STEPH whose hypernetworks read a sample of each bag: `steph.sample_patches` of the study, drawn by its seed."""
+    return steph(x, sample_patches=x.study.steph.sample_patches, sample_seed=x.study.seed, **options)
+
+
+def training_free(x: Ingredients, way: str) -> nn.Module:
+    """The network under a mixture in closed form, with the target's own head; nothing is trained.
+
+    way: "cosine", "concordance" or "scores" (`steph.merging.training_free`). The model's `facts` tell w and lambda.
+    """
+    names, sources = list(x.source_states), list(x.source_states.values())
+    facts = dict(x.known)
+    if not facts:
+        w, lam = _mixture(x, way)
+        facts = {"w": dict(zip(names, w.tolist(), strict=True)), "lambda": dict(zip(names, lam.tolist(), strict=True))}
+    mixture = torch.tensor([facts["w"][n] for n in names]), torch.tensor([facts["lambda"][n] for n in names])
+    model = x.network(ModelState(merged(x.null_state, x.own_state, sources, mixture))).requires_grad_(False)
+    model.facts = facts  # type: ignore[assignment]
+    return model
+
+
+def _mixture(x: Ingredients, way: str) -> Mixture:
+    """w and lambda of the sources, in their order."""
+    sources, top_k = list(x.source_states.values()), x.study.steph.top_k
+    if way == "cosine":
+        return by_cosine(x.null_state, x.own_state, sources, top_k)
+    if way == "concordance":
+        models = {name: x.network(state) for name, state in x.pool.items()}
+        how = (x.device, x.precision, x.study.recipe.max_patches)
+        own, *others = transfer_performance(models, x.data, x.patients, *how).tolist()
+        return by_concordance(own, others, top_k)
+    if way == "scores":
+        return by_scores(_scores(x), top_k)
+    raise Refused(f"no training-free way {way!r}; expected cosine, concordance or scores.")
+
+
+def _scores(x: Ingredients) -> Tensor:
+    """Scores (N, 1 + m) of the fold's training patients in double precision, on the CPU."""
+    vectors = [task_vector(state, x.null_state) for state in x.pool.values()]
+    dtype, recipe, n = PRECISIONS[x.precision], x.study.recipe, x.study.network
+    network = x.network(x.own_state).to(x.device, dtype).eval()
+    head: nn.Module = network.head  # type: ignore[assignment]
+    encoder = MergedEncoder(x.network(), x.null_state, vectors).to(x.device, dtype).eval()
+    labels = x.data.labels(x.patients)
+    bins = torch.from_numpy(bin_index(labels["time_days"], n.n_bins, n.bin_width_days)).to(x.device)
+    event = torch.from_numpy(labels["event"].to_numpy(dtype=bool)).to(x.device)
+    options: dict[str, Any] = {"coords": needs_coords(network) is not None, "max_patches": recipe.max_patches}
+    found = []
+    for start in range(0, len(x.patients), recipe.bags_per_step):
+        chosen = slice(start, start + recipe.bags_per_step)
+        batch = x.data.batch(x.patients[chosen], device=x.device, dtype=dtype, **options)
+        found.append(patient_scores(encoder, head, batch, bins[chosen], event[chosen], recipe.alpha))
+    return torch.cat(found).double().cpu()

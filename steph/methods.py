@@ -18,6 +18,9 @@ from steph.data.manifest import Study, unknown
 
 __all__ = ["METHODS", "Ingredients", "Method", "method"]
 
+GAMMAS = (0, 0.0025, 0.005, 0.01, 0.05)
+"""The paper's grid (Table 5, Appendix C.2.1)."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -45,6 +48,7 @@ class Method:
     network: str = "abmil"
     base: str = "vanilla"
     after: str | None = None
+    joint: bool = False
     sparse: bool = False
     code: tuple[str, ...] = ()
     table: Mapping[str, str] = field(default_factory=dict)
@@ -86,7 +90,7 @@ def _merging(
 
 def _variant(title: str, description: str, **rest: Any) -> Method:
     """STEPH with something about it changed."""
-    return _merging(title, description, builders.steph, **{"group": "ablation", "sparse": True, **rest})
+    return _merging(title, description, **{"build": builders.steph, "group": "ablation", "sparse": True, **rest})
 
 
 def _hyper(title: str, description: str, row: str, **rest: Any) -> Method:
@@ -270,7 +274,14 @@ METHODS: dict[str, Method] = {
     ),
     # Tables 4, 5 and S3: STEPH itself is beta 0.05 and K 5; its gamma follows the size of the data set
     **_sweep("beta", "table4", (0, 0.01, 0.1), "beta"),
-    **_sweep("gamma", "table5", (0, 0.0025, 0.005, 0.01, 0.05), "gamma"),
+    **_sweep("gamma", "table5", GAMMAS, "gamma"),
+    "steph_gamma_search": _variant(
+        "STEPH, γ searched",
+        "STEPH, its γ found by cross-validation inside each fold's training patients (about 13 times STEPH's training)",
+        build=builders.steph_gamma_search,
+        options={"values": GAMMAS},
+        in_book=False,
+    ),
     **_sweep("top_k", "table_s3", (1, 3, 7, 9, 11), "k"),
     **_sweep("sources", "table_s7", (6, 7, 8, 9, 10, 11, 12), "m", in_book=False),  # a table of seconds, not of C-index
     # Table S2
@@ -278,7 +289,15 @@ METHODS: dict[str, Method] = {
     "ilra": _network("ILRA", "ilra"),
     "r2t_mil": _network("R2T-MIL", "r2t_mil"),
     "patch_gcn": _network("Patch-GCN", "patch_gcn"),
-    # not in the paper
+    # not in the paper: book/beyond.md
+    "joint": Method(
+        title="Joint learning",
+        group="joint_learning",
+        build=builders.joint,
+        description="one ABMIL trained on the training patients of all cancers together (the paper's Fig. 1b)",
+        joint=True,
+        code=("steph.data.joint",),
+    ),
     "hypernetwork_only": Method(
         title="Hypernetwork only",
         group="control",
@@ -286,6 +305,40 @@ METHODS: dict[str, Method] = {
         description="control: a mean-pooling network of the hypernetwork's size, no other cancer's model in it",
         code=("steph.mil.mean_mil",),
     ),
+    "steph_random_sources": _variant(
+        "STEPH, random sources",
+        "control: STEPH on noise as long as the sources' task vectors; there is no other cancer to learn from",
+        group="control",
+        build=builders.steph_random_sources,
+    ),
+    "steph_subsampled": _variant(
+        "STEPH, subsampled",
+        "the hypernetwork reads a sample of each patient's patches, the merged network all of them",
+        group="beyond",
+        build=builders.steph_subsampled,
+    ),
+    "steph_patch_gcn": _variant(
+        "STEPH on Patch-GCN",
+        "STEPH on Patch-GCN models of all cancers (the paper's future work)",
+        group="beyond",
+        network="patch_gcn",
+        base="patch_gcn",
+    ),
+    **{
+        f"steph_free_{way}": _merging(
+            f"STEPH without training ({way})",
+            f"w and λ in closed form, from {what}; the target's own head",
+            build=builders.training_free,
+            group="training_free",
+            options={"way": way},
+            sparse=True,
+        )
+        for way, what in {
+            "cosine": "the angles between task vectors",
+            "concordance": "each model's C-index on the fold's training patients",
+            "scores": "one scoring step on the fold's training patients",
+        }.items()
+    },
 }
 
 

@@ -1,8 +1,8 @@
 """Every way of merging goes through the same suite.
 
 Three registries are walked: merges of a pair (`steph.merging.PAIR_MERGES`), the methods that merge (those of
-`steph.methods.METHODS` that ask for the target's and the sources' models), and the variants of STEPH and AdaMerging below. What is new in the first
-two is found here and fails until it says what it does with itself, or what it trains.
+`steph.methods.METHODS` that ask for the target's and the sources' models), and the variants of STEPH and AdaMerging
+below. What is new in the first two is found here and fails until it says what it does with itself, or what it trains.
 """
 
 from dataclasses import replace
@@ -13,6 +13,7 @@ from conftest import assert_states_close
 from test_adamerging import adamerging
 
 from steph import Refused
+from steph.data.bags import RaggedBatch
 from steph.data.manifest import Network, Recipe
 from steph.hypernetwork import STEPH, mixture_coefficients
 from steph.merging import PAIR_MERGES, Surgery, apply_task_vector, merge_pairs, model_average, task_vector
@@ -331,6 +332,7 @@ TRAINS = {
     "steph_patch_gcn": MIXING,
     "steph_subsampled": MIXING,
     "model_average": set(),
+    **{f"steph_free_{way}": set() for way in ("cosine", "concordance", "scores")},
     "adamerging": AM,
     "adamerging_hyper": HYPER,
     "surgery_am": {"adapter"},
@@ -413,7 +415,9 @@ def test_nothing_but_what_a_method_names_is_trained(name, tiny, float64):
     if entry.after:
         first = METHODS[entry.after]
         x = replace(x, stage_state=state_of(first.build(x, **first.options), trainable_only=True))
-    check_update(name, entry.build(x, **entry.options), [torch.randn(n, dim) for n in (3, 9, 1, 5)])
+    bags = [torch.randn(n, dim) for n in (3, 9, 1, 5)]
+    coords = [torch.arange(2 * len(bag)).view(-1, 2) for bag in bags]
+    check_update(name, entry.build(x, **entry.options), RaggedBatch.from_bags(bags, coords))
 
 
 def test_what_is_said_to_be_trained_is_checked(pool):
