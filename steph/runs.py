@@ -20,6 +20,7 @@ from torch import nn
 
 from steph import Refused
 from steph.data.dataset import Dataset, open_dataset
+from steph.data.joint import JointDataset
 from steph.data.manifest import Study, load_study
 from steph.methods import METHODS, Ingredients, Method, method
 from steph.mil import NETWORKS
@@ -71,14 +72,16 @@ class Workbench:
         return self._datasets[name]
 
     def upstream(self, run: Run) -> dict[str, Run]:
-        """The runs that must be finished first: the target's model of the same fold, the sources' of fold 0, and an
-        earlier stage. Models that are merged are trained with the study's own seed, so that seeds of a run can be
-        compared on the same models."""
+        """The runs that must be finished first: the target's model of the same fold, the sources' of fold 0, an earlier
+        stage or the joint model. Models that are merged are trained with the study's own seed, so that seeds of a run
+        can be compared on the same models."""
         wanted = method(run.method)
         base = replace(run, method=wanted.base, seed=self.study.seed)
         found = {TARGET: base} if wanted.needs_target else {}
         if wanted.after:
             found[STAGE] = replace(run, method=wanted.after)
+        if wanted.joint and not self._trains_for_all(run):
+            found[STAGE] = replace(run, dataset=next(iter(self.study.datasets)))
         if wanted.needs_sources:
             names = self.study.sources_of(run.dataset)
             found |= {name: replace(base, dataset=name, fold=SOURCE_FOLD) for name in names}
@@ -98,8 +101,23 @@ class Workbench:
                 "code": code_of(wanted),
                 "upstream": {name: self.key(first) for name, first in self.upstream(run).items()},
             }
+            if self._trains_for_all(run):
+                decides["joint"] = {name: self.dataset(name).fingerprint for name in study.datasets}
             self._keys[run] = fingerprint(decides)
         return self._keys[run]
+
+    def _trains_for_all(self, run: Run) -> bool:
+        """Is this the run that trains the joint model of its fold and seed?"""
+        return method(run.method).joint and run.dataset == next(iter(self.study.datasets))
+
+    def training_set(self, run: Run) -> tuple[Dataset | JointDataset, list[str]]:
+        """The data that a run trains on, and the patients of it."""
+        if self._trains_for_all(run):
+            union = JointDataset([self.dataset(name) for name in self.study.datasets])
+            return union, union.train(run.fold)
+        data = self.dataset(run.dataset)
+        assert data.splits is not None
+        return data, data.splits.train(run.fold)
 
     def _data_fingerprint(self, name: str) -> list[str]:
         data = self.dataset(name)

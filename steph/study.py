@@ -166,9 +166,8 @@ def _execute(bench: Workbench, wanted: Run, device: str) -> Record:
         model = bench.untrained(wanted, device)
         history = pd.DataFrame()
         if any(p.requires_grad for p in model.parameters()):
-            patients = data.splits.train(wanted.fold)
             history = fit(
-                model, data, patients, study.recipe, study.network, wanted.seed, device, wanted.precision
+                model, *bench.training_set(wanted), study.recipe, study.network, wanted.seed, device, wanted.precision
             )  # fmt: skip
         how = (device, wanted.precision, study.recipe.max_patches)
         tables = {"predictions.csv": predict(model, data, data.splits.test(wanted.fold), *how)}

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from steph import Refused
 from steph.data.bags import RaggedBatch
 from steph.data.dataset import Dataset
+from steph.data.joint import JointDataset
 from steph.data.manifest import Network, Recipe
 from steph.survival import bin_index, nll_loss, risk_score, survival_curve
 
@@ -119,7 +120,7 @@ def needs_coords(model: nn.Module) -> str | None:
 
 def _batches(
     model: nn.Module,
-    dataset: Dataset,
+    dataset: Dataset | JointDataset,
     patients: Sequence[str],
     max_patches: int | None,
     device: str,
@@ -139,7 +140,7 @@ def _batches(
 
 def fit(
     model: nn.Module,
-    dataset: Dataset,
+    dataset: Dataset | JointDataset,
     patients: Sequence[str],
     recipe: Recipe,
     network: Network,
