@@ -5,6 +5,7 @@ import torch
 
 from steph import Refused
 from steph.data import RaggedBatch, as_batch
+from steph.data.bags import sample_each
 
 
 @pytest.fixture
@@ -78,3 +79,22 @@ def test_a_bag_alone_keeps_its_coordinates_and_slides(bags):
     assert torch.equal(alone.features, bags[2]) and torch.equal(alone.coords, coords[5:])
     plain = as_batch(bags).alone(0)
     assert plain.coords is None and plain.slide_offsets is None
+
+
+def test_larger_bags_are_sampled_and_smaller_ones_are_whole(bags):
+    batch = as_batch(bags)
+    found = sample_each(batch, 3, seed=1)
+    assert found.sizes == [3, 1, 3] and torch.equal(found.bag(1), bags[1])
+    for i in (0, 2):
+        at = [torch.nonzero((bags[i] == row).all(1)).item() for row in found.bag(i)]
+        assert at == sorted(set(at))  # the bag's own patches, none twice, in order
+    assert sample_each(batch, 9, seed=1) is batch
+
+
+def test_a_bags_sample_depends_on_its_size_and_the_seed_alone(bags):
+    numbered = [torch.arange(50.0).view(-1, 1).expand(-1, 6) for _ in range(2)]
+    together = sample_each(as_batch([bags[2].float(), *numbered]), 5, seed=1)
+    alone = sample_each(as_batch(numbered[:1]), 5, seed=1)
+    assert torch.equal(together.bag(1), together.bag(2)) and torch.equal(together.bag(1), alone.bag(0))
+    drawn = {tuple(sample_each(as_batch(numbered[:1]), 5, seed=s).features[:, 0].tolist()) for s in range(20)}
+    assert len(drawn) > 15
