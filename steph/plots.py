@@ -172,6 +172,13 @@ def show_table(
     """
     from IPython.display import display
 
+    path = write_table(table, name, p, index)
+    display(styled(table, formats, index))
+    return path
+
+
+def write_table(table: pd.DataFrame, name: str, p: Any, index: bool = True) -> Path:
+    """Write a table as `show_table` does, without displaying it."""
     path = p.study.build / "tables" / f"{file_name(name, p)}.csv"
     flat = table.reset_index() if index and not isinstance(table.index, pd.RangeIndex) else table.copy()
     flat.columns = [": ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in flat.columns]
@@ -179,7 +186,19 @@ def show_table(
         flat.insert(0, "cohort", f"synthetic ({p.study.name})")
     with atomic_path(path) as temporary:
         flat.to_csv(temporary, index=False)
-    display(styled(table, formats, index))
+    return path
+
+
+def show_blocks(table: pd.DataFrame, name: str, p: Any, columns: int = 7) -> Path:
+    """`show_table` for a table too wide for the page: one CSV, displayed in blocks of so many columns."""
+    from IPython.display import display
+
+    blocks = -(-table.shape[1] // columns)
+    if blocks <= 1:
+        return show_table(table, name, p)
+    path = write_table(table, name, p)
+    for part in np.array_split(np.arange(table.shape[1]), blocks):
+        display(styled(table.iloc[:, part]))
     return path
 
 
@@ -407,7 +426,7 @@ def intervals(table: pd.DataFrame, margin: float = NOISE) -> Figure:
     may be NaN). The grey band is the margin within which nothing is read."""
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(WIDTH, 0.36 * len(table) + 0.8))
+    fig, ax = plt.subplots(figsize=(WIDTH, 0.29 * len(table) + 1.0))
     ax.axvspan(-margin, margin, color="#E5E7EB", zorder=0, linewidth=0)
     ax.axvline(0, color=MUTED, linewidth=0.9)
     rows, mean = np.arange(len(table)), table["difference"].to_numpy(float)
@@ -421,6 +440,65 @@ def intervals(table: pd.DataFrame, margin: float = NOISE) -> Figure:
         handle = plt.Line2D([], [], marker="D", markerfacecolor="white", markeredgecolor="#1F2937", linestyle="",
                             markersize=5, label="the paper's (TCGA)")  # fmt: skip
         fig.legend(handles=[handle], loc="outside lower center")
+    return fig
+
+
+def gains(tables: Mapping[str, pd.DataFrame], reference: str) -> Figure:
+    """Heat maps of what each method (rows) gains over one of them on each data set (columns), one below the other: of
+    `steph.results.gains_over`. All share one scale; a blank cell has no number."""
+    import matplotlib.pyplot as plt
+
+    titles = {"here": "here", "paper": "the paper (TCGA)"}
+    columns = max((list(t.columns) for t in tables.values()), key=len)
+    heights = [len(t) for t in tables.values()]
+    size = (WIDTH if len(columns) > 4 else 4.5, 0.25 * sum(heights) + 1.15 * len(tables) + 0.3)
+    fig, axes = plt.subplots(len(tables), 1, figsize=size, height_ratios=heights, squeeze=False, sharex=True)
+    largest = max(0.02, *(float(np.nanmax(np.abs(t.to_numpy(float)))) for t in tables.values()))
+    for ax, (name, table) in zip(axes[:, 0], tables.items(), strict=True):
+        values = table.reindex(columns=columns).to_numpy(float)
+        image = ax.imshow(values, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                _write(ax, j, i, f"{100 * value:+.1f}", dark=abs(value) > 0.6 * largest, size=6.5)
+        ax.set_yticks(range(len(table)), list(table.index))
+        ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
+        ax.set_title(titles.get(name, name))
+        ax.tick_params(length=0, labelbottom=True)
+        ax.grid(visible=False)
+        ax.spines[:].set_visible(False)
+    bar = fig.colorbar(image, ax=axes[:, 0], shrink=0.5, pad=0.02, aspect=30)
+    bar.outline.set_visible(False)
+    bar.set_label(f"C-index − {reference}'s (in the cells: × 100)")
+    bar.ax.yaxis.set_major_formatter(lambda x, _: f"{x:+.2f}")
+    return fig
+
+
+def sweeps(tables: Mapping[str, pd.DataFrame], default: str = "STEPH") -> Figure:
+    """A panel per setting: what each of its values gains over the default, with 95 % intervals, beside the paper's.
+
+    tables: by the setting's name, `steph.analysis.statistics.compared` with the values as `row`; the default's own gain
+    is 0. The grey band is the margin within which nothing is read.
+    """
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, len(tables), figsize=(WIDTH, 2.7), sharey=True, squeeze=False)
+    for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
+        at = np.arange(len(table))
+        gain = table["gain"].fillna(0.0).where(table["mean"].notna()).to_numpy(float)
+        paper = table["paper_gain"].to_numpy(float)
+        paper = np.where(np.isnan(paper) & table["gain"].isna().to_numpy(), 0.0, paper)
+        ax.axhspan(-NOISE, NOISE, color="#F0F1F3", zorder=0, linewidth=0)
+        ax.axhline(0, color=MUTED, linewidth=0.9)
+        ax.vlines(at, table["low"].to_numpy(float), table["high"].to_numpy(float), color="#0072B2", linewidth=1.6)
+        ax.plot(at, gain, "o-", color="#0072B2", markersize=4.5, label="here, with its 95 % interval")
+        ax.plot(at, paper, "D--", color="#1F2937", markerfacecolor="white", markersize=4, linewidth=0.9,
+                label="the paper (TCGA)")  # fmt: skip
+        ax.set_xticks(at, list(table["row"]))
+        ax.set(xlabel=name, xlim=(-0.4, len(table) - 0.6))
+        ax.grid(axis="x", visible=False)
+    axes[0, 0].set_ylabel(f"C-index − {default}'s")
+    axes[0, 0].yaxis.set_major_formatter(lambda x, _: f"{x:+.3f}")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig
 
 

@@ -18,24 +18,79 @@ from steph.methods import METHODS
 PAPER = MANIFESTS / "paper"
 
 AVERAGE = "Avg."
+TABLES = ("table1", "table_s2", "table_s5", "table2", "table3", "table4", "table5", "table_s3")
+"""The paper's tables of C-indices, as `Method.table` names them; those with a number for each data set first."""
 
 VALUES = {"c_index": "test folds", "external_c_index": "external patients"}
 """What a result's C-indices are of."""
 
 
 def paper_table(name: str) -> pd.DataFrame:
-    """A table of the paper as tidy data, e.g. "table1_baselines". Raises `Refused` for one that is not there."""
+    """A table of the paper as tidy data, by its file ("table1_baselines") or its number ("table1", "table_s2").
+    Raises `Refused` for one that is not there."""
     path = PAPER / f"{name}.csv"
-    if not path.is_file():
+    numbered = list(PAPER.glob(f"{name}_*.csv"))
+    if not path.is_file() and len(numbered) != 1:
         raise Refused(unknown("table", name, sorted(p.stem for p in PAPER.glob("*.csv")), str(PAPER)))
-    return pd.read_csv(path)
+    return pd.read_csv(path if path.is_file() else numbered[0])
 
 
-def paper_c_index(method: str) -> pd.Series:
-    """C-index of a method in the paper's Table 1 by data set, and `AVERAGE` as printed; empty where it has no row."""
-    table = paper_table("table1_baselines")
-    found = table[table["method"] == (METHODS[method].paper if method in METHODS else method)]
-    return found.set_index("dataset")["c_index_mean"].rename({"Avg": AVERAGE})
+def paper_values(table: str) -> pd.DataFrame:
+    """C-indices of a table of the paper: its rows, named as in `Method.table`; data sets in columns and `AVERAGE`, as
+    printed, last. A table without data sets has that column alone."""
+    printed = paper_table(table)
+    keys = [c for c in printed.columns if c not in {"group", "component", "dataset"} and not c.startswith("c_index")]
+    names = printed[keys].map(lambda x: x if isinstance(x, str) else f"{x:g}").agg("/".join, axis=1)
+    if "dataset" not in printed:
+        return pd.DataFrame({AVERAGE: printed["c_index_avg"].to_numpy()}, index=pd.Index(names, name="row"))
+    wide = printed.assign(row=names).pivot(index="row", columns="dataset", values="c_index_mean")
+    return wide.loc[list(names.unique()), list(printed["dataset"].unique())].rename(columns={"Avg": AVERAGE})
+
+
+def paper_c_index(method: str, table: str = "table1") -> pd.Series:
+    """C-index of a method in a table of the paper by data set, and `AVERAGE` as printed; empty where it has no row."""
+    row = METHODS[method].table.get(table) if method in METHODS else None
+    return pd.Series(dtype=float) if row is None else paper_values(table).T[row]
+
+
+def paper_pair(first: str, second: str) -> pd.DataFrame:
+    """C-indices of two methods from the first of `TABLES` that has both: columns first, second; a row per data set, or
+    the printed `AVERAGE` alone where the table has no data sets. Raises `Refused` where no table has both."""
+    for table in TABLES:
+        if all(m in METHODS and table in METHODS[m].table for m in (first, second)):
+            pair = pd.DataFrame({"first": paper_c_index(first, table), "second": paper_c_index(second, table)})
+            return pair.drop(index=AVERAGE) if len(pair) > 1 else pair
+    raise Refused(f"no table of the paper has both {title(first)} and {title(second)}.")
+
+
+def paper_gain(first: str, second: str) -> tuple[float, float]:
+    """The paper's mean gain in C-index of one method over another, and the same in percent of the other's mean."""
+    pair = paper_pair(first, second).mean()
+    gain = float(pair["first"] - pair["second"])
+    return gain, 100 * gain / float(pair["second"])
+
+
+def paper_wins(first: str, second: str) -> tuple[int, int]:
+    """On how many of the paper's data sets the first method is better than the second, and how many there are."""
+    pair = paper_pair(first, second)
+    return int((pair["first"] > pair["second"]).sum()), len(pair)
+
+
+def table_methods(table: str, study: Study | None = None) -> list[str]:
+    """The methods of the registry that have a row in a table of the paper, in its order; with a study, those of them
+    that it can have (a small one has too few cancers for a large K)."""
+    order = list(paper_values(table).index)
+    found = [name for name, m in METHODS.items() if table in m.table and _can(study, name)]
+    return sorted(found, key=lambda name: order.index(METHODS[name].table[table]))
+
+
+def methods_beyond(study: Study | None = None) -> list[str]:
+    """The methods of the book that no table of the paper has: controls and ideas of our own."""
+    return [name for name, m in METHODS.items() if m.in_book and not m.table and _can(study, name)]
+
+
+def _can(study: Study | None, method: str) -> bool:
+    return study is None or not any(METHODS[method].refusal(study, dataset) for dataset in study.datasets)
 
 
 def summary(results: pd.DataFrame, value: str = "c_index") -> pd.DataFrame:
@@ -82,14 +137,6 @@ def c_index_table(
     return _wide(table, "text")
 
 
-def table1_methods() -> list[str]:
-    """The methods of the registry that have a row in the paper's Table 1, in its order."""
-    order = list(paper_table("table1_baselines")["method"].unique())
-    return sorted(
-        (name for name, m in METHODS.items() if m.paper in order), key=lambda n: order.index(METHODS[n].paper)
-    )
-
-
 def seconds_table(results: pd.DataFrame) -> pd.DataFrame:
     """Seconds that a run of each method took, alone: method, runs, mean, max, device."""
     grouped = results.groupby(["method", "device"], sort=False)["seconds"]
@@ -115,38 +162,54 @@ def undefined_folds(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def beside_paper(
-    results: pd.DataFrame, methods: Sequence[str] | None = None, datasets: Sequence[str] | None = None
+    results: pd.DataFrame,
+    methods: Sequence[str] | None = None,
+    datasets: Sequence[str] | None = None,
+    table: str = "table1",
 ) -> pd.DataFrame:
-    """`summary` with the paper's mean, its standard deviation and ours minus the paper's; NaN where it has none.
+    """`summary` with the paper's mean from one of its tables and ours minus it (difference); NaN where it has none.
 
     The paper's `AVERAGE` is the one printed, and is left out where the results do not cover the paper's data sets.
     """
-    table = summary(_choose(results, methods, datasets))
-    printed = paper_table("table1_baselines").replace({"dataset": {"Avg": AVERAGE}})
-    printed = printed.set_index(["method", "dataset"])[["c_index_mean", "c_index_std"]]
-    keys = [
-        (METHODS[m].paper if m in METHODS else m, d) for m, d in zip(table["method"], table["dataset"], strict=True)
-    ]
-    found = printed.reindex(pd.MultiIndex.from_tuples(keys)).to_numpy()
-    table["paper"], table["paper_std"] = found[:, 0], found[:, 1]
-    if set(table["dataset"]) - {AVERAGE} != set(printed.index.get_level_values("dataset")) - {AVERAGE}:
-        table.loc[table["dataset"] == AVERAGE, ["paper", "paper_std"]] = np.nan
-    return table.assign(difference=table["mean"] - table["paper"])
+    own = summary(_choose(results, methods, datasets))
+    printed = paper_values(table)
+    if set(own["dataset"]) - {AVERAGE} != set(paper_table("table_s1")["dataset"]):
+        printed = printed.drop(columns=AVERAGE)
+    rows = [METHODS[m].table.get(table) if m in METHODS else None for m in own["method"]]
+    cells = {(row, d): value for d, column in printed.items() for row, value in column.items()}
+    own = own.assign(paper=[cells.get((row, d), np.nan) for row, d in zip(rows, own["dataset"], strict=True)])
+    return own.assign(difference=own["mean"] - own["paper"])
 
 
-def beside_paper_wide(table: pd.DataFrame) -> pd.DataFrame:
-    """The means of `beside_paper` to look at: data sets in rows; ours, the paper's and the difference of each method in
-    columns. What is undefined says so."""
+def as_the_paper(table: pd.DataFrame) -> pd.DataFrame:
+    """The means of `beside_paper` laid out as the paper's tables are: methods in rows, one here and one of the paper;
+    data sets in columns. Of one data set: here, paper and their difference in columns. What is undefined says so."""
     ours = [f"undefined ({u})" if u else f"{m:.4f}" for u, m in zip(table["undefined"], table["mean"], strict=True)]
     text = table.assign(
-        ours=ours,
+        here=ours,
         paper=table["paper"].map(lambda x: "" if pd.isna(x) else f"{x:.4f}"),
-        difference=table["difference"].map(lambda x: "" if pd.isna(x) else f"{x:+.3f}"),
+        difference=table["difference"].map(lambda x: "" if pd.isna(x) else f"{x:+.4f}"),
     )
-    parts = {"ours": "ours", "paper": "paper", "Δ": "difference"}
-    wide = pd.concat({name: _wide(text, column) for name, column in parts.items()}, axis=1).swaplevel(axis=1)
-    columns = [(title(m), part) for m in table["method"].unique() for part in parts]
-    return wide[[column for column in columns if (wide[column] != "").any()]]
+    if table["dataset"].nunique() == 1:
+        columns = {"here": "here", "paper": "paper", "difference": "here − paper"}
+        one = text.set_index(text["method"].map(title))[list(columns)].rename(columns=columns)
+        return one.loc[:, (one != "").any()].rename_axis(index=None)
+    parts = {part: _wide(text, part).T for part in ("here", "paper")}
+    order = [(title(m), part) for m in table["method"].unique() for part in parts]
+    wide = pd.concat(parts).swaplevel().loc[order]
+    return wide[(wide != "").any(axis=1)]
+
+
+def gains_over(table: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
+    """Of `beside_paper`: what each method gains over one of them, methods in rows and data sets in columns; "here", and
+    "paper" where it has numbers. NaN where one of the two is undefined."""
+    found = {}
+    for name, column in (("here", "mean"), ("paper", "paper")):
+        wide = _wide(table, column).T
+        gains = (wide - wide.loc[title(reference)]).drop(index=title(reference)).dropna(how="all")
+        if len(gains):
+            found[name] = gains
+    return found
 
 
 def steadiest(results: pd.DataFrame) -> str:

@@ -10,6 +10,7 @@ import pytest
 from made_results import DATASETS, frame
 
 from steph import Refused, results
+from steph.data.manifest import load_study
 from steph.methods import METHODS
 
 
@@ -26,12 +27,65 @@ def test_an_unknown_paper_table_is_refused_with_the_nearest():
         results.paper_table("table1_baseline")
 
 
-def test_table1_methods_are_those_of_the_registry_in_the_papers_order():
-    found = results.table1_methods()
-    assert found[0] == "vanilla" and found[-1] == "steph" and "hypernetwork_only" not in found
-    order = list(results.paper_table("table1_baselines")["method"].unique())
-    places = [order.index(str(METHODS[name].paper)) for name in found]
+@pytest.mark.parametrize("table", results.TABLES)
+def test_every_row_of_the_paper_is_a_method_of_the_registry(table):
+    found = results.table_methods(table)
+    rows = list(results.paper_values(table).index)
+    places = [rows.index(METHODS[name].table[table]) for name in found]
     assert all(a < b for a, b in pairwise(places))
+    # Table 2 names STEPH twice, once for each of its two parts.
+    assert set(rows) - {METHODS[name].table[table] for name in found} <= {"sparse_hypernetwork_w"}
+
+
+def test_a_small_study_has_the_rows_that_it_can_have():
+    assert results.table_methods("table_s3", load_study("tiny")) == ["steph_k1", "steph", "steph_dense"]
+    assert len(results.table_methods("table_s3", load_study("demo"))) == 7
+
+
+def test_methods_beyond_the_paper_have_no_row_in_it():
+    found = results.methods_beyond()
+    assert "hypernetwork_only" in found
+    assert not set(found) & {m for table in results.TABLES for m in results.table_methods(table)}
+
+
+def test_values_of_the_paper_by_row_and_data_set():
+    assert results.paper_values("table_s5").loc["param_w", "SARC"] == 0.5299
+    assert results.paper_values("table3").loc["ties/hypernetwork_w"].to_dict() == {results.AVERAGE: 0.6802}
+    assert list(results.paper_values("table5").index) == ["0", "0.0025", "0.005", "0.01", "0.05"]
+    assert results.paper_c_index("steph_k11", "table_s3")[results.AVERAGE] == 0.6926
+    assert results.paper_c_index("hypernetwork_only").empty and results.paper_c_index("steph_k11").empty
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "won"),
+    [
+        ("steph", "vanilla", 12), ("steph", "roupkt", 9), ("vanilla", "model_average", 13),  # 5.2
+        ("steph", "steph_param_lambda", 11), ("steph", "steph_param_w", 12),  # D.5
+        ("steph", "steph_lambda1", 8), ("steph", "steph_dense", 11), ("roupkt", "steph", 4),  # D.5, E
+    ],
+)  # fmt: skip
+def test_the_papers_counts_of_data_sets_are_those_of_its_text(first, second, won):
+    assert results.paper_wins(first, second) == (won, 13)
+
+
+def test_the_papers_percentages_are_those_of_its_text():
+    # The abstract's 5.14 % stands on the printed average .6609; the printed rows average to .66068, which gives 5.18 %.
+    printed = {m: results.paper_c_index(m)[results.AVERAGE] for m in ("steph", "vanilla")}
+    assert round(100 * (printed["steph"] / printed["vanilla"] - 1), 2) == 5.14
+    gain, percent = results.paper_gain("steph", "vanilla")
+    assert (round(gain, 4), round(percent, 2)) == (0.0342, 5.18)
+    assert round(results.paper_gain("steph", "roupkt")[1], 1) == 2.0  # printed averages give 2.01
+    assert round(results.paper_gain("steph", "patch_gcn")[1], 1) == 3.5
+    table3 = results.table_methods("table3")
+    percents = [results.paper_gain(hyper, own)[1] for own, hyper in zip(table3[::2], table3[1::2], strict=True)]
+    assert round(sum(percents) / 4, 1) == 14.5
+    brca = results.paper_pair("steph", "vanilla").loc["BRCA"]
+    assert round(100 * (brca["first"] / brca["second"] - 1), 1) == 11.4
+
+
+def test_methods_of_no_common_table_cannot_be_paired():
+    with pytest.raises(Refused, match="no table of the paper has both STEPH, K = 1 and ROUPKT"):
+        results.paper_gain("steph_k1", "roupkt")
 
 
 def test_mean_and_sample_standard_deviation():
@@ -77,16 +131,35 @@ def test_missing_method_or_data_set_is_refused():
 
 def test_beside_paper_takes_the_right_cells():
     table = frame({("SARC", "steph"): [0.5, 0.7], ("SARC", "vanilla"): [0.5, 0.5]})
-    beside = results.beside_paper(table, methods=["vanilla", "steph"]).set_index("method")
-    assert list(beside.index) == ["vanilla", "steph"]
-    assert (beside.loc["steph", "paper"], beside.loc["steph", "paper_std"]) == (0.6024, 0.070)
-    assert beside.loc["steph", "difference"] == pytest.approx(0.6 - 0.6024)
-    wide = results.beside_paper_wide(beside.reset_index())
-    assert wide.loc["SARC", ("STEPH", "paper")] == "0.6024"
-    assert wide.loc["SARC", ("Vanilla", "Δ")] == "-0.031"
-    undefined = frame({("SARC", "steph"): [0.5, None]})
-    wide = results.beside_paper_wide(results.beside_paper(undefined))
-    assert wide.loc["SARC", ("STEPH", "ours")] == "undefined (fold 1)" and ("STEPH", "Δ") not in wide.columns
+    beside = results.beside_paper(table, methods=["vanilla", "steph"])
+    one = beside.set_index("method")
+    assert list(one.index) == ["vanilla", "steph"]
+    assert one.loc["steph", "paper"] == 0.6024 and one.loc["steph", "difference"] == pytest.approx(0.6 - 0.6024)
+    shown = results.as_the_paper(beside)
+    assert shown.loc["STEPH"].to_dict() == {"here": "0.6000", "paper": "0.6024", "here − paper": "-0.0024"}
+    undefined = results.as_the_paper(results.beside_paper(frame({("SARC", "steph"): [0.5, None]})))
+    assert undefined.loc["STEPH"].to_dict() == {"here": "undefined (fold 1)", "paper": "0.6024"}
+
+
+def test_several_data_sets_are_laid_out_as_in_the_paper():
+    table = frame({(d, m): [0.5, 0.7] for m in ("vanilla", "steph_param_w") for d in ("SARC", "LIHC")})
+    wide = results.as_the_paper(results.beside_paper(table, table="table_s5"))
+    assert list(wide.columns) == ["SARC", "LIHC", results.AVERAGE]
+    assert wide.loc[("param. w", "paper")].tolist() == ["0.5299", "0.7035", ""]
+    assert wide.loc[("param. w", "here")].tolist() == ["0.6000"] * 3
+    assert ("Vanilla", "paper") not in wide.index  # Table S5 has no such row
+
+
+def test_gains_over_one_method_here_and_in_the_paper():
+    values = {
+        ("SARC", "vanilla"): [0.5, 0.5],
+        ("SARC", "steph"): [0.6, 0.7],
+        ("SARC", "hypernetwork_only"): [0.5, None],
+    }
+    found = results.gains_over(results.beside_paper(frame(values)), "vanilla")
+    assert found["here"].loc["STEPH", "SARC"] == pytest.approx(0.15)
+    assert found["paper"].loc["STEPH", "SARC"] == pytest.approx(0.6024 - 0.5312)
+    assert list(found["here"].index) == list(found["paper"].index) == ["STEPH"]  # what is undefined has no gain
 
 
 def test_the_papers_average_stands_only_beside_all_its_data_sets():
@@ -99,7 +172,7 @@ def test_the_papers_average_stands_only_beside_all_its_data_sets():
     assert np.isnan(paper_average(frame(everything)))
 
 
-def test_a_control_has_no_paper_column():
-    table = frame({("SARC", m): [0.5, 0.7] for m in ("vanilla", "hypernetwork_only")})
-    wide = results.beside_paper_wide(results.beside_paper(table))
-    assert ("Hypernetwork only", "ours") in wide.columns and ("Hypernetwork only", "paper") not in wide.columns
+def test_a_control_has_no_row_of_the_paper():
+    table = frame({(d, m): [0.5, 0.7] for m in ("vanilla", "hypernetwork_only") for d in ("SARC", "LIHC")})
+    wide = results.as_the_paper(results.beside_paper(table))
+    assert ("Hypernetwork only", "here") in wide.index and ("Hypernetwork only", "paper") not in wide.index

@@ -58,3 +58,34 @@ def test_share_of_the_way_to_the_true_risk():
     table = frame({("SARC", "vanilla"): [0.6, 0.6], ("SARC", "steph"): [0.7, 0.7]})
     oracle = frame({("SARC", "oracle"): [0.9, 0.9]})
     assert statistics.ceiling(table, oracle)["share"].tolist() == pytest.approx([0.25, 0.5])
+
+
+def test_methods_beside_a_default_and_its_row():
+    table = shifted(0.05)
+    found = statistics.compared(table, ["steph", "steph_beta0", "model_average"], "table4").set_index("method")
+    assert found["row"].tolist() == ["0.05", "0", ""]
+    assert np.isnan(found.loc["steph", "gain"]) and found.loc["steph", "paper"] == 0.6949
+    assert found.loc["steph_beta0", "problem"] == "no results"
+    assert found.loc["steph_beta0", "paper_gain"] == pytest.approx(0.6927 - 0.6949)
+    other = statistics.compare(table, "model_average", "steph").gain
+    assert found.loc["model_average", ["gain", "low", "high"]].tolist() == [other.value, other.low, other.high]
+    shown = statistics.compared_wide(found.reset_index()).set_index("")
+    assert shown.loc["STEPH, β = 0", "here"] == "undefined (no results)"
+    assert shown.loc["Model Avg.", "here − STEPH"].startswith("-0.1000 (-0.1")
+
+
+def test_each_method_has_its_own_reference():
+    table = shifted(0.05)
+    found = statistics.compared(table, ["vanilla", "steph"], "table1", {"steph": "vanilla"})
+    assert np.isnan(found["gain"][0]) and found["gain"][1] == pytest.approx(0.05)
+    assert found["paper_gain"][1] == pytest.approx(0.6949 - 0.6609)
+
+
+def test_an_undefined_fold_stands_in_the_comparison_as_what_it_is():
+    table = shifted(0.05)
+    table.loc[(table["dataset"] == "SARC") & (table["method"] == "steph") & (table["fold"] == 1), "c_index"] = None
+    found = statistics.compared(table, ["model_average", "steph"], "table1").set_index("method")
+    assert np.isnan(found.loc["steph", "mean"]) and found.loc["steph", "problem"] == "SARC"
+    assert "SARC, fold 1" in found.loc["model_average", "problem"]
+    shown = statistics.compared_wide(found.reset_index()).set_index("")
+    assert "SARC, fold 1" in shown.loc["Model Avg.", "here − STEPH"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.results import refuse_repeats, title
+from steph.methods import METHODS
+from steph.results import AVERAGE, TABLES, paper_c_index, refuse_repeats, summary, title
 
 NOISE = 0.025
 """Differences of two C-indices below this are not read: a mean over 13 x 5 test folds varies by .010 to .014 from one
@@ -127,3 +129,57 @@ def ceiling(results: pd.DataFrame, oracle: pd.DataFrame, value: str = "c_index")
         mean = found.base + found.gain.value
         rows.append((title(name), mean, found.base, (mean - 0.5) / (found.base - 0.5)))
     return pd.DataFrame(rows, columns=["method", "mean", "oracle", "share"])
+
+
+def compared(
+    results: pd.DataFrame, methods: Sequence[str], table: str, reference: str | Mapping[str, str] = "steph"
+) -> pd.DataFrame:
+    """Methods beside one of them (the same for all, or by method), a row each: method, row (its name in the paper's
+    table), mean over data sets, paper (its mean over all 13), gain over the reference with low and high, paper_gain,
+    problem (why there is no mean or no comparison; then the numbers are NaN)."""
+    rows = []
+    for name in methods:
+        other = reference if isinstance(reference, str) else reference.get(name, name)
+        own = summary(results[results["method"] == name])
+        mean, problem = (np.nan, "no results") if own.empty else (own["mean"].iloc[-1], own["undefined"].iloc[-1])
+        printed = float(paper_c_index(name, table).get(AVERAGE, np.nan))
+        gain, paper = Estimate(np.nan), np.nan
+        if other != name:
+            try:
+                gain = compare(results, name, other).gain
+            except Refused as reason:
+                problem = problem or str(reason)
+            paper = printed - _paper_average(other, table)
+        row = METHODS[name].table.get(table, "") if name in METHODS else ""
+        rows.append((name, row, mean, printed, gain.value, gain.low, gain.high, paper, problem))
+    columns = ["method", "row", "mean", "paper", "gain", "low", "high", "paper_gain", "problem"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def compared_wide(table: pd.DataFrame, reference: str = "STEPH") -> pd.DataFrame:
+    """`compared` to look at: here, the paper, what is gained over the reference here (with its interval) and in the
+    paper. What is undefined says so."""
+
+    def text(row: pd.Series) -> dict[str, str]:
+        gain = "" if pd.isna(row["gain"]) else f"{row['gain']:+.4f}"
+        if gain and not pd.isna(row["low"]):
+            gain += f" ({row['low']:+.3f} to {row['high']:+.3f})"
+        return {
+            "": title(row["method"]),
+            "here": f"undefined ({row['problem']})" if pd.isna(row["mean"]) else f"{row['mean']:.4f}",
+            "paper": "" if pd.isna(row["paper"]) else f"{row['paper']:.4f}",
+            f"here − {reference}": gain or (row["problem"] if not pd.isna(row["mean"]) else ""),
+            f"paper − {reference}": "" if pd.isna(row["paper_gain"]) else f"{row['paper_gain']:+.4f}",
+        }
+
+    wide = pd.DataFrame([text(row) for _, row in table.iterrows()])
+    return wide.loc[:, (wide != "").any()]
+
+
+def _paper_average(method: str, table: str) -> float:
+    """The average that the paper prints for a method: in a table, or in the first of the others that has it."""
+    for each in (table, *TABLES):
+        printed = paper_c_index(method, each)
+        if AVERAGE in printed:
+            return float(printed[AVERAGE])
+    return np.nan
