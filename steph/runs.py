@@ -200,18 +200,25 @@ def plan(
     """The runs of a choice of data sets, methods, folds and seeds.
 
     None takes all: of methods those that the book shows, without settings of a sweep that ask for more sources than the
-    study has; of seeds the study's own.
+    study has; of folds every one, but for a sweep's settings the study's `sweep_folds`; of seeds the study's own.
 
     Raises `Refused` for a name or fold that the study does not have.
     """
     if methods is None:
         some = next(iter(study.datasets))
         methods = [n for n, m in METHODS.items() if m.in_book and not (m.group == "sweep" and m.refusal(study, some))]
+
+    def folds_of(name: str) -> Sequence[int]:
+        if folds is not None:
+            return folds
+        few = study.sweep_folds if method(name).group == "sweep" else None
+        return range(min(few or study.n_folds, study.n_folds))
+
     return [
         Run(dataset, name, fold, seed, precision)
         for dataset in datasets or list(study.datasets)
         for name in methods
-        for fold in (range(study.n_folds) if folds is None else folds)
+        for fold in folds_of(name)
         for seed in (seeds or [study.seed])
     ]
 

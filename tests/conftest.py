@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +60,25 @@ def build_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny(build_folder):
-    """The workbench of the study `tiny` with every run of it finished."""
+def tiny(build_folder, tmp_path_factory, worker_id):
+    """The workbench of the study `tiny` with every run of it finished.
+
+    Tests side by side make the study once, together; each process then has a copy of its own.
+    """
     from steph.study import Workbench, plan, run_all
 
     bench = Workbench("tiny")
-    run_all(bench, plan(bench.study), workers=1)
-    return bench
+    if worker_id == "master":
+        run_all(bench, plan(bench.study), workers=1)
+        return bench
+    shared = tmp_path_factory.getbasetemp().parent / "tiny"
+    with shared.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not shared.is_dir():
+            run_all(bench, plan(bench.study), workers=2)
+            shutil.copytree(bench.study.build, shared)
+    shutil.copytree(shared, bench.study.build, dirs_exist_ok=True)
+    return Workbench("tiny")
 
 
 def assert_states_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-9) -> None:

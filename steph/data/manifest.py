@@ -147,6 +147,10 @@ class Study(_Strict):
         default=1,
         description="cross-validations, each of splits of its own; fold f belongs to repeat f // folds",
     )
+    sweep_folds: Positive | None = Field(
+        default=None,
+        description="folds, from the first, that the settings of a sweep get where nobody names folds; None: all",
+    )
     seed: int = Field(default=42, ge=0)
     network: Network = Network()
     recipe: Recipe = Recipe()
