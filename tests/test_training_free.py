@@ -124,6 +124,12 @@ def test_cosines_against_a_straight_line_computation(pool):
     assert lam.tolist() == pytest.approx([1 / (1 + x) for x in worth])
 
 
+def test_a_source_that_went_the_other_way_is_worth_nothing(pool):
+    away = ModelState({k: 2 * v - pool.target[k] for k, v in pool.null.items()}, pool.null.origin)
+    w, lam = by_cosine(pool.null, pool.target, [away, pool.target], None)
+    assert w.tolist() == pytest.approx([0, 1]) and lam.tolist() == pytest.approx([1, 0.5])
+
+
 def test_cosine_knows_no_lengths_and_no_heads(pool):
     def changed(state):
         moved = {k: pool.null[k] + 3 * (v - pool.null[k]) for k, v in state.items() if not k.startswith("head.")}
