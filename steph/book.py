@@ -18,6 +18,7 @@ from steph.analysis.dynamics import runs as dynamics_runs
 from steph.data.manifest import Study
 from steph.records import atomic_path, versions
 from steph.runs import Run, Workbench, plan, results
+from steph.scorecard import timed_runs
 from steph.study import run_all
 
 SHELF = PROJECT / "build" / "book"
@@ -41,6 +42,8 @@ def chapters(study: Study) -> list[Chapter]:
     return [
         Chapter("00_data", name),
         Chapter("01_baselines", name),
+        Chapter("02_mil_networks", name),
+        Chapter("03_ablations", name),
         Chapter("06_dynamics", {**name, "dataset": dynamics_target(study)}),
         Chapter("10_scorecard", name),
     ]
@@ -56,7 +59,8 @@ def needed_runs(study: Study) -> list[Run]:
     takes = notebooks.declared(notebooks.find("06_dynamics"))
     seeds = [study.seed + i for i in range(takes["n_seeds"])]
     fold = notebooks.check({**takes, "study": study.address, "dataset": dynamics_target(study)}).folds[0]
-    return list(dict.fromkeys([*plan(study), *dynamics_runs(study, dynamics_target(study), fold, seeds)]))
+    own = dynamics_runs(study, dynamics_target(study), fold, seeds)
+    return list(dict.fromkeys([*plan(study), *own, *timed_runs(study)]))
 
 
 def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None) -> Path:

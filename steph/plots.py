@@ -132,7 +132,7 @@ def file_name(name: str, p: Any) -> str:
     parts = [name]
     if p.dataset != "all":
         parts.append(p.dataset)
-    if len(p.folds) < p.study.folds:
+    if len(p.folds) < p.study.n_folds:
         parts.append("fold" + "_".join(map(str, p.folds)))
     if p.seed != p.study.seed:
         parts.append(f"seed{p.seed}")
@@ -200,6 +200,13 @@ def show_blocks(table: pd.DataFrame, name: str, p: Any, columns: int = 7) -> Pat
     for part in np.array_split(np.arange(table.shape[1]), blocks):
         display(styled(table.iloc[:, part]))
     return path
+
+
+def show_styled(table: pd.DataFrame, index: bool = True) -> None:
+    """Display a table, or a part of one, that is written elsewhere."""
+    from IPython.display import display
+
+    display(styled(table, index=index))
 
 
 def show_text(*lines: str) -> None:

@@ -89,6 +89,11 @@ def methods_beyond(study: Study | None = None) -> list[str]:
     return [name for name, m in METHODS.items() if m.in_book and not m.table and _can(study, name)]
 
 
+def described(methods: Sequence[str]) -> pd.DataFrame:
+    """Methods of the registry in words: method, what it is."""
+    return pd.DataFrame([(title(m), METHODS[m].description) for m in methods], columns=["method", "what it is"])
+
+
 def _can(study: Study | None, method: str) -> bool:
     return study is None or not any(METHODS[method].refusal(study, dataset) for dataset in study.datasets)
 

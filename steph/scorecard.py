@@ -26,6 +26,7 @@ from steph.results import (
     table_methods,
     title,
 )
+from steph.runs import Run, plan
 
 PAPER_FOLDS = 5
 
@@ -98,7 +99,7 @@ def verdict(claim: Claim, evidence: Evidence) -> dict[str, str]:
     why = found.because
     limits = evidence.limits if claim.needs_cohort else ""
     if limits:
-        decided, why = UNDECIDED, f"{limits}; here: {why}"
+        decided, why = UNDECIDED, f"{limits}; here {POINTS[found.answer]}: {why}"
     return {
         "id": claim.id, "section": claim.section, "claim": claim.text, "paper": claim.paper(), "ours": found.ours,
         "points": POINTS[found.answer], "verdict": decided, "why": why,
@@ -108,6 +109,32 @@ def verdict(claim: Claim, evidence: Evidence) -> dict[str, str]:
 def scorecard(evidence: Evidence, claims: Iterable[Claim] | None = None) -> pd.DataFrame:
     """The verdict on each claim of `CLAIMS`, a row each; see `verdict`."""
     return pd.DataFrame([verdict(claim, evidence) for claim in (CLAIMS if claims is None else claims)])
+
+
+PARTS = {
+    "Table S1": "The cohort (Table S1)",
+    "5.2": "Comparison with baselines (5.2, Table 1)",
+    "Fig.": "What training comes to use (5.3, D.1)",
+    "5.4": "Ablation (5.4, Table 2)",
+    "5.5": "Aggregation and penalties (5.5, Tables 3 to 5)",
+    "D.": "Appendices D.3 to D.6 (Tables S2 to S7)",
+    "E": "Appendix E",
+}
+"""Headings of the scorecard, by how a section begins."""
+
+
+def by_part(card: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """`scorecard` to look at, under headings: section, claim, paper, here, verdict with its reason."""
+    heading = card["section"].map(lambda section: next(h for start, h in PARTS.items() if section.startswith(start)))
+    shown = card[["section", "claim", "paper"]].assign(here=card["ours"], verdict=card["verdict"] + ": " + card["why"])
+    return {str(part): rows for part, rows in shown.groupby(heading, sort=False)}
+
+
+def timed_runs(study: Study) -> list[Run]:
+    """The runs whose epochs Tables S6 and S7 compare: on BRCA, where the study has it, and one fold."""
+    dataset = "BRCA" if "BRCA" in study.datasets else next(iter(study.datasets))
+    names = [n for n, m in METHODS.items() if {"table_s6", "table_s7"} & set(m.table) and not m.refusal(study, dataset)]
+    return plan(study, [dataset], names, [0])
 
 
 def judge_gain(gain: Estimate, paper: float) -> tuple[str, str]:
@@ -516,12 +543,20 @@ class Control:
 CONTROLS: list[Control] = [
     Control("capacity", "Is STEPH better than its hypernetwork alone?", "steph", "hypernetwork_only"),
     Control("parameters", "Is the hypernetwork alone better than the own model?", "hypernetwork_only", "vanilla"),
+    Control("noise", "Is STEPH better than with noise for the other cancers?", "steph", "steph_random_sources"),
     Control("external-gain", "Is STEPH better than the own model?", "steph", "vanilla", "external_c_index"),
     Control(
         "external-capacity",
         "Is STEPH better than its hypernetwork alone?",
         "steph",
         "hypernetwork_only",
+        "external_c_index",
+    ),
+    Control(
+        "external-noise",
+        "Is STEPH better than with noise for the other cancers?",
+        "steph",
+        "steph_random_sources",
         "external_c_index",
     ),
 ]

@@ -149,9 +149,9 @@ def test_a_synthetic_study_decides_nothing_about_patients():
 
 def test_a_synthetic_study_still_says_where_it_points():
     why = scorecard.scorecard(Evidence(load_study("demo"), shifted(0.2))).set_index("id")["why"]
-    assert why["gain"].startswith("synthetic cohort; here: the interval lies above 0")
+    assert why["gain"].startswith("synthetic cohort; here the paper's way: the interval lies above 0")
     why = scorecard.scorecard(Evidence(load_study("demo"), shifted(-0.2))).set_index("id")["why"]
-    assert why["gain"].startswith("synthetic cohort; here: the paper's +0.0342 lies above")
+    assert why["gain"].startswith("synthetic cohort; here the other way: the paper's +0.0342 lies above")
 
 
 def test_part_of_the_papers_cohort_decides_nothing():

@@ -10,7 +10,7 @@ import pandas as pd
 
 from steph import Refused
 from steph.methods import METHODS
-from steph.results import AVERAGE, TABLES, paper_c_index, refuse_repeats, summary, title
+from steph.results import AVERAGE, TABLES, paper_c_index, paper_wins, refuse_repeats, summary, title
 
 NOISE = 0.025
 """Differences of two C-indices below this are not read: a mean over 13 x 5 test folds varies by .010 to .014 from one
@@ -174,6 +174,35 @@ def compared_wide(table: pd.DataFrame, reference: str = "STEPH") -> pd.DataFrame
 
     wide = pd.DataFrame([text(row) for _, row in table.iterrows()])
     return wide.loc[:, (wide != "").any()]
+
+
+def beside_two(results: pd.DataFrame, methods: Sequence[str], references: tuple[str, str]) -> pd.DataFrame:
+    """Methods that the paper lacks, to look at: C-index here and the difference to each of two methods."""
+    parts = [compared_wide(compared(results, methods, "none", each), title(each)) for each in references]
+    differences = [part.drop(columns=["", "here"]) for part in parts]
+    return pd.concat([parts[0][["", "here"]], *differences], axis=1).fillna("")
+
+
+def wins_table(results: pd.DataFrame, first: str, others: Sequence[str]) -> pd.DataFrame:
+    """On how many data sets a method is ahead of each of others: against, here, paper."""
+    rows = []
+    for other in others:
+        try:
+            found = compare(results, first, other)
+            here = f"{found.wins.value} of {len(found.gains)}, {interval(found.wins, '.0f')}"
+        except Refused as reason:
+            here = f"undefined ({reason})"
+        rows.append((title(other), here, "{} of {}".format(*paper_wins(first, other))))
+    return pd.DataFrame(rows, columns=["against", "here", "paper"])
+
+
+def said(results: pd.DataFrame, first: str, second: str, value: str = "c_index") -> str:
+    """A comparison in words: the difference, its interval, and whether the first is better."""
+    try:
+        gain = compare(results, first, second, value).gain
+    except Refused as reason:
+        return f"no answer: {str(reason).rstrip('.')}"
+    return f"{gain.value:+.3f} ({interval(gain)}); better? {read(gain)}"
 
 
 def _paper_average(method: str, table: str) -> float:
