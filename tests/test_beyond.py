@@ -170,7 +170,8 @@ def test_the_hypernetwork_reads_a_sample_and_the_encoder_everything(bench, monke
     data = bench.dataset("SARC")
     patients = data.splits.train(1)[:6]
     batch = data.batch(patients)
-    assert min(batch.sizes) < max(batch.sizes) and max(batch.sizes) > 7
+    sizes = batch.sizes
+    assert min(sizes) < max(sizes) and max(sizes) > 7
     other = Workbench(study)
     run_all(other, [replace(SARC, method="vanilla")], workers=1)
     run_all(other, [Run(name, "vanilla", SOURCE_FOLD, 42) for name in ("CESC", "LIHC")], workers=1)
@@ -181,8 +182,8 @@ def test_the_hypernetwork_reads_a_sample_and_the_encoder_everything(bench, monke
     model.encoder.register_forward_pre_hook(lambda module, args: encoded.append(args[1]))
     w, lam, _ = model.batch_coefficients(batch)
     model(batch)
-    assert read[0].sizes == [min(7, n) for n in batch.sizes] and encoded[0].sizes == batch.sizes
-    for i, n in enumerate(batch.sizes):  # what is read are the bag's own patches, none twice
+    assert read[0].sizes == [min(7, n) for n in sizes] and encoded[0].sizes == sizes
+    for i, n in enumerate(sizes):  # what is read are the bag's own patches, none twice
         rows = {tuple(row) for row in batch.bag(i).tolist()}
         sampled = [tuple(row) for row in read[0].bag(i).tolist()]
         assert len(set(sampled)) == len(sampled) == min(7, n) and set(sampled) <= rows
