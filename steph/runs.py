@@ -9,9 +9,9 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 from steph import Refused
 from steph.data.dataset import Dataset, open_dataset
 from steph.data.joint import JointDataset
-from steph.data.manifest import Study, load_study
+from steph.data.manifest import Study, load_study, unknown
 from steph.methods import METHODS, Ingredients, Method, method
 from steph.mil import NETWORKS
 from steph.mil.state import ModelState, load_into, load_state, save_state, state_fingerprint, state_of
@@ -200,10 +200,14 @@ def plan(
     """The runs of a choice of data sets, methods, folds and seeds.
 
     None takes all: of methods those that the book shows, without settings of a sweep that ask for more sources than the
-    study has; of folds every one, but for a sweep's settings the study's `sweep_folds`; of seeds the study's own.
+    study has; of folds every one, or as many as the study's `book_folds` gives a method; of seeds the study's own.
 
     Raises `Refused` for a name or fold that the study does not have.
     """
+    kinds = {m.group for m in METHODS.values()} | set(METHODS)
+    for kind in study.book_folds:
+        if kind not in kinds:
+            raise Refused(unknown("group or method", kind, sorted(kinds), f"book_folds of study {study.name}"))
     if methods is None:
         some = next(iter(study.datasets))
         methods = [n for n, m in METHODS.items() if m.in_book and not (m.group == "sweep" and m.refusal(study, some))]
@@ -211,8 +215,8 @@ def plan(
     def folds_of(name: str) -> Sequence[int]:
         if folds is not None:
             return folds
-        few = study.sweep_folds if method(name).group == "sweep" else None
-        return range(min(few or study.n_folds, study.n_folds))
+        few = study.book_folds.get(name) or study.book_folds.get(method(name).group) or study.n_folds
+        return range(min(few, study.n_folds))
 
     return [
         Run(dataset, name, fold, seed, precision)
@@ -254,17 +258,24 @@ def row_of(found: Record | None) -> dict[str, Any]:
 def code_of(entry: Method) -> str:
     """Hash of the code that decides a method's numbers, docstrings left out: its builder with the functions of the same
     module that it calls, and whole modules: those of what they name elsewhere, the network's, the engine's."""
-    functions, waiting = {}, [entry.build]
+    functions: dict[str, str] = {}
+    waiting = [entry.build]
     modules = {"steph.training", "steph.survival", f"steph.mil.{entry.network}", *entry.code}
     while waiting:
         build = waiting.pop()
-        tree = ast.parse(textwrap.dedent(inspect.getsource(build)))
-        functions[build.__name__] = ast.dump(without_docstrings(tree))
-        for node in ast.walk(tree):
-            found = build.__globals__.get(node.id) if isinstance(node, ast.Name) else None
+        functions[build.__name__], names = _source_of(build)
+        for found in (build.__globals__.get(name) for name in names):
             home = getattr(found, "__module__", None) or ""
             if inspect.isfunction(found) and home == build.__module__ and found.__name__ not in functions:
                 waiting.append(found)
             elif home.startswith(NUMERIC):
                 modules.add(home)
     return fingerprint([functions, code_fingerprint(*sorted(modules))])
+
+
+@cache
+def _source_of(function: Callable[..., Any]) -> tuple[str, list[str]]:
+    """A function's code without docstrings, and the names in it."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    return ast.dump(without_docstrings(tree)), names

@@ -173,7 +173,8 @@ def _execute(bench: Workbench, wanted: Run, device: str) -> Record:
         tables = {"predictions.csv": predict(model, data, data.splits.test(wanted.fold), *how)}
         if data.external is not None:
             everyone = list(data.external.cohort.patients["patient_id"])
-            tables["predictions_external.csv"] = predict(model, data.external, everyone, *how)
+            together = study.recipe.bags_per_step
+            tables["predictions_external.csv"] = predict(model, data.external, everyone, *how, together)
         metrics = {**_metrics(tables["predictions.csv"], study), **_external(tables)}
         seconds = time.perf_counter() - started
     trained = any(p.requires_grad for p in model.parameters())

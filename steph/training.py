@@ -208,15 +208,18 @@ def predict(
     device: str = "cpu",
     precision: str = "fp32",
     max_patches: int | None = None,
+    together: int = 1,
 ) -> pd.DataFrame:
     """Predictions for patients, one row each in the order given: patient_id, time_days, event (0/1), risk (higher =
-    worse) and survival_1..T, the probability of surviving each interval. Bags go through one by one; `max_patches` as
-    in the recipe that the model was trained by."""
+    worse) and survival_1..T, the probability of surviving each interval. `max_patches` as in the recipe that the model
+    was trained by. Bags go through one by one, so that a number depends on nobody else; `together` takes so many at
+    once, which is faster and, in the last digits, another sum."""
     patients = list(patients)
     dtype = PRECISIONS[precision]
     model.to(device, dtype).eval()
     batch_of = _batches(model, dataset, patients, max_patches, device, dtype)
-    hazards = torch.cat([torch.sigmoid(model(batch_of([p]))).double().cpu() for p in patients])
+    groups = [patients[i : i + together] for i in range(0, len(patients), together)]
+    hazards = torch.cat([torch.sigmoid(model(batch_of(group))).double().cpu() for group in groups])
     survival = survival_curve(hazards)
     labels = dataset.labels(patients).astype({"event": int})
     curves = pd.DataFrame(survival.numpy(), columns=[f"survival_{t + 1}" for t in range(survival.shape[1])])

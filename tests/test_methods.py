@@ -107,15 +107,20 @@ def test_settings_that_ask_for_too_many_sources_are_left_out_of_the_plan_and_ref
             run(tiny, "SARC", name, 0)
 
 
-def test_a_sweep_gets_the_folds_that_the_study_gives_it_unless_folds_are_named(tiny):
-    study = tiny.study.model_copy(update={"sweep_folds": 1})
+def test_a_method_gets_the_folds_that_the_study_gives_it_unless_folds_are_named(tiny):
+    study = tiny.study.model_copy(update={"book_folds": {"sweep": 1, "transmil": 1, "control": 9}})
 
     def folds(name, **choice):
         return {r.fold for r in plan(study, methods=[name], **choice)}
 
-    assert (folds("steph"), folds("steph_dense"), folds("steph_beta0")) == ({0, 1}, {0, 1}, {0})
+    assert [folds(name) for name in ("steph_beta0", "transmil")] == [{0}, {0}]
+    assert [folds(name) for name in ("steph", "ilra", "hypernetwork_only")] == [{0, 1}] * 3
     assert folds("steph_beta0", folds=[1]) == {1}
-    assert {r.fold for r in plan(tiny.study, methods=["steph_beta0"])} == {0, 1}
+    wrong = tiny.study.model_copy(update={"book_folds": {"sweeps": 1}})
+    with pytest.raises(
+        Refused, match=r"unknown group or method 'sweeps' in book_folds of study tiny.* Did you mean .*sweep"
+    ):
+        plan(wrong)
 
 
 def test_a_study_of_one_cancer_has_no_sources(tiny):
@@ -139,7 +144,7 @@ def test_the_releases_table_of_nearest_sources_needs_its_source(tiny):
 def test_models_of_another_network_are_refused(tiny):
     """A network's models are merged onto its own M_0 and with no other's."""
     x = ingredients(tiny, "steph")
-    other = replace(x, target_state=tiny.state(replace(SARC, method="ilra")))
+    other = replace(x, target_state=tiny.state(replace(SARC, method="ilra", fold=0)))
     for name in ("steph", "adamerging", "ties_am", "model_average"):
         with pytest.raises(Refused, match="different networks cannot be merged"):
             METHODS[name].build(other, **METHODS[name].options)

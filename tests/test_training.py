@@ -191,3 +191,14 @@ def test_single_thread_gives_the_threads_back():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
+
+
+def test_patients_predicted_together_get_what_they_get_alone():
+    data = Patients()
+    torch.manual_seed(0)
+    model = ABMIL(5, 8, 4, 8)
+    alone = predict(model, data, data.ids)
+    for together in (4, len(data.ids) + 1):
+        found = predict(model, data, data.ids, together=together)
+        assert found["patient_id"].tolist() == alone["patient_id"].tolist()
+        np.testing.assert_allclose(found.filter(regex="risk|survival"), alone.filter(regex="risk|survival"), rtol=1e-5)

@@ -147,9 +147,10 @@ class Study(_Strict):
         default=1,
         description="cross-validations, each of splits of its own; fold f belongs to repeat f // folds",
     )
-    sweep_folds: Positive | None = Field(
-        default=None,
-        description="folds, from the first, that the settings of a sweep get where nobody names folds; None: all",
+    book_folds: dict[str, Positive] = Field(
+        default={},
+        description="by group of methods, or method: how many folds, from the first, it gets where nobody names folds; "
+        "others get all",
     )
     seed: int = Field(default=42, ge=0)
     network: Network = Network()
