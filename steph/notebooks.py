@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ def start(namespace: Mapping[str, Any]) -> Parameters:
 
     from steph.plots import set_style
 
+    # Some packages ask for widgets when they are imported; progress is text here.
+    warnings.filterwarnings("ignore", message="IProgress not found")
     checked = check({name: namespace[name] for name in _assigned_by_cells(namespace.get("In", []))})
     set_style()
     if checked.study.synthetic:

@@ -85,6 +85,21 @@ def differences() -> pd.DataFrame:
     )
 
 
+def gained() -> pd.DataFrame:
+    values = [[0.1, -0.2, np.nan], [0.0, 0.01, 0.02]]
+    return pd.DataFrame(values, index=["STEPH", "ROUPKT"], columns=["SARC", "LIHC", "Avg."])
+
+
+def swept() -> pd.DataFrame:
+    """Three values of a setting: the default in the middle, the last without a mean."""
+    return pd.DataFrame(
+        {
+            "row": ["0", "0.05", "0.1"], "mean": [0.6, 0.7, np.nan], "gain": [-0.1, np.nan, np.nan],
+            "low": [-0.2, np.nan, np.nan], "high": [0.0, np.nan, np.nan], "paper_gain": [-0.02, np.nan, -0.04],
+        }
+    )  # fmt: skip
+
+
 FIGURES = {
     "follow_up": lambda: plots.follow_up([cohort("SARC"), cohort("LIHC")]),
     "kaplan_meier": lambda: plots.kaplan_meier([cohort(name) for name in DATASETS[:5]]),
@@ -94,6 +109,9 @@ FIGURES = {
     "c_index, undefined": lambda: plots.c_index(c_indices(undefined=True)),
     "c_index, external": lambda: plots.c_index(c_indices(), value="external_c_index"),
     "intervals": lambda: plots.intervals(differences(), 0.025),
+    "gains": lambda: plots.gains({"here": gained(), "paper": gained().iloc[:1, :2]}, "Vanilla"),
+    "gains on one data set": lambda: plots.gains({"here": gained().iloc[:, :1]}, "Vanilla"),
+    "sweeps": lambda: plots.sweeps({"β": swept(), "K": swept()}),
     "dynamics": lambda: plots.dynamics(course(1), "BRCA"),
     "dynamics of starts": lambda: plots.dynamics_of_starts(course(5)),
     "dynamics of one start": lambda: plots.dynamics_of_starts(course(1, ["SARC", "LIHC"])),
@@ -146,6 +164,31 @@ def test_show_table_writes_what_it_shows_unrounded(tmp_path):
     assert read["mean"][0] == pytest.approx(1 / 3, abs=1e-15)
     assert read["cohort"][0] == "synthetic (tiny)"
     assert "cohort" not in pd.read_csv(plots.show_table(table, "means", parameters("tcga"), index=False))
+
+
+def test_wide_tables_are_one_file_in_blocks_that_fit(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda styler: shown.append(styler.data))
+    table = pd.DataFrame([range(14)], index=["STEPH"], columns=[*DATASETS, "Avg."])
+    path = plots.show_blocks(table, "wide", parameters("tcga"))
+    assert [block.shape[1] for block in shown] == [7, 7]
+    assert pd.concat(shown, axis=1).equals(table)
+    assert list(pd.read_csv(path).columns[1:]) == list(table.columns)
+    plots.show_blocks(table.iloc[:, :7], "narrow", parameters("tcga"))
+    assert len(shown) == 3
+
+
+def test_cells_of_a_map_are_hundredths_and_a_missing_one_is_blank():
+    fig = plots.gains({"here": gained()}, "Vanilla")
+    assert [text.get_text() for text in fig.axes[0].texts] == ["+10.0", "-20.0", "+0.0", "+1.0", "+2.0"]
+
+
+def test_a_sweep_is_drawn_around_its_default_and_leaves_out_what_is_undefined():
+    ax = plots.sweeps({"β": swept()}).axes[0]
+    here, paper = ax.lines[-2].get_ydata(), ax.lines[-1].get_ydata()
+    assert here[:2].tolist() == [-0.1, 0] and np.isnan(here[2])
+    assert paper.tolist() == [-0.02, 0, -0.04]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.05", "0.1"]
 
 
 def test_tables_are_shown_rounded_and_escaped():

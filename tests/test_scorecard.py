@@ -214,6 +214,8 @@ def test_claims_and_controls_have_unique_names_and_known_methods():
 def test_controls_are_read_with_the_same_care():
     table = shifted(0.05).assign(external_c_index=lambda x: x["c_index"])
     reading = scorecard.control_table(table).set_index("id")["reading"]
+    missing = [reading.pop(name) for name in ("noise", "external-noise")]
+    assert all(text.startswith("no answer: ") and "no results to compare" in text for text in missing)
     assert reading.to_dict() == {
         "capacity": "not shown", "parameters": "yes", "external-gain": "yes", "external-capacity": "not shown",
     }  # fmt: skip
