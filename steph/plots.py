@@ -6,6 +6,7 @@ Figures are 7 inches wide, to be read at 700 pixels.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -229,6 +230,8 @@ def styled(table: pd.DataFrame, formats: Mapping[Any, str] | None = None, index:
             chosen[column] = "{:,}"
         elif pd.api.types.is_float_dtype(table[column]):
             chosen[column] = "{:.4f}"
+        else:
+            chosen[column] = _unbroken
     shown = table.style.format(chosen, na_rep="", escape="html")
     numeric = [f".col{i}" for i, column in enumerate(table.columns) if pd.api.types.is_numeric_dtype(table[column])]
     heading = f"th.level{table.columns.nlevels - 1}"
@@ -239,6 +242,13 @@ def styled(table: pd.DataFrame, formats: Mapping[Any, str] | None = None, index:
     ]
     shown = shown.set_table_styles(styles)
     return shown if index else shown.hide(axis="index")
+
+
+def _unbroken(value: Any) -> Any:
+    """Text whose short brackets, such as "(± 0.032)", are not broken over lines."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"\([^()]{1,20}\)", lambda found: found[0].replace(" ", "\u00a0"), value)
 
 
 # ------------------------------------------------------------------------------------------------------- the cohort

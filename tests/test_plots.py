@@ -199,6 +199,12 @@ def test_tables_are_shown_rounded_and_escaped():
     assert "&lt;b&gt;" in html and ">0.3<" in html and ">1,234<" in html and "nan" not in html
 
 
+def test_short_brackets_of_a_cell_stay_on_one_line():
+    text = "0.6648 (± 0.032) (a remark that is rather long)"
+    html = plots.styled(pd.DataFrame({"c": [text]})).to_html()
+    assert "0.6648 (±\u00a00.032) (a remark that is rather long)" in html
+
+
 def test_file_names_tell_the_choice_of_parameters():
     assert plots.file_name("table1", parameters()) == "table1"
     narrowed = parameters(dataset="SARC", folds=[1], seed=7, precision="fp64")

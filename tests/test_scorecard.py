@@ -221,3 +221,21 @@ def test_controls_are_read_with_the_same_care():
     }  # fmt: skip
     assert scorecard.control_table(shifted(-0.05)).set_index("id")["reading"]["parameters"] == "no, the reverse"
     assert list(scorecard.control_table(shifted(0.05))["on"].unique()) == ["test folds"]
+
+
+def test_the_card_in_parts_is_the_whole_card():
+    card = scorecard.scorecard(Evidence(load_study("demo"), shifted(0.2)))
+    parts = scorecard.by_part(card)
+    assert list(parts) == list(scorecard.PARTS.values())
+    assert pd.concat(parts.values())["claim"].tolist() == card["claim"].tolist()
+    row = parts["Comparison with baselines (5.2, Table 1)"].iloc[0]
+    assert row["verdict"].startswith("cannot be decided on this cohort: synthetic cohort; here the paper's way: ")
+
+
+def test_epochs_are_timed_where_the_paper_times_them():
+    runs = scorecard.timed_runs(load_study("tcga"))
+    assert {(run.dataset, run.fold) for run in runs} == {("BRCA", 0)}
+    names = {run.method for run in runs}
+    assert names >= {"steph", "adamerging", "ties_am", "surgery_am", "iso_c_am"}
+    assert names >= {f"steph_m{m}" for m in range(6, 13)}
+    assert "steph_m6" not in {run.method for run in scorecard.timed_runs(load_study("tiny"))}

@@ -89,3 +89,20 @@ def test_an_undefined_fold_stands_in_the_comparison_as_what_it_is():
     assert "SARC, fold 1" in found.loc["model_average", "problem"]
     shown = statistics.compared_wide(found.reset_index()).set_index("")
     assert "SARC, fold 1" in shown.loc["Model Avg.", "here − STEPH"]
+
+
+def test_comparisons_in_words_and_tables():
+    table = shifted(0.05).assign(external_c_index=lambda x: x["c_index"] - 0.1 * (x["method"] == "steph"))
+    assert statistics.said(table, "steph", "vanilla").startswith("+0.050 (95 % interval +0.0")
+    assert statistics.said(table, "steph", "vanilla").endswith("better? yes")
+    assert statistics.said(table, "steph", "vanilla", "external_c_index").endswith("better? no, the reverse")
+    assert statistics.said(table, "steph", "roupkt") == (
+        "no answer: STEPH, ROUPKT: one of them has no results to compare"
+    )
+    wins = statistics.wins_table(table, "steph", ["vanilla", "roupkt"]).set_index("against")
+    assert wins.loc["Vanilla"].tolist() == ["13 of 13, 95 % interval 13 to 13", "12 of 13"]
+    assert wins.loc["ROUPKT", "here"].startswith("undefined") and wins.loc["ROUPKT", "paper"] == "9 of 13"
+    beside = statistics.beside_two(table, ["vanilla", "steph", "hypernetwork_only"], ("vanilla", "steph"))
+    assert list(beside.columns) == ["", "here", "here − Vanilla", "here − STEPH"]
+    assert beside["here − Vanilla"][0] == "" and beside["here − STEPH"][1] == ""
+    assert beside["here − Vanilla"][2].startswith("+0.0500 (")
