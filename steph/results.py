@@ -160,6 +160,23 @@ def fold_table(results: pd.DataFrame, value: str = "c_index") -> pd.DataFrame:
     return table.reset_index().rename_axis(columns=None).rename(columns={"dataset": "data set"})
 
 
+def on_common_folds(results: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
+    """The results of methods on the folds that all of them were run on, so that their means can be compared. (A study
+    may give some methods fewer folds: `book_folds` of its manifest.)"""
+    own = results[results["method"].isin(methods)]
+    counts = own.groupby(["dataset", "fold"])["method"].transform("nunique")
+    return own[counts == own["method"].nunique()]
+
+
+def folds_line(results: pd.DataFrame) -> str:
+    """On how many folds methods stand, in one sentence."""
+    of = results.groupby("method", sort=False)["fold"].nunique()
+    if of.nunique() == 1:
+        return f"All methods stand on {of.iloc[0]} fold(s)."
+    parts = [f"{n} fold(s): {', '.join(map(title, of.index[of == n]))}" for n in sorted(of.unique(), reverse=True)]
+    return f"{'; '.join(parts)}. Differences are taken on the folds that both were run on."
+
+
 def undefined_folds(results: pd.DataFrame) -> pd.DataFrame:
     """dataset, method, fold and the reason, of every test fold without a C-index."""
     missing = results[results["c_index"].isna()]

@@ -17,6 +17,7 @@ from steph.methods import METHODS
 from steph.results import (
     AVERAGE,
     VALUES,
+    on_common_folds,
     paper_c_index,
     paper_gain,
     paper_pair,
@@ -373,7 +374,7 @@ def _mild(id: str, table: str, symbol: str, mild: str) -> Claim:
 
     def check(evidence: Evidence) -> Finding:
         gains = [compare(evidence.results, mild, m) for m in extremes()]
-        cells = evidence.results[evidence.results["method"].isin(table_methods(table))]
+        cells = on_common_folds(evidence.results, [mild, *table_methods(table)])
         means = cells.groupby(["method", "dataset"])["c_index"].mean().groupby("method").mean()
         answers = [judge_gain(found.gain, gain) for found, gain in zip(gains, paper_gains(), strict=True)]
         kinds = {answer for answer, _ in answers}

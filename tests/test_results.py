@@ -176,3 +176,13 @@ def test_a_control_has_no_row_of_the_paper():
     table = frame({(d, m): [0.5, 0.7] for m in ("vanilla", "hypernetwork_only") for d in ("SARC", "LIHC")})
     wide = results.as_the_paper(results.beside_paper(table))
     assert ("Hypernetwork only", "here") in wide.index and ("Hypernetwork only", "paper") not in wide.index
+
+
+def test_means_are_compared_on_folds_that_all_methods_have():
+    values = {("SARC", "steph"): [0.5, 0.6, 0.9], ("SARC", "vanilla"): [0.5, 0.5, 0.5], ("SARC", "ilra"): [0.5, 0.7]}
+    table = frame(values)
+    own = results.on_common_folds(table, ["steph", "ilra"])
+    assert own.groupby("method")["fold"].max().to_dict() == {"ilra": 1, "steph": 1}
+    assert len(results.on_common_folds(table, ["steph", "vanilla"])) == 6
+    assert results.folds_line(own) == "All methods stand on 2 fold(s)."
+    assert results.folds_line(table).startswith("3 fold(s): STEPH, Vanilla; 2 fold(s): ILRA. Differences")

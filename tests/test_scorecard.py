@@ -239,3 +239,10 @@ def test_epochs_are_timed_where_the_paper_times_them():
     assert names >= {"steph", "adamerging", "ties_am", "surgery_am", "iso_c_am"}
     assert names >= {f"steph_m{m}" for m in range(6, 13)}
     assert "steph_m6" not in {run.method for run in scorecard.timed_runs(load_study("tiny"))}
+
+
+@pytest.mark.parametrize(("ratio", "answer"), [(1.1, "agrees"), (1.2, "unclear"), (1.3, "disagrees")])
+def test_what_hardly_longer_means(ratio, answer):
+    claims = [c for c in scorecard.CLAIMS if c.id in ("seconds", "seconds-sources")]
+    evidence = Evidence(load_study("tcga"), shifted(0), seconds=seconds(ratio))
+    assert [claim.check(evidence).answer for claim in claims] == [answer, answer]

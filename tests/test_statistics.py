@@ -42,7 +42,10 @@ def test_counts_of_wins_know_their_noise():
     [
         ({("SARC", "steph"): [0.5, 0.6]}, "no results to compare"),
         ({("SARC", "steph"): [0.5, None], ("SARC", "vanilla"): [0.5, 0.5]}, "SARC, fold 1"),
-        ({("SARC", "steph"): [0.5, 0.6], ("SARC", "vanilla"): [0.5]}, "SARC, fold 1"),
+        (
+            {("SARC", "steph"): [0.5], ("SARC", "vanilla"): [0.5], ("LIHC", "steph"): [0.5]},
+            "no fold of LIHC that both were run on",
+        ),
         (
             {(d, m): [0.5] * n for m in ("steph", "vanilla") for d, n in (("SARC", 2), ("LIHC", 3))},
             "SARC has 2 folds, LIHC 3",
@@ -52,6 +55,12 @@ def test_counts_of_wins_know_their_noise():
 def test_what_cannot_be_compared_is_refused(values, message):
     with pytest.raises(Refused, match=message):
         statistics.compare(frame(values), "steph", "vanilla")
+
+
+def test_methods_are_compared_on_the_folds_that_both_were_run_on():
+    table = frame({("SARC", "steph"): [0.6, 0.7, 0.9], ("SARC", "vanilla"): [0.5, 0.5]})
+    found = statistics.compare(table, "steph", "vanilla")
+    assert found.n_folds == 2 and found.gain.value == pytest.approx(0.15)
 
 
 def test_share_of_the_way_to_the_true_risk():

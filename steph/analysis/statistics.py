@@ -74,15 +74,19 @@ class Comparison:
 
 
 def compare(results: pd.DataFrame, first: str, second: str, value: str = "c_index") -> Comparison:
-    """Compare two methods pair by pair, over the data sets and folds that both have.
+    """Compare two methods pair by pair, over all data sets and the folds that both were run on.
 
     The standard error of a data set's mean gain over J folds is that of Nadeau and Bengio (2003), var (1/J + 1/(J-1)):
     the folds share training patients, so the plain 1/J is too optimistic. Raises `Refused` where a value is undefined,
-    the methods have different cells, or nothing is there.
+    one method lacks a data set, data sets have different numbers of folds, or nothing is there.
     """
     refuse_repeats(results)
     pairs = results[results["method"].isin([first, second])]
-    pairs = pairs.pivot(index=["dataset", "fold"], columns="method", values=value)
+    both = pairs.groupby(["dataset", "fold"])["method"].transform("size") == 2
+    lacking = sorted(set(pairs["dataset"]) - set(pairs.loc[both, "dataset"]))
+    if both.any() and lacking:
+        raise Refused(f"{title(first)}, {title(second)}: no fold of {', '.join(lacking)} that both were run on.")
+    pairs = pairs[both].pivot(index=["dataset", "fold"], columns="method", values=value)
     names = ", ".join(title(m) for m in (first, second))
     if len(pairs) == 0 or not {first, second} <= set(pairs.columns):
         raise Refused(f"{names}: one of them has no results to compare.")
