@@ -100,15 +100,23 @@ def _hyper(title: str, description: str, row: str, **rest: Any) -> Method:
     return _merging(title, description, group="hypernetwork_weights", options=options, table=table, **rest)
 
 
-def _sweep(parameter: str, table: str, values: tuple[float, ...], label: str, **rest: Any) -> dict[str, Method]:
-    """STEPH at each value of one setting that a table of the paper tries: `steph_<label><value>`."""
+def _sweep(
+    parameter: str,
+    table: str,
+    values: tuple[float, ...],
+    label: str,
+    more: Callable[[float], dict[str, Any]] = lambda _: {},
+    **rest: Any,
+) -> dict[str, Method]:
+    """STEPH at each value of one setting that a table of the paper tries: `steph_<label><value>`. more: further options
+    that go with a value."""
     names = {"beta": "β", "gamma": "γ", "top_k": "K", "sources": "m"}
     return {
         f"steph_{label}{value}": _variant(
             f"STEPH, {names[parameter]} = {value}",
             f"STEPH with {names[parameter]} = {value} on every data set",
             group="sweep",
-            options={parameter: value},
+            options={parameter: value, **more(value)},
             table={table: str(value)},
             sweep=(parameter, value),
             **rest,
@@ -283,7 +291,8 @@ METHODS: dict[str, Method] = {
         in_book=False,
     ),
     **_sweep("top_k", "table_s3", (1, 3, 7, 9, 11), "k"),
-    **_sweep("sources", "table_s7", (6, 7, 8, 9, 10, 11, 12), "m", in_book=False),  # a table of seconds, not of C-index
+    # Table S7 keeps all m sources; it is a table of seconds, not of C-index
+    **_sweep("sources", "table_s7", (6, 7, 8, 9, 10, 11, 12), "m", more=lambda m: {"top_k": m}, in_book=False),
     # Table S2
     "transmil": _network("TransMIL", "transmil"),
     "ilra": _network("ILRA", "ilra"),

@@ -17,8 +17,9 @@ from torch.func import functional_call
 from steph.data.bags import RaggedBatch, as_batch
 from steph.merging.task_vectors import Layout, State
 
-PADDING = 1.25
-"""Bags are padded to a common length while that makes at most this many times the work."""
+PADDING, SMALL = 1.25, 768
+"""Bags are padded to a common length while that makes at most this many times the work, or at most so many patches in
+all: below that, a call costs more than what it computes."""
 
 
 class MergedEncoder(nn.Module):
@@ -117,7 +118,7 @@ def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:
     """Neighbours among rising sizes that are worth padding to one length."""
     start = 0
     for stop in range(1, len(sizes) + 1):
-        if stop == len(sizes) or sizes[stop] * (stop + 1 - start) > PADDING * sum(sizes[start : stop + 1]):
+        if stop == len(sizes) or sizes[stop] * (stop + 1 - start) > max(PADDING * sum(sizes[start : stop + 1]), SMALL):
             yield start, stop
             start = stop
 
