@@ -31,7 +31,7 @@ def test_study_run_then_results(call, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["study", "run", "--study", "tiny", "--method", "stef"], "Did you mean steph?"),
+        (["study", "run", "--study", "tiny", "--method", "stef"], "Did you mean steph"),
         (["study", "run", "--study", "tiny", "--dataset", "SARK"], "Did you mean SARC?"),
         (["study", "run", "--study", "tiny", "--fold", "7"], "it has 2 folds, 0 to 1"),
         (["study", "run", "--study", "tiny", "--device", "cuda:9"], "GPUs here"),

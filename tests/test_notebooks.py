@@ -88,7 +88,7 @@ def test_declared_parameters(notebook, tmp_path):
 
 def test_notebooks_are_found_by_name():
     assert find("baselines") == find("01_baselines") == notebooks.NOTEBOOKS / "01_baselines.ipynb"
-    with pytest.raises(Refused, match=r"unknown notebook '01_baseline'.* Did you mean 01_baselines\?"):
+    with pytest.raises(Refused, match=r"unknown notebook '01_baseline'.* Did you mean 01_baselines"):
         find("01_baseline")
 
 

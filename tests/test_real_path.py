@@ -87,7 +87,7 @@ def test_labels_check_pack_and_the_baselines_notebook(study, tmp_path):
     assert executed.is_file() and executed.with_suffix(".json").is_file()
     assert "Synthetic demo cohort" not in executed.read_text()
     runs = {path.parents[1].name for path in (tmp_path / "build" / "rehearsal" / "runs" / "SARC").glob("*/*/run.json")}
-    assert runs == {"vanilla", "model_average", "steph", "hypernetwork_only"}
+    assert runs >= {"vanilla", "model_average", "steph", "hypernetwork_only", "adamerging", "roupkt"}
 
 
 def test_a_store_of_other_files_is_refused(study, tmp_path):
