@@ -112,9 +112,9 @@ FIGURES = {
     "gains": lambda: plots.gains({"here": gained(), "paper": gained().iloc[:1, :2]}, "Vanilla"),
     "gains on one data set": lambda: plots.gains({"here": gained().iloc[:, :1]}, "Vanilla"),
     "sweeps": lambda: plots.sweeps({"β": swept(), "K": swept()}),
-    "dynamics": lambda: plots.dynamics(course(1), "BRCA"),
-    "dynamics of starts": lambda: plots.dynamics_of_starts(course(5)),
-    "dynamics of one start": lambda: plots.dynamics_of_starts(course(1, ["SARC", "LIHC"])),
+    "dynamics": lambda: plots.course(course(1), "BRCA"),
+    "dynamics of starts": lambda: plots.courses(course(5)),
+    "dynamics of one start": lambda: plots.courses(course(1, ["SARC", "LIHC"])),
     "starts": lambda: plots.starts(at_the_end(course())),
     "starts, planted": lambda: plots.starts(at_the_end(course()), pd.Series(0.5, index=DATASETS[1:])),
 }
@@ -244,7 +244,7 @@ def test_labels_at_line_ends_do_not_overlap_and_move_little():
     _, ax = plt.subplots()
     ax.set_ylim(0, 1)
     ends = pd.Series(dict.fromkeys(DATASETS[:6], 0.0) | {"SARC": 1.0, "CESC": 0.5})
-    plots._label_ends(ax, ends, 1.0)
+    plots.label_ends(ax, ends, 1.0)
     places = {a.get_text(): a.xyann[1] for a in ax.texts}
     ordered = sorted(places.values())
     assert min(np.diff(ordered)) > 1 / 17 and ordered[0] >= 0 and ordered[-1] <= 1

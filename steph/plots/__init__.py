@@ -1,0 +1,30 @@
+"""Figures and tables: one file per subject, all of them at hand as `plots.NAME`."""
+
+from steph.plots.cohort import follow_up as follow_up
+from steph.plots.cohort import kaplan_meier as kaplan_meier
+from steph.plots.cohort import patches as patches
+from steph.plots.cohort import similarity as similarity
+from steph.plots.comparison import c_index as c_index
+from steph.plots.comparison import gains as gains
+from steph.plots.comparison import intervals as intervals
+from steph.plots.comparison import sweeps as sweeps
+from steph.plots.display import file_name as file_name
+from steph.plots.display import show_blocks as show_blocks
+from steph.plots.display import show_figure as show_figure
+from steph.plots.display import show_styled as show_styled
+from steph.plots.display import show_table as show_table
+from steph.plots.display import show_text as show_text
+from steph.plots.display import styled as styled
+from steph.plots.display import write_table as write_table
+from steph.plots.dynamics import course as course
+from steph.plots.dynamics import courses as courses
+from steph.plots.dynamics import starts as starts
+from steph.plots.look import DAYS_PER_YEAR as DAYS_PER_YEAR
+from steph.plots.look import WIDTH as WIDTH
+from steph.plots.look import colour_of as colour_of
+from steph.plots.look import colour_of_dataset as colour_of_dataset
+from steph.plots.look import label_ends as label_ends
+from steph.plots.look import line_of_dataset as line_of_dataset
+from steph.plots.look import marker_of as marker_of
+from steph.plots.look import set_style as set_style
+from steph.plots.look import stamp as stamp

@@ -1,0 +1,141 @@
+"""Figures and tables as the book shows them: stamped, written as files to take away, displayed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from steph.plots.look import stamp
+from steph.records import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def file_name(name: str, p: Any) -> str:
+    """A table's or figure's file name: what parameters narrow or change stands in it, so that a run on one data
+    set does not replace what a run on all has written."""
+    parts = [name]
+    if p.dataset != "all":
+        parts.append(p.dataset)
+    if len(p.folds) < p.study.n_folds:
+        parts.append("fold" + "_".join(map(str, p.folds)))
+    if p.seed != p.study.seed:
+        parts.append(f"seed{p.seed}")
+    if p.precision != "fp32":
+        parts.append(p.precision)
+    return "-".join(parts)
+
+
+def show_figure(fig: Figure, name: str, p: Any) -> Path:
+    """Stamp a figure, write it as SVG and PNG to ``build/<study>/figures/`` and display it. p: the notebook's
+    `steph.notebooks.Parameters`. Returns the path of the PNG."""
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+
+    stamp(fig, p.study)
+    folder, data = p.study.build / "figures", {}
+    for kind, mime in (("svg", "image/svg+xml"), ("png", "image/png")):
+        path = folder / f"{file_name(name, p)}.{kind}"
+        with atomic_path(path) as temporary:
+            # No date, and with svg.hashsalt no random ids: the same figure is the same file.
+            metadata = {"Date": None} if kind == "svg" else {"Software": None}
+            fig.savefig(temporary, format=kind, bbox_inches="tight", pad_inches=0.08, metadata=metadata)
+        data[mime] = path.read_text(encoding="utf-8") if kind == "svg" else path.read_bytes()
+    plt.close(fig)
+    display({**data, "text/plain": f"figure {path.name}"}, raw=True)
+    return path
+
+
+def show_table(
+    table: pd.DataFrame, name: str, p: Any, formats: Mapping[Any, str] | None = None, index: bool = True
+) -> Path:
+    """Write a table to ``build/<study>/tables/`` as CSV, unrounded, and display it. Returns the CSV's path.
+
+    formats: how columns are displayed, e.g. {"share": "{:.0%}"}, by name or by a part of it; other fractions have four
+    decimals. index: show it.
+    The CSV of a synthetic study says so in its first column.
+    """
+    from IPython.display import display
+
+    path = write_table(table, name, p, index)
+    display(styled(table, formats, index))
+    return path
+
+
+def write_table(table: pd.DataFrame, name: str, p: Any, index: bool = True) -> Path:
+    """Write a table as `show_table` does, without displaying it."""
+    path = p.study.build / "tables" / f"{file_name(name, p)}.csv"
+    flat = table.reset_index() if index and not isinstance(table.index, pd.RangeIndex) else table.copy()
+    flat.columns = [": ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in flat.columns]
+    if p.study.synthetic:
+        flat.insert(0, "cohort", f"synthetic ({p.study.name})")
+    with atomic_path(path) as temporary:
+        flat.to_csv(temporary, index=False)
+    return path
+
+
+def show_blocks(table: pd.DataFrame, name: str, p: Any, columns: int = 7) -> Path:
+    """`show_table` for a table too wide for the page: one CSV, displayed in blocks of so many columns."""
+    from IPython.display import display
+
+    blocks = -(-table.shape[1] // columns)
+    if blocks <= 1:
+        return show_table(table, name, p)
+    path = write_table(table, name, p)
+    for part in np.array_split(np.arange(table.shape[1]), blocks):
+        display(styled(table.iloc[:, part]))
+    return path
+
+
+def show_styled(table: pd.DataFrame, index: bool = True) -> None:
+    """Display a table, or a part of one, that is written elsewhere."""
+    from IPython.display import display
+
+    display(styled(table, index=index))
+
+
+def show_text(*lines: str) -> None:
+    """Display Markdown: one paragraph, or a list item per line that begins with a dash."""
+    from IPython.display import Markdown, display
+
+    display(Markdown("\n".join(lines)))
+
+
+def styled(table: pd.DataFrame, formats: Mapping[Any, str] | None = None, index: bool = True) -> Any:
+    """A table as HTML: thousands separated, fractions with four decimals unless `formats` says otherwise, blank for a
+    missing value."""
+    given = formats or {}
+    chosen: dict[Any, Any] = {}
+    for column in table.columns:
+        named = next((name for name in (column, *(column if isinstance(column, tuple) else ())) if name in given), None)
+        if named is not None:
+            chosen[column] = given[named]
+        elif pd.api.types.is_integer_dtype(table[column]):
+            chosen[column] = "{:,}"
+        elif pd.api.types.is_float_dtype(table[column]):
+            chosen[column] = "{:.4f}"
+        else:
+            chosen[column] = _unbroken
+    shown = table.style.format(chosen, na_rep="", escape="html")
+    numeric = [f".col{i}" for i, column in enumerate(table.columns) if pd.api.types.is_numeric_dtype(table[column])]
+    heading = f"th.level{table.columns.nlevels - 1}"
+    styles: list[Any] = [
+        {"selector": "th, td", "props": "padding: .25em .6em; text-align: left; vertical-align: top"},
+        {"selector": "th.col_heading", "props": "border-bottom: 1px solid currentColor"},
+        *({"selector": f"td{column}, {heading}{column}", "props": "text-align: right"} for column in numeric),
+    ]
+    shown = shown.set_table_styles(styles)
+    return shown if index else shown.hide(axis="index")
+
+
+def _unbroken(value: Any) -> Any:
+    """Text whose short brackets, such as "(± 0.032)", are not broken over lines."""
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"\([^()]{1,20}\)", lambda found: found[0].replace(" ", "\u00a0"), value)
