@@ -36,6 +36,7 @@ class Method:
     table: where the paper has it: table (as in `data_manifest/paper`) -> the name of its row there; Table 3's rows are
     "method/weights". sweep: the one setting in which it differs from STEPH, and its value in the paper's table.
     in_book: it belongs to a study's default plan; others run when they are named.
+    only: the one source it may use (a name such as "steph@KIPAN", see `method`).
     """
 
     title: str
@@ -54,6 +55,7 @@ class Method:
     table: Mapping[str, str] = field(default_factory=dict)
     sweep: tuple[str, float] | None = None
     in_book: bool = True
+    only: str | None = None
 
     @property
     def paper(self) -> str | None:
@@ -64,6 +66,9 @@ class Method:
         """Why a study cannot have it, "" where it can: it has too few other cancers."""
         m = len(study.datasets) - 1
         there = f"{dataset} has {m} source cancers in study {study.name}"
+        if self.only is not None and (self.only == dataset or self.only not in study.datasets):
+            others = ", ".join(study.sources_of(dataset))
+            return f"{self.title}: {self.only} is no source for {dataset} in study {study.name}; those are {others}."
         if self.needs_sources and m < 1:
             return f"{self.title} needs source cancers; study {study.name} has only {dataset}."
         asked = self.options.get("sources", 1)
@@ -352,7 +357,27 @@ METHODS: dict[str, Method] = {
 
 
 def method(name: str) -> Method:
-    """A method by name. Raises `Refused`, with the nearest names, for an unknown one."""
-    if name not in METHODS:
-        raise Refused(unknown("method", name, list(METHODS), "the registry steph.methods.METHODS"))
-    return METHODS[name]
+    """A method by name. "steph@KIPAN" is STEPH with KIPAN as its only source, and so for any method that merges.
+
+    Raises `Refused`, with the nearest names, for an unknown one, and for a source given to a method without sources.
+    """
+    base, at, source = name.partition("@")
+    if base not in METHODS:
+        raise Refused(unknown("method", base, list(METHODS), "the registry steph.methods.METHODS"))
+    found = METHODS[base]
+    if not at:
+        return found
+    if not found.needs_sources or found.after:
+        raise Refused(f"method {name!r}: {found.title} cannot be given one source; write {base!r}.")
+    options = {**found.options, **({"top_k": 1} if found.sparse else {})}
+    title = f"{found.title}, {source} only"
+    return replace(found, title=title, options=options, table={}, sweep=None, in_book=False, only=source)
+
+
+def known_method(name: str) -> bool:
+    """Whether `method` has an entry for a name."""
+    try:
+        method(name)
+    except Refused:
+        return False
+    return True

@@ -13,7 +13,8 @@ import pandas as pd
 
 from steph import Refused
 from steph.data.manifest import MANIFESTS, Study, unknown
-from steph.methods import METHODS
+from steph.methods import METHODS, known_method
+from steph.methods import method as method_named
 
 PAPER = MANIFESTS / "paper"
 
@@ -241,7 +242,7 @@ def steadiest(results: pd.DataFrame) -> str:
 
 def title(method: str) -> str:
     """A method's name as tables show it."""
-    return METHODS[method].title if method in METHODS else method
+    return method_named(method).title if known_method(method) else method
 
 
 def sources_line(results: pd.DataFrame, study: Study) -> str:

@@ -22,7 +22,7 @@ from steph import Refused
 from steph.data.dataset import Dataset, open_dataset
 from steph.data.joint import JointDataset
 from steph.data.manifest import Study, load_study, unknown
-from steph.methods import METHODS, Ingredients, Method, method
+from steph.methods import METHODS, Ingredients, Method, known_method, method
 from steph.mil import NETWORKS
 from steph.mil.state import ModelState, load_into, load_state, save_state, state_fingerprint, state_of
 from steph.records import (
@@ -83,7 +83,7 @@ class Workbench:
         if wanted.joint and not self._trains_for_all(run):
             found[STAGE] = replace(run, dataset=next(iter(self.study.datasets)))
         if wanted.needs_sources:
-            names = self.study.sources_of(run.dataset)
+            names = [wanted.only] if wanted.only else self.study.sources_of(run.dataset)
             found |= {name: replace(base, dataset=name, fold=SOURCE_FOLD) for name in names}
         return found
 
@@ -238,7 +238,7 @@ def results(study: Study | str | Path | Workbench, current_only: bool = True) ->
     for path in sorted((bench.study.build / "runs").glob("*/*/*/run.json")):
         found = read_record(path.parent)
         row = row_of(found)
-        known = row["dataset"] in bench.study.datasets and row["method"] in METHODS
+        known = row["dataset"] in bench.study.datasets and known_method(row["method"])
         row["current"] = known and bench.key(Run(**{k: row[k] for k in Run.__dataclass_fields__})) == row["key"]
         rows.append(row)
     table = pd.DataFrame(rows)

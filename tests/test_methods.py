@@ -12,7 +12,7 @@ from steph.data.dataset import Dataset
 from steph.data.manifest import load_study
 from steph.methods import METHODS, Method, method
 from steph.mil.state import load_state, state_of
-from steph.runs import SOURCE_FOLD, TARGET, code_of, plan
+from steph.runs import SOURCE_FOLD, TARGET, code_of, plan, results
 from steph.selection import INNER_FOLDS, best_value, grid_search
 from steph.study import Run, _execute, run, run_all
 from steph.training import predict, single_thread
@@ -134,6 +134,22 @@ def test_a_study_of_one_cancer_has_no_sources(tiny):
 def test_unknown_method_offers_the_nearest():
     with pytest.raises(Refused, match=r"unknown method 'ties'.*Did you mean ties_am"):
         method("ties")
+
+
+def test_a_method_can_be_given_one_source(tiny):
+    only = replace(SARC, method="steph@CESC")
+    assert set(tiny.upstream(only)) == {"(target)", "CESC"} and tiny.key(only) != tiny.key(SARC)
+    found = run_all(tiny, [only])
+    assert len(found) == 1 and only.method in set(results(tiny)["method"])
+    assert tiny.model(only).source_names == ["CESC"] and tiny.model(only).top_k == 1
+    for name, message in {
+        "steph@SARC": "SARC is no source for SARC in study tiny; those are CESC, LIHC",
+        "steph@BRCA": "BRCA is no source for SARC",
+        "vanilla@CESC": "Vanilla cannot be given one source",
+        "step@CESC": r"unknown method 'step'.* Did you mean .*steph",
+    }.items():
+        with pytest.raises(Refused, match=message):
+            run_all(tiny, [replace(SARC, method=name)])
 
 
 def test_the_releases_table_of_nearest_sources_needs_its_source(tiny):
