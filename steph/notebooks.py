@@ -30,12 +30,17 @@ MARK = "# Parameters"
 
 @dataclass(frozen=True)
 class Parameters:
-    """Checked parameters of a notebook. What a notebook does not declare has its default."""
+    """Checked parameters of a notebook. What a notebook does not declare has its default.
+
+    sources, patients: by name; None leaves the choice to the analysis.
+    """
 
     study: Study
     bench: Workbench
     dataset: str
     datasets: list[str]
+    sources: list[str] | None
+    patients: list[str] | None
     folds: list[int]
     seed: int
     n_seeds: int
@@ -84,6 +89,8 @@ def check(given: Mapping[str, Any]) -> Parameters:
         bench=Workbench(study),
         dataset=dataset,
         datasets=list(study.datasets) if dataset == "all" else [dataset],
+        sources=_sources(values["sources"], study, dataset),
+        patients=_names(values["patients"]),
         folds=_folds(values["folds"], study),
         seed=study.seed if values["seed"] is None else values["seed"],
         n_seeds=values["n_seeds"],
@@ -95,6 +102,8 @@ def check(given: Mapping[str, Any]) -> Parameters:
 DEFAULTS: dict[str, Any] = {
     "study": "demo",
     "dataset": "all",
+    "sources": "auto",
+    "patients": "auto",
     "folds": "all",
     "seed": None,
     "n_seeds": 1,
@@ -106,6 +115,8 @@ DEFAULTS: dict[str, Any] = {
 TYPES: dict[str, tuple[type, ...]] = {
     "study": (str,),
     "dataset": (str,),
+    "sources": (str, list),
+    "patients": (str, list),
     "folds": (str, int, list),
     "seed": (int, type(None)),
     "n_seeds": (int,),
@@ -133,6 +144,24 @@ def _folds(value: str | int | list, study: Study) -> list[int]:
     if wrong or not folds:
         raise Refused(f"fold {wrong[:1] or value} of study {study.name}: its folds are 0 to {study.n_folds - 1}.")
     return list(dict.fromkeys(folds))
+
+
+def _names(value: str | list) -> list[str] | None:
+    """Names from a list or a text such as "KIPAN,BLCA"; None for "auto"."""
+    if value == "auto":
+        return None
+    names = value if isinstance(value, list) else value.strip("[] ").split(",")
+    return list(dict.fromkeys(str(name).strip() for name in names))
+
+
+def _sources(value: str | list, study: Study, dataset: str) -> list[str] | None:
+    """Names of source cancers for a target; "all" takes every one."""
+    known = list(study.datasets) if dataset == "all" else study.sources_of(dataset)
+    names = known if value == "all" else _names(value)
+    for name in names or []:
+        if name not in known:
+            raise Refused(unknown("source", name, known, f"study {study.name}, target {dataset}"))
+    return names
 
 
 def _assigned_by_cells(executed: Sequence[str]) -> list[str]:

@@ -44,6 +44,8 @@ def notebook(tmp_path, build_folder):
         ({"precision": "fp8"}, "precision = 'fp8'"),
         ({"device": "tpu"}, "expected cpu, cuda"),
         ({"dataset": 3}, "dataset = 3 is of type int; expected str"),
+        ({"dataset": "SARC", "sources": "SARC"}, "unknown source 'SARC' in study tiny, target SARC"),
+        ({"dataset": "SARC", "sources": ["CESC", "LIHK"]}, r"unknown source 'LIHK'.* Did you mean LIHC\?"),
     ],
 )
 def test_parameters_that_cannot_be_are_refused(given, message):
@@ -56,6 +58,20 @@ def test_parameters_that_cannot_be_are_refused(given, message):
 )
 def test_folds_can_be_said_in_many_ways(folds, expected):
     assert check({"study": "tiny", "folds": folds}).folds == expected
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ("auto", None),
+        ("all", ["CESC", "LIHC"]),
+        ("LIHC", ["LIHC"]),
+        ("LIHC, CESC", ["LIHC", "CESC"]),
+        (["CESC"], ["CESC"]),
+    ],
+)
+def test_sources_can_be_named_or_left_to_the_analysis(sources, expected):
+    assert check({"study": "tiny", "dataset": "SARC", "sources": sources}).sources == expected
 
 
 def test_defaults_come_from_the_study():
