@@ -31,7 +31,7 @@ def notebook(tmp_path, build_folder):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"datset": "SARC"}, r"unknown notebook parameter 'datset'.* Did you mean dataset\?"),
+        ({"datset": "SARC"}, r"unknown notebook parameter 'datset'.* Did you mean dataset"),
         ({"dataset": "SARK"}, r"unknown data set 'SARK' in study tiny\. Did you mean SARC\?"),
         ({"study": "dem"}, r"unknown study 'dem'.* Did you mean demo"),
         ({"folds": [0, 2]}, "fold .2. of study tiny: its folds are 0 to 1"),
