@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import ast
 import json
+import linecache
+import os
+import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from steph import PROJECT, Refused
-from steph.data.manifest import Study, load_study, unknown
+from steph.data.manifest import MANIFESTS, Study, load_study, unknown
+from steph.plots.display import FOLDER_VARIABLE
 from steph.records import atomic_path, file_sha256, fingerprint, versions, write_json
 from steph.runs import Workbench
 from steph.study import check_device
@@ -49,7 +54,8 @@ class Parameters:
 
 
 def start(namespace: Mapping[str, Any]) -> Parameters:
-    """Check the parameters of the notebook whose globals are given; set the plots' style; say if all is synthetic.
+    """Check the parameters of the notebook whose globals are given; set the plots' style; say if all is synthetic; let
+    a notebook that is open for editing follow changes to the library (`follow_library`).
 
     Raises `Refused` for a name that the notebook does not take (papermill injects a misspelt parameter with a mere
     warning), for a wrong type and an impossible value.
@@ -62,9 +68,47 @@ def start(namespace: Mapping[str, Any]) -> Parameters:
     warnings.filterwarnings("ignore", message="IProgress not found")
     checked = check({name: namespace[name] for name in _assigned_by_cells(namespace.get("In", []))})
     set_style()
+    if FOLDER_VARIABLE not in os.environ:
+        follow_library(checked.bench)
     if checked.study.synthetic:
         display(Markdown(f"> **Synthetic demo cohort — not TCGA, not patients.** Study `{checked.study.name}`."))
     return checked
+
+
+def follow_library(bench: Workbench) -> None:
+    """In a kernel that a person works with, run changed code of `steph` from the next cell on (IPython's autoreload),
+    and give runs of changed code new keys. Elsewhere nothing is done."""
+    from IPython.core.getipython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:
+        return
+    seen = _library_times()
+
+    def forget_keys(*_: Any) -> None:
+        nonlocal seen
+        now = _library_times()
+        if now != seen:
+            seen = now
+            forget_code(bench)
+
+    shell.run_line_magic("load_ext", "autoreload")
+    shell.run_line_magic("autoreload", "2")
+    shell.events.register("pre_run_cell", forget_keys)
+
+
+def _library_times() -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (PROJECT / "steph").rglob("*.py")}
+
+
+def forget_code(bench: Workbench) -> None:
+    """Forget what was read of the library's code and files, and with it the keys of runs."""
+    linecache.checkcache()
+    for name in [name for name in sys.modules if name.startswith("steph.")]:
+        for value in vars(sys.modules[name]).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+    bench._keys.clear()
 
 
 def check(given: Mapping[str, Any]) -> Parameters:
@@ -185,10 +229,12 @@ def _assignments(source: str) -> dict[str, ast.expr]:
 
 
 def find(name: str | Path) -> Path:
-    """A notebook by path or by name (``01_baselines``, ``baselines``). Raises `Refused` for one that is not there."""
+    """A notebook by path, also below ``notebooks/`` (``templates/new_method``), or by name (``01_baselines``,
+    ``baselines``). Raises `Refused` for one that is not there."""
     path = Path(name)
-    if path.suffix == ".ipynb" and path.is_file():
-        return path
+    for candidate in (path, NOTEBOOKS / path.with_suffix(".ipynb")):
+        if candidate.suffix == ".ipynb" and candidate.is_file():
+            return candidate
     known = sorted(NOTEBOOKS.glob("*.ipynb"))
     for candidate in known:
         if path.stem in (candidate.stem, candidate.stem.partition("_")[2]):
@@ -236,7 +282,7 @@ def execute(notebook: Path, given: Mapping[str, Any], output: Path | None = None
     completion_path(target).unlink(missing_ok=True)
     started = time.perf_counter()
     failed = target.with_name(f"{target.stem}.failed.ipynb")
-    with atomic_path(target) as temporary:
+    with atomic_path(target) as temporary, _kernels_know(target.parent):
         working = temporary.with_suffix(".ipynb")
         try:
             papermill.execute_notebook(
@@ -278,6 +324,20 @@ def execute(notebook: Path, given: Mapping[str, Any], output: Path | None = None
     return target
 
 
+@contextmanager
+def _kernels_know(folder: Path) -> Iterator[None]:
+    """Kernels started meanwhile know in which folder their notebook will lie, so that its links to files hold there."""
+    before = os.environ.get(FOLDER_VARIABLE)
+    os.environ[FOLDER_VARIABLE] = str(folder.resolve())
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[FOLDER_VARIABLE]
+        else:
+            os.environ[FOLDER_VARIABLE] = before
+
+
 def completion_path(executed: Path) -> Path:
     """The completion record of an executed notebook."""
     return executed.with_suffix(".json")
@@ -298,13 +358,32 @@ def completion(executed: Path) -> dict[str, Any]:
 
 
 def state(notebook: Path, given: Mapping[str, Any], bench: Workbench) -> str:
-    """Hash of all that an executed notebook shows: its source and parameters, the library, the study, its records."""
-    library = sorted((PROJECT / "steph").rglob("*.py"))
-    runs = sorted(str(path) for path in (bench.study.build / "runs").glob("*/*/*/run.json"))
+    """Hash of all that an executed notebook shows: its source and parameters, the library and the packages, the study's
+    manifest, data and finished runs, the same of its twin where there is one, the paper's tables."""
     source = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     cells = [[cell["cell_type"], "".join(cell["source"])] for cell in source]
-    manifest = bench.study.model_dump(mode="json")
-    return fingerprint([cells, dict(given), [file_sha256(p) for p in library], manifest, runs])
+    files = [*sorted((PROJECT / "steph").rglob("*.py")), *sorted((MANIFESTS / "paper").glob("*"))]
+    studies = [bench.study]
+    if (MANIFESTS / f"{bench.study.name}_twin.yaml").is_file():
+        studies.append(load_study(f"{bench.study.name}_twin"))
+    shown = [[study.model_dump(mode="json"), _data_state(study), _finished(study)] for study in studies]
+    return fingerprint([cells, dict(given), [file_sha256(path) for path in files], versions(), shown])
+
+
+def _finished(study: Study) -> list[str]:
+    """Folders of a study's finished runs; their names hold the keys."""
+    runs = study.build / "runs"
+    return sorted(path.parent.relative_to(runs).as_posix() for path in runs.glob("*/*/*/run.json"))
+
+
+def _data_state(study: Study) -> list[list[Any]]:
+    """Labels by content and packed stores by size and time, for a study of real patients; a synthetic one follows from
+    its manifest and the library."""
+    if study.synthetic:
+        return []
+    labels = [[path.name, file_sha256(path)] for path in sorted((study.data / "labels").glob("*.csv"))]
+    stores = [(path.name, path.stat()) for path in sorted((study.data / "stores").glob("*.h5"))]
+    return [*labels, *([name, found.st_size, found.st_mtime_ns] for name, found in stores)]
 
 
 def up_to_date(executed: Path, notebook: Path, given: Mapping[str, Any], bench: Workbench) -> bool:

@@ -11,6 +11,7 @@ from steph.plots.comparison import sweeps as sweeps
 from steph.plots.display import file_name as file_name
 from steph.plots.display import show_blocks as show_blocks
 from steph.plots.display import show_figure as show_figure
+from steph.plots.display import show_link as show_link
 from steph.plots.display import show_styled as show_styled
 from steph.plots.display import show_table as show_table
 from steph.plots.display import show_text as show_text

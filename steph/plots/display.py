@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -15,6 +17,10 @@ from steph.records import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+FOLDER_VARIABLE = "STEPH_NOTEBOOK_FOLDER"
+"""Environment variable: the folder in which a notebook that is being executed will lie."""
 
 
 def file_name(name: str, p: Any) -> str:
@@ -49,6 +55,7 @@ def show_figure(fig: Figure, name: str, p: Any) -> Path:
         data[mime] = path.read_text(encoding="utf-8") if kind == "svg" else path.read_bytes()
     plt.close(fig)
     display({**data, "text/plain": f"figure {path.name}"}, raw=True)
+    show_link(path.with_suffix(".svg"))
     return path
 
 
@@ -65,6 +72,7 @@ def show_table(
 
     path = write_table(table, name, p, index)
     display(styled(table, formats, index))
+    show_link(path)
     return path
 
 
@@ -90,7 +98,19 @@ def show_blocks(table: pd.DataFrame, name: str, p: Any, columns: int = 7) -> Pat
     path = write_table(table, name, p)
     for part in np.array_split(np.arange(table.shape[1]), blocks):
         display(styled(table.iloc[:, part]))
+    show_link(path)
     return path
+
+
+def show_link(path: Path) -> None:
+    """Display a small link to a file, named by its kind ("CSV"), that holds where the notebook lies: in the folder that
+    `steph run` puts it into, else in the current one."""
+    from IPython.display import display
+
+    folder = os.environ.get(FOLDER_VARIABLE) or Path.cwd()
+    target = quote(Path(os.path.relpath(path, folder)).as_posix())
+    html = f'<p class="to-file"><a href="{target}" download>{path.suffix[1:].upper()}</a></p>'
+    display({"text/html": html, "text/plain": f"file {target}"}, raw=True)
 
 
 def show_styled(table: pd.DataFrame, index: bool = True) -> None:
