@@ -1,0 +1,141 @@
+"""Figures of cost: performance against operations (Fig. 2), seconds of an epoch (Tables S6, S7) and of a prediction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from steph.analysis.efficiency import epoch_ratios, of_both_stages, paper_seconds
+from steph.plots.look import MUTED, WIDTH, colour_of
+from steph.results import title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def performance_and_cost(here: pd.DataFrame, paper: pd.DataFrame, where: str = "here") -> Figure:
+    """Mean C-index against GFLOPs of a prediction, as in Fig. 2: the paper's open diamonds on the left, this study's on
+    the right, larger where a bag goes through more networks (their number is written beside).
+
+    here, paper: of `steph.analysis.efficiency.performance_and_cost` and `paper_performance_and_cost`.
+    """
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.5))
+    for ax, table, heading in zip(axes, (paper, here), ("the paper (TCGA)", where), strict=True):
+        drawn = table is paper
+        for name, x, y, n in zip(*(table[c] for c in ("method", "gflops", "c_index", "networks")), strict=True):
+            colour = colour_of(name)
+            ax.scatter(
+                x, y, s=26 * n, zorder=3, linewidths=1.3, edgecolors=colour,
+                marker="D" if drawn else "o", facecolors="white" if drawn else colour,
+            )  # fmt: skip
+        spread = np.ptp(table["c_index"]) or 0.01
+        ax.set_xscale("log")
+        ax.set_xlim(table["gflops"].min() / 2.2, table["gflops"].max() * 3.2)
+        ax.set_ylim(table["c_index"].min() - 0.16 * spread, table["c_index"].max() + 0.2 * spread)
+        ax.set(title=heading, xlabel="GFLOPs of a prediction (10,000 patches)")
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        _label_points(ax, table)
+    axes[0].set_ylabel("mean C-index")
+    return fig
+
+
+def _label_points(ax: Axes, table: pd.DataFrame) -> None:
+    """Names beside points of one scatter, to the right; of points at nearly the same place, one above the other."""
+    from scipy.optimize import isotonic_regression
+
+    low, high = ax.get_ylim()
+    gap = (high - low) / 17
+    rows = table.sort_values("c_index")
+    steps = gap * np.arange(len(rows))
+    # Only names that would lie on each other are moved: places that rise by `gap` at least, as near as can be.
+    places = isotonic_regression(rows["c_index"].to_numpy() - steps).x + steps
+    middle = float(np.sqrt(np.prod(ax.get_xlim())))
+    line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4}
+    for name, x, value, n, y in zip(
+        rows["method"], rows["gflops"], rows["c_index"], rows["networks"], places, strict=True
+    ):
+        text = title(name) + ("" if n == 1 else f" ({n} networks)")
+        right = x < 2 * middle
+        ax.annotate(
+            text, xy=(x, value), xytext=(x * (1.35 if right else 1 / 1.45), y), va="center",
+            ha="left" if right else "right", fontsize=7.5, color=colour_of(name),
+            arrowprops=line if abs(y - value) > gap / 2 else None,
+        )  # fmt: skip
+
+
+def epochs(times: pd.DataFrame) -> Figure:
+    """Seconds of a training epoch of each method, as in Table S6: a dot per round, a bar for the median, an open
+    diamond where the paper's ratio to AdaMerging would be. times: `steph.analysis.efficiency.epoch_times`."""
+    import matplotlib.pyplot as plt
+
+    wide, printed = of_both_stages(times), paper_seconds("table_s6")
+    names = [name for name in ("vanilla", *printed.index) if name in wide]
+    fig, ax = plt.subplots(figsize=(WIDTH, 0.32 * len(names) + 1.0))
+    scale = wide["adamerging"].median() / printed["adamerging"] if "adamerging" in wide else np.nan
+    for y, name in enumerate(names):
+        own, colour = wide[name], colour_of(name)
+        ax.scatter(own, np.full(len(own), y), s=10, color=colour, alpha=0.45, linewidths=0, zorder=2)
+        ax.plot([own.median()] * 2, [y - 0.32, y + 0.32], color=colour, linewidth=2.6, zorder=3)
+        if name in printed:
+            ax.plot(printed[name] * scale, y, marker="D", markersize=5, markerfacecolor="white",
+                    markeredgecolor=colour, zorder=4)  # fmt: skip
+    ax.set_yticks(range(len(names)), [title(name) for name in names])
+    ax.set(ylim=(len(names) - 0.5, -0.5), xlabel="seconds of an epoch (◇ the paper's, scaled to AdaMerging's here)")
+    ax.set_xlim(left=min(0.0, ax.get_xlim()[0]))
+    ax.grid(axis="y", visible=False)
+    return fig
+
+
+def epochs_by_sources(times: pd.DataFrame) -> Figure:
+    """Seconds of an epoch of STEPH against its number of sources m, as in Table S7, each as a multiple of the smallest
+    m's: the median over rounds with its quartiles, and the paper's."""
+    import matplotlib.pyplot as plt
+
+    printed = paper_seconds("table_s7")
+    names = [name for name in printed.index if name in set(times["method"])]
+    rows = epoch_ratios(times, names[0]).set_index("method").loc[names]
+    m = [int(name.removeprefix("steph_m")) for name in names]
+    fig, ax = plt.subplots(figsize=(WIDTH * 0.72, 2.9))
+    colour = colour_of("steph")
+    ax.fill_between(m, rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0, label="here, quartiles")
+    ax.plot(m, rows["ratio"], "o-", color=colour, markersize=4.5, label="here, median of rounds")
+    ax.plot(m, printed[names] / printed[names[0]], "D--", color="#1F2937", markerfacecolor="white", markersize=4.5,
+            linewidth=0.9, label="the paper")  # fmt: skip
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(low, 0.9), max(high, 1.15))
+    ax.set(xlabel="m, sources merged (K = m)", ylabel=f"seconds of an epoch\n÷ those of m = {m[0]}")
+    ax.set_xticks(m)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return fig
+
+
+def predictions(times: pd.DataFrame, counted: pd.DataFrame) -> Figure:
+    """Seconds (a dot per round, a bar for the median) and memory of one prediction, methods in the order of what they
+    compute. times: `steph.analysis.efficiency.prediction_times`; counted: `operations`, whose cost in multiples of the
+    cancer's own model stands as a tick beside its time."""
+    import matplotlib.pyplot as plt
+
+    products = counted.set_index("method")["products"]
+    names = sorted(times["method"].unique(), key=lambda name: products[name])
+    of = {name: times[times["method"] == name] for name in names}
+    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 0.28 * len(names) + 1.2), sharey=True, width_ratios=[3, 2])
+    own = of["vanilla"]["seconds"].median() / products["vanilla"]
+    for y, name in enumerate(names):
+        seconds, colour = of[name]["seconds"], colour_of(name)
+        left.scatter(seconds, np.full(len(seconds), y), s=12, color=colour, alpha=0.5, linewidths=0, zorder=2)
+        left.plot([seconds.median()] * 2, [y - 0.3, y + 0.3], color=colour, linewidth=2.6, zorder=3)
+        left.plot(products[name] * own, y, marker="|", markersize=9, color="#1F2937", markeredgewidth=1, zorder=4)
+        right.barh(y, of[name]["memory"].iloc[0] / 1e6, height=0.55, color=colour)
+    left.set_yticks(range(len(names)), [title(name) for name in names])
+    patches = times["patches"].iloc[0]
+    left.set(xscale="log", xlabel=f"seconds of a prediction, {patches:,} patches\n(| by Vanilla's pace)")
+    right.set(xlabel="memory (MB), beyond\nthe model and the bag", ylim=(len(names) - 0.5, -0.5))
+    for ax in (left, right):
+        ax.grid(axis="y", visible=False)
+    left.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    return fig
