@@ -1,12 +1,14 @@
-"""Figures of training: the course of w and lambda over epochs and over starts (Figs. 9, S1, S2)."""
+"""Figures of training: w and lambda over epochs and starts (Figs. 9, S1, S2), and on a landscape (Fig. 8)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from steph.plots.landscape import draw_plane, loss_bar, loss_levels
 from steph.plots.look import WIDTH, colour_of_dataset, label_ends, line_of_dataset, write_cell
 
 if TYPE_CHECKING:
@@ -104,3 +106,47 @@ def starts(last: pd.DataFrame, planted: pd.Series | None = None) -> Figure:
         ax.spines[:].set_visible(False)
         ax.tick_params(length=0)
     return fig
+
+
+def trajectories(paths: pd.DataFrame, tables: Mapping[str, pd.DataFrame], target: str) -> Figure:
+    """Where STEPH with one source stands after each epoch, over the smoothed test loss of the pair, as in Fig. 8: a
+    panel for each run, deeper colour for later epochs. Points outside the landscape are drawn where they are, on white.
+
+    paths: as `steph.analysis.trajectory.trajectories` gives it. tables: the landscape of each source.
+    """
+    import matplotlib.pyplot as plt
+
+    of_runs = [(str(source), seed, path) for (source, seed), path in paths.groupby(["source", "seed"], sort=False)]
+    columns = min(3, len(of_runs))
+    rows = -(-len(of_runs) // columns)
+    size = (WIDTH * max(2, columns) / 3, 2.35 * rows + 0.5)
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
+    several = paths["seed"].nunique() > 1
+    levels = loss_levels(pd.concat([tables[source] for source, _, _ in of_runs]), "loss_test")
+    far = max(1.0, float(paths[["c_s", "c_t"]].to_numpy().max()) * 1.04)
+    last = int(paths["epoch"].max())
+    shades, scale = plt.get_cmap("Reds"), plt.Normalize(1 - 0.3 * last, last)  # the first epoch is not white
+    for ax in axes.flat[len(of_runs) :]:
+        ax.set_visible(False)
+    for i, (ax, (source, seed, path)) in enumerate(zip(axes.flat, of_runs, strict=False)):
+        image = draw_plane(ax, tables[source], "loss_test", levels, lower=False)
+        ax.plot(path["c_s"], path["c_t"], color=_EDGE, linewidth=0.7, zorder=6)
+        ax.scatter(
+            path["c_s"], path["c_t"], c=path["epoch"], cmap=shades, norm=scale, s=22, zorder=7, edgecolors=_EDGE,
+            linewidths=0.5, clip_on=False,
+        )  # fmt: skip
+        ax.set(xlim=(0, far), ylim=(0, far), title=f"{source}, start {seed}" if several else f"{source} → {target}")
+        ax.set_ylabel(r"$C_t = w\lambda$" if i % columns == 0 else "")
+        ax.set_xlabel(r"$C_s = w(1-\lambda)$" if i >= len(of_runs) - columns else "")
+    loss_bar(fig, image, axes, shrink=0.7, label="test loss")
+    keys = [
+        plt.Line2D([], [], marker="o", markersize=5, linestyle="", markerfacecolor=shades(scale(epoch)), label=text,
+                   markeredgecolor=_EDGE, markeredgewidth=0.5)
+        for epoch, text in ((1, "epoch 1"), ((1 + last) // 2, f"{(1 + last) // 2}"), (last, f"{last}"))
+    ]  # fmt: skip
+    keys.append(plt.Line2D([], [], color="#1F2937", linewidth=0.9, linestyle="--", label=r"as much loss as $M_t$"))
+    fig.legend(handles=keys, loc="outside lower center", ncols=4)
+    return fig
+
+
+_EDGE = "#7F1D1D"
