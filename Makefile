@@ -47,7 +47,7 @@ book: $(STAMP) ## run the study that is not yet run, execute the notebooks, buil
 	$(STEPH) book --study $(STUDY)
 
 lab: $(STAMP) ## the notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 bench: $(STAMP) ## speed, as ratios to a plain implementation and to the machine
 	$(BIN)/python -m benchmarks

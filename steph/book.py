@@ -2,151 +2,204 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
-import pandas as pd
 import yaml
 
-from steph import PROJECT, Refused, notebooks
+from steph import PROJECT, Refused, notebooks, pages
 from steph.analysis.dynamics import runs as dynamics_runs
 from steph.data.manifest import Study
-from steph.records import atomic_path, versions
+from steph.records import atomic_path
 from steph.runs import Run, Workbench, plan, results
 from steph.scorecard import timed_runs
 from steph.study import run_all
 
 SHELF = PROJECT / "build" / "book"
-"""What the builder reads besides book/: gated notebooks and the status page."""
-
+"""What the builder reads besides book/: gated notebooks with the files they link to, and pages made by `steph.pages`."""
 
 BUILDER = "from jupyter_book.cli.main import main; main()"  # the package cannot be run with -m
+
+LAST = "10_scorecard"
+"""The chapter that closes the book; the others come by their numbers."""
+
+TARGETS = {
+    "04_landscapes": ("BRCA", "BLCA"),  # Figs. 4, 6, S3; Fig. S5
+    "06_dynamics": ("BRCA", "KIPAN", "LUNG"),  # Figs. 8, 9; S1; S2
+    "08_interpretability": ("COADREAD",),  # Fig. S4
+}
+"""The cancers of the paper's figures, for chapters about one; the first takes the chapter, each other a copy of it."""
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """One notebook of the book and the parameters it is published with."""
+    """One notebook of the book, the name of its executed copy, and the parameters it is published with."""
 
     notebook: str
+    name: str
     parameters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def source(self) -> Path:
+        """The notebook that is executed."""
+        return notebooks.NOTEBOOKS / f"{self.notebook}.ipynb"
 
 
 def chapters(study: Study) -> list[Chapter]:
-    """The notebooks that make the book, in reading order."""
-    name = {"study": study.address}
-    return [
-        Chapter("00_data", name),
-        Chapter("01_baselines", name),
-        Chapter("02_mil_networks", name),
-        Chapter("03_ablations", name),
-        Chapter("06_dynamics", {**name, "dataset": dynamics_target(study)}),
-        Chapter("10_scorecard", name),
-    ]
+    """The chapters that make the book, in reading order: every notebook of ``notebooks/``, some for several cancers."""
+    names = sorted((path.stem for path in notebooks.NOTEBOOKS.glob("*.ipynb")), key=lambda name: (name == LAST, name))
+    return [chapter for name in names for chapter in _copies(study, name)]
 
 
-def dynamics_target(study: Study) -> str:
-    """The cancer whose training is followed: the paper's example (BRCA) where the study has it."""
-    return "BRCA" if "BRCA" in study.datasets else next(iter(study.datasets))
+def _copies(study: Study, notebook: str) -> Iterator[Chapter]:
+    """A chapter, and its copies for other cancers. A study that has none of those takes its first."""
+    own = {"study": study.address}
+    takes = notebooks.declared(notebooks.NOTEBOOKS / f"{notebook}.ipynb")
+    if takes.get("dataset", "all") == "all":
+        yield Chapter(notebook, notebook, own)
+        return
+    wanted = TARGETS.get(notebook, (takes["dataset"],))
+    first, *others = [name for name in wanted if name in study.datasets] or [next(iter(study.datasets))]
+    yield Chapter(notebook, notebook, {**own, "dataset": first})
+    for dataset in others:
+        yield Chapter(notebook, f"{notebook}-{dataset}", {**own, "dataset": dataset})
 
 
 def needed_runs(study: Study) -> list[Run]:
     """Every run that the book shows."""
-    takes = notebooks.declared(notebooks.find("06_dynamics"))
-    seeds = [study.seed + i for i in range(takes["n_seeds"])]
-    fold = notebooks.check({**takes, "study": study.address, "dataset": dynamics_target(study)}).folds[0]
-    own = dynamics_runs(study, dynamics_target(study), fold, seeds)
+    own = []
+    for chapter in chapters(study):
+        if chapter.notebook == "06_dynamics":
+            takes = notebooks.check({**notebooks.declared(chapter.source), **chapter.parameters})
+            seeds = [study.seed + i for i in range(takes.n_seeds)]
+            own += dynamics_runs(study, takes.dataset, takes.folds[0], seeds)
     return list(dict.fromkeys([*plan(study), *own, *timed_runs(study)]))
 
 
 def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None) -> Path:
     """Everything from records to pages; what is finished is not repeated. Returns the path of the first page."""
     run_all(bench, needed_runs(bench.study), device=device, workers=workers)
+    stale = []
     for chapter in chapters(bench.study):
-        source = notebooks.find(chapter.notebook)
-        takes = notebooks.declared(source)
-        wanted = {**chapter.parameters, "device": device}
-        given = {name: value for name, value in wanted.items() if name in takes and value != takes[name]}
-        executed = executed_path(bench.study, chapter)
-        if notebooks.up_to_date(executed, source, given, bench):
-            print(f"{source.name}: up to date", file=sys.stderr)
+        given = _given(chapter, device)
+        if notebooks.up_to_date(executed_path(bench.study, chapter), chapter.source, given, bench):
+            print(f"{chapter.name}: up to date", file=sys.stderr)
         else:
-            notebooks.execute(source, given, executed, progress=sys.stderr.isatty())
-            print(f"{source.name}: executed", file=sys.stderr)
+            stale.append((chapter.source, given, executed_path(bench.study, chapter)))
+    _execute(stale, 1 if device != "cpu" else workers or os.cpu_count() or 1)
     shelve(bench)
     return build_pages(bench.study)
 
 
+def _given(chapter: Chapter, device: str) -> dict[str, Any]:
+    """The parameters that a chapter is executed with: those that differ from what the notebook says."""
+    takes = notebooks.declared(chapter.source)
+    wanted = {**chapter.parameters, "device": device}
+    return {name: value for name, value in wanted.items() if name in takes and value != takes[name]}
+
+
+def _execute(work: list[tuple[Path, dict[str, Any], Path]], workers: int) -> None:
+    """Execute notebooks, several at a time, each in a process of its own. The first that fails ends it."""
+    if workers == 1 or len(work) < 2:
+        for source, given, target in work:
+            notebooks.execute(source, given, target, progress=sys.stderr.isatty())
+            print(f"{target.stem}: executed", file=sys.stderr)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(work)), mp_context=context) as pool:
+        futures = [pool.submit(notebooks.execute, *arguments, progress=False) for arguments in work]
+        try:
+            for future, (_, _, target) in zip(futures, work, strict=True):
+                future.result()
+                print(f"{target.stem}: executed", file=sys.stderr)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
 def executed_path(study: Study, chapter: Chapter) -> Path:
     """Where the executed copy of a chapter lies."""
-    return study.build / "notebooks" / f"{chapter.notebook}.ipynb"
+    return study.build / "notebooks" / f"{chapter.name}.ipynb"
 
 
 def shelve(bench: Workbench) -> None:
-    """The gate: copy executed notebooks to where the builder looks, refusing any that is not finished; write the status
-    page. Raises `Refused`, naming the notebook, and leaves the shelf without it."""
-    infos = {}
-    for chapter in chapters(bench.study):
-        target = SHELF / "notebooks" / f"{chapter.notebook}.ipynb"
+    """The gate: copy executed notebooks, and the files that they link to, to where the builder looks, refusing any that
+    is not finished; write the pages that a program writes.
+
+    Raises `Refused`, naming the notebook, and leaves the shelf without it.
+    """
+    study, infos = bench.study, {}
+    shutil.rmtree(SHELF / "files", ignore_errors=True)
+    (SHELF / "files").mkdir(parents=True)
+    known = {f"{chapter.name}.ipynb" for chapter in chapters(study)}
+    for old in (SHELF / "notebooks").glob("*.ipynb"):
+        if old.name not in known:
+            old.unlink()
+    for chapter in chapters(study):
+        target = SHELF / "notebooks" / f"{chapter.name}.ipynb"
         target.unlink(missing_ok=True)
-        executed = executed_path(bench.study, chapter)
-        infos[chapter.notebook] = notebooks.completion(executed)
-        with atomic_path(target) as temporary:
-            shutil.copyfile(executed, temporary)
-    with atomic_path(SHELF / "status.md") as temporary:
-        temporary.write_text(status_page(bench, infos), encoding="utf-8")
+        executed = executed_path(study, chapter)
+        infos[chapter.name] = notebooks.completion(executed)
+        for link in linked_files(executed):
+            # The builder copies what lies in files/ to the book's root; pages of notebooks lie below build/book/.
+            _copy(executed.parent / link, SHELF / "files" / "build" / "book" / "notebooks" / link, executed)
+        _copy(executed, target, executed)
+    runs = results(bench)
+    _write("status.md", pages.status(bench, infos, runs))
+    _write("found.md", pages.found(study, runs))
+    for name, text in pages.reference().items():
+        _write(f"reference/{name}.md", text)
+    listed = [(c.name, c.notebook, _title(c)) for c in chapters(study)]
+    _write("_toc.yml", pages.contents(listed))
 
 
-def status_page(bench: Workbench, infos: dict[str, dict[str, Any]]) -> str:
-    """What was run, with what, for how long: the status page in Markdown, all of it from records."""
-    study, table = bench.study, results(bench)
-    executed = pd.DataFrame(
-        [
-            {"notebook": name, "status": info["status"], "seconds": info["seconds"], "device": info["device"]}
-            for name, info in infos.items()
-        ]
-    )
-    by_method = table.groupby("method", sort=False).agg(
-        runs=("key", "size"), data_sets=("dataset", "nunique"), folds=("fold", "nunique"), seeds=("seed", "nunique"),
-        mean_seconds=("seconds", "mean"), total_seconds=("seconds", "sum"),
-        devices=("device", lambda found: ", ".join(sorted(set(found)))),
-    ).round(1).reset_index()  # fmt: skip
-    packages = pd.DataFrame(versions().items(), columns=["package", "version"])
-    kind = "**synthetic**: made by a program, not patients" if study.synthetic else "real data"
-    undefined = table[table["problem"] != ""]
-    problems = "None." if undefined.empty else _markdown(undefined[["dataset", "method", "fold", "problem"]])
-    return f"""# Status
-
-What stands behind the pages: every number of this book comes from a record listed here.
-
-Study `{study.name}`, {study.title}. Its data are {kind}. {len(table)} finished runs.
-
-## Notebooks
-
-{_markdown(executed)}
-
-## Runs
-
-{_markdown(by_method)}
-
-## Runs without a C-index
-
-{problems}
-
-## Software
-
-{_markdown(packages)}
-"""
+def _title(chapter: Chapter) -> str:
+    """A copy's title in the table of contents: its notebook's, and its cancer."""
+    first = re.search(r"^# (.+)$", _markdown_of(chapter.source), re.MULTILINE)
+    return ": ".join([first[1] if first else chapter.notebook, *chapter.name.split("-")[1:]])
 
 
-def _markdown(table: pd.DataFrame) -> str:
-    head = f"| {' | '.join(map(str, table.columns))} |\n|{'---|' * len(table.columns)}"
-    cells = [" | ".join(str(value).replace("|", "\\|") for value in row) for row in table.itertuples(index=False)]
-    return "\n".join([head, *(f"| {row} |" for row in cells)])
+def _markdown_of(notebook: Path) -> str:
+    import nbformat
+
+    cells = nbformat.read(notebook, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def linked_files(executed: Path) -> list[str]:
+    """Relative paths, seen from its folder, of the files that an executed notebook's outputs link to
+    (`steph.plots.show_link`)."""
+    import nbformat
+
+    html = [
+        output.get("data", {}).get("text/html", "")
+        for cell in nbformat.read(executed, as_version=4).cells
+        for output in cell.get("outputs", [])
+    ]
+    return [unquote(href) for text in html for href in re.findall(r'<p class="to-file"><a href="([^"]+)"', text)]
+
+
+def _copy(source: Path, target: Path, executed: Path) -> None:
+    if not source.is_file():
+        raise Refused(
+            f"{executed} links to {source}, which is not there. Run it again: steph run {executed.stem.partition('-')[0]}"
+        )
+    with atomic_path(Path(os.path.normpath(target))) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def _write(name: str, text: str) -> None:
+    with atomic_path(SHELF / name) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def build_pages(study: Study) -> Path:
@@ -154,11 +207,12 @@ def build_pages(study: Study) -> Path:
     configuration = yaml.safe_load((PROJECT / "_config.yml").read_text(encoding="utf-8"))
     if study.synthetic is None:
         del configuration["html"]["announcement"]  # the banner that says: synthetic
-    with atomic_path(SHELF / "_config.yml") as temporary:
-        temporary.write_text(yaml.safe_dump(configuration), encoding="utf-8")
+    own = configuration["sphinx"]["local_extensions"]  # seen from the configuration, which lies elsewhere now
+    configuration["sphinx"]["local_extensions"] = {name: str(PROJECT / path) for name, path in own.items()}
+    _write("_config.yml", yaml.safe_dump(configuration))
     output = SHELF / "_build" / "html" / "index.html"
     builder = [sys.executable, "-c", BUILDER, "build", str(PROJECT), "--path-output", str(SHELF)]
-    builder += ["--config", str(SHELF / "_config.yml")]
+    builder += ["--config", str(SHELF / "_config.yml"), "--toc", str(SHELF / "_toc.yml")]
     command = [*builder, "-W", "-n", "--keep-going"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment)

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,7 @@ def execute(notebook: Path, given: Mapping[str, Any], output: Path | None = None
             "notebook": file_sha256(target),
             "seconds": round(time.perf_counter() - started, 1),
             "device": checked.device,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
         },
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import symtable
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -257,13 +258,19 @@ def row_of(found: Record | None) -> dict[str, Any]:
 
 def code_of(entry: Method) -> str:
     """Hash of the code that decides a method's numbers, docstrings left out: its builder with the functions of the same
-    module that it calls, and whole modules: those of what they name elsewhere, the network's, the engine's."""
+    module that it calls, and whole modules: those of what they name elsewhere, the network's, the engine's.
+
+    Raises `Refused` for a builder defined in a notebook that uses a class or a value of the notebook: their changes
+    would not be seen.
+    """
     functions: dict[str, str] = {}
     waiting = [entry.build]
     modules = {"steph.training", "steph.survival", f"steph.mil.{entry.network}", *entry.code}
     while waiting:
         build = waiting.pop()
         functions[build.__name__], names = _source_of(build)
+        if build.__module__ == "__main__":
+            _refuse_loose(build)
         for found in (build.__globals__.get(name) for name in names):
             home = getattr(found, "__module__", None) or ""
             if inspect.isfunction(found) and home == build.__module__ and found.__name__ not in functions:
@@ -271,6 +278,24 @@ def code_of(entry: Method) -> str:
             elif home.startswith(NUMERIC):
                 modules.add(home)
     return fingerprint([functions, code_fingerprint(*sorted(modules))])
+
+
+def _refuse_loose(build: Callable[..., Any]) -> None:
+    """Refuse classes and values of a notebook that a function defined there uses."""
+    waiting, names = [symtable.symtable(textwrap.dedent(inspect.getsource(build)), "notebook", "exec")], set()
+    while waiting:
+        scope = waiting.pop()
+        waiting += scope.get_children()
+        names |= {s.get_name() for s in scope.get_symbols() if s.is_global() and scope.get_type() != "module"}
+    for name in sorted(names):
+        found = build.__globals__.get(name)
+        if inspect.isclass(found) and found.__module__ == "__main__":
+            raise Refused(f"{build.__name__} uses the class {name} of this notebook: define it inside {build.__name__}.")
+        if not (found is None or callable(found) or inspect.ismodule(found)):
+            raise Refused(
+                f"{build.__name__} uses {name}, a value of this notebook: hand it over as an option of the method "
+                f"(options={{{name!r}: ...}}), so that runs with another value are other runs."
+            )
 
 
 @cache

@@ -65,7 +65,8 @@ def run_all(
     for wanted in runs:
         _check(bench.study, wanted, device)
     workers = (os.cpu_count() or 1) if workers is None else workers
-    if device != "cpu":
+    # Other processes do not see a method that was defined in a notebook.
+    if device != "cpu" or any(method(wanted.method).build.__module__ == "__main__" for wanted in runs):
         workers = 1
     for stage in _stages(bench, runs):
         missing = [wanted for wanted in stage if bench.record(wanted) is None]

@@ -1,0 +1,99 @@
+"""What this book adds to the builder: docstrings in plain prose, and buttons on the pages of notebooks."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from html import escape
+from pathlib import Path, PurePosixPath
+
+NOTEBOOKS = "build/book/notebooks/"
+LAB = "http://localhost:8888/lab/tree/notebooks"
+PROJECT = Path(__file__).resolve().parents[2]
+
+CODE = re.compile(r"(``.+?``|`[^`]+`)", re.DOTALL)
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*(\(\))?")
+
+
+def plain_docstring(app, what, name, obj, options, lines) -> None:
+    """Our docstrings are prose: paragraphs, lists with dashes, indented formulas, `code`. Make reStructuredText of them."""
+    text = "\n".join(lines).strip("\n")
+    blocks = []
+    for block in re.split(r"\n\s*\n", text):
+        if all(line.startswith("  ") for line in block.split("\n")):
+            blocks.append("::\n\n" + "\n".join("  " + line for line in block.split("\n")))
+        else:
+            blocks.append(_prose(re.sub(r"(?m)(?<=[^\n])\n(?=- )", "\n\n", block)))
+    lines[:] = "\n\n".join(blocks).split("\n") + [""]
+
+
+def _prose(text: str) -> str:
+    """Escape what reStructuredText would read as markup; names in backticks become links where they lead somewhere."""
+    parts = []
+    for part in CODE.split(text):
+        if not part.startswith("`"):
+            parts.append(re.sub(r"([\\*|@]|_(?=\W|$)|`)", r"\\\1", part))
+        else:
+            inside = " ".join(part.strip("`").split())
+            parts.append(f":py:obj:`{inside}`" if NAME.fullmatch(inside) and part[1] != "`" else f"``{inside}``")
+    # Markup must be set off from letters that touch it; an escaped space shows nothing.
+    spaced = [re.sub(r"^(?=\w)", r"\\ ", p) if i and i % 2 == 0 else p for i, p in enumerate(parts)]
+    return "".join(spaced)
+
+
+def plain_signature(app, what, name, obj, options, signature, returns):
+    """A default such as <factory> is no Python, and would leave the whole signature unread."""
+    return (re.sub(r"<[^<>]*>", "...", signature) if signature else signature), returns
+
+
+def repository(project: Path = PROJECT) -> tuple[str, str] | None:
+    """ "owner/name" on GitHub and the branch, if the checkout's remote `origin` is there; else None."""
+
+    def git(*command: str) -> str:
+        try:
+            done = subprocess.run(["git", "-C", str(project), *command], capture_output=True, text=True)
+        except OSError:
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    top = git("rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != project.resolve():
+        return None
+    match = re.fullmatch(
+        r"(?:https://(?:[^@/]+@)?|ssh://git@|git@)github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?",
+        git("remote", "get-url", "origin"),
+    )
+    branch = git("symbolic-ref", "--short", "HEAD") or "main"
+    return (match[1], branch) if match else None
+
+
+def launch(page: str, download: str, where: tuple[str, str] | None) -> str:
+    """The buttons of a notebook's page. download: address of the executed notebook, seen from the page."""
+    notebook = PurePosixPath(page).name.partition("-")[0] + ".ipynb"
+    hint = "Needs a running JupyterLab: start it with make lab in the project's folder."
+    links = [
+        f'<a class="lab" href="{LAB}/{notebook}" title="{hint}">Open in JupyterLab</a>',
+        f'<a href="{escape(download)}" download>Download, executed</a>',
+    ]
+    if where is not None:
+        address = f"https://colab.research.google.com/github/{where[0]}/blob/{where[1]}/notebooks/{notebook}"
+        links.insert(1, f'<a class="colab" href="{escape(address)}">Open in Colab</a>')
+    note = '<span class="hint">JupyterLab: start it first with <code>make lab</code></span>'
+    return f'<p class="launch">{"".join(links)}{note}</p>'
+
+
+def add_launch(app, page: str, template: str, context: dict, doctree) -> None:
+    """Put the buttons below the title of a notebook's page."""
+    if not page.startswith(NOTEBOOKS) or "body" not in context:
+        return
+    download = context["pathto"](f"_sources/{context['sourcename']}", 1)
+    head, end, rest = context["body"].partition("</h1>")
+    context["body"] = head + end + launch(page, download, app.launch_from) + rest
+
+
+def setup(app):
+    app.launch_from = repository()
+    app.connect("autodoc-process-docstring", plain_docstring)
+    app.connect("autodoc-process-signature", plain_signature)
+    app.connect("html-page-context", add_launch)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
