@@ -41,10 +41,11 @@ from steph.training import PRECISIONS, needs_coords, single_thread
 from steph.transfer import ROUPKT, FineTuned
 
 OWN, MERGED = "vanilla", "steph"
-OTHERS = ("model_average", "ties_am", "adamerging", "joint", "steph_random_sources")
+OTHERS = ("model_average", "adamerging", "joint", "steph_random_sources")
 """What else is looked at where it is finished: other ways to merge or to share, and STEPH on noise as the control."""
 UNTRAINED = "untrained"
 """M_0, which all of them start from."""
+PATIENT = ("fold", "patient_id")
 PIECE = 16_384  # patches whose scores are computed at a time
 TOP = 0.1  # the most attended share of a bag that two models are compared on
 ZONES = {
@@ -197,6 +198,13 @@ def top_patches(table: pd.DataFrame, n: int = 5) -> pd.DataFrame:
     return shown.reset_index(drop=True)
 
 
+def top_of_patients(maps: Mapping[str, pd.DataFrame], n: int = 5) -> pd.DataFrame:
+    """`top_patches` of several patients in one table, with patient_id."""
+    tables = [top_patches(table, n).assign(patient_id=patient) for patient, table in maps.items()]
+    table = pd.concat([part.astype({"slide_id": str}) for part in tables], ignore_index=True)
+    return table[["patient_id", *table.columns.drop("patient_id")]]
+
+
 @torch.no_grad()
 def mixture(
     model: nn.Module,
@@ -216,11 +224,15 @@ def mixture(
     found = model.to(device, dtype).eval().coefficients(batch.features)
     w, lam, selected = (values.cpu().numpy() for values in found)
     is_kept = np.isin(np.arange(len(w)), selected)
-    table = pd.DataFrame({"source": model.source_names, "w": w, "lambda": lam, "kept": is_kept})
-    table["coefficient"] = np.where(is_kept, w * (1 - lam), 0.0)
-    own = {"source": data.name, "w": np.nan, "lambda": np.nan, "kept": True}
-    first = pd.DataFrame([{**own, "coefficient": float((w * lam)[is_kept].sum())}])
-    return pd.concat([first, table], ignore_index=True)
+    return pd.DataFrame(
+        {
+            "source": [data.name, *model.source_names],
+            "w": [np.nan, *w],
+            "lambda": [np.nan, *lam],
+            "kept": [True, *is_kept],
+            "coefficient": [(w * lam)[is_kept].sum(), *np.where(is_kept, w * (1 - lam), 0)],
+        }
+    ).astype({"kept": bool})
 
 
 # ------------------------------------------------------------------------------------------------ runs and patients
@@ -268,6 +280,26 @@ def patients_to_show(bench: Workbench, chosen: Iterable[Run], names: Sequence[st
     return table.assign(**counts, n_patches=data.n_patches(list(table["patient_id"]))).reset_index(drop=True)
 
 
+def of_patients(
+    bench: Workbench, chosen: Iterable[Run], patients: pd.DataFrame, device: str = "cpu"
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
+    """What there is to show of some patients (`patients_to_show`): their maps under M_t and STEPH (`beside`, with the
+    tumour where it is known) by patient, and STEPH's `mixture` of each in one table, with patient_id."""
+    chosen = list(chosen)
+    name, precision, max_patches = chosen[0].dataset, chosen[0].precision, bench.study.recipe.max_patches
+    data, known = bench.dataset(name), planted(bench.study, name)
+    maps, mixtures = {}, []
+    for row in patients.to_dict("records"):
+        of_fold = {run.method: run for run in chosen if run.fold == row["fold"]}
+        models = {method: bench.model(of_fold[method]) for method in (OWN, MERGED)}
+        how = (data, row["patient_id"], device, precision, max_patches)
+        pair = beside({method: attention_map(model, *how) for method, model in models.items()})
+        maps[row["patient_id"]] = with_planted(pair, known)
+        mixtures.append(mixture(models[MERGED], *how).assign(patient_id=row["patient_id"]))
+    table = pd.concat(mixtures, ignore_index=True)
+    return maps, table[["patient_id", *table.columns.drop("patient_id")]]
+
+
 def _predicted(bench: Workbench, of_fold: list[Run]) -> pd.DataFrame:
     """Both models' predictions for a fold's test patients, by falling risk under STEPH."""
     found = {}
@@ -295,8 +327,8 @@ def _not_tested(data: Dataset, name: str, folds: list[int], some: str) -> str:
 
 
 def planted(study: Study, dataset: str) -> pd.DataFrame | None:
-    """What is known of each patch: slide_id, x, y, tumour (bool), zone (a key of `ZONES`); None in a real study, where
-    nobody has drawn the tumour."""
+    """What is known of each patch, by slide_id, x, y: tumour (bool), zone (a key of `ZONES`); None in a real study,
+    where nobody has drawn the tumour."""
     if study.synthetic is None:
         return None
     known = truth(study, dataset)[["slide_id", "x", "y", "tumour"]]
@@ -304,7 +336,7 @@ def planted(study: Study, dataset: str) -> pd.DataFrame | None:
     zone = np.empty(len(known), dtype=object)
     for rows in known.groupby("slide_id", sort=False).indices.values():
         zone[rows] = zones(x[rows], y[rows], tumour[rows])
-    return known.assign(zone=zone)
+    return known.assign(zone=zone).set_index(["slide_id", "x", "y"])
 
 
 def zones(x: np.ndarray, y: np.ndarray, tumour: np.ndarray) -> np.ndarray:
@@ -328,18 +360,14 @@ def with_planted(table: pd.DataFrame, known: pd.DataFrame | None) -> pd.DataFram
     store holds other patches than were drawn."""
     if known is None:
         return table
-    slides = list(table["slide_id"].cat.categories)
-    found = (
-        table[["slide_id", "x", "y"]]
-        .astype({"slide_id": str, "x": "int64", "y": "int64"})
-        .merge(known[known["slide_id"].isin(slides)], how="left", on=["slide_id", "x", "y"], validate="one_to_one")
-    )
-    if found["tumour"].isna().any():
+    where = pd.MultiIndex.from_arrays([table["slide_id"].astype(str), *(table[axis].to_numpy(int) for axis in "xy")])
+    rows = known.index.get_indexer(where)
+    if (rows < 0).any():
         raise Refused(
-            f"slides {', '.join(slides[:3])}: {found['tumour'].isna().sum()} patches of the store do not lie where "
-            "they were drawn. Delete the study's data folder and it is made again."
+            f"patient {table['patient_id'].iloc[0]}: {(rows < 0).sum()} patches of the store do not lie where they "
+            "were drawn. Delete the study's data folder and it is made again."
         )
-    return table.assign(tumour=found["tumour"].to_numpy(bool), zone=found["zone"].to_numpy())
+    return table.assign(tumour=known["tumour"].to_numpy()[rows], zone=known["zone"].to_numpy()[rows])
 
 
 # ------------------------------------------------------------------------------------------------ in numbers
@@ -366,7 +394,9 @@ def auc(values: np.ndarray, positive: np.ndarray) -> float:
     n, rest = int(positive.sum()), int((~positive).sum())
     if n == 0 or rest == 0:
         return float("nan")
-    ranks = pd.Series(values).rank().to_numpy()
+    from scipy.stats import rankdata
+
+    ranks = rankdata(values)
     return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * rest))
 
 
@@ -435,17 +465,23 @@ def _measured(bench: Workbench, chosen: list[Run], device: str) -> pd.DataFrame:
     return table[[*first, *table.columns.difference(first, sort=False)]]
 
 
-def over_datasets(
-    bench: Workbench, folds: Sequence[int], seed: int, precision: str = "fp32", device: str = "cpu"
-) -> pd.DataFrame:
-    """`measured` of every data set of a synthetic study whose runs on these folds are finished; nothing is trained.
-    The methods are M_t, STEPH and those of `OTHERS` that all of them have. Empty where there is nothing."""
+def finished_everywhere(bench: Workbench, folds: Sequence[int], seed: int, precision: str = "fp32") -> list[Run]:
+    """`runs` of every data set of a synthetic study where both models are finished on these folds, with those of
+    `OTHERS` that are finished on all of them. None in a real study, where it is not known what they should look at."""
     study = bench.study
     pairs = {name: runs(study, name, folds, seed, precision) for name in study.datasets} if study.synthetic else {}
-    able = {name: found for name, found in pairs.items() if all(bench.record(run) is not None for run in found)}
+    able = [name for name, found in pairs.items() if all(bench.record(run) is not None for run in found)]
     common = set(OTHERS).intersection(*(finished(bench, name, folds, seed, precision) for name in able))
     others = [name for name in OTHERS if name in common]
-    tables = [measured(bench, runs(study, name, folds, seed, precision, others), device) for name in able]
+    return [run for name in able for run in runs(study, name, folds, seed, precision, others)]
+
+
+def over_datasets(bench: Workbench, chosen: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
+    """`measured` of each data set of some runs, in one table; empty where there are none."""
+    by_dataset: dict[str, list[Run]] = {}
+    for run in chosen:
+        by_dataset.setdefault(run.dataset, []).append(run)
+    tables = [measured(bench, of_one, device) for of_one in by_dataset.values()]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
@@ -480,10 +516,10 @@ def times_even(table: pd.DataFrame, zone: str) -> pd.Series:
     return table[f"attention_{zone}"] / patches.where(patches > 0)
 
 
-def by_method(table: pd.DataFrame, values: pd.Series, unit: Sequence[str] = ("fold", "patient_id")) -> pd.DataFrame:
+def by_method(table: pd.DataFrame, values: pd.Series, unit: Sequence[str] = PATIENT) -> pd.DataFrame:
     """Means over patients (or other units) of a value that belongs to the rows of `measured`: method, mean, low, high,
     n, and gain over M_t, unit by unit, with gain_low and gain_high."""
-    wide = table.assign(value=values).groupby([*unit, "method"], sort=False)["value"].mean().unstack("method")
+    wide = _by_unit(table, values, unit)
     rows = []
     for method in table["method"].unique():
         mean, gain = mean_of(wide[method]), mean_of(wide[method] - wide[OWN])
@@ -494,6 +530,29 @@ def by_method(table: pd.DataFrame, values: pd.Series, unit: Sequence[str] = ("fo
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def gain(
+    table: pd.DataFrame, values: pd.Series, first: str = MERGED, second: str = OWN, unit: Sequence[str] = PATIENT
+) -> Estimate:
+    """Mean over patients (or other units) of what one method has more than another of a value that belongs to the rows
+    of `measured`, with its 95 % interval. unit: ["dataset"] for the tables of `over_datasets`."""
+    wide = _by_unit(table, values, unit)
+    lacking = [method for method in (first, second) if method not in wide]
+    if lacking:
+        raise Refused(f"attention under {', '.join(lacking)} was not measured; there is {', '.join(wide.columns)}.")
+    return mean_of(wide[first] - wide[second])
+
+
+def answered(gain: Estimate) -> str:
+    """Whether a gain is there, in words: its interval lies above 0, below it, or on both sides."""
+    if np.isnan(gain.low):
+        return "not shown (no interval)"
+    return "yes" if gain.low > 0 else "no, the reverse" if gain.high < 0 else "not shown"
+
+
+def _by_unit(table: pd.DataFrame, values: pd.Series, unit: Sequence[str]) -> pd.DataFrame:
+    return table.assign(value=values).groupby([*unit, "method"], sort=False)["value"].mean().unstack("method")
 
 
 def agreement_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -508,7 +567,7 @@ def agreement_table(table: pd.DataFrame) -> pd.DataFrame:
     return _wide(table, values, like=(f"top {TOP:.0%} in common", "rank correlation"))
 
 
-def tumour_table(table: pd.DataFrame, unit: Sequence[str] = ("fold", "patient_id")) -> pd.DataFrame:
+def tumour_table(table: pd.DataFrame, unit: Sequence[str] = PATIENT) -> pd.DataFrame:
     """`measured` of known tissue to look at, a row per method: AUC of attention for tumour patches, what it gains over
     M_t, and the attention on the tumour and on its border, over an even share. Means over patients (or other units)
     with 95 % intervals."""
@@ -531,11 +590,11 @@ def tumour_table(table: pd.DataFrame, unit: Sequence[str] = ("fold", "patient_id
 def _wide(
     table: pd.DataFrame,
     values: Mapping[str, tuple[pd.Series, str]],
-    unit: Sequence[str] = ("fold", "patient_id"),
+    unit: Sequence[str] = PATIENT,
     like: Iterable[str] = (),
 ) -> pd.DataFrame:
     methods = list(table["method"].unique())
-    wide = pd.DataFrame({"": [title(method) for method in methods]})
+    wide = pd.DataFrame({"method": [title(method) for method in methods]})
     for name, (value, form) in values.items():
         found = by_method(table, value, unit).set_index("method").loc[methods, ["mean", "low", "high"]]
         wide[name] = [_said(Estimate(*row), form) for row in found.to_numpy()]
