@@ -1,4 +1,4 @@
-"""The scorecard: the paper's claims and our own controls, an entry each, and the rules by which records decide them."""
+"""The scorecard: the paper's claims, an entry each, and the rules by which records decide them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import pandas as pd
 from steph import Refused
 from steph.analysis.dynamics import USED_BELOW
 from steph.analysis.efficiency import learnable_parameters
-from steph.analysis.statistics import NOISE, Estimate, compare, interval, read
+from steph.analysis.statistics import NOISE, Estimate, compare, interval
 from steph.data.manifest import Study
 from steph.methods import METHODS
 from steph.results import (
     AVERAGE,
-    VALUES,
     on_common_folds,
     paper_c_index,
     paper_gain,
@@ -530,77 +529,17 @@ CLAIMS: list[Claim] = [
 """The paper's claims of sections 5.2, 5.3 (dynamics), 5.4, 5.5, D.1, D.3 to D.6 and E, each one entry."""
 
 
-@dataclass(frozen=True)
-class Control:
-    """A question of our own: two methods compared, on test folds (value "c_index") or external patients."""
-
-    id: str
-    question: str
-    first: str
-    second: str
-    value: str = "c_index"
-
-
-CONTROLS: list[Control] = [
-    Control("capacity", "Is STEPH better than its hypernetwork alone?", "steph", "hypernetwork_only"),
-    Control("parameters", "Is the hypernetwork alone better than the own model?", "hypernetwork_only", "vanilla"),
-    Control("noise", "Is STEPH better than with noise for the other cancers?", "steph", "steph_random_sources"),
-    Control("external-gain", "Is STEPH better than the own model?", "steph", "vanilla", "external_c_index"),
-    Control(
-        "external-capacity",
-        "Is STEPH better than its hypernetwork alone?",
-        "steph",
-        "hypernetwork_only",
-        "external_c_index",
-    ),
-    Control(
-        "external-noise",
-        "Is STEPH better than with noise for the other cancers?",
-        "steph",
-        "steph_random_sources",
-        "external_c_index",
-    ),
-]
-"""Is a gain transfer, or only more trainable parameters? Does it hold outside the folds?"""
-
-
-def control_table(results: pd.DataFrame, controls: Iterable[Control] | None = None) -> pd.DataFrame:
-    """A row per control: id, question, comparison, on (which patients), difference, low, high, reading.
-
-    reading: "yes" where the interval lies above 0 and the difference is at least `NOISE`; "no, the reverse" where the
-    same holds the other way round; else "not shown". A control whose values are not there is left out only if it is
-    about external patients and the study has none.
-    """
-    rows = []
-    for control in CONTROLS if controls is None else controls:
-        if control.value != "c_index" and results[control.value].isna().all():
-            continue
-        row = {
-            "id": control.id,
-            "question": control.question,
-            "comparison": f"{title(control.first)} − {title(control.second)}",
-            "on": VALUES[control.value],
-        }
-        try:
-            gain = compare(results, control.first, control.second, control.value).gain
-            rows.append({**row, "difference": gain.value, "low": gain.low, "high": gain.high, "reading": read(gain)})
-        except Refused as reason:
-            rows.append({**row, "difference": np.nan, "low": np.nan, "high": np.nan, "reading": f"no answer: {reason}"})
-    return pd.DataFrame(rows)
-
-
 def differences(results: pd.DataFrame) -> pd.DataFrame:
-    """What the scorecard's figure shows, a row per comparison: label, difference, low, high, and the paper's difference
-    (NaN where it has none): the `CLAIMS` about one mean gain, then the `CONTROLS`."""
-    claimed = [(Control(c.id, c.text, *c.pair), True) for c in CLAIMS if c.pair is not None]
+    """What the scorecard's figure shows, a row for each of the `CLAIMS` about one mean gain: label, difference, low,
+    high, paper (the paper's difference)."""
     rows = []
-    for control, is_claim in [*claimed, *((c, False) for c in CONTROLS)]:
+    for claim in CLAIMS:
+        if claim.pair is None:
+            continue
         try:
-            gain = compare(results, control.first, control.second, control.value).gain
+            gain = compare(results, *claim.pair).gain
         except Refused:
             continue  # what is undefined stands, with its reason, in the tables
-        outside = "" if control.value == "c_index" else f" ({VALUES[control.value]})"
-        paper = paper_gain(control.first, control.second)[0] if is_claim else np.nan
-        label = f"{title(control.first)} − {title(control.second)}{outside}"
-        rows.append((label, gain.value, gain.low, gain.high, paper))
+        label = " − ".join(map(title, claim.pair))
+        rows.append((label, gain.value, gain.low, gain.high, paper_gain(*claim.pair)[0]))
     return pd.DataFrame(rows, columns=["label", "difference", "low", "high", "paper"])

@@ -100,6 +100,32 @@ def swept() -> pd.DataFrame:
     )  # fmt: skip
 
 
+def controlled(external: bool = True) -> pd.DataFrame:
+    """Two comparisons in two places; one has no answer."""
+    kinds = ["test folds", "external patients"] if external else ["test folds"]
+    rows = [
+        {
+            "where": where, "rival": rival, "comparison": name, "on": on,
+            "difference": value, "low": value - 0.02, "high": value + 0.02,
+        }
+        for where, (rival, name, value), on in product(
+            ["study", "its twin"], [(False, "A − B", 0.05), (True, "B − C", np.nan)], kinds
+        )
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def started(targets: list[str], seeds: int = 3) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    rows = [{"target": t, "seed": s, "gain": rng.normal(0, 0.05)} for t, s in product(targets, range(seeds))]
+    return pd.DataFrame(rows)
+
+
+def chosen(targets: list[str], columns: int = 3) -> pd.DataFrame:
+    names = ["same target, other start", "same start, other target", "what was planted"][:columns]
+    return pd.DataFrame(0.3, index=[*targets, "Mean"], columns=names)
+
+
 FIGURES = {
     "follow_up": lambda: plots.follow_up([cohort("SARC"), cohort("LIHC")]),
     "kaplan_meier": lambda: plots.kaplan_meier([cohort(name) for name in DATASETS[:5]]),
@@ -117,6 +143,10 @@ FIGURES = {
     "dynamics of one start": lambda: plots.courses(course(1, ["SARC", "LIHC"])),
     "starts": lambda: plots.starts(at_the_end(course())),
     "starts, planted": lambda: plots.starts(at_the_end(course()), pd.Series(0.5, index=DATASETS[1:])),
+    "controls": lambda: plots.transfer_controls(controlled(), {"study": "here", "its twin": "twin"}),
+    "controls, one place": lambda: plots.transfer_controls(controlled(external=False), {"study": "here"}),
+    "starts of all": lambda: plots.starts_of_all(chosen(DATASETS), started(DATASETS)),
+    "starts of all, no correlation": lambda: plots.starts_of_all(chosen(DATASETS[:3], 0), started(DATASETS[:3], 1)),
 }
 
 
@@ -189,6 +219,24 @@ def test_a_sweep_is_drawn_around_its_default_and_leaves_out_what_is_undefined():
     assert here[:2].tolist() == [-0.1, 0] and np.isnan(here[2])
     assert paper.tolist() == [-0.02, 0, -0.04]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.05", "0.1"]
+
+
+def test_controls_are_drawn_where_they_have_an_answer_and_beside_their_heading():
+    fig = plots.transfer_controls(controlled(), {"study": "here", "its twin": "twin"})
+    ax = fig.axes[0]
+    rows = [label.get_text() for label in ax.get_yticklabels()]
+    assert rows == ["If it is transfer, beyond the band:", "A − B", "Gains without any source:", "B − C"]
+    drawn = {line.get_label(): line.get_xydata() for line in ax.lines if line.get_label() in texts(fig)}
+    assert drawn["test folds"] == pytest.approx(np.array([[0.05, 0.85]]))
+    assert drawn["external patients"] == pytest.approx(np.array([[0.05, 1.15]]))
+
+
+def test_the_mean_gain_of_a_start_is_that_over_all_targets():
+    gains = started(["SARC", "LIHC"], 1).assign(gain=[0.1, 0.2])
+    for values, mean in (([0.1, 0.2], 0.15), ([0.1, np.nan], np.nan)):
+        ax = plots.starts_of_all(chosen(["SARC", "LIHC"]), gains.assign(gain=values)).axes[1]
+        dots = [line.get_xdata() for line in ax.lines if line.get_marker() == "o"]
+        assert dots[0].tolist() == pytest.approx([*values, mean], nan_ok=True)
 
 
 def test_tables_are_shown_rounded_and_escaped():

@@ -28,32 +28,33 @@ START_FOLD = 0
 
 @dataclass(frozen=True)
 class Control:
-    """Two methods compared, on each kind of patients. name: in a few words. condition: what must be true, and makes the
-    first method better, if STEPH transfers; "" for a rival, a gain that no other cancer's model can have made."""
+    """A question: is the first method better than the second? value: on test folds ("c_index") or external patients;
+    None asks on each kind that there is. condition: what must be true, and makes the first method better, if STEPH
+    transfers; name: the control in a few words. Without a condition it is a rival: a gain that is not transfer."""
 
     id: str
-    name: str
     question: str
     first: str
     second: str
+    value: str | None = None
+    name: str = ""
     condition: str = ""
 
 
 CONTROLS: list[Control] = [
-    Control("gain", "own model", "Is STEPH better than the own model?", "steph", "vanilla",
-            "there is a gain over the cancer's own model"),
-    Control("capacity", "hypernetwork only", "Is STEPH better than its hypernetwork alone?", "steph",
-            "hypernetwork_only", "it takes more than a network of the hypernetwork's size"),
-    Control("noise", "random sources", "Is STEPH better than with noise for the other cancers?", "steph",
-            "steph_random_sources", "it takes what the sources learnt: noise as long as they are will not do"),
-    Control("target", "no source (λ = 1)", "Is STEPH better than with λ = 1, which uses no source?", "steph",
-            "steph_lambda1", "it takes sources: the target's own vector at another length will not do"),
-    Control("capacity-gain", "hypernetwork only", "Is the hypernetwork alone better than the own model?",
-            "hypernetwork_only", "vanilla"),
-    Control("noise-gain", "random sources", "Is STEPH with noise for sources better than the own model?",
-            "steph_random_sources", "vanilla"),
-    Control("target-gain", "no source (λ = 1)", "Is STEPH with λ = 1 better than the own model?", "steph_lambda1",
+    Control("gain", "Is STEPH better than the own model?", "steph", "vanilla", name="own model",
+            condition="there is a gain over the cancer's own model"),
+    Control("capacity", "Is STEPH better than its hypernetwork alone?", "steph", "hypernetwork_only",
+            name="hypernetwork only", condition="it takes more than a network of the hypernetwork's size"),
+    Control("noise", "Is STEPH better than with noise for the other cancers?", "steph", "steph_random_sources",
+            name="random sources", condition="it takes what the sources learnt: noise as long as they are will not do"),
+    Control("target", "Is STEPH better than with λ = 1, which uses no source?", "steph", "steph_lambda1",
+            name="no source (λ = 1)",
+            condition="it takes sources: the target's own vector at another length will not do"),
+    Control("capacity-gain", "Is the hypernetwork alone better than the own model?", "hypernetwork_only", "vanilla"),
+    Control("noise-gain", "Is STEPH with noise for sources better than the own model?", "steph_random_sources",
             "vanilla"),
+    Control("target-gain", "Is STEPH with λ = 1 better than the own model?", "steph_lambda1", "vanilla"),
 ]  # fmt: skip
 """First those that must be "yes" if STEPH transfers, then the rivals, in the same order."""
 
@@ -125,7 +126,7 @@ def control_table(results: pd.DataFrame, controls: Iterable[Control] | None = No
     """
     rows = []
     for control in CONTROLS if controls is None else controls:
-        for value in _values(results):
+        for value in _values(results, control):
             found = _answer(partial(compare, results, control.first, control.second, value))
             rows.append({**_head(control, value), **found})
     return pd.DataFrame(rows)
@@ -144,7 +145,7 @@ def against_twin(own: pd.DataFrame, other: pd.DataFrame, controls: Iterable[Cont
     """
     rows = []
     for control in twin_controls() if controls is None else controls:
-        for value in _values(own):
+        for value in _values(own, control):
             found = _answer(partial(_apart, own, other, control, value))
             rows.append({**_head(control, value), **found})
     return pd.DataFrame(rows)
@@ -174,8 +175,9 @@ def ceilings(parts: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataF
     return pd.concat(found.values(), axis=1).reset_index()
 
 
-def _values(results: pd.DataFrame) -> list[str]:
-    return [value for value in VALUES if value == "c_index" or results[value].notna().any()]
+def _values(results: pd.DataFrame, control: Control) -> list[str]:
+    asked = list(VALUES) if control.value is None else [control.value]
+    return [value for value in asked if value == "c_index" or results[value].notna().any()]
 
 
 def _head(control: Control, value: str) -> dict[str, Any]:
@@ -414,7 +416,7 @@ def said(row: Mapping[Any, Any]) -> str:
     """The estimate and reading of a row in words. Where nothing is shown it says whether a gain of the margin is
     excluded: then the difference is known to be small."""
     if pd.isna(row["difference"]):
-        return str(row["reading"])
+        return str(row["reading"]).rstrip(".")
     estimate = Estimate(row["difference"], row["low"], row["high"])
     excluded = row["reading"] == "not shown" and row["on"] != CORRELATION and row["high"] < NOISE
     return (
@@ -433,16 +435,14 @@ def verdicts(summary: pd.DataFrame, table: pd.DataFrame) -> list[str]:
         rival = rows.get((HERE, f"{row['id']}-gain", row["on"]))
         if rival is not None and rival["reading"] == "yes" and not pd.isna(row["difference"]):
             # STEPH's gain on the folds of these two: the rival's and STEPH's lead over it.
-            share = rival["difference"] / (rival["difference"] + row["difference"])
-            beside = f" The control itself gains {said(rival)}: {share:.0%} of STEPH's gain."
+            whole = rival["difference"] + row["difference"]
+            share = f": {rival['difference'] / whole:.0%} of STEPH's gain" if whole > 0 else ""
+            beside = f" The control itself gains {said(rival)}{share}."
         if row["id"] == "twin" and (TWIN, "gain", row["on"]) in rows:
             beside = f" There, STEPH gains {said(rows[TWIN, 'gain', row['on']])}."
         name, what = _SAID[row["id"]]
-        lines.append(
-            f"{name}. {what}: {said(row)}.{beside}"
-            if not pd.isna(row["difference"])
-            else f"{name}. {said(row).capitalize()}."
-        )
+        told = f"{what}: {said(row)}" if not pd.isna(row["difference"]) else said(row).replace("no", "No", 1)
+        lines.append(f"{name}. {told}.{beside}")
     return lines
 
 

@@ -50,7 +50,7 @@ def transfer_controls(summary: pd.DataFrame, titles: dict[str, str], margin: flo
         ax.set(title=name, ylim=(len(rows) - 0.5, -0.5))
         ax.set_yticks(range(len(rows)), rows)
         ax.xaxis.set_major_formatter(lambda x, _: "0" if abs(x) < 1e-9 else f"{x:+.2f}")
-        ax.xaxis.set_major_locator(MultipleLocator(0.05))
+        ax.xaxis.set_major_locator(MultipleLocator(0.1 if len(titles) > 1 else 0.05))
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0)
     for label in axes[0, 0].get_yticklabels():
