@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from steph import Refused
-from steph.analysis.dynamics import at_the_end, dynamics, rank_correlation
+from steph.analysis.dynamics import rank_correlation
 from steph.analysis.kept import kept
 from steph.data.manifest import Study, unknown
 from steph.data.synthetic import planted_similarity
@@ -78,7 +78,7 @@ def dominant_rank(singular_values: Tensor, alpha: float = ALPHA, rank_rule: str 
 
     singular_values: (n,), falling. alpha: 0 < alpha <= 1. rank_rule:
 
-    - "released" (the code of the paper and of Iso-C): the first R whose norm sqrt(sigma_1^2 + ... + sigma_R^2) exceeds
+    - "released" (the authors' code): the first R whose norm sqrt(sigma_1^2 + ... + sigma_R^2) exceeds
       alpha of the whole norm: 90 % of the energy at alpha = 0.95. Never exceeded, as with alpha = 1 or nothing but
       zeros, it gives 1.
     - "paper" (Eq. 4, second line): the first R whose left-out energy is at most (1 - alpha)^2 of the whole: 99.75 % are
@@ -198,13 +198,6 @@ def runs(bench: Workbench, target: str, sources: Sequence[str], fold: int, preci
         raise Refused(f"no source to mix {target} with; it has {', '.join(known)}.")
     found = bench.upstream(Run(target, "steph", fold, bench.study.seed, precision))
     return {TARGET: found[TARGET], **{name: found[name] for name in sources}}
-
-
-def choose_sources(bench: Workbench, wanted: Run, largest: int = 3) -> list[str]:
-    """Sources worth a look, from a finished STEPH run: those of the largest final w, then the one of the smallest."""
-    last = at_the_end(dynamics(bench, [wanted])).sort_values("w", ascending=False, kind="stable")
-    names = list(last["source"])
-    return names if len(names) <= largest + 1 else [*names[:largest], names[-1]]
 
 
 def curves(
@@ -390,3 +383,20 @@ def against_planted(read: pd.DataFrame, study: Study) -> pd.DataFrame | None:
         }
         rows.append({"layer": layer, "rule": rule, **found, "pairs": len(part)})
     return pd.DataFrame(rows)
+
+
+def take_away(compared: pd.DataFrame, rule: str) -> list[str]:
+    """The claim of 4.2.2 under a rank rule in words, from `attention_against_embedding`: two list items."""
+    of = compared[compared["rule"] == rule].set_index("quantity")
+    at, rotated, zero, gain = of.loc["at"], of.loc["rotated"], of.loc["gain_zero"], of.loc["gain"]
+    difference = at["attention"] - at["embedding"]
+    by_chance = rotated["attention"] - rotated["embedding"]
+    return [
+        f"- Rank rule {rule}, {at['pairs']} pair(s): at λ = 0.5 SAR is {at['attention']:.3f} in the attention layer, "
+        f"{at['embedding']:.3f} in the embedding, larger in the attention for {at['wins']}. With sources rotated at "
+        f"random it is {rotated['attention']:.3f} and {rotated['embedding']:.3f}: the layers differ by "
+        f"{difference:+.3f}, and by {by_chance:+.3f} where nothing is shared.",
+        f"- What a source adds to its rotated self: {gain['attention']:+.3f} (attention) and {gain['embedding']:+.3f} "
+        f"(embedding) at λ = 0.5; at λ = 0, where the target's own part does not cover it, {zero['attention']:+.3f} "
+        f"and {zero['embedding']:+.3f}.",
+    ]

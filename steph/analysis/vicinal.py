@@ -36,7 +36,7 @@ from steph import Refused
 from steph.analysis.kept import kept
 from steph.data.bags import RaggedBatch
 from steph.data.dataset import Dataset
-from steph.data.manifest import unknown
+from steph.data.manifest import Study, unknown
 from steph.merging.task_vectors import Layout
 from steph.mil.abmil import ABMIL
 from steph.runs import Workbench
@@ -433,29 +433,38 @@ def _load(bench: Workbench, data: Dataset, patients: Sequence[str], most: int, d
     return Patients(bags, torch.from_numpy(bins).to(device), event, labels["time_days"].to_numpy())
 
 
+def lengths(study: Study) -> list[int]:
+    """Those of `LENGTHS` that a study's recipe gives room for: 10 steps to an epoch, at least two lengths."""
+    return [steps for steps in LENGTHS if steps <= max(10 * study.recipe.epochs, LENGTHS[1])]
+
+
 def of_study(
     bench: Workbench, target: str, source: str, fold: int, seeds: Sequence[int], device: str = "cpu"
 ) -> pd.DataFrame:
-    """`compare` on the small problem of a study, kept."""
-    decides = _decides(bench, target, source, fold) | {"seeds": list(seeds), "lengths": LENGTHS, "lambdas": LAMBDAS}
+    """`compare` on the small problem of a study, over `lengths`; kept."""
+    settings: dict[str, Any] = {"seeds": list(seeds), "lengths": lengths(bench.study), "lambdas": LAMBDAS, "rate": RATE}
     return kept(
-        bench, "vicinal", decides, lambda: compare(small_problem(bench, target, source, fold, device), seeds=seeds)
+        bench,
+        "vicinal",
+        _decides(bench, target, source, fold) | settings,
+        lambda: compare(small_problem(bench, target, source, fold, device), **settings),
     )
 
 
 def premise_of_study(
     bench: Workbench, target: str, source: str, fold: int, seed: int, device: str = "cpu"
 ) -> pd.DataFrame:
-    """`premise` on the small problem of a study, at M_0 and at the M_t that plain gradient descent reaches in the
-    longest of `LENGTHS`; kept."""
+    """`premise` on the small problem of a study, at M_0 and at the M_t of the longest of `lengths`; kept."""
+    steps = max(lengths(bench.study))
 
     def compute() -> pd.DataFrame:
         problem = small_problem(bench, target, source, fold, device)
         with single_thread():
-            tau = train(problem, [1.0], [False], [max(LENGTHS)], seed, RATE)[max(LENGTHS)][0]
+            tau = train(problem, [1.0], [False], [steps], seed, RATE)[steps][0]
         return premise(problem, {"M_0": problem.null, "M_t": problem.null + tau}, seed=seed)
 
-    return kept(bench, "vicinal_premise", _decides(bench, target, source, fold) | {"seed": seed}, compute)
+    decides = _decides(bench, target, source, fold) | {"seed": seed, "steps": steps}
+    return kept(bench, "vicinal_premise", decides, compute)
 
 
 def _decides(bench: Workbench, target: str, source: str, fold: int) -> dict[str, Any]:
@@ -478,6 +487,56 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     )
     grouped = full.groupby(["steps", "lambda", "reference", "candidate"], sort=False)
     found = grouped.mean(numeric_only=True).drop(columns="seed")
-    for name in ("cosine", "distance", "nll_gap", "c_index_gap"):
+    for name in ("cosine", "distance", "nll", "c_index", "nll_gap", "c_index_gap"):
         found[f"{name}_min"], found[f"{name}_max"] = grouped[name].min(), grouped[name].max()
     return found.reset_index()
+
+
+def take_away(summary: pd.DataFrame, premise: pd.DataFrame) -> list[str]:
+    """Appendix B in words, from `summary` and `premise`: list items. lambda is the one nearest to 0.5."""
+    lambdas = summary["lambda"].unique()
+    part = summary[summary["lambda"] == lambdas[np.abs(lambdas - 0.5).argmin()]]
+    found = part.set_index(["reference", "candidate", "steps"]).sort_index()
+    first, last = part["steps"].min(), part["steps"].max()
+
+    def of(reference: str, candidate: str, steps: int, value: str) -> float:
+        return float(found.loc[(reference, candidate, steps), value])
+
+    lines = [
+        f"- After {first} step the mixture is, up to a relative distance of "
+        f"{of(LOSSES, MIXTURE, first, 'distance'):.0e}, the task vector of training on mixed losses (Eq. 8), and "
+        f"{of(FEATURES, MIXTURE, first, 'distance'):.2f} from that of mixed features; after {last} steps it is "
+        f"{of(LOSSES, MIXTURE, last, 'distance'):.2f} and {of(FEATURES, MIXTURE, last, 'distance'):.2f} away (cosine "
+        f"{of(LOSSES, MIXTURE, last, 'cosine'):.2f} and {of(FEATURES, MIXTURE, last, 'cosine'):.2f})."
+    ]
+    nearer = max(of(FEATURES, name, last, "cosine") for name in (TARGET_ALONE, SOURCE_ALONE))
+    line = f"- Beside it, the better of the two task vectors alone has a cosine of {nearer:.2f} with mixed features"
+    if (FEATURES, OTHER_BATCHES, last) in found.index:
+        line += (
+            f", and mixed features with its patients in another order {of(FEATURES, OTHER_BATCHES, last, 'cosine'):.2f}"
+        )
+    lines.append(line + ".")
+    loss, c_index = (
+        [
+            of(LOSSES, TARGET_ALONE, last, value),
+            of(LOSSES, MIXTURE, last, value),
+            of(LOSSES, MIXTURE, last, f"{value}_reference"),
+            of(FEATURES, MIXTURE, last, f"{value}_reference"),
+        ]
+        for value in ("nll", "c_index")
+    )
+    names = ("M_t", "the mixture", "mixed losses", "mixed features")
+    both = zip(names, loss, c_index, strict=True)
+    lines.append(
+        f"- On new patients of the target after {last} steps (loss, C-index): "
+        + "; ".join(f"{name} {a:.3f}, {b:.3f}" for name, a, b in both)
+        + "."
+    )
+    holds = premise.pivot(index="place", columns="statement", values="holds")
+    shares = [
+        f"at {place} in {100 * holds.loc[place, CONVEX]:.0f} % of the components, Eq. 9 in "
+        f"{100 * holds.loc[place, EQ_9]:.0f} %, Eq. 10 in {100 * holds.loc[place, EQ_10]:.0f} %"
+        for place in holds.index[holds[EQ_10].notna()]
+    ]
+    lines.append(f"- The convexity that Eq. 9 asks for holds {'; '.join(shares)}.")
+    return lines
