@@ -79,7 +79,10 @@ def landscape(
 
 
 def runs(bench: Workbench, target: str, sources: Sequence[str], fold: int, precision: str = "fp32") -> list[Run]:
-    """The runs that landscapes of a target stand on: its own model and those of the sources."""
+    """The runs that landscapes of a target stand on: its own model and those of the sources. Raises `Refused` where a
+    pair cannot be, and where no source is named."""
+    if not sources:
+        raise Refused(f"no source for {target}: name at least one of {', '.join(bench.study.sources_of(target))}.")
     found = [models(bench, pair(bench.study, target, source, fold, precision)) for source in sources]
     return list(dict.fromkeys(run for both in found for run in reversed(both)))
 
@@ -166,7 +169,7 @@ class Plane(nn.Module):
         self.encoder = MergedEncoder(network, null, vectors, without="" if head == "merged" else "head.")
         if not isinstance(head, str):
             own = {name: head[f"head.{name}"] for name in ("weight", "bias")}
-            network.head.load_state_dict(own)  # type: ignore[union-attr]
+            network.head.to(own["weight"].dtype).load_state_dict(own)  # type: ignore[union-attr]
         self.register_buffer("points", torch.from_numpy(points), persistent=False)
         self._held: dict[str, Tensor] | None = None
 
@@ -334,6 +337,12 @@ def summaries_wide(found: pd.DataFrame) -> pd.DataFrame:
     if "tested_external" in found:
         shown["λ of test: gain on external"] = found["tested_external"]
     return pd.DataFrame(shown)
+
+
+def magnitudes_wide(found: pd.DataFrame, which: str = "test") -> pd.DataFrame:
+    """`summaries` to look at: how far lambda alone goes on a set of patients, and how far with w."""
+    names = {"target": "M_t", "best": "best λ, w = 1", "ray": "best λ and w", "plane": "least in the plane"}
+    return pd.DataFrame({"source": found["source"], **{name: found[f"{k}_{which}"] for k, name in names.items()}})
 
 
 # ------------------------------------------------------------------------------------------ which sources
