@@ -37,7 +37,7 @@ def attention_maps(
     names: Mapping[str, str] | None = None,
     top: int = 5,
     slides: int = 3,
-    edge: int | None = None,
+    edge: int = 256,
 ) -> Figure:
     """Attention of two models over the tissue, a row per slide: the first's, the second's, and the difference.
 
@@ -55,16 +55,21 @@ def attention_maps(
     for i, table in enumerate(tables):
         refuse_without_places(table)
         label = labels[i] if labels else str(table["patient_id"].iloc[0])
-        rows += [(label, part, len(table)) for part in _most_attended(table, slides)]
+        parts, n_slides = _most_attended(table, slides), table["slide_id"].nunique()
+        for number, part in parts:
+            slide = f", slide {number} of {n_slides}" if n_slides > 1 else ""
+            rows.append((label + slide, part, len(table)))
     first, second = _models(tables[0])
     shown = {first: title(first), second: title(second), **(names or {})}
-    heights = [min(max(_height_over_width(part), 0.35), 1.6) for _, part, _ in rows]
+    sizes = [patch_size(part["x"].to_numpy(int), part["y"].to_numpy(int)) or edge for _, part, _ in rows]
+    heights = [
+        min(max(_height_over_width(part, size), 0.35), 1.6) for (_, part, _), size in zip(rows, sizes, strict=True)
+    ]
     inches = [0.86 * WIDTH / 3 * height + 0.75 for height in heights]
     fig, axes = plt.subplots(
         len(rows), 3, figsize=(WIDTH, sum(inches)), squeeze=False, gridspec_kw={"height_ratios": inches}
     )
-    for (label, part, n), line in zip(rows, axes, strict=True):
-        size = patch_size(part["x"].to_numpy(int), part["y"].to_numpy(int)) or edge or 1
+    for (label, part, n), size, line in zip(rows, sizes, axes, strict=True):
         for ax, model in zip(line, (first, second), strict=False):
             image = _squares(ax, part, part[f"percentile_{model}"].to_numpy(), size, "viridis", (0, 1))
             _raw_scale(fig, ax, image, part[f"attention_{model}"].to_numpy() * n)
@@ -87,16 +92,15 @@ def _models(table: pd.DataFrame) -> tuple[str, str]:
     return first, second
 
 
-def _most_attended(table: pd.DataFrame, slides: int) -> list[pd.DataFrame]:
-    """The parts of a table that are a slide's, at most so many, in the patient's order."""
-    _, second = _models(table)
-    total = table.groupby("slide_id", observed=True)[f"attention_{second}"].sum()
+def _most_attended(table: pd.DataFrame, slides: int) -> list[tuple[int, pd.DataFrame]]:
+    """The parts of a table that are a slide's, at most so many, in the patient's order, each with its number there."""
+    total = table.groupby("slide_id", observed=True)[f"attention_{_models(table)[1]}"].sum()
     chosen = set(total.nlargest(slides).index)
-    return [part for name, part in table.groupby("slide_id", observed=True, sort=False) if name in chosen]
+    parts = table.groupby("slide_id", observed=True)
+    return [(number, part) for number, (name, part) in enumerate(parts, start=1) if name in chosen]
 
 
-def _height_over_width(part: pd.DataFrame) -> float:
-    size = patch_size(part["x"].to_numpy(int), part["y"].to_numpy(int)) or 1
+def _height_over_width(part: pd.DataFrame, size: int) -> float:
     wide, high = (float(np.ptp(part[axis].to_numpy(int))) + 2 * size for axis in "xy")
     return high / wide
 
@@ -119,10 +123,10 @@ def _squares(
 
 def _frame(ax: Axes, part: pd.DataFrame, size: int) -> None:
     """The tissue with a margin, down as in a slide viewer, without axes."""
-    for axis, limit in (("x", ax.set_xlim), ("y", ax.set_ylim)):
-        values = part[axis].to_numpy(int)
-        low, high = values.min() - size * 0.4, values.max() + size * 1.4
-        limit(*((low, high) if axis == "x" else (high, low)))
+    x, y = (part[axis].to_numpy(int) for axis in "xy")
+    margin = 0.03 * max(np.ptp(x), np.ptp(y)) + 0.3 * size
+    ax.set_xlim(x.min() - margin, x.max() + size + margin)
+    ax.set_ylim(y.max() + size + 2.5 * margin, y.min() - margin)  # room for the scale bar
     ax.set(xticks=[], yticks=[], aspect="equal", anchor="C")
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
@@ -164,7 +168,8 @@ def _ring(ax: Axes, part: pd.DataFrame, rank: np.ndarray, size: int, top: int) -
 def _raw_scale(fig: Figure, ax: Axes, image: Any, times: np.ndarray) -> None:
     """The colours' bar, with the attention that the percentiles stand for on this slide."""
     at = [0.1, 0.5, 0.9]
-    labels = [f"{value:.1f}" if value >= 0.1 else f"{value:.1g}" for value in np.quantile(times, at)]
+    values = np.quantile(times, at)
+    labels = ["<0.01" if value < 0.01 else f"{value:.2f}" if value < 0.1 else f"{value:.1f}" for value in values]
     _bar(fig, ax, image, at, labels).set_label("attention, × even share", fontsize=7)
 
 
@@ -177,17 +182,13 @@ def _bar(fig: Figure, ax: Axes, image: Any, at: Sequence[float], labels: Sequenc
 
 
 def _scale_bar(ax: Axes, part: pd.DataFrame, size: int) -> None:
-    """A bar of round length, about a quarter of the map, in level-0 pixels."""
-    from matplotlib.transforms import blended_transform_factory
-
+    """A bar of round length below the map, about a quarter as long, in level-0 pixels."""
     wide = np.ptp(part["x"].to_numpy(int)) + size
     exponent = 10.0 ** np.floor(np.log10(wide / 4))
     length = max(step * exponent for step in (1, 2, 5) if step * exponent <= wide / 4)
-    left = int(part["x"].min())
-    where = blended_transform_factory(ax.transData, ax.transAxes)
-    ax.plot([left, left + length], [-0.02, -0.02], color=INK, linewidth=2, transform=where, clip_on=False,
-            solid_capstyle="butt")  # fmt: skip
-    ax.text(left + length, -0.02, f"  {length:,.0f} px", fontsize=7, va="center", color=MUTED, transform=where)
+    left, low = int(part["x"].min()), ax.get_ylim()[0]
+    ax.plot([left, left + length], [low, low], color=INK, linewidth=2, clip_on=False, solid_capstyle="butt")
+    ax.text(left + length, low, f"  {length:,.0f} px", fontsize=7, va="center", color=MUTED)
 
 
 def attention_agreement(table: pd.DataFrame) -> Figure:
