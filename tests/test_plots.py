@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from types import SimpleNamespace
 
@@ -15,7 +16,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from steph import plots
+from steph.analysis import attention, sar, vicinal
 from steph.analysis.dynamics import at_the_end
+from steph.analysis.landscape import grid
 from steph.data.cohort import cohort_from
 from steph.data.manifest import load_study
 from steph.methods import METHODS
@@ -126,7 +129,156 @@ def chosen(targets: list[str], columns: int = 3) -> pd.DataFrame:
     return pd.DataFrame(0.3, index=[*targets, "Mean"], columns=names)
 
 
+def epoch_rounds() -> pd.DataFrame:
+    names = ["vanilla", "model_average", "adamerging", "steph", "steph_m6", "steph_m12"]
+    rows = [(m, i, 0.0 if m == "model_average" else 1 + 0.1 * i, 0.0, "x") for m, i in product(names, range(3))]
+    return pd.DataFrame(rows, columns=["method", "round", "seconds", "once", "device"])
+
+
+def costs() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "method": ["vanilla", "steph", "roupkt"], "c_index": [0.6, 0.65, 0.65], "gflops": [20, 40, 300],
+            "networks": [1, 2, 14], "products": [20, 40, 300], "patches": 100, "seconds": [1.0, 2.0, 14.0],
+            "memory": 1e6,
+        }
+    )  # fmt: skip
+
+
+def judged(problem: str = "") -> pd.DataFrame:
+    """Two methods on two data sets, looked at in every way that the evidence has; the last possibly undefined."""
+    numbers = {"auc": 0.6, "skill": -0.1, "low": 0.05, "high": 0.9, "hazard_ratio": 0.5, "p": 0.01, "gain": 0.1}
+    rows = [
+        {**numbers, "dataset": d, "method": m, "against": m, "year": y, "predicted": 0.2 * y, "observed": 0.25 * y}
+        for d, m, y in product(["SARC", "LIHC"], ["vanilla", "steph"], [1, 2])
+    ]
+    table = pd.DataFrame(rows).assign(problem="")
+    if problem:
+        table.loc[len(table) - 1, [*numbers, "observed", "problem"]] = [*[np.nan] * (len(numbers) + 1), problem]
+    return table
+
+
+def last_judged(problem: str = "") -> pd.DataFrame:
+    return judged(problem).drop_duplicates(["dataset", "method"], keep="last")
+
+
+def groups(high: bool | None = None) -> pd.DataFrame:
+    patients = cohort("SARC").patients
+    split = patients.index % 2 == 0 if high is None else high
+    return pd.concat(
+        [patients.assign(dataset=d, method=m, high=split) for d, m in product(["SARC", "LIHC"], ["vanilla", "steph"])]
+    )
+
+
+def transferred(columns: int = 13) -> pd.DataFrame:
+    values = np.random.default_rng(0).random((13, columns))
+    return pd.DataFrame(values, index=DATASETS, columns=DATASETS[:columns])
+
+
+def aligned(sources: list[str], kinds: tuple[str, ...] = sar.KINDS) -> pd.DataFrame:
+    """Curves of subspace alignment as `steph.analysis.sar.curves` gives them, made up."""
+    rng = np.random.default_rng(0)
+    rows = [
+        ("BRCA", name, layer, kind, draw, share, rule, 0.5 + 0.4 * share + 0.1 * rng.random(), 4, 16)
+        for name, layer, kind, draw, share, rule in product(
+            sources, sar.LAYERS, kinds, (0, 1), (0, 0.5, 1), sar.RANK_RULES
+        )
+        if kind != "source" or draw == 0
+    ]
+    columns = ["target", "source", "layer", "kind", "draw", "lambda", "rule", "sar", "rank", "rows"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def spectra(models: list[str]) -> pd.DataFrame:
+    kept = [(direction + 1, 0.5**direction, 1 - 0.3 * 0.5**direction, 8) for direction in range(8)]
+    rows = [(model, layer, *row) for model, layer, row in product(models, sar.LAYERS, kept)]
+    return pd.DataFrame(rows, columns=["model", "layer", "direction", "value", "kept", "rows"])
+
+
+def mixed_training(seeds: int = 3) -> pd.DataFrame:
+    """Comparisons as `steph.analysis.vicinal.compare` gives them, made up; with one seed, no other batches."""
+    candidates = vicinal.CANDIDATES if seeds > 1 else vicinal.CANDIDATES[:3]
+    values = {"ratio": 1.0, "moved": 0.1, "nll_reference": 0.7, "c_index": 0.6, "c_index_reference": 0.6}
+    rows = [
+        {"seed": s, "steps": n, "lambda": share, "reference": reference, "candidate": candidate, **values}
+        | {"cosine": 1 - 0.01 * s - 0.001 * n, "distance": 0.01 * n, "nll": 1 / n}
+        for s, n, share, reference, candidate in product(
+            range(seeds), (1, 10, 100), (0.25, 0.5), (vicinal.LOSSES, vicinal.FEATURES), candidates
+        )
+    ]
+    return vicinal.summary(pd.DataFrame(rows))
+
+
+def inequalities() -> pd.DataFrame:
+    statements = (vicinal.CONVEX, vicinal.EQ_9, vicinal.EQ_10)
+    rows = [(place, statement, 0.6) for place, statement in product(["M_0", "random logits"], statements)][:-1]
+    return pd.DataFrame(rows, columns=["place", "statement", "holds"])
+
+
+def attended(n: int = 6) -> pd.DataFrame:
+    """Attention of n patients of two data sets, measured against known tissue."""
+    rng = np.random.default_rng(0)
+    tumour, zone = np.arange(20) < 8, np.repeat(list(attention.ZONES), [3, 5, 5, 7])
+    methods = ["vanilla", "steph", "model_average", "untrained"]
+    patches = pd.DataFrame({"tumour": tumour, "zone": zone})
+    parts = [
+        attention.numbers({m: rng.dirichlet(np.ones(20)) for m in methods}, patches).assign(
+            dataset=DATASETS[i % 2], fold=0, patient_id=f"P{i}"
+        )
+        for i in range(n)
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def attention_map(n: int, tumour: bool = False) -> pd.DataFrame:
+    """A patient's two maps: n patches on each of two slides."""
+    rng, places = np.random.default_rng(0), np.arange(n)
+    maps = {}
+    for name in ("vanilla", "steph"):
+        maps[name] = pd.DataFrame(
+            {
+                "patient_id": "P", "slide_id": pd.Categorical(np.repeat(["S1", "S2"], n)), "patch": np.tile(places, 2),
+                "x": np.tile(places % 40 * 256, 2), "y": np.tile(places // 40 * 256, 2),
+                "attention": rng.dirichlet(np.ones(2 * n)), "rank": 1 + rng.permutation(2 * n),
+                "percentile": rng.random(2 * n),
+            }
+        )  # fmt: skip
+    table = attention.beside(maps)
+    return table.assign(tumour=table["patch"] < n // 3) if tumour else table
+
+
+def plane(best_s: float = 0.3, best_t: float = 0.6) -> pd.DataFrame:
+    """A landscape of a pair with its least loss at one point, on training patients at M_t."""
+    table = pd.DataFrame(grid(), columns=["c_s", "c_t"])
+    for which, s, t in (("train", 0, 1), ("test", best_s, best_t), ("external", 0.2, 0.8)):
+        table[f"loss_{which}"] = 1 + (table["c_s"] - s) ** 2 + (table["c_t"] - t) ** 2
+    return table
+
+
+def paths(seeds: int = 1, sources: Sequence[str] = ("SARC",), reach: float = 0.9) -> pd.DataFrame:
+    found = pd.DataFrame(product(sources, range(seeds), range(1, 5)), columns=["source", "seed", "epoch"])
+    return found.assign(c_s=reach * found["epoch"] / 4, c_t=reach * found["epoch"] / 8)
+
+
 FIGURES = {
+    "landscape of a pair": lambda: plots.loss_planes(plane(), "BRCA", "SARC"),
+    "landscapes of one pair": lambda: plots.loss_planes_of_pairs({"SARC": plane()}, "BRCA"),
+    "landscapes of pairs": lambda: plots.loss_planes_of_pairs(dict.fromkeys(DATASETS[1:6], plane()), "BRCA"),
+    "trajectories": lambda: plots.trajectories(
+        paths(1, DATASETS[1:4], reach=1.5), dict.fromkeys(DATASETS, plane()), "BRCA"
+    ),
+    "trajectories of starts": lambda: plots.trajectories(paths(5), {"SARC": plane()}, "BRCA"),
+    "trajectory of one": lambda: plots.trajectories(paths(), {"SARC": plane()}, "BRCA"),
+    "alignment": lambda: plots.alignment(aligned(DATASETS[1:6])),
+    "alignment of one pair, gates": lambda: plots.alignment(aligned(["SARC"]), tuple(sar.LAYERS)[2:]),
+    "alignment, no baseline": lambda: plots.alignment(aligned(["SARC", "LIHC"], ("source",))),
+    "against rotated": lambda: plots.against_rotated(sar.reading(aligned(DATASETS[1:]))),
+    "dominant directions": lambda: plots.dominant_directions(spectra(DATASETS[:7])),
+    "nearness": lambda: plots.nearness(mixed_training()),
+    "nearness, one seed": lambda: plots.nearness(mixed_training(1), "distance"),
+    "tested mixtures": lambda: plots.tested_mixtures(mixed_training()),
+    "tested mixtures, C-index": lambda: plots.tested_mixtures(mixed_training(), c_index=True),
+    "convexity": lambda: plots.convexity(inequalities()),
     "follow_up": lambda: plots.follow_up([cohort("SARC"), cohort("LIHC")]),
     "kaplan_meier": lambda: plots.kaplan_meier([cohort(name) for name in DATASETS[:5]]),
     "kaplan_meier of one": lambda: plots.kaplan_meier([cohort("SARC")]),
@@ -141,12 +293,32 @@ FIGURES = {
     "dynamics": lambda: plots.course(course(1), "BRCA"),
     "dynamics of starts": lambda: plots.courses(course(5)),
     "dynamics of one start": lambda: plots.courses(course(1, ["SARC", "LIHC"])),
+    "attention maps": lambda: plots.attention_maps([attention_map(60, tumour=True)], ["P, risk 1 of 9"]),
+    "attention maps of real slides": lambda: plots.attention_maps([attention_map(900), attention_map(1)]),
+    "attention agreement": lambda: plots.attention_agreement(attended()),
+    "attention on the tumour": lambda: plots.attention_on_tumour(attended()),
+    "attention on the tumour of one patient": lambda: plots.attention_on_tumour(attended(1)),
+    "attention by data set": lambda: plots.attention_by_dataset(attended()),
     "starts": lambda: plots.starts(at_the_end(course())),
+    "performance and cost": lambda: plots.performance_and_cost(costs(), costs().iloc[:2]),
+    "epochs": lambda: plots.epochs(epoch_rounds()),
+    "epochs by sources": lambda: plots.epochs_by_sources(epoch_rounds()),
+    "predictions": lambda: plots.predictions(costs(), costs()),
     "starts, planted": lambda: plots.starts(at_the_end(course()), pd.Series(0.5, index=DATASETS[1:])),
     "controls": lambda: plots.transfer_controls(controlled(), {"study": "here", "its twin": "twin"}),
     "controls, one place": lambda: plots.transfer_controls(controlled(external=False), {"study": "here"}),
     "starts of all": lambda: plots.starts_of_all(chosen(DATASETS), started(DATASETS)),
     "starts of all, no correlation": lambda: plots.starts_of_all(chosen(DATASETS[:3], 0), started(DATASETS[:3], 1)),
+    "gains by data set": lambda: plots.gains_by_dataset(last_judged(), last_judged(), "steph"),
+    "AUC by year": lambda: plots.auc_by_year(judged("no pair")),
+    "accuracy": lambda: plots.accuracy(last_judged("no pair")),
+    "calibration": lambda: plots.calibration(judged("nobody")),
+    "calibration on one data set": lambda: plots.calibration(judged().query("dataset == 'SARC'")),
+    "risk groups": lambda: plots.risk_groups(groups(), last_judged(), ["SARC", "LIHC"]),
+    "risk groups, one empty": lambda: plots.risk_groups(groups(high=True), last_judged("no event"), ["SARC", "LIHC"]),
+    "hazard ratios": lambda: plots.hazard_ratios(last_judged("no event")),
+    "transferability": lambda: plots.transferability(transferred(), transferred()),
+    "transferability to one": lambda: plots.transferability(transferred(1), transferred()),
 }
 
 
@@ -268,6 +440,19 @@ def test_the_papers_means_stand_beside_test_folds_only():
     assert "the paper's mean" not in texts(plots.c_index(c_indices(), value="external_c_index"))
 
 
+def test_groups_of_risk_have_their_patients_at_risk_and_their_test_written():
+    fig = plots.risk_groups(groups(), last_judged("no event in one group"), ["SARC", "LIHC"])
+    own = groups().query("dataset == 'SARC' and method == 'steph'")
+    counts = [t.get_text() for t in fig.axes[1].texts if t.get_text().isdigit()]
+    assert counts[0] == str((~own["high"]).sum()) and counts[len(counts) // 2] == str(own["high"].sum())
+    assert "HR 0.50 (0.05 to 0.90)" in texts(fig) and "no event in one group" in texts(fig)
+
+
+def test_a_map_of_transfer_frames_the_own_models_only():
+    frames = [patch for ax in plots.transferability(transferred(1), transferred()).axes[:2] for patch in ax.patches]
+    assert [patch.get_xy() for patch in frames] == [(-0.5, -0.5)] * 2
+
+
 def test_at_risk_counts_are_the_patients_still_followed():
     own = cohort("SARC")
     fig = plots.kaplan_meier([own])
@@ -297,3 +482,19 @@ def test_labels_at_line_ends_do_not_overlap_and_move_little():
     ordered = sorted(places.values())
     assert min(np.diff(ordered)) > 1 / 17 and ordered[0] >= 0 and ordered[-1] <= 1
     assert places["CESC"] == pytest.approx(0.5) and places["SARC"] == pytest.approx(1.0)
+
+
+def test_red_arrows_stand_where_mixtures_have_less_loss_than_the_target_and_nowhere_else():
+    axes = plots.loss_planes(plane(), "BRCA", "SARC").axes
+    arrows = [[text for text in ax.texts if text.arrow_patch is not None] for ax in axes[:2]]
+    assert not arrows[0]  # training patients want M_t
+    ends = [arrow.xy for arrow in arrows[1]]
+    assert len(ends) == 2 and all(sum(end) == pytest.approx(1) for end in ends)
+    # Below M_t for lambda from 0.3 on, of (C_s, C_t) = (1 - lambda, lambda); at 0.32 and 0.96 on the grid.
+    assert sorted(end[1] for end in ends) == pytest.approx([0.32, 0.96])
+
+
+def test_a_trajectory_that_leaves_the_landscape_is_shown_whole_and_told_by_source_or_start():
+    fig = plots.trajectories(paths(2, reach=1.5), {"SARC": plane()}, "BRCA")
+    assert fig.axes[0].get_xlim()[1] > 1.5 and "SARC, start 1" in texts(fig)
+    assert "SARC → BRCA" in texts(plots.trajectories(paths(), {"SARC": plane()}, "BRCA"))

@@ -140,9 +140,9 @@ def trajectories(paths: pd.DataFrame, tables: Mapping[str, pd.DataFrame], target
         ax.set_xlabel(r"$C_s = w(1-\lambda)$" if i >= len(of_runs) - columns else "")
     loss_bar(fig, image, axes, shrink=0.7, label="test loss")
     keys = [
-        plt.Line2D([], [], marker="o", markersize=5, linestyle="", markerfacecolor=shades(scale(epoch)), label=text,
-                   markeredgecolor=_EDGE, markeredgewidth=0.5)
-        for epoch, text in ((1, "epoch 1"), ((1 + last) // 2, f"{(1 + last) // 2}"), (last, f"{last}"))
+        plt.Line2D([], [], marker="o", markersize=5, linestyle="", markerfacecolor=shades(scale(epoch)),
+                   label=f"epoch {epoch}", markeredgecolor=_EDGE, markeredgewidth=0.5)
+        for epoch in sorted({1, (1 + last) // 2, last})
     ]  # fmt: skip
     keys.append(plt.Line2D([], [], color="#1F2937", linewidth=0.9, linestyle="--", label=r"as much loss as $M_t$"))
     fig.legend(handles=keys, loc="outside lower center", ncols=4)

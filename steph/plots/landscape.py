@@ -115,7 +115,7 @@ def loss_bar(fig: Figure, image: Any, axes: Any, **options: Any) -> None:
 
     low, high = image.levels[0], image.levels[-1]
     ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
-    bar = fig.colorbar(image, ax=axes, pad=0.02, ticks=ticks, format="%.3g", **options)
+    bar = fig.colorbar(image, ax=axes, pad=0.02, ticks=ticks, format="%.4g", **options)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7.5)
 
