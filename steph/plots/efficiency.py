@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def performance_and_cost(here: pd.DataFrame, paper: pd.DataFrame, where: str = "here") -> Figure:
     """Mean C-index against GFLOPs of a prediction, as in Fig. 2: the paper's open diamonds on the left, this study's on
-    the right, larger where a bag goes through more networks (their number is written beside).
+    the right, larger where a bag goes through more networks (many are written beside).
 
     here, paper: of `steph.analysis.efficiency.performance_and_cost` and `paper_performance_and_cost`.
     """
@@ -45,26 +45,29 @@ def performance_and_cost(here: pd.DataFrame, paper: pd.DataFrame, where: str = "
 
 
 def _label_points(ax: Axes, table: pd.DataFrame) -> None:
-    """Names beside points of one scatter, to the right; of points at nearly the same place, one above the other."""
+    """Names beside points of one scatter, on the right where there is room, of points at nearly the same height one
+    above the other."""
     from scipy.optimize import isotonic_regression
 
     low, high = ax.get_ylim()
-    gap = (high - low) / 17
+    left, right = np.log10(ax.get_xlim())
+    gap, room = (high - low) / 17, 0.5 * (right - left)
     rows = table.sort_values("c_index")
+    x, y = np.log10(rows["gflops"].to_numpy(float)), rows["c_index"].to_numpy(float)
     steps = gap * np.arange(len(rows))
     # Only names that would lie on each other are moved: places that rise by `gap` at least, as near as can be.
-    places = isotonic_regression(rows["c_index"].to_numpy() - steps).x + steps
-    middle = float(np.sqrt(np.prod(ax.get_xlim())))
+    places = isotonic_regression(y - steps).x + steps
     line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4}
-    for name, x, value, n, y in zip(
-        rows["method"], rows["gflops"], rows["c_index"], rows["networks"], places, strict=True
-    ):
-        text = title(name) + ("" if n == 1 else f" ({n} networks)")
-        right = x < 2 * middle
+    for i, (name, n) in enumerate(zip(rows["method"], rows["networks"], strict=True)):
+        text = title(name) + (f" ({n} networks)" if n > 2 else "")
+        moved = abs(places[i] - y[i]) > gap / 2
+        in_the_way = bool(((x > x[i]) & (x < x[i] + room) & (np.abs(y - places[i]) < gap)).any())
+        to_left = x[i] + room > right or (in_the_way and x[i] == x.min())
+        if to_left and x[i] - room < left:
+            ax.set_xlim(left=10 ** (x[i] - 1.4 * room))
         ax.annotate(
-            text, xy=(x, value), xytext=(x * (1.35 if right else 1 / 1.45), y), va="center",
-            ha="left" if right else "right", fontsize=7.5, color=colour_of(name),
-            arrowprops=line if abs(y - value) > gap / 2 else None,
+            text, xy=(10 ** x[i], y[i]), xytext=(10 ** (x[i] + (-0.16 if to_left else 0.13)), places[i]), va="center",
+            ha="right" if to_left else "left", fontsize=7.5, color=colour_of(name), arrowprops=line if moved else None,
         )  # fmt: skip
 
 
