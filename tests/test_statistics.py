@@ -115,3 +115,19 @@ def test_comparisons_in_words_and_tables():
     assert list(beside.columns) == ["", "here", "here − Vanilla", "here − STEPH"]
     assert beside["here − Vanilla"][0] == "" and beside["here − STEPH"][1] == ""
     assert beside["here − Vanilla"][2].startswith("+0.0500 (")
+
+
+def test_folds_of_a_repeated_or_partial_cross_validation_share_what_its_folds_share():
+    gains = np.array([0.01, 0.05, 0.03, -0.02, 0.04, 0.02])
+    table = frame({("SARC", "vanilla"): [0.5] * 6, ("SARC", "steph"): list(0.5 + gains)})
+
+    def error(table):
+        return statistics.compare(table, "steph", "vanilla").gains["error"].item()
+
+    for folds, share in ((3, 1 / 2), (2, 1)):  # 3 folds twice, 2 folds three times
+        assert error(table.assign(folds=folds)) == pytest.approx(np.sqrt((1 / 6 + share) * gains.var(ddof=1)))
+    some = table[table["fold"] < 2].assign(folds=5)  # 2 of 5 folds
+    assert error(some) == pytest.approx(np.sqrt((1 / 2 + 1 / 4) * gains[:2].var(ddof=1)))
+    assert error(table) == error(table.assign(folds=6))
+    with pytest.raises(Refused, match="2 and 3 folds"):
+        error(table.assign(folds=[2, 3] * 6))

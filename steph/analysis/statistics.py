@@ -76,9 +76,13 @@ class Comparison:
 def compare(results: pd.DataFrame, first: str, second: str, value: str = "c_index") -> Comparison:
     """Compare two methods pair by pair, over all data sets and the folds that both were run on.
 
-    The standard error of a data set's mean gain over J folds is that of Nadeau and Bengio (2003), var (1/J + 1/(J-1)):
-    the folds share training patients, so the plain 1/J is too optimistic. Raises `Refused` where a value is undefined,
-    one method lacks a data set, data sets have different numbers of folds, or nothing is there.
+    The standard error of a data set's mean gain over J folds is that of Nadeau and Bengio (2003), var (1/J + 1/(k-1)):
+    the folds share training patients, so the plain 1/J is too optimistic. 1/(k-1) is the size of a test fold over that
+    of its training patients in cross-validation with k folds. k is the results' column `folds` where they have it, as
+    they must where cross-validation is repeated or only some of its folds were run; without it, k = J.
+
+    Raises `Refused` where a value is undefined, one method lacks a data set, data sets have different numbers of folds,
+    or nothing is there.
     """
     refuse_repeats(results)
     pairs = results[results["method"].isin([first, second])]
@@ -99,10 +103,18 @@ def compare(results: pd.DataFrame, first: str, second: str, value: str = "c_inde
         raise Refused(f"{names}: {folds.idxmin()} has {folds.min()} folds, {folds.idxmax()} {folds.max()}.")
     j = int(folds.iloc[0])
     difference = (pairs[first] - pairs[second]).groupby("dataset", sort=False)
-    factor = 1 / j + 1 / (j - 1) if j > 1 else np.nan
+    factor = 1 / j + 1 / (_folds(results, j) - 1) if j > 1 else np.nan
     gains = pd.DataFrame({"gain": difference.mean(), "error": np.sqrt(difference.var() * factor)})
     base = float(pairs[second].groupby("dataset").mean().mean())
     return Comparison(gains, base, j)
+
+
+def _folds(results: pd.DataFrame, j: int) -> int:
+    """Folds of one cross-validation; j where the results do not say."""
+    known = sorted(set(results["folds"].dropna().astype(int))) if "folds" in results else []
+    if len(known) > 1:
+        raise Refused(f"results of cross-validations with {' and '.join(map(str, known))} folds; choose one.")
+    return known[0] if known else j
 
 
 def interval(estimate: Estimate, form: str = "+.3f") -> str:
