@@ -201,6 +201,19 @@ def test_a_large_set_of_patients_is_sampled(tiny, monkeypatch):
     assert set(found.target.time_days) <= every
 
 
+def test_wide_features_are_projected_and_scaled(tiny, monkeypatch):
+    whole = vicinal.small_problem(tiny, "SARC", "LIHC", 0)
+    monkeypatch.setattr(vicinal, "DIM_IN", 8)
+    found = vicinal.small_problem(tiny, "SARC", "LIHC", 0)
+    assert found.target.bags.features.square().mean() == pytest.approx(1)
+    assert found.network.embed.in_features == found.test.bags.features.shape[1] == 8
+    assert found.target.bags.offsets == whole.target.bags.offsets
+    # One linear map for all of them.
+    wide, narrow = (torch.cat([p.target.bags.features, p.source.bags.features]) for p in (whole, found))
+    onto = torch.linalg.lstsq(wide, narrow).solution
+    torch.testing.assert_close(whole.test.bags.features @ onto, found.test.bags.features, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize(
     ("target", "source", "fold", "message"),
     [

@@ -22,7 +22,7 @@ agree to rounding. Networks are small, patients a sample: this tells how the arg
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)
 LAMBDAS = (0.25, 0.5, 0.75)
 RATE = 0.5
 BATCH = 16  # patients of each data set in a step
-DIM_EMB, DIM_ATTN = 32, 24  # at most
+DIM_IN, DIM_EMB, DIM_ATTN = 32, 32, 24  # at most
 MAX_PATIENTS, MAX_TESTED, MAX_PATCHES = 256, 300, 16  # per data set, per data set, per bag
 LOSSES, FEATURES = "mixed losses", "mixed features"
 MIXTURE, TARGET_ALONE, SOURCE_ALONE, OTHER_BATCHES = "mixture", "target alone", "source alone", "other batches"
@@ -393,8 +393,12 @@ def small_problem(bench: Workbench, target: str, source: str, fold: int, device:
     """The small problem of a study: at most `MAX_PATIENTS` training patients of the target's fold and of the source's
     fold 0, at most `MAX_TESTED` of the target's external or else test patients, drawn by the study's seed, with at
     most `MAX_PATCHES` patches each, and ABMIL with at most `DIM_EMB` and `DIM_ATTN` units, its M_0 drawn by the same
-    seed. Raises `Refused` for an unknown data set, a source that is the target, a fold out of range, and patients of
-    whom no C-index can be told."""
+    seed. Features of more than `DIM_IN` numbers are projected onto so many random directions and scaled to a mean
+    square of 1, so that one rate suits all.
+
+    Raises `Refused` for an unknown data set, a source that is the target, a fold out of range, and patients of whom no
+    C-index can be told.
+    """
     study = bench.study
     study.entry(target)
     if source not in study.sources_of(target):
@@ -409,16 +413,29 @@ def small_problem(bench: Workbench, target: str, source: str, fold: int, device:
     n = study.network
     small = {"dim_emb": min(n.dim_emb, DIM_EMB), "dim_attn": min(n.dim_attn, DIM_ATTN), "n_bins": n.n_bins}
     seed_everything(study.seed)
-    network = ABMIL(study.features.dim, **small, dropout=0.0)
-    test = _load(bench, tested, everyone, MAX_TESTED, device)
+    network = ABMIL(min(study.features.dim, DIM_IN), **small, dropout=0.0)
+    loaded = [
+        _load(bench, data, data.splits.train(fold), MAX_PATIENTS, device),
+        _load(bench, other, other.splits.train(0), MAX_PATIENTS, device),
+        _load(bench, tested, everyone, MAX_TESTED, device),
+    ]
+    own, others, test = _narrowed(loaded, study.seed)
     concordance_index(test.time_days, test.event.cpu().numpy(), np.zeros(len(test)))  # refuses what has no pairs
-    return Problem(
-        network=network.to(device, torch.float64).eval(),
-        target=_load(bench, data, data.splits.train(fold), MAX_PATIENTS, device),
-        source=_load(bench, other, other.splits.train(0), MAX_PATIENTS, device),
-        test=test,
-        alpha=study.recipe.alpha,
-    )
+    return Problem(network.to(device, torch.float64).eval(), own, others, test, study.recipe.alpha)
+
+
+def _narrowed(parts: list[Patients], seed: int) -> list[Patients]:
+    """The patients with features of at most `DIM_IN` numbers; the first set's decide the scale of all."""
+    dim = parts[0].bags.features.shape[1]
+    if dim <= DIM_IN:
+        return parts
+    drawn = torch.randn(dim, DIM_IN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    narrow = [part.bags.features @ drawn.to(part.bags.features) for part in parts]
+    scale = narrow[0].square().mean().sqrt()
+    return [
+        replace(part, bags=RaggedBatch(features / scale, part.bags.offsets))
+        for part, features in zip(parts, narrow, strict=True)
+    ]
 
 
 def _load(bench: Workbench, data: Dataset, patients: Sequence[str], most: int, device: str) -> Patients:
