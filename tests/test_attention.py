@@ -58,11 +58,19 @@ def test_a_networks_attention_is_its_own_whatever_the_pieces(monkeypatch):
     np.testing.assert_allclose(attention.attention_of(network, batch), whole, rtol=1e-6)
 
 
-def test_stephs_attention_is_the_one_that_pools_the_patients_own_merged_model():
+def merging():
+    """STEPH on random models of three sources, of which two are kept; and the states of M_0, M_t and the sources."""
     torch.manual_seed(0)
-    states = [ABMIL(6, 5, 4).state_dict() for _ in range(4)]
-    model = STEPH(states[0], states[1], {"A": states[2], "B": states[3]}, top_k=2, dim_hidden=8).eval()
-    torch.nn.init.ones_(model.hyper.weight_head[-1].bias)  # both sources are used
+    states = [ABMIL(6, 5, 4).state_dict() for _ in range(5)]
+    sources = dict(zip("ABC", states[2:], strict=True))
+    model = STEPH(states[0], states[1], sources, top_k=2, dim_hidden=8).eval()
+    torch.nn.init.ones_(model.hyper.weight_head[-1].bias)  # all weights are above 0
+    torch.nn.init.constant_(model.hyper.mix_head[-1].bias, 0.4)
+    return model, states
+
+
+def test_stephs_attention_is_the_one_that_pools_the_patients_own_merged_model():
+    model, states = merging()
     one, other = (RaggedBatch.from_bags([3 * torch.randn(n, 6)]) for n in (9, 11))
     found = attention.attention_of(model, one)
     with torch.no_grad():
@@ -146,21 +154,20 @@ def test_two_maps_side_by_side_and_their_top_patches(tiny):
     assert [top["x"][0], top["y"][0]] == [table["x"][0], table["y"][0]]
 
 
-def test_the_mixture_is_what_the_model_merges(tiny):
-    data, run = tiny.dataset("SARC"), Run("SARC", "steph", 0, 42)
-    model, patient = tiny.model(run), data.splits.test(0)[0]
-    table = attention.mixture(model, data, patient).set_index("source")
-    assert list(table.index) == ["SARC", *model.source_names]
-    states = {name: tiny.state(first) for name, first in tiny.upstream(run).items()}
-    null, expected = tiny.null_state("abmil"), tiny.null_state("abmil")["embed.weight"].double()
-    for name, coefficient in table["coefficient"].items():
-        state = states.get(name, states["(target)"])
-        expected = expected + coefficient * (state["embed.weight"].double() - null["embed.weight"].double())
-    with torch.no_grad():
-        merged = model.merged_state(bag_of(data, patient).features)["embed.weight"].double()
-    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
+def test_the_mixture_is_what_the_model_merges():
+    model, states = merging()
+    batch = RaggedBatch.from_bags([torch.randn(9, 6)])
+    data = SimpleNamespace(name="T", batch=lambda *_, **__: batch)
+    table = attention.mixture(model, data, "P").set_index("source")
+    assert list(table.index) == ["T", "A", "B", "C"] and table["kept"].sum() == 3
+    assert table.loc[~table["kept"], "coefficient"].tolist() == [0] and (table["w"].dropna() > 0).all()
+    assert table["lambda"].dropna().between(0.01, 0.99).all()
+    layer, null = "embed.weight", states[0]["embed.weight"]
+    taus = torch.stack([state[layer] - null for state in states[1:]])
+    expected = null + torch.tensordot(torch.tensor(table["coefficient"].to_numpy()).float(), taus, 1)
+    torch.testing.assert_close(model.merged_state(batch.features)[layer].detach(), expected)
     with pytest.raises(Refused, match="does not merge models patient by patient"):
-        attention.mixture(tiny.model(Run("SARC", "vanilla", 0, 42)), data, patient)
+        attention.mixture(ABMIL(6, 5, 4), data, "P")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +176,7 @@ def test_the_mixture_is_what_the_model_merges(tiny):
         ([(0, 0), (512, 0), (1024, 0), (0, 512)], 512),
         ([(0, 0), (768, 0), (1024, 0), (1280, 0), (0, 512)], 256),  # with holes
         ([(0, 0), (256, 0), (512, 0), (103, 97), (359, 97), (615, 97)], 256),  # two grids, nothing in common
+        ([(0, 0), (256, 0), (512, 0), (600, 0), (856, 0), (1112, 0)], 256),  # two grids in one row
         ([(0, 0), (100, 200)], None),
         ([(7, 7)], None),
     ],

@@ -4,8 +4,8 @@ A target's own model M_t attends alike to a patch whatever the patient; STEPH me
 paper shows two slides and says that STEPH attends more to the tumour and its border. Here both are looked at for every
 test patient; where the tissue is known (synthetic studies) it is also measured whether what they say is so.
 
-Attention is of a patient's bag, all slides together: it sums to 1 over them. Features are read a patient at a time; of
-a bag of 200,000 patches 1,536 wide that takes some 2 GB, half of it for the hypernetwork, which reads all of them.
+Attention is of a patient's bag, all slides together: it sums to 1 over them. Features are read a patient at a time; a
+bag of 200,000 patches 1,536 wide takes some 2 GB, for itself and for the hypernetwork, which reads all of it.
 """
 
 from __future__ import annotations
