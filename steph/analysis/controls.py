@@ -28,15 +28,13 @@ START_FOLD = 0
 
 @dataclass(frozen=True)
 class Control:
-    """A question: is the first method better than the second? value: on test folds ("c_index") or external patients;
-    None asks on each kind that there is. condition: what must be true, and makes the first method better, if STEPH
-    transfers; name: the control in a few words. Without a condition it is a rival: a gain that is not transfer."""
+    """A question: is the first method better than the second? condition: what must be true, and makes it better, if
+    STEPH transfers; name: the control in a few words. Without a condition it is a rival: a gain, but not transfer."""
 
     id: str
     question: str
     first: str
     second: str
-    value: str | None = None
     name: str = ""
     condition: str = ""
 
@@ -126,7 +124,7 @@ def control_table(results: pd.DataFrame, controls: Iterable[Control] | None = No
     """
     rows = []
     for control in CONTROLS if controls is None else controls:
-        for value in _values(results, control):
+        for value in _values(results):
             found = _answer(partial(compare, results, control.first, control.second, value))
             rows.append({**_head(control, value), **found})
     return pd.DataFrame(rows)
@@ -145,7 +143,7 @@ def against_twin(own: pd.DataFrame, other: pd.DataFrame, controls: Iterable[Cont
     """
     rows = []
     for control in twin_controls() if controls is None else controls:
-        for value in _values(own, control):
+        for value in _values(own):
             found = _answer(partial(_apart, own, other, control, value))
             rows.append({**_head(control, value), **found})
     return pd.DataFrame(rows)
@@ -175,9 +173,9 @@ def ceilings(parts: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataF
     return pd.concat(found.values(), axis=1).reset_index()
 
 
-def _values(results: pd.DataFrame, control: Control) -> list[str]:
-    asked = list(VALUES) if control.value is None else [control.value]
-    return [value for value in asked if value == "c_index" or results[value].notna().any()]
+def _values(results: pd.DataFrame) -> list[str]:
+    """What C-indices there are: on test folds, and on external patients where the study has some."""
+    return [value for value in VALUES if value == "c_index" or results[value].notna().any()]
 
 
 def _head(control: Control, value: str) -> dict[str, Any]:
