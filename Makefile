@@ -32,7 +32,7 @@ help: ## this list
 env: $(STAMP) ## the environment, .venv (the other targets make it when it is missing)
 
 test: $(STAMP) ## the tests (one file: make test TESTS=tests/test_survival.py)
-	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest -n 2 $(TESTS)
+	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest -n 2 --dist loadgroup $(TESTS)
 
 lint: $(STAMP) ## style, format and types
 	$(BIN)/ruff check .

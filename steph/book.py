@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import yaml
 
 from steph import PROJECT, Refused, notebooks, pages
-from steph.analysis.dynamics import runs as dynamics_runs
+from steph.analysis import controls, dynamics
 from steph.data.manifest import Study
 from steph.records import atomic_path
 from steph.runs import Run, Workbench, plan, results
@@ -26,7 +26,7 @@ from steph.scorecard import timed_runs
 from steph.study import run_all
 
 SHELF = PROJECT / "build" / "book"
-"""What the builder reads besides book/: gated notebooks with the files they link to, and pages made by `steph.pages`."""
+"""What the builder reads besides book/: gated notebooks, the files they link to, and pages made by `steph.pages`."""
 
 BUILDER = "from jupyter_book.cli.main import main; main()"  # the package cannot be run with -m
 
@@ -76,29 +76,44 @@ def _copies(study: Study, notebook: str) -> Iterator[Chapter]:
 
 
 def needed_runs(study: Study) -> list[Run]:
-    """Every run that the book shows."""
+    """Every run of the study that the book shows; made before the notebooks are executed, several at a time."""
     own = []
     for chapter in chapters(study):
+        takes = notebooks.check({**notebooks.declared(chapter.source), **chapter.parameters})
+        seeds = [takes.seed + i for i in range(takes.n_seeds)]
         if chapter.notebook == "06_dynamics":
-            takes = notebooks.check({**notebooks.declared(chapter.source), **chapter.parameters})
-            seeds = [study.seed + i for i in range(takes.n_seeds)]
-            own += dynamics_runs(study, takes.dataset, takes.folds[0], seeds)
+            own += dynamics.runs(study, takes.dataset, takes.folds[0], seeds)
+        elif chapter.notebook == "11_controls":
+            own += controls.runs(study, seeds)
     return list(dict.fromkeys([*plan(study), *own, *timed_runs(study)]))
 
 
 def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None) -> Path:
     """Everything from records to pages; what is finished is not repeated. Returns the path of the first page."""
     run_all(bench, needed_runs(bench.study), device=device, workers=workers)
-    stale = []
+    twin = controls.twin(bench.study)
+    if twin is not None:
+        run_all(twin, controls.twin_runs(bench.study), device=device, workers=workers)
+    stale = outdated(bench, device)
     for chapter in chapters(bench.study):
-        given = _given(chapter, device)
-        if notebooks.up_to_date(executed_path(bench.study, chapter), chapter.source, given, bench):
+        if chapter not in stale:
             print(f"{chapter.name}: up to date", file=sys.stderr)
-        else:
-            stale.append((chapter.source, given, executed_path(bench.study, chapter)))
-    _execute(stale, 1 if device != "cpu" else workers or os.cpu_count() or 1)
+    work = [(chapter.source, _given(chapter, device), executed_path(bench.study, chapter)) for chapter in stale]
+    _execute(work, 1 if device != "cpu" else workers or os.cpu_count() or 1)
     shelve(bench)
     return build_pages(bench.study)
+
+
+def outdated(bench: Workbench, device: str = "cpu") -> list[Chapter]:
+    """The chapters whose executed copy is missing, unfinished, or not what a new execution would show."""
+
+    def fresh(chapter: Chapter) -> bool:
+        executed = executed_path(bench.study, chapter)
+        return notebooks.up_to_date(executed, chapter.source, _given(chapter, device), bench) and all(
+            (executed.parent / link).is_file() for link in linked_files(executed)
+        )
+
+    return [chapter for chapter in chapters(bench.study) if not fresh(chapter)]
 
 
 def _given(chapter: Chapter, device: str) -> dict[str, Any]:
@@ -190,9 +205,8 @@ def linked_files(executed: Path) -> list[str]:
 
 def _copy(source: Path, target: Path, executed: Path) -> None:
     if not source.is_file():
-        raise Refused(
-            f"{executed} links to {source}, which is not there. Run it again: steph run {executed.stem.partition('-')[0]}"
-        )
+        again = f"steph run {executed.stem.partition('-')[0]}"
+        raise Refused(f"{executed} links to {source}, which is not there. Run it again: {again}")
     with atomic_path(Path(os.path.normpath(target))) as temporary:
         shutil.copyfile(source, temporary)
 

@@ -13,13 +13,12 @@ import pandas as pd
 import yaml
 
 from steph import PROJECT, Refused, __version__
-from steph.analysis.statistics import compare
+from steph.analysis.statistics import compare, read
 from steph.data.manifest import Study
 from steph.methods import METHODS
 from steph.records import read_record, versions
 from steph.results import VALUES, paper_gain, steadiest
 from steph.runs import Workbench
-from steph.scorecard import Control, control_table
 
 ANALYSES = "The analyses"
 """The part of the contents that holds the notebooks."""
@@ -141,8 +140,8 @@ def _git(project: Path, *command: str) -> str:
 
 
 def found(study: Study, runs: pd.DataFrame) -> str:
-    """What was found, for the first page, in Markdown: what STEPH gains over other methods with intervals, our readings,
-    and how the scorecard ends. runs: of `steph.runs.results`."""
+    """What was found, for the first page, in Markdown: what STEPH gains over other methods with intervals, how we read
+    it, and how the scorecard ends. runs: of `steph.runs.results`."""
     own = runs[(runs["seed"] == study.seed) & (runs["precision"] == "fp32")]
     value = steadiest(own)
     others = {
@@ -152,22 +151,22 @@ def found(study: Study, runs: pd.DataFrame) -> str:
         "hypernetwork_only": "its hypernetwork alone, without other cancers",
         "steph_random_sources": "itself with noise for the other cancers",
     }
-    asked = [Control(name, f"better than {text}?", "steph", name, value) for name, text in others.items()]
-    table = control_table(own, asked)
-    paper = [_paper(name) for name in table["id"]]
-    shown = pd.DataFrame(
-        {
-            "Is STEPH ...": table["question"],
-            "C-index gained": table["difference"].map(lambda x: "" if pd.isna(x) else f"{x:+.3f}"),
-            "95 % interval": [_span(low, high) for low, high in zip(table["low"], table["high"], strict=True)],
-            "read as": table["reading"],
-            "the paper's gain": paper,
-        }
-    )
-    vanilla = _gain_percent(own, value)
-    lines = [f"On the study `{study.name}`{' (**synthetic**)' if study.synthetic else ''}, {VALUES[value]}{vanilla}:"]
-    lines += ["", markdown(shown), "", _verdicts(study)]
-    return "\n".join(lines) + "\n"
+    rows, means = [], ""
+    for name, text in others.items():
+        row = {"Is STEPH ...": f"better than {text}?", "the paper's gain": _paper(name)}
+        try:
+            compared = compare(own.assign(folds=study.folds), "steph", name, value)
+        except Refused as reason:
+            rows.append({**row, "gain here": "—", "95 % interval": "", "read as": f"no answer: {reason}"})
+            continue
+        gain = compared.gain
+        span = "none" if pd.isna(gain.low) else f"{gain.low:+.3f} to {gain.high:+.3f}"
+        rows.append({**row, "gain here": f"{gain.value:+.3f}", "95 % interval": span, "read as": read(gain)})
+        if name == "vanilla":
+            means = f"; mean of STEPH {compared.base + gain.value:.3f}, of the cancers' own models {compared.base:.3f}"
+    stamp = " (**synthetic**)" if study.synthetic else ""
+    head = f"C-index in the study `{study.name}`{stamp}, on {VALUES[value]}{means}:"
+    return "\n\n".join([head, markdown(pd.DataFrame(rows)), _verdicts(study)]) + "\n"
 
 
 def _paper(method: str) -> str:
@@ -175,19 +174,6 @@ def _paper(method: str) -> str:
         return f"{paper_gain('steph', method)[0]:+.3f}"
     except Refused:
         return "—"
-
-
-def _span(low: float, high: float) -> str:
-    return "" if pd.isna(low) else f"{low:+.3f} to {high:+.3f}"
-
-
-def _gain_percent(runs: pd.DataFrame, value: str) -> str:
-    try:
-        compared = compare(runs, "steph", "vanilla", value)
-    except Refused:
-        return ""
-    mean = compared.base + compared.gain.value
-    return f"; mean C-index of STEPH {mean:.3f}, of the cancers' own models {compared.base:.3f}"
 
 
 def _verdicts(study: Study) -> str:
@@ -199,8 +185,8 @@ def _verdicts(study: Study) -> str:
     parts = ", ".join(f"{n} {verdict}" for verdict, n in card["verdict"].value_counts().items())
     ways = ", ".join(f"{n} {way}" for way, n in card["points"].value_counts().items())
     return (
-        f"Of {len(card)} claims of the paper: {parts}. Where the numbers here point: {ways}. Each of them, and the rule, "
-        "stands on [the scorecard](/build/book/notebooks/10_scorecard.ipynb)."
+        f"Of {len(card)} claims of the paper: {parts}. Where the numbers here point: {ways}. Each of them, and the "
+        "rule, stands on [the scorecard](/build/book/notebooks/10_scorecard.ipynb)."
     )
 
 
@@ -225,7 +211,8 @@ def modules_of(roots: Iterable[str]) -> list[str]:
     folder = PROJECT / "steph"
     names = []
     for root in roots:
-        files = [folder / "__init__.py"] if root == "steph" else [folder / f"{root}.py", *folder.glob(f"{root}/**/*.py")]
+        files = [folder / f"{root}.py", *folder.glob(f"{root}/**/*.py")]
+        files = [folder / "__init__.py"] if root == "steph" else files
         modules = [path.relative_to(PROJECT).with_suffix("") for path in files if path.is_file()]
         names += sorted(".".join(m.parent.parts if m.name == "__init__" else m.parts) for m in modules)
     return names
@@ -270,7 +257,7 @@ its name is what `--method` takes. `NAME@CANCER`, as in `steph@KIPAN`, is a meth
 
 
 def _tables(names: Sequence[str]) -> str:
-    """ ["table1", "table_s2"] -> "Tables 1, S2"."""
+    """["table1", "table_s2"] -> "Tables 1, S2"."""
     numbers = ", ".join(name.removeprefix("table").removeprefix("_").upper() for name in names)
     return f"Table{'s' * (len(names) > 1)} {numbers}" if names else "—"
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,8 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+
+from steph import PROJECT
 
 torch.set_num_threads(1)
 settings.register_profile("steady", deadline=None, derandomize=True)
@@ -79,6 +84,31 @@ def tiny(build_folder, tmp_path_factory, worker_id):
             shutil.copytree(bench.study.build, shared)
     shutil.copytree(shared, bench.study.build, dirs_exist_ok=True)
     return Workbench("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_book(tiny, tmp_path_factory, worker_id):
+    """A copy of the project in which `steph book --study tiny` has built the book: the path of the copy. Its runs are
+    those of `tiny`; what else the book needs, it makes. Built once for all tests."""
+    base = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+    copy = base / "project"
+    with (base / "project.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not copy.is_dir():
+            skip = shutil.ignore_patterns("build", ".*", "__pycache__", "*.egg-info")
+            shutil.copytree(PROJECT, copy, ignore=skip)
+            shutil.copytree(tiny.study.build, copy / "build" / "tiny")
+            done = in_copy(copy, "-m", "steph.cli", "book", "--study", "tiny")
+            (copy / "build" / "errors.txt").write_text(done.stderr)
+            assert done.returncode == 0, done.stderr
+    return copy
+
+
+def in_copy(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a copy of the project, with the copy's library."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("STEPH_")}
+    environment |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([sys.executable, *arguments], cwd=copy, env=environment, capture_output=True, text=True)
 
 
 def assert_states_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-9) -> None:

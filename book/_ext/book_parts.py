@@ -16,15 +16,17 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*(\(\))?")
 
 
 def plain_docstring(app, what, name, obj, options, lines) -> None:
-    """Our docstrings are prose: paragraphs, lists with dashes, indented formulas, `code`. Make reStructuredText of them."""
+    """Make reStructuredText of a docstring. Ours are prose: paragraphs, dashed lists, indented formulas, `code`."""
     text = "\n".join(lines).strip("\n")
     blocks = []
     for block in re.split(r"\n\s*\n", text):
         if all(line.startswith("  ") for line in block.split("\n")):
             blocks.append("::\n\n" + "\n".join("  " + line for line in block.split("\n")))
         else:
-            blocks.append(_prose(re.sub(r"(?m)(?<=[^\n])\n(?=- )", "\n\n", block)))
-    lines[:] = "\n\n".join(blocks).split("\n") + [""]
+            # An item of a list, and what follows the list, begin after an empty line.
+            block = re.sub(r"\n(?=- )", "\n\n", block)
+            blocks.append(_prose(re.sub(r"(?m)(^(?:- |  ).*)\n(?=[^\s-])", r"\1\n\n", block)))
+    lines[:] = [*"\n\n".join(blocks).split("\n"), ""]
 
 
 def _prose(text: str) -> str:

@@ -1,3 +1,8 @@
+// A page opened from disk may not read others, so the search then shows titles without excerpts.
+if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined") {
+  DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+}
+
 // Hovering or focusing a citation, or touching it once, shows the reference's text. It is in the link's title, so this
 // needs no network and no other page; without this script the browser shows the title itself.
 document.addEventListener("DOMContentLoaded", () => {
