@@ -49,9 +49,9 @@ from steph.transfer import ROUPKT
 
 PATCHES = 10_000
 """Patches of the bag that the paper counts a prediction on (Appendix C.2.2)."""
-EPOCH_BUDGET, PREDICTION_BUDGET = 12.0, 18.0
+EPOCH_BUDGET, PREDICTION_BUDGET = 15.0, 15.0
 """Seconds within which rounds of measuring are repeated on a CPU; `LEAST` rounds are made in any case."""
-LEAST, MOST = 2, 25
+LEAST, MOST = 3, 25
 
 
 # ---------------------------------------------------------------------------------------------- models to count
