@@ -98,7 +98,8 @@ def test_one_target_or_a_missing_column_has_a_correlation_without_a_p_value():
     seen, p, n = transferability.goes_with(table, table * 0)
     assert np.isnan(seen) and np.isnan(p) and n == 0
     related = transferability.relations(table, {"itself": table})
-    assert related.loc[0, ["with", "targets"]].tolist() == ["itself", 5]
+    assert related.loc[0, ["with", "targets", "problem"]].tolist() == ["itself", 5, ""]
+    assert transferability.relations(table, {"zero": table * 0})["problem"][0].startswith("no target whose sources")
 
 
 def test_asymmetry_and_better_models_elsewhere():

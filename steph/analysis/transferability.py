@@ -161,9 +161,13 @@ def goes_with(table: pd.DataFrame, other: pd.DataFrame, n: int = 1999, seed: int
 
 
 def relations(table: pd.DataFrame, others: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """`goes_with` for several matrices, by what they are: with, correlation, p, targets."""
-    rows = [(name, *goes_with(table, other)) for name, other in others.items()]
-    return pd.DataFrame(rows, columns=["with", "correlation", "p", "targets"])
+    """`goes_with` for several matrices, by what they are: with, correlation, p, targets, problem (why there is none)."""
+    rows = []
+    for name, other in others.items():
+        correlation, p, targets = goes_with(table, other)
+        problem = "" if targets else "no target whose sources all have values, and different ones, in both"
+        rows.append((name, correlation, p, targets, problem))
+    return pd.DataFrame(rows, columns=["with", "correlation", "p", "targets", "problem"])
 
 
 def better_elsewhere(table: pd.DataFrame) -> pd.DataFrame:

@@ -65,7 +65,7 @@ def auc_by_year(table: pd.DataFrame, columns: int = 4) -> Figure:
         ax.set(title=dataset, ylim=(lowest - 0.03, highest + 0.03), xlim=(0.6, last + 0.4), xticks=range(1, last + 1))
         _say_undefined(ax, table[table["dataset"] == dataset])
     _label_sides(panels, columns, "years since diagnosis", "AUC")
-    fig.legend(handles=_method_handles(methods, line=True), loc="outside lower center", ncols=5)
+    fig.legend(handles=_method_handles(methods, line=True), loc="outside lower center", ncols=min(5, 2 + len(panels)))
     return fig
 
 
@@ -113,7 +113,7 @@ def calibration(table: pd.DataFrame, columns: int = 4) -> Figure:
         ax.locator_params(nbins=4)
         _say_undefined(ax, of_dataset)
     _label_sides(panels, columns, "predicted survival", "observed survival")
-    fig.legend(handles=_method_handles(methods, line=True), loc="outside lower center", ncols=5)
+    fig.legend(handles=_method_handles(methods, line=True), loc="outside lower center", ncols=min(5, 2 + len(panels)))
     return fig
 
 
