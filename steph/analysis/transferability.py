@@ -161,7 +161,7 @@ def goes_with(table: pd.DataFrame, other: pd.DataFrame, n: int = 1999, seed: int
 
 
 def relations(table: pd.DataFrame, others: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """`goes_with` for several matrices, by what they are: with, correlation, p, targets, problem (why there is none)."""
+    """`goes_with` for several matrices, by what they are: with, correlation, p, targets, problem (why none)."""
     rows = []
     for name, other in others.items():
         correlation, p, targets = goes_with(table, other)
