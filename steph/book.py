@@ -22,7 +22,6 @@ from steph.analysis import controls, dynamics
 from steph.data.manifest import Study
 from steph.records import atomic_path
 from steph.runs import Run, Workbench, plan, results
-from steph.scorecard import timed_runs
 from steph.study import run_all
 
 SHELF = PROJECT / "build" / "book"
@@ -85,7 +84,7 @@ def needed_runs(study: Study) -> list[Run]:
             own += dynamics.runs(study, takes.dataset, takes.folds[0], seeds)
         elif chapter.notebook == "11_controls":
             own += controls.runs(study, seeds)
-    return list(dict.fromkeys([*plan(study), *own, *timed_runs(study)]))
+    return list(dict.fromkeys([*plan(study), *own]))
 
 
 def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None) -> Path:

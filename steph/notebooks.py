@@ -23,10 +23,10 @@ from typing import Any
 
 from steph import PROJECT, Refused
 from steph.data.manifest import MANIFESTS, Study, load_study, unknown
+from steph.device import check_device
 from steph.plots.display import FOLDER_VARIABLE
 from steph.records import atomic_path, file_sha256, fingerprint, versions, write_json
 from steph.runs import Workbench
-from steph.study import check_device
 from steph.training import PRECISIONS
 
 NOTEBOOKS = PROJECT / "notebooks"

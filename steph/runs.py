@@ -290,7 +290,9 @@ def _refuse_loose(build: Callable[..., Any]) -> None:
     for name in sorted(names):
         found = build.__globals__.get(name)
         if inspect.isclass(found) and found.__module__ == "__main__":
-            raise Refused(f"{build.__name__} uses the class {name} of this notebook: define it inside {build.__name__}.")
+            raise Refused(
+                f"{build.__name__} uses the class {name} of this notebook: define it inside {build.__name__}."
+            )
         if not (found is None or callable(found) or inspect.ismodule(found)):
             raise Refused(
                 f"{build.__name__} uses {name}, a value of this notebook: hand it over as an option of the method "

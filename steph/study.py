@@ -20,6 +20,7 @@ import torch
 
 from steph import Refused
 from steph.data.manifest import Study
+from steph.device import check_device, device_name
 from steph.methods import method
 from steph.mil.state import save_state, state_of
 from steph.progress import track
@@ -28,7 +29,7 @@ from steph.runs import Run, Workbench, plan, results, row_of
 from steph.survival import bin_index, concordance_index, nll_loss
 from steph.training import PRECISIONS, fit, predict, single_thread
 
-__all__ = ["Run", "Workbench", "check_device", "plan", "results", "run", "run_all"]
+__all__ = ["Run", "Workbench", "plan", "results", "run", "run_all"]
 
 
 def run(
@@ -89,15 +90,6 @@ def _check(study: Study, wanted: Run, device: str) -> None:
     if refusal:
         raise Refused(refusal)
     check_device(device)
-
-
-def check_device(device: str) -> None:
-    """Raise `Refused` for a device that this machine does not have."""
-    kind, _, number = device.partition(":")
-    if kind not in {"cpu", "cuda"} or (number and not number.isdigit()):
-        raise Refused(f"device {device!r}; expected cpu, cuda or cuda:N.")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise Refused(f"device {device!r}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs here.")
 
 
 def _stages(bench: Workbench, runs: Sequence[Run]) -> Iterator[list[Run]]:
@@ -196,7 +188,7 @@ def _execute(bench: Workbench, wanted: Run, device: str) -> Record:
         "facts": getattr(model, "facts", {}),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "configuration": study.model_dump(include={"features", "network", "recipe", "steph", "endpoint"}, mode="json"),
-        "device": _device_name(device),
+        "device": device_name(device),
         "seconds": round(seconds, 3),
     }
     return write_record(bench.folder(wanted), writers, info)
@@ -228,7 +220,3 @@ def c_index(predictions: pd.DataFrame) -> dict[str, Any]:
     except Refused as reason:
         return {"c_index": None, "problem": str(reason)}
     return {"c_index": value, "problem": ""}
-
-
-def _device_name(device: str) -> str:
-    return "cpu" if device == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"

@@ -7,13 +7,13 @@ import pytest
 from steph import PROJECT
 
 ROWS = [
-    ("steph", "survival", "records", "progress"),
+    ("steph", "survival", "records", "progress", "device"),
     ("data",),
     ("mil", "merging", "hypernetwork", "transfer", "training", "selection"),
     ("methods", "builders"),
     ("runs",),
     ("results", "analysis", "plots", "scorecard", "predict"),
-    ("study", "notebooks", "book"),
+    ("study", "notebooks", "book", "pages"),
     ("cli",),
 ]
 """From the ground up; a name stands for a module or a package of `steph`."""

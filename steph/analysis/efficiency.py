@@ -36,6 +36,7 @@ from steph.builders import Ingredients
 from steph.data.bags import RaggedBatch
 from steph.data.dataset import Dataset
 from steph.data.manifest import DatasetEntry, Features, Study
+from steph.device import check_device
 from steph.hypernetwork import STEPH
 from steph.merging.merged_encoder import MergedEncoder
 from steph.merging.surgery import Surgery
@@ -43,7 +44,6 @@ from steph.methods import METHODS, method
 from steph.mil.state import ModelState
 from steph.results import AVERAGE, on_common_folds, paper_c_index, paper_table, steadiest, title
 from steph.runs import Run, Workbench
-from steph.study import check_device
 from steph.training import PRECISIONS, fit, single_thread
 from steph.transfer import ROUPKT
 

@@ -1,9 +1,8 @@
-"""The scorecard: the paper's claims, an entry each, and the rules by which records decide them."""
+"""The paper's claims that results decide: sections 5.2, 5.3 (dynamics), 5.4, 5.5, D.1, D.3 to D.6 and E."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,8 +10,7 @@ import pandas as pd
 from steph import Refused
 from steph.analysis.dynamics import USED_BELOW
 from steph.analysis.efficiency import learnable_parameters
-from steph.analysis.statistics import NOISE, Estimate, compare, interval
-from steph.data.manifest import Study
+from steph.analysis.statistics import NOISE, compare, interval
 from steph.methods import METHODS
 from steph.results import (
     AVERAGE,
@@ -26,146 +24,7 @@ from steph.results import (
     table_methods,
     title,
 )
-from steph.runs import Run, plan
-
-PAPER_FOLDS = 5
-
-POINTS = {"agrees": "the paper's way", "disagrees": "the other way", "unclear": "open"}
-"""Where the numbers of a study point, whether or not it can decide."""
-
-REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "cannot be decided on this cohort"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What our records say of a claim. answer: "agrees", "disagrees" or "unclear", by numbers alone."""
-
-    ours: str
-    answer: str
-    because: str
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What claims are judged on. results: of one seed. cohort: of `cohort_tables.cohort_numbers`. dynamics: by
-    target, the course of w and lambda over several starts (`dynamics.dynamics`). seconds: of an epoch
-    (`efficiency.epoch_seconds`)."""
-
-    study: Study
-    results: pd.DataFrame
-    cohort: pd.DataFrame | None = None
-    dynamics: Mapping[str, pd.DataFrame] = field(default_factory=dict)
-    seconds: pd.DataFrame | None = None
-
-    @property
-    def limits(self) -> str:
-        """Why these records cannot decide a claim about the paper's experiment; "" where they can."""
-        if self.study.synthetic:
-            return "synthetic cohort"
-        lacking = sorted(set(paper_table("table_s1_datasets")["dataset"]) - set(self.study.datasets))
-        if lacking:
-            return f"{len(lacking)} of the paper's 13 data sets are not in this study"
-        if self.study.endpoint.name != "DSS" or self.study.folds != PAPER_FOLDS:
-            return f"endpoint {self.study.endpoint.name}, {self.study.folds} folds; the paper's are DSS, {PAPER_FOLDS}"
-        return ""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim of the paper. paper: its number as text, from the paper's own table. check: our numbers.
-    needs_cohort: it is about the paper's patients, so other patients can neither confirm nor refute it. pair: the two
-    methods of a claim that is one mean gain, for the figure."""
-
-    id: str
-    section: str
-    text: str
-    paper: Callable[[], str]
-    check: Callable[[Evidence], Finding]
-    needs_cohort: bool = True
-    pair: tuple[str, str] | None = None
-
-
-def verdict(claim: Claim, evidence: Evidence) -> dict[str, str]:
-    """One row of the scorecard: id, section, claim, paper, ours, points (what the numbers here say), verdict, why.
-
-    A claim about the paper's patients is decided only on them (`Evidence.limits`); on others the row says whether the
-    numbers point the paper's way. Numbers that are missing decide nothing.
-    """
-    try:
-        found = claim.check(evidence)
-    except Refused as reason:
-        found = Finding("—", "unclear", str(reason))
-    decided = {"agrees": REPRODUCED, "disagrees": NOT_REPRODUCED, "unclear": UNDECIDED}[found.answer]
-    why = found.because
-    limits = evidence.limits if claim.needs_cohort else ""
-    if limits:
-        decided, why = UNDECIDED, f"{limits}; here {POINTS[found.answer]}: {why}"
-    return {
-        "id": claim.id, "section": claim.section, "claim": claim.text, "paper": claim.paper(), "ours": found.ours,
-        "points": POINTS[found.answer], "verdict": decided, "why": why,
-    }  # fmt: skip
-
-
-def scorecard(evidence: Evidence, claims: Iterable[Claim] | None = None) -> pd.DataFrame:
-    """The verdict on each claim of `CLAIMS`, a row each; see `verdict`."""
-    return pd.DataFrame([verdict(claim, evidence) for claim in (CLAIMS if claims is None else claims)])
-
-
-PARTS = {
-    "Table S1": "The cohort (Table S1)",
-    "5.2": "Comparison with baselines (5.2, Table 1)",
-    "Fig.": "What training comes to use (5.3, D.1)",
-    "5.4": "Ablation (5.4, Table 2)",
-    "5.5": "Aggregation and penalties (5.5, Tables 3 to 5)",
-    "D.": "Appendices D.3 to D.6 (Tables S2 to S7)",
-    "E": "Appendix E",
-}
-"""Headings of the scorecard, by how a section begins."""
-
-
-def by_part(card: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """`scorecard` to look at, under headings: section, claim, paper, here, verdict with its reason."""
-    heading = card["section"].map(lambda section: next(h for start, h in PARTS.items() if section.startswith(start)))
-    shown = card[["section", "claim", "paper"]].assign(here=card["ours"], verdict=card["verdict"] + ": " + card["why"])
-    return {str(part): rows for part, rows in shown.groupby(heading, sort=False)}
-
-
-def timed_runs(study: Study) -> list[Run]:
-    """The runs whose epochs Tables S6 and S7 compare: on BRCA, where the study has it, and one fold."""
-    dataset = "BRCA" if "BRCA" in study.datasets else next(iter(study.datasets))
-    names = [n for n, m in METHODS.items() if {"table_s6", "table_s7"} & set(m.table) and not m.refusal(study, dataset)]
-    return plan(study, [dataset], names, [0])
-
-
-def judge_gain(gain: Estimate, paper: float) -> tuple[str, str]:
-    """Does a gain in C-index agree with the paper's? Returns the answer and why.
-
-    agrees: the interval lies above 0 and the gain is at least `NOISE`. disagrees: the gain falls short of the paper's
-    by at least `NOISE`, and the paper's lies above the interval. Everything else is unclear.
-    """
-    if np.isnan(gain.low):
-        return "unclear", "one fold of one data set gives no interval"
-    if gain.low > 0 and gain.value >= NOISE:
-        return "agrees", f"the interval lies above 0 and the gain is at least {NOISE}"
-    if paper - gain.value >= NOISE and gain.high < paper:
-        return "disagrees", f"the paper's {paper:+.4f} lies above the interval"
-    if 0 < paper < NOISE:
-        return "unclear", f"the paper's {paper:+.4f} is itself less than the {NOISE} that one seed can show"
-    if gain.low > 0:
-        return "unclear", f"a gain below {NOISE} is not read from one seed"
-    return "unclear", "the interval includes 0" if gain.high > 0 else "below 0, but by less than the margin"
-
-
-def judge_wins(wins: Estimate, n: int, paper: int) -> tuple[str, str]:
-    """Does a count of data sets won agree with the paper's? agrees: at least as many, and the interval is above one
-    half of them. disagrees: the paper's count lies above the interval. Else unclear."""
-    if np.isnan(wins.low):
-        return "unclear", "one fold gives no interval"
-    if wins.value >= paper and wins.low > n / 2:
-        return "agrees", "as many as the paper's, and clearly more than half"
-    if wins.high < paper:
-        return "disagrees", f"the paper's {paper} lies above the interval"
-    return "unclear", f"between {wins.low:.0f} and {wins.high:.0f} of {n} are compatible with these folds"
+from steph.scorecard.rules import POINTS, Claim, Evidence, Finding, judge_gain, judge_wins
 
 
 def _gain_text(gain: float, percent: float) -> str:
@@ -436,35 +295,7 @@ def _roupkt_better() -> Claim:
     return Claim("roupkt-better", "E", "ROUPKT is better on some data sets, most on BLCA", paper, check)
 
 
-MARGINAL, MUCH = 1.10, 1.25
-"""An epoch that takes up to this many times as long as another costs marginally, or clearly, more. The paper gives no
-border: its own ratios are 1.03 (Table S6) and 1.05 (Table S7)."""
-
-
-def _slower(id: str, section: str, text: str, table: str, slow: str, fast: Sequence[str]) -> Claim:
-    """The claim that an epoch of one method takes hardly longer than the mean epoch of others."""
-
-    def paper() -> str:
-        printed = paper_table(table)
-        rows = printed.set_index(printed[printed.columns[0]].astype(str))["seconds_mean"].to_dict()
-        own, base = rows[METHODS[slow].table[table]], np.mean([rows[METHODS[m].table[table]] for m in fast])
-        return f"× {own / base:.3f} ({own:.2f} s against {base:.2f} s)"
-
-    def check(evidence: Evidence) -> Finding:
-        seconds = evidence.seconds
-        if seconds is None or not {slow, *fast} <= set(seconds["method"]):
-            raise Refused("the epochs of these methods were not timed.")
-        of, device = seconds.set_index("method")["mean"].to_dict(), seconds["device"].iloc[0]
-        base = float(np.mean([of[m] for m in fast]))
-        ratio = of[slow] / base
-        ours = f"× {ratio:.3f} ({of[slow]:.3g} s against {base:.3g} s, {device})"
-        answer = "agrees" if ratio <= MARGINAL else "disagrees" if ratio > MUCH else "unclear"
-        return Finding(ours, answer, f"agrees up to × {MARGINAL}, disagrees above × {MUCH}; seconds of shared machines")
-
-    return Claim(id, section, text, paper, check)
-
-
-CLAIMS: list[Claim] = [
+OF_RESULTS: list[Claim] = [
     Claim(
         "cohort", "Table S1", "13 data sets with these patients, slides, survival rates", _paper_cohort, _check_cohort
     ),
@@ -518,28 +349,7 @@ CLAIMS: list[Claim] = [
     wins("wins-param-w", "D.5", "w from the hypernetwork is better on most data sets", "steph", "steph_param_w"),
     wins("wins-lambda1", "D.5", "mixing is better than λ = 1 on most data sets", "steph", "steph_lambda1"),
     wins("wins-dense", "D.5", "keeping K mixtures is better on most data sets", "steph", "steph_dense"),
-    _slower("seconds", "D.6, Table S6", "an epoch of STEPH takes hardly longer than AdaMerging's", "table_s6", "steph",
-            MERGING[1:]),
-    _slower("seconds-sources", "D.6, Table S7", "12 sources take hardly longer than 6", "table_s7", "steph_m12",
-            ["steph_m6"]),
     # Appendix E
     _roupkt_better(),
     _beta_on_blca(),
 ]  # fmt: skip
-"""The paper's claims of sections 5.2, 5.3 (dynamics), 5.4, 5.5, D.1, D.3 to D.6 and E, each one entry."""
-
-
-def differences(results: pd.DataFrame) -> pd.DataFrame:
-    """What the scorecard's figure shows, a row for each of the `CLAIMS` about one mean gain: label, difference, low,
-    high, paper (the paper's difference)."""
-    rows = []
-    for claim in CLAIMS:
-        if claim.pair is None:
-            continue
-        try:
-            gain = compare(results, *claim.pair).gain
-        except Refused:
-            continue  # what is undefined stands, with its reason, in the tables
-        label = " − ".join(map(title, claim.pair))
-        rows.append((label, gain.value, gain.low, gain.high, paper_gain(*claim.pair)[0]))
-    return pd.DataFrame(rows, columns=["label", "difference", "low", "high", "paper"])

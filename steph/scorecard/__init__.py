@@ -1,0 +1,72 @@
+"""The scorecard: the paper's claims, an entry each, and the rules by which records decide them.
+
+`rules` says how a claim is judged, `claims` and `analyses` hold the claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from steph import Refused
+from steph.analysis.statistics import compare
+from steph.results import paper_gain, title
+from steph.scorecard.analyses import MARGINAL as MARGINAL
+from steph.scorecard.analyses import OF_ANALYSES
+from steph.scorecard.claims import OF_RESULTS
+from steph.scorecard.evidence import gather as gather
+from steph.scorecard.rules import NOT_REPRODUCED as NOT_REPRODUCED
+from steph.scorecard.rules import REPRODUCED as REPRODUCED
+from steph.scorecard.rules import UNDECIDED as UNDECIDED
+from steph.scorecard.rules import Claim as Claim
+from steph.scorecard.rules import Evidence as Evidence
+from steph.scorecard.rules import Finding as Finding
+from steph.scorecard.rules import judge_gain as judge_gain
+from steph.scorecard.rules import judge_wins as judge_wins
+from steph.scorecard.rules import verdict as verdict
+
+CLAIMS: list[Claim] = [*OF_RESULTS, *OF_ANALYSES]
+"""The paper's claims, each one entry."""
+
+
+def scorecard(evidence: Evidence, claims: Iterable[Claim] | None = None) -> pd.DataFrame:
+    """The verdict on each claim of `CLAIMS`, a row each; see `verdict`."""
+    return pd.DataFrame([verdict(claim, evidence) for claim in (CLAIMS if claims is None else claims)])
+
+
+PARTS = {
+    "Table S1": "The cohort (Table S1)",
+    "4.": "What mixing does (4.2, 4.3)",
+    "5.2": "Comparison with baselines (5.2, Table 1, Fig. 2)",
+    "5.3": "What training comes to (5.3, D.1, D.2)",
+    "Fig.": "What training comes to (5.3, D.1, D.2)",
+    "5.4": "Ablation (5.4, Table 2)",
+    "5.5": "Aggregation and penalties (5.5, Tables 3 to 5)",
+    "D.": "Appendices D.3 to D.7 (Tables S2 to S7, Fig. S4)",
+    "E": "Appendix E",
+}
+"""Headings of the scorecard in their order, by how a section begins."""
+
+
+def by_part(card: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """`scorecard` to look at, under headings: section, claim, paper, here, verdict with its reason."""
+    heading = card["section"].map(lambda section: next(h for start, h in PARTS.items() if section.startswith(start)))
+    shown = card[["section", "claim", "paper"]].assign(here=card["ours"], verdict=card["verdict"] + ": " + card["why"])
+    return {part: shown[heading == part] for part in dict.fromkeys(PARTS.values()) if (heading == part).any()}
+
+
+def differences(results: pd.DataFrame) -> pd.DataFrame:
+    """What the scorecard's figure shows, a row for each of the `CLAIMS` about one mean gain: label, difference, low,
+    high, paper (the paper's difference)."""
+    rows = []
+    for claim in CLAIMS:
+        if claim.pair is None:
+            continue
+        try:
+            gain = compare(results, *claim.pair).gain
+        except Refused:
+            continue  # what is undefined stands, with its reason, in the tables
+        label = " − ".join(map(title, claim.pair))
+        rows.append((label, gain.value, gain.low, gain.high, paper_gain(*claim.pair)[0]))
+    return pd.DataFrame(rows, columns=["label", "difference", "low", "high", "paper"])

@@ -1,0 +1,44 @@
+"""The evidence that claims are judged on, gathered from records and kept analyses."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from steph import Refused
+from steph.analysis import attention, cohort_tables, dynamics, efficiency, landscape, sar, trajectory
+from steph.runs import Workbench
+from steph.scorecard.rules import Evidence
+
+PAPER_TARGETS = ("BRCA", "BLCA")
+"""The cancers of the paper's landscapes (Figs. 4, 6, S3; S5)."""
+
+
+def gather(bench: Workbench, results: pd.DataFrame, device: str = "cpu") -> Evidence:
+    """What a study has to say. results: of one seed, as `run_all` gives them.
+
+    Nothing is trained. Analyses of models that are finished are made where they are missing; only epochs on real
+    patients are not timed on a processor, which takes hours: the chapter 07_efficiency does.
+    """
+    study, datasets = bench.study, list(bench.study.datasets)
+    first = PAPER_TARGETS[0] if PAPER_TARGETS[0] in datasets else datasets[0]
+    epochs = efficiency.epoch_runs(study, first, 0, study.seed)
+    timed = study.synthetic is not None or device != "cpu"
+    return Evidence(
+        study,
+        results,
+        cohort=cohort_tables.cohort_numbers([bench.dataset(name) for name in datasets]),
+        dynamics=dynamics.of_finished(bench, datasets),
+        landscapes={t: landscape.of_finished(bench, t) for t in PAPER_TARGETS if t in datasets},
+        trajectories=trajectory.of_finished(bench, first),
+        alignment=_alignment(bench),
+        operations=efficiency.counted(bench),
+        epochs=efficiency.epoch_times(bench, epochs, device) if timed else None,
+        attention=attention.over_datasets(bench, attention.finished_everywhere(bench, [0], study.seed), device),
+    )
+
+
+def _alignment(bench: Workbench) -> pd.DataFrame | None:
+    try:
+        return sar.attention_against_embedding(sar.every_pair(bench, 0, bench.study.seed))
+    except Refused:  # no target of which all models are finished
+        return None

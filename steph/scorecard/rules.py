@@ -1,0 +1,132 @@
+"""How records decide a claim: what is shown, what is not, and what this cohort cannot decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from steph import Refused
+from steph.analysis.statistics import NOISE, Estimate
+from steph.data.manifest import Study
+from steph.results import paper_table
+
+PAPER_FOLDS = 5
+
+POINTS = {"agrees": "the paper's way", "disagrees": "the other way", "unclear": "open"}
+"""Where the numbers of a study point, whether or not it can decide."""
+
+REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "cannot be decided on this cohort"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What our records say of a claim. answer: "agrees", "disagrees" or "unclear", by numbers alone."""
+
+    ours: str
+    answer: str
+    because: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What claims are judged on.
+
+    results: of one seed. cohort: of `cohort_tables.cohort_numbers`. dynamics: by target, the course of w and lambda
+    over several starts (`dynamics.dynamics`). landscapes: by target and source (`landscape.of_finished`).
+    trajectories: `trajectory.of_finished`. alignment: `sar.attention_against_embedding`. operations:
+    `efficiency.counted`. epochs: `efficiency.epoch_times`. attention: `attention.over_datasets`. What is missing
+    decides nothing.
+    """
+
+    study: Study
+    results: pd.DataFrame
+    cohort: pd.DataFrame | None = None
+    dynamics: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    landscapes: Mapping[str, Mapping[str, pd.DataFrame]] = field(default_factory=dict)
+    trajectories: pd.DataFrame | None = None
+    alignment: pd.DataFrame | None = None
+    operations: pd.DataFrame | None = None
+    epochs: pd.DataFrame | None = None
+    attention: pd.DataFrame | None = None
+
+    @property
+    def limits(self) -> str:
+        """Why these records cannot decide a claim about the paper's experiment; "" where they can."""
+        if self.study.synthetic:
+            return "synthetic cohort"
+        lacking = sorted(set(paper_table("table_s1_datasets")["dataset"]) - set(self.study.datasets))
+        if lacking:
+            return f"{len(lacking)} of the paper's 13 data sets are not in this study"
+        if self.study.endpoint.name != "DSS" or self.study.folds != PAPER_FOLDS:
+            return f"endpoint {self.study.endpoint.name}, {self.study.folds} folds; the paper's are DSS, {PAPER_FOLDS}"
+        return ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper. paper: its number as text, from the paper's own table. check: our numbers.
+    needs_cohort: it is about the paper's patients, so other patients can neither confirm nor refute it. pair: the two
+    methods of a claim that is one mean gain, for the figure."""
+
+    id: str
+    section: str
+    text: str
+    paper: Callable[[], str]
+    check: Callable[[Evidence], Finding]
+    needs_cohort: bool = True
+    pair: tuple[str, str] | None = None
+
+
+def verdict(claim: Claim, evidence: Evidence) -> dict[str, str]:
+    """One row of the scorecard: id, section, claim, paper, ours, points (what the numbers here say), verdict, why.
+
+    A claim about the paper's patients is decided only on them (`Evidence.limits`); on others the row says whether the
+    numbers point the paper's way. Numbers that are missing decide nothing.
+    """
+    try:
+        found = claim.check(evidence)
+    except Refused as reason:
+        found = Finding("—", "unclear", str(reason))
+    decided = {"agrees": REPRODUCED, "disagrees": NOT_REPRODUCED, "unclear": UNDECIDED}[found.answer]
+    why = found.because
+    limits = evidence.limits if claim.needs_cohort else ""
+    if limits:
+        decided, why = UNDECIDED, f"{limits}; here {POINTS[found.answer]}: {why}"
+    return {
+        "id": claim.id, "section": claim.section, "claim": claim.text, "paper": claim.paper(), "ours": found.ours,
+        "points": POINTS[found.answer], "verdict": decided, "why": why,
+    }  # fmt: skip
+
+
+def judge_gain(gain: Estimate, paper: float) -> tuple[str, str]:
+    """Does a gain in C-index agree with the paper's? Returns the answer and why.
+
+    agrees: the interval lies above 0 and the gain is at least `NOISE`. disagrees: the gain falls short of the paper's
+    by at least `NOISE`, and the paper's lies above the interval. Everything else is unclear.
+    """
+    if np.isnan(gain.low):
+        return "unclear", "one fold of one data set gives no interval"
+    if gain.low > 0 and gain.value >= NOISE:
+        return "agrees", f"the interval lies above 0 and the gain is at least {NOISE}"
+    if paper - gain.value >= NOISE and gain.high < paper:
+        return "disagrees", f"the paper's {paper:+.4f} lies above the interval"
+    if 0 < paper < NOISE:
+        return "unclear", f"the paper's {paper:+.4f} is itself less than the {NOISE} that one seed can show"
+    if gain.low > 0:
+        return "unclear", f"a gain below {NOISE} is not read from one seed"
+    return "unclear", "the interval includes 0" if gain.high > 0 else "below 0, but by less than the margin"
+
+
+def judge_wins(wins: Estimate, n: int, paper: int) -> tuple[str, str]:
+    """Does a count of data sets won agree with the paper's? agrees: at least as many, and the interval is above one
+    half of them. disagrees: the paper's count lies above the interval. Else unclear."""
+    if np.isnan(wins.low):
+        return "unclear", "one fold gives no interval"
+    if wins.value >= paper and wins.low > n / 2:
+        return "agrees", "as many as the paper's, and clearly more than half"
+    if wins.high < paper:
+        return "disagrees", f"the paper's {paper} lies above the interval"
+    return "unclear", f"between {wins.low:.0f} and {wins.high:.0f} of {n} are compatible with these folds"
