@@ -230,7 +230,7 @@ def plan(
 
 def results(study: Study | str | Path | Workbench, current_only: bool = True) -> pd.DataFrame:
     """Every finished run of a study, a row each: dataset, method, fold, seed, precision, c_index, problem, loss,
-    n_test, events_test, external_c_index, seconds, device, key, current, path.
+    n_test, events_test, external_c_index, seconds, device, key, path, folds (of each cross-validation), current.
 
     current: the key is the one that today's data, code and configuration give; runs of other keys are left out.
     """
@@ -238,7 +238,7 @@ def results(study: Study | str | Path | Workbench, current_only: bool = True) ->
     rows = []
     for path in sorted((bench.study.build / "runs").glob("*/*/*/run.json")):
         found = read_record(path.parent)
-        row = row_of(found)
+        row = {**row_of(found), "folds": bench.study.folds}
         known = row["dataset"] in bench.study.datasets and known_method(row["method"])
         row["current"] = known and bench.key(Run(**{k: row[k] for k in Run.__dataclass_fields__})) == row["key"]
         rows.append(row)

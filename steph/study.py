@@ -73,7 +73,7 @@ def run_all(
         missing = [wanted for wanted in stage if bench.record(wanted) is None]
         if missing:
             _carry_out(bench, missing, device, min(workers, len(missing)))
-    return pd.DataFrame([row_of(bench.record(wanted)) for wanted in runs])
+    return pd.DataFrame([{**row_of(bench.record(wanted)), "folds": bench.study.folds} for wanted in runs])
 
 
 def _check(study: Study, wanted: Run, device: str) -> None:

@@ -200,7 +200,8 @@ def _hypernetwork_weights() -> Claim:
         side = {m: i for pair in HYPERNETWORK for i, m in enumerate(pair)}
         cells = evidence.results[evidence.results["method"].isin(side)]
         cells = cells.assign(method=cells["method"].map(side).map({0: "hypernetwork", 1: "own"}))
-        mean = cells.groupby(["dataset", "method", "fold"], sort=False)["c_index"].mean().reset_index()
+        cell = [c for c in ("dataset", "method", "fold", "folds") if c in cells]
+        mean = cells.groupby(cell, sort=False)["c_index"].mean().reset_index()
         gain = compare(mean, "hypernetwork", "own").gain
         percent = float(np.mean([100 * c.gain.value / c.base for c in alone.values()]))
         answer, because = judge_gain(gain, float(np.mean([paper_gain(*pair)[0] for pair in HYPERNETWORK])))
