@@ -14,6 +14,7 @@ from steph.analysis.statistics import compare
 from steph.results import paper_gain, title
 from steph.scorecard.analyses import MARGINAL as MARGINAL
 from steph.scorecard.analyses import OF_ANALYSES
+from steph.scorecard.claims import HYPERNETWORK as HYPERNETWORK
 from steph.scorecard.claims import OF_RESULTS
 from steph.scorecard.evidence import gather as gather
 from steph.scorecard.rules import NOT_REPRODUCED as NOT_REPRODUCED
