@@ -101,6 +101,15 @@ def test_batches_are_the_same_for_all_and_follow_the_seed(problem):
     assert not torch.allclose(alone, vicinal.train(problem, [1.0], [False], [4], 1, 0.3)[4])
 
 
+def test_steps_go_down_the_gradient_at_the_rate_given(problem):
+    """All patients fit in a batch of their own: one step is the whole gradient, in a known order or none."""
+    few = vicinal.Problem(problem.network, problem.target.some(range(9)), problem.source, problem.test, 0.5)
+    tau = vicinal.train(few, [1.0], [False], [1], 0, 0.3)[1]
+    loss = nll_loss(torch.sigmoid(few.network(few.target.bags)), few.target.bins, few.target.event, 0.5)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(few.network.parameters()))])
+    torch.testing.assert_close(tau[0], -0.3 * gradient, rtol=1e-9, atol=1e-14)
+
+
 def test_models_are_judged_as_networks_are(problem):
     losses, scores = vicinal.evaluate(problem, torch.stack([problem.null + 0.1, problem.null]))
     with torch.no_grad():
@@ -177,6 +186,15 @@ def test_eq_9_is_an_equality_where_nothing_differs(problem):
     table = vicinal.premise(same, {"M_0": same.null}, n_pairs=50)
     at_null = table[(table["place"] == "M_0") & (table["statement"] != EQ_10)]
     assert (at_null["holds"] == 1).all() and (at_null["gap"] < 1e-12).all()
+
+
+def test_eq_9_is_an_equality_where_only_labels_differ(problem):
+    """Everybody gets the same logits: what is mixed then is the label alone, in which the gradient is linear."""
+    state = {k: v.detach().clone() for k, v in problem.network.named_parameters()}
+    state["head.weight"] *= 0
+    table = vicinal.premise(problem, {"flat": problem.layout.flatten(state)}, n_pairs=50)
+    row = find(table, place="flat", statement=EQ_9)
+    assert row["holds"].item() == 1 and row["gap"].item() < 1e-12
 
 
 # ------------------------------------------------------------------------------------------- of a study
