@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import yaml
 
 from steph import PROJECT, Refused, notebooks, pages
-from steph.analysis import controls, dynamics
+from steph.analysis import controls, dynamics, trajectory
 from steph.data.manifest import Study
 from steph.records import atomic_path
 from steph.runs import Run, Workbench, plan, results
@@ -87,9 +87,22 @@ def needed_runs(study: Study) -> list[Run]:
     return list(dict.fromkeys([*plan(study), *own]))
 
 
+def further_runs(bench: Workbench) -> list[Run]:
+    """Runs that chapters show and that follow from the results of others: so they come second."""
+    found = []
+    for chapter in chapters(bench.study):
+        if chapter.notebook == "06_dynamics":
+            takes = notebooks.check({**notebooks.declared(chapter.source), **chapter.parameters})
+            seeds = [takes.seed + i for i in range(takes.n_seeds)]
+            walks, again = trajectory.shown(bench, takes.dataset, takes.folds[0], seeds)
+            found += [*walks, *again]
+    return list(dict.fromkeys(found))
+
+
 def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None) -> Path:
     """Everything from records to pages; what is finished is not repeated. Returns the path of the first page."""
     run_all(bench, needed_runs(bench.study), device=device, workers=workers)
+    run_all(bench, further_runs(bench), device=device, workers=workers)
     twin = controls.twin(bench.study)
     if twin is not None:
         run_all(twin, controls.twin_runs(bench.study), device=device, workers=workers)

@@ -391,6 +391,6 @@ def _data_state(study: Study) -> list[list[Any]]:
 def up_to_date(executed: Path, notebook: Path, given: Mapping[str, Any], bench: Workbench) -> bool:
     """Whether an executed copy is finished and shows what a new execution would show."""
     try:
-        return executed.is_file() and completion(executed)["state"] == state(notebook, given, bench)
+        return executed.is_file() and completion(executed).get("state") == state(notebook, given, bench)
     except Refused:
         return False

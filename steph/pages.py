@@ -24,7 +24,7 @@ ANALYSES = "The analyses"
 """The part of the contents that holds the notebooks."""
 
 REFERENCE = {
-    "ground": ("Ground: survival, records", ("steph", "survival", "records", "progress")),
+    "ground": ("Ground: survival, records", ("steph", "survival", "records", "progress", "device")),
     "data": ("Data", ("data",)),
     "mil": ("MIL networks", ("mil",)),
     "merging": ("Merging", ("merging",)),

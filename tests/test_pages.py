@@ -84,7 +84,7 @@ def test_what_was_found_is_made_of_records(tiny, tmp_path, monkeypatch):
         assert "**synthetic**" in text and "Of 3 claims of the paper: 2 x, 1 reproduced." in text
         assert re.search(r"better than the cancer's own model\? \| \+0\.03\d \| [+-]0\.\d{3} \| [+-]0\.\d{3} to", text)
         lacking = pages.found(tiny.study, table[table["method"] != "roupkt"])
-        assert "better than ROUPKT, which runs all models? | +0.013 | — |  | no answer" in lacking
+        assert "better than ROUPKT, which runs all models? | +0.014 | — |  | no answer" in lacking
     finally:
         written.unlink()
 
@@ -183,6 +183,8 @@ def html(tiny_book):
 def test_every_link_leads_to_something_in_the_book(html):
     broken = []
     for path in html.rglob("*.html"):
+        if "_static" in path.relative_to(html).parts:
+            continue  # the theme's templates
         for kind, address in page(path).links:
             parts = urlsplit(address)
             if parts.scheme or parts.netloc:

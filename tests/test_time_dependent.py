@@ -69,13 +69,15 @@ def test_brier_score_is_scikit_survivals(data):
 
 
 def test_without_censoring_they_are_what_everybody_knows():
-    from sklearn.metrics import roc_auc_score
+    from scipy.stats import mannwhitneyu
 
     rng = np.random.default_rng(0)
     time, event, risk = rng.integers(1, 20, 50).astype(float), np.ones(50, bool), rng.normal(size=50)
     followed = td.censoring(time, event)
     right, possible = td.auc_parts(time, event, risk, followed, 8)
-    assert right / possible == pytest.approx(roc_auc_score(time <= 8, risk))
+    early = time <= 8
+    auc = mannwhitneyu(risk[early], risk[~early]).statistic / (early.sum() * (~early).sum())
+    assert right / possible == pytest.approx(auc)
     survival = rng.random((50, 1))
     assert td.brier_parts(time, event, survival, followed, [8]).mean() == pytest.approx(
         ((survival[:, 0] - (time > 8)) ** 2).mean()

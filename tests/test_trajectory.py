@@ -9,7 +9,7 @@ import pytest
 from steph import Refused
 from steph.analysis import trajectory as module
 from steph.analysis.landscape import losses, models
-from steph.analysis.trajectory import ends, ends_wide, of_finished, runs, trajectories
+from steph.analysis.trajectory import ends, ends_wide, of_finished, runs, shown, trajectories
 from steph.data.manifest import load_study
 from steph.runs import Run, row_of
 from steph.study import Workbench, run_all
@@ -107,3 +107,11 @@ def test_a_trajectory_of_many_sources_or_of_nothing_is_refused(bench):
         trajectories(bench, runs(bench.study, "SARC", ["CESC"], 0, [99]))
     with pytest.raises(Refused, match="no runs"):
         trajectories(bench, [])
+
+
+def test_a_chapter_shows_few_sources_from_one_start_and_one_source_from_every_start(tiny):
+    walks, again = shown(tiny, "SARC", 0, [42, 43, 44])
+    assert {run.method for run in walks} == {"steph@CESC", "steph@LIHC"} and {run.seed for run in walks} == {42}
+    assert [run.method for run in again] == [walks[0].method] * 3 and [run.seed for run in again] == [42, 43, 44]
+    walks, again = shown(tiny, "SARC", 0, [7], ["LIHC"])  # named by hand: nothing need be finished
+    assert walks == again == [Run("SARC", "steph@LIHC", 0, 7)]

@@ -93,9 +93,25 @@ def add_launch(app, page: str, template: str, context: dict, doctree) -> None:
     context["body"] = head + end + launch(page, download, app.launch_from) + rest
 
 
+UNWANTED = re.compile(
+    r'<link rel="preload" as="font"[^>]*>\s*'  # icons are drawn, and a page on disk may not load fonts this way
+    r"|<script>const THEBE_JS_URL[^<]*</script>\s*|<script[^>]*sphinx-thebe\.js[^<]*</script>\s*"  # nothing runs here
+)
+
+
+def without_unwanted(app, failure) -> None:
+    """Take out of every page what would fail when the book is read from disk."""
+    if failure is None:
+        for path in Path(app.outdir).rglob("*.html"):
+            text = path.read_text(encoding="utf-8")
+            if UNWANTED.search(text):
+                path.write_text(UNWANTED.sub("", text), encoding="utf-8")
+
+
 def setup(app):
     app.launch_from = repository()
     app.connect("autodoc-process-docstring", plain_docstring)
     app.connect("autodoc-process-signature", plain_signature)
     app.connect("html-page-context", add_launch)
+    app.connect("build-finished", without_unwanted)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

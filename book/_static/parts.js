@@ -30,7 +30,7 @@ document.addEventListener("DOMContentLoaded", () => {
     shown = link;
   };
 
-  for (const link of document.querySelectorAll('article a[href*="bibliography.html#"][title], article a[href^="#"][title]')) {
+  for (const link of document.querySelectorAll('article a[href*="bibliography.html#"][title], article a[href^="#"][title]:not(.headerlink)')) {
     link.dataset.reference = link.title;
     link.removeAttribute("title");
     link.addEventListener("mouseenter", () => show(link));

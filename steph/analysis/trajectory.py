@@ -17,7 +17,7 @@ import pandas as pd
 
 from steph import Refused
 from steph.analysis import dynamics
-from steph.analysis.landscape import losses, pair
+from steph.analysis.landscape import chosen_sources, losses, pair
 from steph.data.manifest import Study
 from steph.methods import method
 from steph.runs import Run, Workbench, results, row_of
@@ -36,6 +36,26 @@ def runs(
     return [
         replace(pair(study, target, source, fold, precision), seed=seed) for source in sources for seed in seeds
     ]  # fmt: skip
+
+
+def shown(
+    bench: Workbench,
+    target: str,
+    fold: int,
+    seeds: Sequence[int],
+    sources: Sequence[str] | None = None,
+    precision: str = "fp32",
+) -> tuple[list[Run], list[Run]]:
+    """The trainings that a chapter on a target shows: with each of a few sources from the first start, and with the
+    first source from every start. sources: None takes three of `steph.analysis.landscape.chosen_sources`, of the
+    finished STEPH run with the first of the seeds."""
+    if sources is None:
+        last = dynamics.at_the_end(
+            dynamics.dynamics(bench, dynamics.runs(bench.study, target, fold, seeds[:1], precision))
+        )
+        sources = list(chosen_sources(last, n=2)["source"])
+    walks = runs(bench.study, target, sources, fold, seeds[:1], precision)
+    return walks, runs(bench.study, target, sources[:1], fold, seeds, precision)
 
 
 def trajectories(bench: Workbench, chosen: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
