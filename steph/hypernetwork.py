@@ -24,6 +24,7 @@ from steph.data.bags import RaggedBatch, as_batch, sample_each
 from steph.merging.merged_encoder import MergedEncoder
 from steph.merging.task_vectors import Layout, State, task_vector
 from steph.mil.abmil import ABMIL
+from steph.mil.mean_mil import mean_of_embedded
 
 RELEASED_NAMES = {
     "regulate_layer_emb.0": "hyper.embed",
@@ -170,13 +171,16 @@ class STEPH(nn.Module):
             aggregate = aggregate + w.gather(1, selected).mean(1)
         return (beta * mix + gamma * aggregate).mean()
 
-    def monitor(self) -> dict[str, float]:
-        """Mean w and lambda of each source over the bags of the last forward pass: `w_NAME`, `lambda_NAME`."""
+    @property
+    def monitored(self) -> list[str]:
+        """What `monitor` gives, by name: `w_NAME` and `lambda_NAME` of each source."""
+        return [f"{what}_{name}" for what in ("w", "lambda") for name in self.source_names]
+
+    def monitor(self) -> Tensor:
+        """Mean w and lambda of each source over the bags of the last forward pass, (2 m,), see `monitored`."""
         if self._last is None:
-            return {}
-        w, lam = (x.detach().mean(0).tolist() for x in self._last[:2])
-        pairs = zip(self.source_names, w, lam, strict=True)
-        return {key: value for name, a, b in pairs for key, value in ((f"w_{name}", a), (f"lambda_{name}", b))}
+            raise Refused("monitor() needs a forward pass first.")
+        return torch.cat([x.detach().mean(0) for x in self._last[:2]])
 
 
 class Hypernetwork(nn.Module):
@@ -201,7 +205,7 @@ class Hypernetwork(nn.Module):
         """Logits of w (B, m) and z (B, m), lambda = 1 / (1 + ReLU(z)); None where no hypernetwork gives them."""
         if self.embed is None:
             return None, None
-        mean = batch.mean(F.relu(self.embed(batch.features)))
+        mean = mean_of_embedded(batch, self.embed)
         return (
             None if self.weight_head is None else self.weight_head(mean),
             None if self.mix_head is None else self.mix_head(mean),

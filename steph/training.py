@@ -1,7 +1,8 @@
 """The one training engine: it trains whatever maps bags to the logits of hazards, and knows no method.
 
 A model may add:
-- `auxiliary_loss()`, a scalar for the last forward pass, and `monitor()`, numbers worth following;
+- `auxiliary_loss()`, a scalar for the last forward pass, and `monitor()`, numbers worth following, (k,), which the list
+  `monitored` names;
 - `supervised = False`: the likelihood is followed but trains nothing, `auxiliary_loss()` alone does;
 - `frozen(bags) -> (B, ...)`: what it makes of bags without anything that is trained. That is computed once per patient,
   not in every epoch, and handed back: `forward(bags, frozen)`;
@@ -17,7 +18,9 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -32,9 +35,24 @@ from steph.data.bags import RaggedBatch
 from steph.data.dataset import Dataset
 from steph.data.joint import JointDataset
 from steph.data.manifest import Network, Recipe
+from steph.data.resident import release
 from steph.survival import bin_index, nll_loss, risk_score, survival_curve
 
-PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
+PRECISIONS = {
+    "fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "tf32": torch.float32
+}  # fmt: skip
+"""Formats of patches, and so of the big products. bf16: parameters stay in float32, sums are taken in float32. tf32: an
+NVIDIA GPU's float32 products of shorter factors."""
+
+
+def parameter_dtype(precision: str) -> torch.dtype:
+    """The format of a model's parameters."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+def default_precision(device: str) -> str:
+    """bf16 where the hardware is made for it, fp32 elsewhere."""
+    return "bf16" if device.startswith("cuda") else "fp32"
 
 
 def seed_everything(seed: int) -> None:
@@ -85,8 +103,9 @@ class Trainer:
 
     def step(
         self, batch: RaggedBatch | None, bins: Tensor, event: Tensor, frozen: Tensor | None = None
-    ) -> dict[str, float]:
-        """One update on B bags with their bins (B,) and events (B,). Returns the losses, the rate and the monitor.
+    ) -> tuple[float, Tensor]:
+        """One update on B bags with their bins (B,) and events (B,). Returns the learning rate and what was seen: the
+        likelihood, the auxiliary loss and what the model monitors, (2 + k,), on the model's device.
 
         frozen: (B, ...) what the model's `frozen` made of the bags, for models that have it.
         """
@@ -100,13 +119,9 @@ class Trainer:
         rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.schedule.step()
-        seen = self.model.monitor() if hasattr(self.model, "monitor") else {}  # type: ignore[operator]
-        return {
-            "loss": likelihood.item(),
-            "auxiliary_loss": 0.0 if auxiliary is None else auxiliary.item(),
-            "learning_rate": rate,
-            **seen,
-        }
+        losses = torch.stack([likelihood, likelihood.new_zeros(()) if auxiliary is None else auxiliary]).detach()
+        monitor = getattr(self.model, "monitor", None)
+        return rate, losses if monitor is None else torch.cat([losses, monitor()])
 
     def _auxiliary(self) -> Tensor | None:
         return self.model.auxiliary_loss() if hasattr(self.model, "auxiliary_loss") else None  # type: ignore[operator]
@@ -166,7 +181,7 @@ def fit(
     if not labels["event"].any():
         raise Refused(f"{dataset.name}: no event among {len(patients)} training patients; nothing can be learnt.")
     dtype = PRECISIONS[precision]
-    model.to(device, dtype).train()
+    model.to(device, parameter_dtype(precision)).train()
     bins = torch.from_numpy(bin_index(labels["time_days"], network.n_bins, network.bin_width_days)).to(device)
     event = torch.from_numpy(labels["event"].to_numpy(dtype=bool)).to(device)
     batch_of = _batches(model, dataset, patients, recipe.max_patches, device, dtype)
@@ -174,24 +189,74 @@ def fit(
     reads_patches = getattr(model, "reads_patches", True)
     trainer = Trainer(model, recipe, steps)
     shuffler = np.random.default_rng(seed)
-    history = []
+    history: list[dict[str, float]] = []
     for epoch in range(1, recipe.epochs + 1):
         started = time.perf_counter()
         order = shuffler.permutation(len(patients))[: steps * recipe.bags_per_step]
-        rows = []
-        for chosen in order.reshape(steps, recipe.bags_per_step):
-            batch = batch_of([patients[i] for i in chosen]) if reads_patches else None
-            index = torch.from_numpy(chosen).to(device)
-            rows.append(trainer.step(batch, bins[index], event[index], None if frozen is None else frozen[index]))
-        means = {str(name): float(value) for name, value in pd.DataFrame(rows).mean().items()}
-        row = {"epoch": epoch, **means, "learning_rate": rows[-1]["learning_rate"]}
-        if not math.isfinite(row["loss"]):
-            raise Refused(f"{dataset.name}: the training loss is {row['loss']} in epoch {epoch}; lower recipe.lr.")
+        seen = []
+        groups = order.reshape(steps, recipe.bags_per_step)
+
+        def load(chosen: np.ndarray) -> RaggedBatch | None:
+            return batch_of([patients[i] for i in chosen]) if reads_patches else None
+
+        with _products(precision):
+            for chosen, batch in zip(groups, ahead(load, groups, device), strict=True):
+                index = torch.from_numpy(chosen).to(device, non_blocking=True)
+                known = None if frozen is None else frozen[index]
+                step = partial(trainer.step, bins=bins[index], event=event[index], frozen=known)
+                rate, numbers = _with_memory(step, batch, device, dataset.name)
+                seen.append(numbers)
+        # Asked for once an epoch: to look at a number makes the program wait for the device.
+        loss, auxiliary, *monitored = torch.stack(seen).double().mean(0).tolist()
+        if not math.isfinite(loss):
+            raise Refused(f"{dataset.name}: the training loss is {loss} in epoch {epoch}; lower recipe.lr.")
+        row = {"epoch": epoch, "loss": loss, "auxiliary_loss": auxiliary, "learning_rate": rate}
+        row |= dict(zip(getattr(model, "monitored", []), monitored, strict=True))
         history.append({**row, "seconds": time.perf_counter() - started})
         if report:
             report(epoch, history[-1])
     model.eval()
     return pd.DataFrame(history)
+
+
+def ahead(load: Callable[[Any], Any], items: Iterable[Any], device: str) -> Iterator[Any]:
+    """`load` of each item in turn. For an accelerator the next is loaded while the last is worked on."""
+    if torch.device(device).type == "cpu":
+        yield from map(load, items)
+        return
+    with ThreadPoolExecutor(1) as loader:
+        waiting: deque[Future[Any]] = deque()
+        for item in items:
+            waiting.append(loader.submit(load, item))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _with_memory(step: Callable[..., Any], batch: RaggedBatch | None, device: str, name: str) -> Any:
+    """A training step; where the device's memory does not suffice, again without the features that it holds."""
+    try:
+        return step(batch)
+    except torch.OutOfMemoryError:
+        if not release(device, refuse=True):
+            largest = max(batch.sizes) if batch is not None else 0
+            raise Refused(
+                f"{name}: {device} has too little memory for a step with a bag of {largest:,} patches. Set "
+                "recipe.max_patches or a smaller recipe.bags_per_step in the study manifest, or use a larger device."
+            ) from None
+    return step(batch)
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    """TF32 products inside the block, where that is asked for."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @torch.no_grad()
@@ -216,10 +281,11 @@ def predict(
     once, which is faster and, in the last digits, another sum."""
     patients = list(patients)
     dtype = PRECISIONS[precision]
-    model.to(device, dtype).eval()
+    model.to(device, parameter_dtype(precision)).eval()
     batch_of = _batches(model, dataset, patients, max_patches, device, dtype)
     groups = [patients[i : i + together] for i in range(0, len(patients), together)]
-    hazards = torch.cat([torch.sigmoid(model(batch_of(group))).double().cpu() for group in groups])
+    with _products(precision):
+        hazards = torch.cat([torch.sigmoid(model(batch_of(group))) for group in groups]).double().cpu()
     survival = survival_curve(hazards)
     labels = dataset.labels(patients).astype({"event": int})
     curves = pd.DataFrame(survival.numpy(), columns=[f"survival_{t + 1}" for t in range(survival.shape[1])])

@@ -165,12 +165,16 @@ class ROUPKT(nn.Module):
         largest = torch.softmax(self._last, dim=1).amax(1)
         return (self.balance * largest + self.z * torch.logsumexp(self._last, dim=1).square()).mean()
 
-    def monitor(self) -> dict[str, float]:
-        """Mean probability of each expert over the bags of the last forward pass: `p_NAME`."""
+    @property
+    def monitored(self) -> list[str]:
+        """What `monitor` gives, by name: `p_NAME` of each expert."""
+        return [f"p_{name}" for name in self.names]
+
+    def monitor(self) -> Tensor:
+        """Mean probability of each expert over the bags of the last forward pass, (n,), see `monitored`."""
         if self._last is None:
-            return {}
-        means = torch.softmax(self._last.detach(), dim=1).mean(0).tolist()
-        return {f"p_{name}": value for name, value in zip(self.names, means, strict=True)}
+            raise Refused("monitor() needs a forward pass first.")
+        return torch.softmax(self._last.detach(), dim=1).mean(0)
 
     def attention(self, bag: Tensor) -> Tensor:
         """Attention (N,) of the router over the patches of one bag (N, D)."""

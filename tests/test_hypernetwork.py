@@ -181,7 +181,7 @@ def test_a_batch_is_its_bags(problem):
     bags = [problem.numbers.tensor("X_A"), problem.numbers.tensor("X_B"), problem.numbers.tensor("X_A")[:1]]
     torch.testing.assert_close(model(bags), torch.cat([model([bag]) for bag in bags]), **EXACT)
     model(bags)
-    seen = model.monitor()
+    seen = dict(zip(model.monitored, model.monitor().tolist(), strict=True))
     w = torch.stack([model.coefficients(bag)[0] for bag in bags]).mean(0)
     assert [seen[f"w_s{i}"] for i in range(5)] == pytest.approx(w.tolist())
     assert set(seen) == {f"{kind}_s{i}" for kind in ("w", "lambda") for i in range(5)}

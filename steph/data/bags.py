@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +84,11 @@ class RaggedBatch:
         sizes = torch.tensor(self.sizes, device=values.device, dtype=values.dtype).view(-1, 1)
         return self.membership.to(values.dtype) @ values / sizes
 
+    @property
+    def half(self) -> bool:
+        """Whether patches come in half precision: then big products are taken in it, and sums in float32."""
+        return self.features.dtype in (torch.bfloat16, torch.float16)
+
     def softmax(self, scores: Tensor) -> Tensor:
         """Softmax of patch scores (N,) within each bag, as a (B, N) matrix: row i is bag i's attention, 0 elsewhere."""
         return torch.softmax(scores.masked_fill(~self.membership, -torch.inf), dim=1)
@@ -95,6 +101,21 @@ class RaggedBatch:
 def as_batch(bags: Sequence[Tensor] | RaggedBatch) -> RaggedBatch:
     """What a network is given, a list of bags or a `RaggedBatch`, as a `RaggedBatch`."""
     return bags if isinstance(bags, RaggedBatch) else RaggedBatch.from_bags(bags)
+
+
+def takes_half(encode: Callable[[Any, RaggedBatch], Tensor]) -> Callable[..., Tensor]:
+    """A network's `encode` that is given a `RaggedBatch` in any case, and whose layers in float32 also take patches in
+    half precision; bag features are in float32 then."""
+
+    @wraps(encode)
+    def wrapped(self: Any, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+        batch = as_batch(bags)
+        if not batch.half:
+            return encode(self, batch)
+        with torch.autocast(batch.features.device.type, torch.bfloat16):
+            return encode(self, batch).float()
+
+    return wrapped
 
 
 def sample_each(batch: RaggedBatch, max_patches: int, seed: int) -> RaggedBatch:

@@ -17,6 +17,7 @@ from steph.data.bags import RaggedBatch, sampled
 from steph.data.cohort import COLUMNS, Cohort, read_cohort
 from steph.data.features import check_slides, find_slides
 from steph.data.manifest import Study
+from steph.data.resident import resident
 from steph.data.splits import Splits, load_splits
 from steph.data.store import Store, pack
 from steph.records import fingerprint
@@ -79,15 +80,20 @@ class Dataset:
         self._refuse_unknown(patient_ids)
         pieces = [self._rows(patient, max_patches) for patient in patient_ids]
         offsets = (0, *accumulate(sum(map(_length, rows)) for rows in pieces))
-        on_cpu = torch.device(device).type == "cpu"
-        # One pass: rows are gathered and cast together; for an accelerator they travel in the store's precision.
-        source = self.store.tensor
-        features = torch.empty((offsets[-1], self.store.dim), dtype=dtype if on_cpu else source.dtype)
-        at = 0
-        for rows in _joined(pieces):
-            features[at : at + _length(rows)].copy_(source[rows])
-            at += _length(rows)
-        features = features.to(device).to(dtype)
+        device = torch.device(device)
+        held = None if device.type == "cpu" else resident(str(self.store.path), self.store.tensor, device)
+        if held is not None:
+            features = torch.cat([held[rows] for rows in _joined(pieces)]).to(dtype)
+        else:
+            # One pass: rows are gathered and cast together; to an accelerator they travel in the store's precision.
+            source, on_cpu = self.store.tensor, device.type == "cpu"
+            kind = dtype if on_cpu else source.dtype
+            features = torch.empty((offsets[-1], self.store.dim), dtype=kind, pin_memory=not on_cpu)
+            at = 0
+            for rows in _joined(pieces):
+                features[at : at + _length(rows)].copy_(source[rows])
+                at += _length(rows)
+            features = features.to(device, non_blocking=True).to(dtype)
         if not coords:
             return RaggedBatch(features, offsets)
         flat = [rows for of_patient in pieces for rows in of_patient]

@@ -17,9 +17,10 @@ from torch.func import functional_call
 from steph.data.bags import RaggedBatch, as_batch
 from steph.merging.task_vectors import Layout, State
 
-PADDING, SMALL = 1.25, 768
+PADDING, SMALL, LARGE = 1.25, 768, 1024
 """Bags are padded to a common length while that makes at most this many times the work, or at most so many patches in
-all: below that, a call costs more than what it computes."""
+all: below that, a call costs more than what it computes. A larger bag than the last goes alone: nothing is gained by
+company, and padding copies it."""
 
 
 class MergedEncoder(nn.Module):
@@ -40,6 +41,7 @@ class MergedEncoder(nn.Module):
         self.register_buffer("vectors", torch.stack([self.layout.flatten(v) for v in vectors]), persistent=False)
         self.calls = 0
         self._workspace: dict[str, Tensor] = {}
+        self._rounded: tuple[Tensor, Tensor] | None = None
 
     def forward(self, coefficients: Tensor, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
         """Bag features (B, H), bag i under the weights base + coefficients[i] @ vectors."""
@@ -58,12 +60,21 @@ class MergedEncoder(nn.Module):
         """The merged encoder's parameters for one bag's coefficients (m,)."""
         return self.layout.views(self.base + coefficients @ self.vectors)
 
-    def workspace(self, name: str, rows: int) -> Tensor:
+    def workspace(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised (rows, P) tensor kept between calls: a fresh one costs more than the product it holds."""
         held = self._workspace.get(name)
-        if held is None or len(held) < rows or held.dtype != self.base.dtype or held.device != self.base.device:
-            held = self._workspace[name] = self.base.new_empty(rows, self.layout.size)
+        if held is None or len(held) < rows or held.dtype != dtype or held.device != self.base.device:
+            held = self._workspace[name] = self.base.new_empty(rows, self.layout.size, dtype=dtype)
         return held[:rows]
+
+    def fixed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Base (P,) and task vectors (m, P) in the precision of the patches."""
+        if dtype == self.base.dtype:
+            return self.base, self.vectors
+        held = self._rounded
+        if held is None or held[0].dtype != dtype or held[0].device != self.base.device:
+            held = self._rounded = (self.base.to(dtype), self.vectors.to(dtype))
+        return held
 
 
 class _Encoder(nn.Module):
@@ -82,18 +93,20 @@ class _MergeAndEncode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, merged: MergedEncoder, batch: RaggedBatch) -> Tensor:
-        sizes = batch.sizes
+        sizes, dtype = batch.sizes, batch.features.dtype
         order = sorted(range(len(batch)), key=sizes.__getitem__)
-        weights = merged.workspace("weights", len(order))
-        torch.addmm(merged.base, coefficients[order], merged.vectors, out=weights)
+        weights = merged.workspace("weights", len(order), dtype)
+        base, vectors = merged.fixed(dtype)
+        torch.addmm(base, coefficients[order].to(dtype), vectors, out=weights)
         features, saved = [], []
         for start, stop in _groups([sizes[i] for i in order]):
             bags, valid = _padded([batch.bag(i) for i in order[start:stop]])
-            found, kept = merged.network.encode_each(merged.layout.views(weights[start:stop]), bags, valid)  # type: ignore[operator]
+            own = merged.layout.views(weights[start:stop])
+            found, kept = merged.network.encode_each(own, bags, valid, ctx.needs_input_grad[0])  # type: ignore[operator]
             features.append(found)
             saved.append((start, stop, kept))
         merged.calls += 1
-        ctx.merged, ctx.order, ctx.saved, ctx.call = merged, order, saved, merged.calls
+        ctx.merged, ctx.order, ctx.saved, ctx.call, ctx.dtype = merged, order, saved, merged.calls, dtype
         return torch.empty_like(torch.cat(features)).index_copy_(0, _index(order, weights), torch.cat(features))
 
     @staticmethod
@@ -102,11 +115,13 @@ class _MergeAndEncode(torch.autograd.Function):
         merged, order, grad = ctx.merged, ctx.order, grads[0][ctx.order]
         if ctx.saved is None or ctx.call != merged.calls:
             raise RuntimeError("backward must follow its own forward: the weights' workspace has been used again")
-        d_weights = merged.workspace("gradients", len(order))
+        dtype = ctx.dtype
+        d_weights = merged.workspace("gradients", len(order), dtype)
         for start, stop, kept in ctx.saved:
             merged.network.encode_each_backward(kept, grad[start:stop], merged.layout.views(d_weights[start:stop]))
         ctx.saved = None
-        d_coefficients = d_weights @ merged.vectors.T
+        # Few rows and a million columns: this order of the factors is the one that libraries are good at.
+        d_coefficients = (merged.fixed(dtype)[1] @ d_weights.T).T.to(grad.dtype)
         return torch.empty_like(d_coefficients).index_copy_(0, _index(order, grad), d_coefficients), None, None
 
 
@@ -118,7 +133,11 @@ def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:
     """Neighbours among rising sizes that are worth padding to one length."""
     start = 0
     for stop in range(1, len(sizes) + 1):
-        if stop == len(sizes) or sizes[stop] * (stop + 1 - start) > max(PADDING * sum(sizes[start : stop + 1]), SMALL):
+        if (
+            stop == len(sizes)
+            or sizes[stop] > LARGE
+            or sizes[stop] * (stop + 1 - start) > max(PADDING * sum(sizes[start : stop + 1]), SMALL)
+        ):
             yield start, stop
             start = stop
 

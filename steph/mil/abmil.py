@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from steph.data.bags import RaggedBatch, as_batch
+from steph.mil.gated_attention import Saved, attend, attend_backward, attend_with_gradient, kept_mask
 
 RELEASED_NAMES = {
     "embed": "feat_proj.0",
@@ -44,29 +44,29 @@ class ABMIL(nn.Module):
 
     def encode(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
         """Bag features (B, dim_emb)."""
-        batch = as_batch(bags)
-        embedded, scores = self._embed_and_score(batch.features)
-        return batch.softmax(scores) @ embedded
+        parameters = dict(self.named_parameters())
+        return attend_with_gradient(parameters, as_batch(bags), self.dropout if self.training else 0.0)
 
     def attention(self, bag: Tensor) -> Tensor:
         """Attention (N,) over the patches of one bag (N, D); it sums to 1."""
-        return torch.softmax(self._embed_and_score(bag)[1], dim=0)
-
-    def _embed_and_score(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        embedded = F.relu(self.embed(patches))  # (N, dim_emb)
-        gated = torch.tanh(self.gate_tanh(embedded)) * torch.sigmoid(self.gate_sigmoid(embedded))
-        # Dropout on both branches, drawn at once: a product is kept where both of its factors are.
-        gated = F.dropout(gated, 1 - (1 - self.dropout) ** 2, self.training)
-        return embedded, self.score(gated).squeeze(1)
+        dropout = self.dropout if self.training else 0.0
+        saved = attend(dict(self.named_parameters()), as_batch([bag]), dropout, remember=False)[1]
+        return torch.softmax(saved.scores, dim=0)
 
     # Each bag under encoder weights of its own: what a hypernetwork asks for. Written by hand, because autograd would
     # keep and copy a full set of weights for every bag; `tests/test_abmil.py` holds it to autograd's gradient.
 
-    def encode_each(self, weights: Mapping[str, Tensor], bags: Tensor, valid: Tensor) -> tuple[Tensor, tuple]:
+    def encode_each(
+        self, weights: Mapping[str, Tensor], bags: Tensor, valid: Tensor, remember: bool = True
+    ) -> tuple[Tensor, tuple | Saved]:
         """Bag features (G, dim_emb) of G padded bags (G, n, D), bag g under the weights ``weights[name][g]``.
 
-        valid: (G, n) True where a patch is real. Returns the features and what `encode_each_backward` needs.
+        valid: (G, n) True where a patch is real. Returns the features and what `encode_each_backward` needs, if that is
+        to be remembered.
         """
+        if len(bags) == 1:
+            own = {name: value[0] for name, value in weights.items()}
+            return attend(own, as_batch([bags[0]]), self.dropout if self.training else 0.0, remember)
         embedded = _linear(bags, weights, "embed").relu_()  # (G, n, dim_emb)
         tanh = _linear(embedded, weights, "gate_tanh").tanh_()  # (G, n, dim_attn)
         sigmoid = _linear(embedded, weights, "gate_sigmoid").sigmoid_()
@@ -76,12 +76,16 @@ class ABMIL(nn.Module):
         scores = _linear(gated, weights, "score").squeeze(2).masked_fill_(~valid, -torch.inf)
         attention = torch.softmax(scores, dim=1)  # (G, n)
         features = torch.bmm(attention.unsqueeze(1), embedded).squeeze(1)
-        return features, (weights, bags, embedded, tanh, sigmoid, kept, gated, attention)
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        return features, (weights, bags, embedded, tanh, sigmoid, kept, gated, attention) if remember else ()
 
-    def encode_each_backward(self, saved: tuple, grad: Tensor, out: Mapping[str, Tensor]) -> None:
+    def encode_each_backward(self, saved: tuple | Saved, grad: Tensor, out: Mapping[str, Tensor]) -> None:
         """Gradient of the weights of each bag, written to ``out[name]`` (G, ...), from that of the features
         (G, dim_emb). Consumes `saved`."""
+        if isinstance(saved, Saved):
+            return attend_backward(saved, grad, {name: value[0] for name, value in out.items()})
         weights, bags, embedded, tanh, sigmoid, kept, gated, attention = saved
+        grad = grad.to(bags.dtype)
         d_attention = torch.bmm(embedded, grad.unsqueeze(2)).squeeze(2)
         d_score = attention * (d_attention - (attention * d_attention).sum(1, keepdim=True))  # (G, n)
         torch.bmm(d_score.unsqueeze(1), gated, out=out["score.weight"])
@@ -103,7 +107,7 @@ class ABMIL(nn.Module):
         if not self.training or self.dropout == 0:
             return None
         keep = (1 - self.dropout) ** 2
-        return torch.empty_like(values).bernoulli_(keep).div_(keep)
+        return kept_mask(tuple(values.shape), keep, values.device).to(values.dtype).div_(keep)
 
 
 def _linear(x: Tensor, weights: Mapping[str, Tensor], layer: str) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steph import Refused
-from steph.data.bags import RaggedBatch, as_batch
+from steph.data.bags import RaggedBatch, as_batch, takes_half
 from steph.mil.grouping import Padding
 
 HEADS = 8
@@ -40,9 +40,10 @@ class ILRA(nn.Module):
         """Logits of the hazards (B, T) of B bags of patches (N_i, D)."""
         return self.head(self.encode(bags))
 
-    def encode(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+    @takes_half
+    def encode(self, batch: RaggedBatch) -> Tensor:
         """Bag features (B, dim)."""
-        return self._pooled(as_batch(bags))[0]
+        return self._pooled(batch)[0]
 
     def attention(self, bag: Tensor) -> Tensor:
         """Attention (N,) of the pooling query over the patches of one bag (N, D), mean over the heads; sums to 1."""

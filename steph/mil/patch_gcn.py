@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steph import Refused
-from steph.data.bags import RaggedBatch, as_batch
+from steph.data.bags import RaggedBatch, as_batch, takes_half
 
 NEIGHBOURS = 8
 CACHED_PATCHES = 20_000_000
@@ -53,9 +53,9 @@ class PatchGCN(nn.Module):
         """Logits of the hazards (B, T) of B bags of patches (N_i, D). Raises `Refused` for bags without coordinates."""
         return self.head(self.encode(bags))
 
-    def encode(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+    @takes_half
+    def encode(self, batch: RaggedBatch) -> Tensor:
         """Bag features (B, dim)."""
-        batch = as_batch(bags)
         patches, scores = self._embed_and_score(batch)
         return batch.softmax(scores) @ patches
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steph import Refused
-from steph.data.bags import RaggedBatch, as_batch
+from steph.data.bags import RaggedBatch, as_batch, takes_half
 from steph.mil.grouping import Padding, alike
 
 HEADS = 8
@@ -48,9 +48,9 @@ class R2TMIL(nn.Module):
         """Logits of the hazards (B, T) of B bags of patches (N_i, D)."""
         return self.head(self.encode(bags))
 
-    def encode(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+    @takes_half
+    def encode(self, batch: RaggedBatch) -> Tensor:
         """Bag features (B, dim_emb)."""
-        batch = as_batch(bags)
         patches, scores = self._embed_and_score(batch)
         return batch.softmax(scores) @ patches
 

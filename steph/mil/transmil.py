@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steph import Refused
-from steph.data.bags import RaggedBatch, as_batch
+from steph.data.bags import RaggedBatch, takes_half
 from steph.mil.grouping import alike
 
 HEADS = 8
@@ -43,9 +43,9 @@ class TransMIL(nn.Module):
         """Logits of the hazards (B, T) of B bags of patches (N_i, D)."""
         return self.head(self.encode(bags))
 
-    def encode(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+    @takes_half
+    def encode(self, batch: RaggedBatch) -> Tensor:
         """Bag features (B, dim_emb)."""
-        batch = as_batch(bags)
         embedded = F.relu(self.embed(batch.features))
         tokens = embedded.new_empty(len(batch), embedded.shape[1])
         for bags_alike, rows, sizes in alike(batch, _side):

@@ -1,0 +1,86 @@
+"""Attention pooling by hand is autograd's, in any precision, in chunks, with and without what it remembers."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from steph.data import RaggedBatch
+from steph.mil import ABMIL
+from steph.mil import gated_attention as module
+from steph.mil.gated_attention import NAMES, attend, attend_with_gradient, kept_mask
+
+SIZES = (5, 1, 300, 17, 40)
+
+
+def plain(parameters, batch, kept=None):
+    """The same, as a textbook writes it; kept: the dropout mask with its scale."""
+    p = parameters
+    embedded = F.relu(F.linear(batch.features, p["embed.weight"], p["embed.bias"]))
+    tanh = torch.tanh(F.linear(embedded, p["gate_tanh.weight"], p["gate_tanh.bias"]))
+    gated = tanh * torch.sigmoid(F.linear(embedded, p["gate_sigmoid.weight"], p["gate_sigmoid.bias"]))
+    gated = gated if kept is None else gated * kept
+    scores = F.linear(gated, p["score.weight"], p["score.bias"]).squeeze(1)
+    return batch.softmax(scores) @ embedded
+
+
+@pytest.fixture
+def problem(float64):
+    torch.manual_seed(0)
+    network = ABMIL(24, 16, 12, 8)
+    batch = RaggedBatch.from_bags([torch.randn(n, 24) for n in SIZES])
+    return {name: network.get_parameter(name) for name in NAMES}, batch, torch.randn(len(SIZES), 16)
+
+
+def gradients(features, weighting, parameters):
+    return torch.autograd.grad((features * weighting).sum(), list(parameters.values()))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize(("chunk", "kept"), [(2048, 10**6), (50, 10**6), (64, 10)], ids=["whole", "chunks", "twice"])
+def test_features_and_gradients_are_autograds(problem, monkeypatch, chunk, kept, dropout):
+    parameters, batch, weighting = problem
+    monkeypatch.setattr(module, "CHUNKS", {"cpu": chunk})
+    monkeypatch.setattr(module, "KEPT", kept)
+    torch.manual_seed(3)
+    found = attend_with_gradient(parameters, batch, dropout)
+    torch.manual_seed(3)
+    keep = (1 - dropout) ** 2
+    mask = kept_mask((sum(SIZES), 12), keep, batch.features.device) / keep if dropout else None
+    expected = plain(parameters, batch, mask)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    for mine, theirs in zip(
+        gradients(found, weighting, parameters), gradients(expected, weighting, parameters), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_half_precision_is_near(problem):
+    parameters, batch, weighting = problem
+    single = {name: p.detach().float().requires_grad_() for name, p in parameters.items()}
+    half = RaggedBatch(batch.features.bfloat16(), batch.offsets)
+    found, expected = attend_with_gradient(single, half, 0.0), plain(parameters, batch)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=0.03, atol=0.03)
+    for mine, theirs in zip(
+        gradients(found, weighting.float(), single), gradients(expected, weighting, parameters), strict=True
+    ):
+        assert mine.dtype == torch.float32
+        assert (mine.double() - theirs).norm() <= 0.05 * theirs.norm() + 1e-3
+
+
+def test_nothing_is_remembered_where_there_is_no_way_back(problem):
+    parameters, batch, _ = problem
+    assert attend(parameters, batch, 0.0, remember=False)[1].activations is None
+    with torch.no_grad():
+        assert not attend_with_gradient(parameters, batch, 0.0).requires_grad
+
+
+@pytest.mark.parametrize("keep", [0.5625, 0.1, 0.9])
+def test_masks_keep_what_they_should(keep):
+    torch.manual_seed(0)
+    found = kept_mask((1000, 1000), keep, torch.device("cpu"))
+    assert found.shape == (1000, 1000) and found.float().mean().item() == pytest.approx(keep, abs=2e-3)
+    # No pattern from drawing four at a time.
+    lanes = found.view(-1, 4).float()
+    correlation = torch.corrcoef(lanes.T)
+    assert (correlation - torch.eye(4)).abs().max() < 0.01
