@@ -1,8 +1,8 @@
 """What a study takes, before anything of it starts: runs, operations, bytes, memory, disk and hours on a device.
 
-Hours rest on a measurement of a minute or less: updates and predictions of every kind of method in the plan, at the study's
-dimensions, on random bags of two sizes. What lies between and beyond them is taken to be a straight line in the number of
-patches, which holds for all networks here but for TransMIL's squares.
+Hours rest on a measurement of a minute or less: updates and predictions of every kind of method in the plan, at the
+study's dimensions, on random bags of two sizes. What lies between and beyond them is taken to be a straight line in the
+number of patches, which holds for all networks here but for TransMIL's squares.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured of a method: seconds of an update on `bags` bags, of what is computed once per training patient,
-    of a prediction, by patches of a bag."""
+    """What was measured of a method, by patches of a bag: seconds of an update, of what is computed once per training
+    patient, of a prediction."""
 
     update: Line
     once: Line
@@ -67,7 +67,8 @@ def kind_of(entry: Method) -> tuple[str, str, str]:
 
 def speeds(bench: Workbench, names: Iterable[str], device: str = "cpu", precision: str = "fp32") -> dict[str, Speed]:
     """`Speed` by method, measured on this machine and kept; methods of one kind are measured once."""
-    study, kinds = bench.study, {}
+    study = bench.study
+    kinds: dict[tuple[str, str, str], str] = {}
     for name in names:
         kinds.setdefault(kind_of(method(name)), name)
     decides = {
@@ -88,7 +89,8 @@ def speeds(bench: Workbench, names: Iterable[str], device: str = "cpu", precisio
         return pd.DataFrame(rows)
 
     table = kept(bench, "speeds", decides, measure)
-    lines = {(row.method, row.what): Line(row.start, row.per_patch) for row in table.itertuples()}
+    columns = (table[name].to_list() for name in ("method", "what", "start", "per_patch"))
+    lines = {(name, what): Line(start, slope) for name, what, start, slope in zip(*columns, strict=True)}
     found = {name: Speed(**{what: lines[name, what] for what in ("update", "once", "prediction")})
              for name in kinds.values()}  # fmt: skip
     return {name: found[kinds[kind_of(method(name))]] for name in names}
@@ -328,8 +330,8 @@ def memory(bench: Workbench, table: pd.DataFrame, precision: str = "fp32") -> in
 
 
 def overview(bench: Workbench, table: pd.DataFrame, taken: pd.Series) -> pd.DataFrame:
-    """The plan by data set: dataset, runs, finished, PFLOP, TB read, patients, largest bag, hours of one worker for what
-    is missing."""
+    """The plan by data set: dataset, runs, finished, PFLOP, TB read, largest bag, hours of one worker for what is
+    missing."""
     shown = table.assign(hours=taken.where(~table["finished"], 0.0) / 3600)
     grouped = shown.groupby("dataset", sort=False)
     return pd.DataFrame({
@@ -353,7 +355,7 @@ def disk(bench: Workbench, table: pd.DataFrame) -> tuple[int, int]:
     missing = table[~table["finished"]]
     weights = {name: sum(p.numel() for p in built(name, bench.study).parameters() if p.requires_grad) * 4
                for name in missing["method"].unique()}  # fmt: skip
-    need = sum(weights[row.method] + PER_PATIENT * row.tested for row in missing.itertuples())
+    need = missing["method"].map(weights).sum() + PER_PATIENT * missing["tested"].sum()
     folder = bench.study.build
     while not folder.exists():
         folder = folder.parent

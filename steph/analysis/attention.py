@@ -113,10 +113,6 @@ def attention_of(model: nn.Module, batch: RaggedBatch) -> np.ndarray:
     """Attention (N,) of a model over the patches of one bag (a batch of one), in double precision, summing to 1. A
     merging model is first merged for this bag. Raises `Refused` for a model that pools without attention."""
     network = _network(model, batch)
-    if isinstance(network, ABMIL):
-        # Patch by patch, so in pieces: what a layer makes of a whole slide is larger than the slide.
-        scores = torch.cat([network._embed_and_score(piece)[1] for piece in batch.features.split(PIECE)])
-        return torch.softmax(scores.double(), dim=0).cpu().numpy()
     bag = batch if needs_coords(network) else batch.features
     attention = network.attention(bag).double().cpu().numpy()  # type: ignore[operator]
     return attention / attention.sum()

