@@ -20,6 +20,7 @@ import yaml
 from steph import PROJECT, Refused, notebooks, pages
 from steph.analysis import controls, dynamics, trajectory
 from steph.data.manifest import Study
+from steph.device import precision_for
 from steph.records import atomic_path
 from steph.runs import Run, Workbench, plan, results
 from steph.study import run_all
@@ -74,38 +75,39 @@ def _copies(study: Study, notebook: str) -> Iterator[Chapter]:
         yield Chapter(notebook, f"{notebook}-{dataset}", {**own, "dataset": dataset})
 
 
-def needed_runs(study: Study) -> list[Run]:
+def needed_runs(study: Study, precision: str = "fp32") -> list[Run]:
     """Every run of the study that the book shows; made before the notebooks are executed, several at a time."""
     own = []
     for chapter in chapters(study):
         takes = notebooks.check({**notebooks.declared(chapter.source), **chapter.parameters})
         seeds = [takes.seed + i for i in range(takes.n_seeds)]
         if chapter.notebook == "06_dynamics":
-            own += dynamics.runs(study, takes.dataset, takes.folds[0], seeds)
+            own += dynamics.runs(study, takes.dataset, takes.folds[0], seeds, precision)
         elif chapter.notebook == "11_controls":
-            own += controls.runs(study, seeds)
-    return list(dict.fromkeys([*plan(study), *own]))
+            own += controls.runs(study, seeds, precision)
+    return list(dict.fromkeys([*plan(study, precision=precision), *own]))
 
 
-def further_runs(bench: Workbench) -> list[Run]:
+def further_runs(bench: Workbench, precision: str = "fp32") -> list[Run]:
     """Runs that chapters show and that follow from the results of others: so they come second."""
     found = []
     for chapter in chapters(bench.study):
         if chapter.notebook == "06_dynamics":
             takes = notebooks.check({**notebooks.declared(chapter.source), **chapter.parameters})
             seeds = [takes.seed + i for i in range(takes.n_seeds)]
-            walks, again = trajectory.shown(bench, takes.dataset, takes.folds[0], seeds)
+            walks, again = trajectory.shown(bench, takes.dataset, takes.folds[0], seeds, None, precision)
             found += [*walks, *again]
     return list(dict.fromkeys(found))
 
 
 def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None) -> Path:
     """Everything from records to pages; what is finished is not repeated. Returns the path of the first page."""
-    run_all(bench, needed_runs(bench.study), device=device, workers=workers)
-    run_all(bench, further_runs(bench), device=device, workers=workers)
+    precision = precision_for("auto", device)
+    run_all(bench, needed_runs(bench.study, precision), device=device, workers=workers)
+    run_all(bench, further_runs(bench, precision), device=device, workers=workers)
     twin = controls.twin(bench.study)
     if twin is not None:
-        run_all(twin, controls.twin_runs(bench.study), device=device, workers=workers)
+        run_all(twin, controls.twin_runs(bench.study, precision=precision), device=device, workers=workers)
     stale = outdated(bench, device)
     for chapter in chapters(bench.study):
         if chapter not in stale:

@@ -89,15 +89,16 @@ def study_run(
     fold: Annotated[list[int] | None, typer.Option("--fold", help="repeat for several; default: all")] = None,
     seed: Annotated[list[int] | None, typer.Option("--seed", help="repeat for several; default: the study's")] = None,
     device: DeviceOption = "cpu",
-    precision: Annotated[str, typer.Option("--precision", help="fp32 or fp64")] = "fp32",
+    precision: Annotated[str, typer.Option("--precision", help="auto, fp32, fp64, bf16 or tf32")] = "auto",
     workers: WorkersOption = None,
 ) -> None:
     """Carry out the runs that are not finished yet, and print the mean C-index of all."""
+    from steph.device import precision_for
     from steph.runs import Workbench, plan
     from steph.study import run_all
 
     bench = Workbench(study)
-    wanted = plan(bench.study, dataset, method, fold, seed, precision)
+    wanted = plan(bench.study, dataset, method, fold, seed, precision_for(precision, device))
     _print_means(run_all(bench, wanted, device=device, workers=workers))
 
 

@@ -23,11 +23,10 @@ from typing import Any
 
 from steph import PROJECT, Refused
 from steph.data.manifest import MANIFESTS, Study, load_study, unknown
-from steph.device import check_device
+from steph.device import check_device, precision_for
 from steph.plots.display import FOLDER_VARIABLE
 from steph.records import atomic_path, file_sha256, fingerprint, versions, write_json
 from steph.runs import Workbench
-from steph.training import PRECISIONS
 
 NOTEBOOKS = PROJECT / "notebooks"
 MARK = "# Parameters"
@@ -124,8 +123,6 @@ def check(given: Mapping[str, Any]) -> Parameters:
     dataset = values["dataset"]
     if dataset != "all":
         study.entry(dataset)
-    if values["precision"] not in PRECISIONS:
-        raise Refused(f"notebook parameter precision = {values['precision']!r}; expected {' or '.join(PRECISIONS)}.")
     if (values["seed"] is not None and values["seed"] < 0) or values["n_seeds"] < 1:
         raise Refused(f"seed = {values['seed']}, n_seeds = {values['n_seeds']}; expected seed >= 0 and n_seeds >= 1.")
     check_device(values["device"])
@@ -140,7 +137,7 @@ def check(given: Mapping[str, Any]) -> Parameters:
         seed=study.seed if values["seed"] is None else values["seed"],
         n_seeds=values["n_seeds"],
         device=values["device"],
-        precision=values["precision"],
+        precision=precision_for(values["precision"], values["device"]),
     )
 
 
@@ -153,7 +150,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": None,
     "n_seeds": 1,
     "device": "cpu",
-    "precision": "fp32",
+    "precision": "auto",
 }
 """Every parameter that a notebook may take."""
 

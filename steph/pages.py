@@ -142,7 +142,7 @@ def _git(project: Path, *command: str) -> str:
 def found(study: Study, runs: pd.DataFrame) -> str:
     """What was found, for the first page, in Markdown: what STEPH gains over other methods with intervals, how we read
     it, and how the scorecard ends. runs: of `steph.runs.results`."""
-    own = runs[(runs["seed"] == study.seed) & (runs["precision"] == "fp32")]
+    own = runs[(runs["seed"] == study.seed) & (runs["precision"] == runs["precision"].mode()[0])]
     value = steadiest(own)
     others = {
         "vanilla": "the cancer's own model",

@@ -20,14 +20,14 @@ import torch
 
 from steph import Refused
 from steph.data.manifest import Study
-from steph.device import check_device, device_name
+from steph.device import check_device, device_name, precision_for
 from steph.methods import method
 from steph.mil.state import save_state, state_of
 from steph.progress import track
 from steph.records import Record, write_record
 from steph.runs import Run, Workbench, plan, results, row_of
 from steph.survival import bin_index, concordance_index, nll_loss
-from steph.training import PRECISIONS, fit, predict, single_thread
+from steph.training import fit, predict, single_thread
 
 __all__ = ["Run", "Workbench", "plan", "results", "run", "run_all"]
 
@@ -39,14 +39,14 @@ def run(
     fold: int,
     seed: int | None = None,
     device: str = "cpu",
-    precision: str = "fp32",
+    precision: str = "auto",
 ) -> Record:
     """Carry out one run, and first the runs it builds on; what is finished is read.
 
     Raises `Refused` for an unknown data set, method or precision, a fold out of range, a device that is not there.
     """
     bench = study if isinstance(study, Workbench) else Workbench(study)
-    wanted = Run(dataset, method, fold, bench.study.seed if seed is None else seed, precision)
+    wanted = Run(dataset, method, fold, bench.study.seed if seed is None else seed, precision_for(precision, device))
     run_all(bench, [wanted], device=device, workers=1)
     found = bench.record(wanted)
     assert found is not None
@@ -84,8 +84,8 @@ def _check(study: Study, wanted: Run, device: str) -> None:
         raise Refused(
             f"fold {wanted.fold} of study {study.name}: it has {study.n_folds} folds, 0 to {study.n_folds - 1}."
         )
-    if wanted.precision not in PRECISIONS:
-        raise Refused(f"precision {wanted.precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    if precision_for(wanted.precision, device) != wanted.precision:
+        raise Refused(f"{wanted}: a run has one precision; say which, or ask `steph.device.precision_for`.")
     refusal = entry.refusal(study, wanted.dataset)
     if refusal:
         raise Refused(refusal)

@@ -50,11 +50,6 @@ def parameter_dtype(precision: str) -> torch.dtype:
     return torch.float64 if precision == "fp64" else torch.float32
 
 
-def default_precision(device: str) -> str:
-    """bf16 where the hardware is made for it, fp32 elsewhere."""
-    return "bf16" if device.startswith("cuda") else "fp32"
-
-
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and PyTorch."""
     random.seed(seed)

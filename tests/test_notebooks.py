@@ -41,7 +41,7 @@ def notebook(tmp_path, build_folder):
         ({"seed": True}, "seed = True is of type bool"),
         ({"seed": -1}, "expected seed >= 0"),
         ({"n_seeds": 0}, "n_seeds >= 1"),
-        ({"precision": "fp8"}, "precision = 'fp8'"),
+        ({"precision": "fp8"}, "precision 'fp8'; expected auto, fp32"),
         ({"device": "tpu"}, "expected cpu, cuda"),
         ({"dataset": 3}, "dataset = 3 is of type int; expected str"),
         ({"dataset": "SARC", "sources": "SARC"}, "unknown source 'SARC' in study tiny, target SARC"),

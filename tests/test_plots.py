@@ -44,6 +44,7 @@ def parameters(study: str = "tiny", **changed: object) -> SimpleNamespace:
         "folds": list(range(found.folds)),
         "seed": found.seed,
         "precision": "fp32",
+        "device": "cpu",
     }
     return SimpleNamespace(**{**given, **changed})
 

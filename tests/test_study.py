@@ -112,7 +112,7 @@ def test_results_leave_out_runs_of_another_key(tiny):
         ({"dataset": "SARK"}, r"unknown data set 'SARK' in study tiny\. Did you mean SARC\?"),
         ({"method": "stef"}, r"unknown method 'stef'.* Did you mean steph[ ?]"),
         ({"fold": 2}, "fold 2 of study tiny: it has 2 folds, 0 to 1"),
-        ({"precision": "fp8"}, "precision 'fp8'; expected one of fp32, fp64"),
+        ({"precision": "fp8"}, "precision 'fp8'; expected auto, fp32"),
     ],
 )
 def test_runs_that_cannot_be_are_refused_before_any_work(tiny, change, message):

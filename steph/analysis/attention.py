@@ -31,7 +31,6 @@ from steph.data.synthetic import truth
 from steph.hypernetwork import STEPH
 from steph.merging.surgery import Surgery
 from steph.mil import NETWORKS
-from steph.mil.abmil import ABMIL
 from steph.mil.mean_mil import MeanMIL
 from steph.mil.state import load_into
 from steph.progress import track

@@ -49,16 +49,18 @@ def dynamics(bench: Workbench, chosen: Iterable[Run]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)[["seed", "epoch", "source", "w", "lambda"]]
 
 
-def of_finished(bench: Workbench, targets: Iterable[str], fold: int = 0) -> dict[str, pd.DataFrame]:
+def of_finished(
+    bench: Workbench, targets: Iterable[str], fold: int = 0, precision: str = "fp32"
+) -> dict[str, pd.DataFrame]:
     """By target, the course over all starts that are finished, `dynamics` of them; nothing is run."""
     finished = results(bench)
     found = {}
     for target in targets:
-        wanted = {"dataset": target, "method": "steph", "fold": fold, "precision": "fp32"}
+        wanted = {"dataset": target, "method": "steph", "fold": fold, "precision": precision}
         if len(finished):
             seeds = sorted(finished.loc[(finished[list(wanted)] == pd.Series(wanted)).all(axis=1), "seed"])
             if seeds:
-                found[target] = dynamics(bench, runs(bench.study, target, fold, seeds))
+                found[target] = dynamics(bench, runs(bench.study, target, fold, seeds, precision))
     return found
 
 

@@ -363,11 +363,13 @@ def chosen_sources(last: pd.DataFrame, n: int = AUTO) -> pd.DataFrame:
     return few[["source", "rank", "w", "lambda", "share"]].reset_index(drop=True)
 
 
-def of_finished(bench: Workbench, target: str, fold: int = 0, head: str = "target") -> dict[str, pd.DataFrame]:
+def of_finished(
+    bench: Workbench, target: str, fold: int = 0, head: str = "target", precision: str = "fp32"
+) -> dict[str, pd.DataFrame]:
     """The landscapes of a target with its `chosen_sources`, by source; none where STEPH is not finished on it with the
     study's seed. Nothing is trained."""
-    wanted = Run(target, "steph", fold, bench.study.seed)
+    wanted = Run(target, "steph", fold, bench.study.seed, precision)
     if bench.record(wanted) is None:
         return {}
     names = chosen_sources(dynamics.at_the_end(dynamics.dynamics(bench, [wanted])))["source"]
-    return {name: landscape(bench, target, name, fold, head=head) for name in names}
+    return {name: landscape(bench, target, name, fold, precision, head=head) for name in names}

@@ -109,14 +109,14 @@ def ends(bench: Workbench, chosen: Iterable[Run], device: str = "cpu") -> pd.Dat
     return pd.DataFrame(rows)
 
 
-def of_finished(bench: Workbench, target: str, fold: int = 0) -> pd.DataFrame:
+def of_finished(bench: Workbench, target: str, fold: int = 0, precision: str = "fp32") -> pd.DataFrame:
     """`ends` of all runs of STEPH with one source on a target that are finished; empty where there are none."""
     found = results(bench)
     if not len(found):
         return pd.DataFrame()
-    own = (found["dataset"] == target) & (found["fold"] == fold) & (found["precision"] == "fp32")
+    own = (found["dataset"] == target) & (found["fold"] == fold) & (found["precision"] == precision)
     these = found[own & found["method"].str.startswith("steph@")]
-    return ends(bench, [Run(target, row["method"], fold, int(row["seed"])) for _, row in these.iterrows()])
+    return ends(bench, [Run(target, row["method"], fold, int(row["seed"]), precision) for _, row in these.iterrows()])
 
 
 def ends_wide(found: pd.DataFrame) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 
+from steph.device import precision_for
 from steph.plots.look import stamp
 from steph.records import atomic_path
 
@@ -33,7 +34,7 @@ def file_name(name: str, p: Any) -> str:
         parts.append("fold" + "_".join(map(str, p.folds)))
     if p.seed != p.study.seed:
         parts.append(f"seed{p.seed}")
-    if p.precision != "fp32":
+    if p.precision != precision_for("auto", p.device):
         parts.append(p.precision)
     return "-".join(parts)
 

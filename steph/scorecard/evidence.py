@@ -13,7 +13,7 @@ PAPER_TARGETS = ("BRCA", "BLCA")
 """The cancers of the paper's landscapes (Figs. 4, 6, S3; S5)."""
 
 
-def gather(bench: Workbench, results: pd.DataFrame, device: str = "cpu") -> Evidence:
+def gather(bench: Workbench, results: pd.DataFrame, device: str = "cpu", precision: str = "fp32") -> Evidence:
     """What a study has to say. results: of one seed, as `run_all` gives them.
 
     Nothing is trained. Analyses of models that are finished are made where they are missing; only epochs on real
@@ -21,24 +21,26 @@ def gather(bench: Workbench, results: pd.DataFrame, device: str = "cpu") -> Evid
     """
     study, datasets = bench.study, list(bench.study.datasets)
     first = PAPER_TARGETS[0] if PAPER_TARGETS[0] in datasets else datasets[0]
-    epochs = efficiency.epoch_runs(study, first, 0, study.seed)
+    epochs = efficiency.epoch_runs(study, first, 0, study.seed, precision)
     timed = study.synthetic is not None or device != "cpu"
     return Evidence(
         study,
         results,
         cohort=cohort_tables.cohort_numbers([bench.dataset(name) for name in datasets]),
-        dynamics=dynamics.of_finished(bench, datasets),
-        landscapes={t: landscape.of_finished(bench, t) for t in PAPER_TARGETS if t in datasets},
-        trajectories=trajectory.of_finished(bench, first),
-        alignment=_alignment(bench),
+        dynamics=dynamics.of_finished(bench, datasets, precision=precision),
+        landscapes={t: landscape.of_finished(bench, t, precision=precision) for t in PAPER_TARGETS if t in datasets},
+        trajectories=trajectory.of_finished(bench, first, precision=precision),
+        alignment=_alignment(bench, precision),
         operations=efficiency.counted(bench),
         epochs=efficiency.epoch_times(bench, epochs, device) if timed else None,
-        attention=attention.over_datasets(bench, attention.finished_everywhere(bench, [0], study.seed), device),
+        attention=attention.over_datasets(
+            bench, attention.finished_everywhere(bench, [0], study.seed, precision), device
+        ),
     )
 
 
-def _alignment(bench: Workbench) -> pd.DataFrame | None:
+def _alignment(bench: Workbench, precision: str) -> pd.DataFrame | None:
     try:
-        return sar.attention_against_embedding(sar.every_pair(bench, 0, bench.study.seed))
+        return sar.attention_against_embedding(sar.every_pair(bench, 0, bench.study.seed, precision=precision))
     except Refused:  # no target of which all models are finished
         return None
