@@ -28,7 +28,7 @@ from steph.mil import NETWORKS
 from steph.mil.state import ModelState, load_into
 from steph.selection import best_value, grid_search
 from steph.survival import bin_index
-from steph.training import PRECISIONS, needs_coords, seed_everything
+from steph.training import needs_coords, parameter_dtype, seed_everything
 from steph.transfer import ROUPKT, FineTuned, best_source, nearest_source, transfer_performance
 
 
@@ -247,7 +247,7 @@ def _mixture(x: Ingredients, way: str) -> Mixture:
 def _scores(x: Ingredients) -> Tensor:
     """Scores (N, 1 + m) of the fold's training patients in double precision, on the CPU."""
     vectors = [task_vector(state, x.null_state) for state in x.pool.values()]
-    dtype, recipe, n = PRECISIONS[x.precision], x.study.recipe, x.study.network
+    dtype, recipe, n = parameter_dtype(x.precision), x.study.recipe, x.study.network
     network = x.network(x.own_state).to(x.device, dtype).eval()
     head: nn.Module = network.head  # type: ignore[assignment]
     encoder = MergedEncoder(x.network(), x.null_state, vectors).to(x.device, dtype).eval()

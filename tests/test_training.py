@@ -202,3 +202,57 @@ def test_patients_predicted_together_get_what_they_get_alone():
         found = predict(model, data, data.ids, together=together)
         assert found["patient_id"].tolist() == alone["patient_id"].tolist()
         np.testing.assert_allclose(found.filter(regex="risk|survival"), alone.filter(regex="risk|survival"), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["vanilla", "steph", "adamerging", "roupkt", "transmil", "ilra", "r2t_mil", "patch_gcn"]
+)
+def test_half_precision_predicts_nearly_the_same(tiny, name):
+    from steph.runs import Run
+
+    model = tiny.model(Run("SARC", name, 0, tiny.study.seed))
+    data = tiny.dataset("SARC")
+    patients = data.splits.test(0)
+    single, half = (predict(model, data, patients, precision=precision) for precision in ("fp32", "bf16"))
+    difference = (single.filter(like="survival_") - half.filter(like="survival_")).abs().to_numpy()
+    assert 0 < difference.max() < 0.03
+    assert next(model.parameters()).dtype == torch.float32  # products in half precision, parameters not
+
+
+@pytest.mark.parametrize("name", ["vanilla", "steph", "patch_gcn", "surgery_am"])
+def test_training_in_half_precision_is_a_run_of_its_own(tiny, name):
+    from steph.runs import Run
+    from steph.study import run_all
+
+    table = run_all(tiny, [Run("SARC", name, 0, tiny.study.seed, p) for p in ("fp32", "bf16")], workers=1)
+    assert table["key"].nunique() == 2
+    assert table["loss"].astype(float).diff().abs().iloc[1] < 0.1 * float(table["loss"].iloc[0])
+
+
+def test_what_is_loaded_ahead_comes_in_order():
+    from steph.training import ahead
+
+    assert (
+        list(ahead(lambda x: 2 * x, range(5), "cpu"))
+        == list(ahead(lambda x: 2 * x, range(5), "cuda"))
+        == [0, 2, 4, 6, 8]
+    )
+
+
+def test_a_step_without_memory_is_repeated_without_the_held_features(monkeypatch):
+    from steph import training
+
+    calls = []
+
+    def step(batch):
+        calls.append(batch)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("full")
+        return "done"
+
+    monkeypatch.setattr(training, "release", lambda device, refuse: True)
+    assert training._with_memory(step, "batch", "cuda", "SARC") == "done" and calls == ["batch", "batch"]
+    calls.clear()
+    monkeypatch.setattr(training, "release", lambda device, refuse: False)
+    with pytest.raises(Refused, match="cuda has too little memory for a step with a bag of 7 patches"):
+        training._with_memory(step, RaggedBatch.from_bags([torch.ones(7, 2), torch.ones(3, 2)]), "cuda", "SARC")

@@ -109,9 +109,10 @@ def test_a_trajectory_of_many_sources_or_of_nothing_is_refused(bench):
         trajectories(bench, [])
 
 
-def test_a_chapter_shows_few_sources_from_one_start_and_one_source_from_every_start(tiny):
-    walks, again = shown(tiny, "SARC", 0, [42, 43, 44])
+def test_a_chapter_shows_few_sources_from_one_start_and_one_source_from_every_start(bench):
+    run_all(bench, [Run("SARC", "steph", 0, 42)], workers=1)
+    walks, again = shown(bench, "SARC", 0, [42, 43, 44])
     assert {run.method for run in walks} == {"steph@CESC", "steph@LIHC"} and {run.seed for run in walks} == {42}
     assert [run.method for run in again] == [walks[0].method] * 3 and [run.seed for run in again] == [42, 43, 44]
-    walks, again = shown(tiny, "SARC", 0, [7], ["LIHC"])  # named by hand: nothing need be finished
+    walks, again = shown(bench, "SARC", 0, [7], ["LIHC"])  # named by hand: nothing need be finished
     assert walks == again == [Run("SARC", "steph@LIHC", 0, 7)]

@@ -36,7 +36,7 @@ from steph.mil.state import load_into
 from steph.progress import track
 from steph.results import title as title_of_method
 from steph.runs import Run, Workbench, plan
-from steph.training import PRECISIONS, needs_coords, single_thread
+from steph.training import needs_coords, parameter_dtype, single_thread
 from steph.transfer import ROUPKT, FineTuned
 
 OWN, MERGED = "vanilla", "steph"
@@ -151,7 +151,7 @@ def attention_map(
     """
     batch = _bag([model], data, patient, device, precision, max_patches)
     table = places(data, patient, max_patches)
-    table["attention"] = attention_of(model.to(device, PRECISIONS[precision]).eval(), batch)
+    table["attention"] = attention_of(model.to(device, parameter_dtype(precision)).eval(), batch)
     table["rank"] = table["attention"].rank(method="first", ascending=False).astype(int)
     by_slide = table.groupby("slide_id", observed=True)["attention"]
     table["percentile"] = (by_slide.rank() - 0.5) / by_slide.transform("size")
@@ -165,7 +165,7 @@ def _bag(
     asking = [network for network in map(needs_coords, models) if network is not None]
     if asking:
         data.check_coords([patient], asking[0])
-    return data.batch([patient], device, PRECISIONS[precision], coords=bool(asking), max_patches=max_patches)
+    return data.batch([patient], device, parameter_dtype(precision), coords=bool(asking), max_patches=max_patches)
 
 
 def beside(maps: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -214,7 +214,7 @@ def mixture(
     those kept. Raises `Refused` for a model that does not merge by patient."""
     if not isinstance(model, STEPH):
         raise Refused(f"{type(model).__name__} does not merge models patient by patient; steph does.")
-    dtype = PRECISIONS[precision]
+    dtype = parameter_dtype(precision)
     batch = data.batch([patient], device, dtype, max_patches=max_patches)
     found = model.to(device, dtype).eval().coefficients(batch.features)
     w, lam, selected = (values.cpu().numpy() for values in found)
@@ -449,7 +449,7 @@ def _measured(bench: Workbench, chosen: list[Run], device: str) -> pd.DataFrame:
             models = {run.method: bench.model(run) for run in chosen if run.fold == fold}
             models[UNTRAINED] = NETWORKS["abmil"](study.features.dim, study.network)
             load_into(models[UNTRAINED], bench.null_state("abmil"))
-            models = {name: model.to(device, PRECISIONS[precision]).eval() for name, model in models.items()}
+            models = {name: model.to(device, parameter_dtype(precision)).eval() for name, model in models.items()}
             for patient in track(data.splits.test(fold), f"attention, {name}, fold {fold}"):
                 bag = _bag(models.values(), data, patient, device, precision, study.recipe.max_patches)
                 patches = with_planted(places(data, patient, study.recipe.max_patches), known)

@@ -45,7 +45,7 @@ from steph.mil.gated_attention import layer_by_layer
 from steph.mil.state import ModelState
 from steph.results import AVERAGE, on_common_folds, paper_c_index, paper_table, steadiest, title
 from steph.runs import Run, Workbench
-from steph.training import PRECISIONS, fit, single_thread
+from steph.training import fit, parameter_dtype, single_thread
 from steph.transfer import ROUPKT
 
 PATCHES = 10_000
@@ -253,7 +253,7 @@ def counts(name: str, study: Study, n: int = PATCHES, precision: str = "fp32") -
     through those of two small bags, without rounding.
     """
     ways = {"layers": by_layers, "products": by_products, "memory": live_bytes}
-    device, dtype = "cpu" if name == "roupkt" else "meta", PRECISIONS[precision]
+    device, dtype = "cpu" if name == "roupkt" else "meta", parameter_dtype(precision)
     model = deployed(name, study, device).to(dtype)
     sizes = (SMALL, 2 * SMALL) if name == "roupkt" else (n,)
     found = {}
@@ -615,7 +615,7 @@ def prediction_times(
 
 
 def _measured_predictions(names: Sequence[str], n: int, device: str, precision: str, budget: float) -> pd.DataFrame:
-    study, dtype = paper_study(), PRECISIONS[precision]
+    study, dtype = paper_study(), parameter_dtype(precision)
     models = {name: deployed(name, study, device).to(dtype) for name in names}
     patches = bag(n, study.features.dim, device, dtype)
     coords, shifts = cast(Tensor, patches.coords), count(1)

@@ -29,7 +29,7 @@ from steph.mil import ABMIL, NETWORKS
 from steph.records import fingerprint
 from steph.runs import TARGET, Run, Workbench
 from steph.survival import bin_index, nll_loss
-from steph.training import PRECISIONS, needs_coords, single_thread
+from steph.training import needs_coords, parameter_dtype, single_thread
 
 STEPS = 25
 """Of 0.04 each: 26 values from 0 to 1 (Appendix C.2.3)."""
@@ -121,7 +121,7 @@ def _losses(bench: Workbench, wanted: Run, points: np.ndarray, device: str, head
     network = NETWORKS[name](study.features.dim, study.network)
     own = bench.state(head) if isinstance(head, Run) else target if head == "target" else head
     plane = Plane(network, bench.null_state(name), source, target, points, own)
-    plane.to(device, PRECISIONS[wanted.precision]).eval()
+    plane.to(device, parameter_dtype(wanted.precision)).eval()
     table = pd.DataFrame(points, columns=["c_s", "c_t"])
     with single_thread(), torch.inference_mode():
         for which, (of, patients) in sets.items():

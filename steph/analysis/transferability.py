@@ -20,7 +20,7 @@ from steph.data.dataset import Dataset
 from steph.merging.task_vectors import Layout, task_vector
 from steph.runs import SOURCE_FOLD, Run, Workbench
 from steph.survival import concordance_index, risk_score
-from steph.training import PRECISIONS, needs_coords, single_thread
+from steph.training import needs_coords, parameter_dtype, single_thread
 
 
 def source_runs(bench: Workbench, precision: str = "fp32") -> dict[str, Run]:
@@ -84,7 +84,7 @@ def risks_of(
     max_patches: int | None = None,
 ) -> pd.DataFrame:
     """Risk of each patient (row) under each model (column). A bag is read once, and one at a time."""
-    dtype = PRECISIONS[precision]
+    dtype = parameter_dtype(precision)
     for model in models.values():
         model.to(device, dtype).eval()
     coords = any(needs_coords(model) for model in models.values())
