@@ -53,7 +53,7 @@ bench: $(STAMP) ## speed, as ratios to a plain implementation and to the machine
 	$(BIN)/python -m benchmarks
 
 clean: ## delete the book, results on made-up cohorts and caches; results of other studies stay
-	rm -rf build/book build/demo build/demo_twin build/tiny .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build/book build/demo build/demo_twin build/tiny build/tiny_twin .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean ## also delete the environment
