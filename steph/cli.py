@@ -102,6 +102,30 @@ def study_run(
     _print_means(run_all(bench, wanted, device=device, workers=workers))
 
 
+@study_app.command("plan")
+@_speaks
+def study_plan(
+    study: StudyOption = "demo",
+    dataset: DatasetsOption = None,
+    method: Annotated[list[str] | None, typer.Option("--method", help="repeat for several; default: all")] = None,
+    fold: Annotated[list[int] | None, typer.Option("--fold", help="repeat for several; default: all")] = None,
+    device: DeviceOption = "cpu",
+    precision: Annotated[str, typer.Option("--precision", help="auto, fp32, fp64, bf16 or tf32")] = "auto",
+    by_method: Annotated[bool, typer.Option("--by-method", help="hours by method too")] = False,
+) -> None:
+    """What runs there are and what they take, before anything starts; measures this machine, once."""
+    from steph import planning
+    from steph.device import check_device, precision_for
+    from steph.runs import Workbench, plan
+
+    check_device(device)
+    bench = Workbench(study)
+    kind = precision_for(precision, device)
+    table = planning.work(bench, plan(bench.study, dataset, method, fold, None, kind))
+    taken = planning.seconds(table, planning.speeds(bench, table["method"].unique(), device, kind))
+    print("\n".join(planning.report(bench, table, taken, device, kind, by_method)))
+
+
 @app.command("results")
 @_speaks
 def show_results(

@@ -30,7 +30,7 @@ REFERENCE = {
     "merging": ("Merging", ("merging",)),
     "hypernetwork": ("Hypernetwork and transfer", ("hypernetwork", "transfer", "selection")),
     "training": ("Training", ("training",)),
-    "methods": ("Methods, runs, studies", ("methods", "builders", "runs", "study")),
+    "methods": ("Methods, runs, studies", ("methods", "builders", "runs", "study", "planning")),
     "analysis": ("Results and analysis", ("results", "analysis", "scorecard", "predict")),
     "plots": ("Plots", ("plots",)),
     "book": ("Notebooks, book, command", ("notebooks", "pages", "book", "cli")),

@@ -28,12 +28,18 @@ def test_study_run_then_results(call, tiny, tmp_path):
     assert set(table["dataset"]) == set(tiny.study.datasets) and table["c_index"].between(0, 1).all()
 
 
+def test_a_plan_is_told_before_anything_starts(call, tiny):
+    done = call("study", "plan", "--study", "tiny", "--dataset", "SARC", "--method", "steph", "--by-method")
+    assert done.exit_code == 0 and "hours for what is missing" in done.output and "STEPH" in done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["study", "run", "--study", "tiny", "--method", "stef"], "Did you mean steph"),
         (["study", "run", "--study", "tiny", "--dataset", "SARK"], "Did you mean SARC?"),
         (["study", "run", "--study", "tiny", "--fold", "7"], "it has 2 folds, 0 to 1"),
+        (["study", "plan", "--study", "tiny", "--precision", "tf32"], "precision tf32 is an NVIDIA GPU's"),
         (["study", "run", "--study", "tiny", "--device", "cuda:9"], "GPUs here"),
         (["run", "01_baselines", "-p", "study=tiny", "-p", "cancr=LUAD"], "unknown parameter 'cancr'"),
         (["run", "01_baselines", "-p", "study=tiny", "-p", "folds=[3]"], "its folds are 0 to 1"),

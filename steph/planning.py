@@ -1,0 +1,419 @@
+"""What a study takes, before anything of it starts: runs, operations, bytes, memory, disk and hours on a device.
+
+Hours rest on a measurement of a minute or less: updates and predictions of every kind of method in the plan, at the
+study's dimensions, on random bags of two sizes. What lies between and beyond them is taken to be a straight line in the
+number of patches, which holds for all networks here but for TransMIL's squares.
+"""
+
+from __future__ import annotations
+
+import heapq
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from steph import Refused
+from steph.analysis.efficiency import bag, built, deployed, machine, training_operations
+from steph.analysis.kept import kept
+from steph.data.bags import RaggedBatch
+from steph.data.manifest import Study
+from steph.methods import Method, method
+from steph.progress import track
+from steph.results import title
+from steph.runs import Run, Workbench
+from steph.training import PRECISIONS, Trainer, parameter_dtype, single_thread
+from steph.transfer import ROUPKT
+
+SIZES = {"cpu": (8, 64), "cuda": (256, 4096)}
+"""Patches of the bags that are measured: few, where calls cost more than products, and many."""
+REPEATS = 3
+PER_PATIENT = 400
+"""Bytes of a patient's row in a table of predictions (33 numbers as text)."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds as a straight line: `start` + `per_patch` x patches."""
+
+    start: float
+    per_patch: float
+
+    def __call__(self, patches: float) -> float:
+        return self.start + self.per_patch * patches
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured of a method, by patches of a bag: seconds of an update, of what is computed once per training
+    patient, of a prediction."""
+
+    update: Line
+    once: Line
+    prediction: Line
+
+
+def kind_of(entry: Method) -> tuple[str, str, str]:
+    """Methods of one kind cost the same: those with the same builder on the same network, trained alike."""
+    weight = str(entry.options.get("weight", "")) + str(entry.options.get("mix", ""))
+    return entry.build.__name__, entry.network, weight if isinstance(entry.options.get("mix"), str) else ""
+
+
+def speeds(bench: Workbench, names: Iterable[str], device: str = "cpu", precision: str = "fp32") -> dict[str, Speed]:
+    """`Speed` by method, measured on this machine and kept; methods of one kind are measured once."""
+    study = bench.study
+    kinds: dict[tuple[str, str, str], str] = {}
+    for name in names:
+        kinds.setdefault(kind_of(method(name)), name)
+    decides = {
+        "methods": sorted(kinds.values()),
+        "dimensions": study.model_dump(include={"features", "network", "steph", "recipe"}, mode="json"),
+        "cancers": len(study.datasets),
+        "machine": machine(device),
+        "precision": precision,
+        "torch": torch.__version__,
+    }
+
+    def measure() -> pd.DataFrame:
+        rows = []
+        with single_thread():
+            for name in track(sorted(kinds.values()), f"{study.name}: measuring {machine(device)}"):
+                for what, line in asdict(_measured(study, name, device, precision)).items():
+                    rows.append({"method": name, "what": what, **line})
+        return pd.DataFrame(rows)
+
+    table = kept(bench, "speeds", decides, measure)
+    columns = (table[name].to_list() for name in ("method", "what", "start", "per_patch"))
+    lines = {(name, what): Line(start, slope) for name, what, start, slope in zip(*columns, strict=True)}
+    found = {name: Speed(**{what: lines[name, what] for what in ("update", "once", "prediction")})
+             for name in kinds.values()}  # fmt: skip
+    return {name: found[kinds[kind_of(method(name))]] for name in names}
+
+
+def _measured(study: Study, name: str, device: str, precision: str) -> Speed:
+    model, predictor = built(name, study, device), deployed(name, study, device)
+    dtype, recipe = PRECISIONS[precision], study.recipe
+    n_bags = recipe.bags_per_step
+    for part in (model, predictor):
+        part.to(device, parameter_dtype(precision))
+    trains = any(p.requires_grad for p in model.parameters())
+    trainer = Trainer(model.train(), recipe, 10**6) if trains else None
+    bins = torch.arange(n_bins := n_bags, device=device) % study.network.n_bins
+    event = torch.arange(n_bins, device=device) % 2 == 0
+
+    def batch(n: int, bags: int) -> RaggedBatch:
+        one = bag(n, study.features.dim, device, dtype)
+        coords = None if one.coords is None else one.coords.repeat(bags, 1)
+        return RaggedBatch(one.features.repeat(bags, 1), tuple(range(0, bags * n + 1, n)), coords)
+
+    def update(n: int) -> Callable[[], Any]:
+        given = batch(n, n_bags)
+        if trainer is None:
+            return lambda: None
+        frozen = _once(model, given)
+        reads = getattr(model, "reads_patches", True)
+        return lambda: trainer.step(given if reads else None, bins, event, frozen)
+
+    def once(n: int) -> Callable[[], Any]:
+        given = batch(n, 1)
+        return lambda: _once(model, given)
+
+    def prediction(n: int) -> Callable[[], Any]:
+        given = batch(n, 1)
+        return torch.no_grad()(lambda: predictor.eval()(given))
+
+    return Speed(_line(update, device), _line(once, device), _line(prediction, device))
+
+
+@torch.no_grad()
+def _once(model: nn.Module, given: RaggedBatch) -> torch.Tensor | None:
+    return model.frozen(given) if hasattr(model, "frozen") else None  # type: ignore[operator]
+
+
+def _line(action: Callable[[int], Callable[[], Any]], device: str) -> Line:
+    few, many = SIZES[torch.device(device).type]
+    a, b = (_seconds(action(n), device) for n in (few, many))
+    slope = max(0.0, (b - a) / (many - few))
+    return Line(max(0.0, a - slope * few), slope)
+
+
+def _seconds(action: Callable[[], Any], device: str) -> float:
+    taken = []
+    for _ in range(REPEATS + 1):  # the first is a warm-up
+        started = time.perf_counter()
+        action()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return float(np.median(taken[1:]))
+
+
+# ---------------------------------------------------------------------------------------------- patients
+
+
+@dataclass(frozen=True)
+class Patients:
+    """Patches of the patients of a data set, (N,), and of its external set; known: read from a store, not assumed."""
+
+    patches: np.ndarray
+    external: np.ndarray
+    known: bool
+
+
+def patients(bench: Workbench, dataset: str) -> Patients:
+    """Bag sizes from the data set's store where it is packed, else as the manifest says: all of the mean size."""
+    study, entry = bench.study, bench.study.entry(dataset)
+    stored = study.data / "stores" / f"{dataset}.h5"
+    if stored.is_file() or study.synthetic:
+        data = bench.dataset(dataset)
+        everyone = data.n_patches(list(data.cohort.patients["patient_id"]))
+        outside = data.external
+        external = outside.n_patches(list(outside.cohort.patients["patient_id"])) if outside else everyone[:0]
+        return Patients(_capped(everyone, study), _capped(external, study), True)
+    if not entry.patients or not entry.mean_patches:
+        raise Refused(
+            f"{dataset} of study {study.name} is not packed, and its entry in the manifest has no `patients` and "
+            "`mean_patches` to go by. Pack it (`steph data pack`) or give both numbers."
+        )
+    size = np.full(entry.patients, entry.mean_patches)
+    return Patients(_capped(size, study), size[:0], False)
+
+
+def _capped(sizes: np.ndarray, study: Study) -> np.ndarray:
+    return sizes if study.recipe.max_patches is None else np.minimum(sizes, study.recipe.max_patches)
+
+
+# ---------------------------------------------------------------------------------------------- the plan
+
+
+def work(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
+    """Every run of a plan and all that it builds on, a row each: dataset, method, fold, seed, stage (0, 1, ...: after
+    which others it can start), finished, updates, passes (patches that training goes through), seen (patches that are
+    looked at once), tested (patients), tested_patches, largest (patches of the largest bag), patients, operations
+    (multiplications and additions of training and prediction), bytes (of features that are read)."""
+    everyone = _with_upstream(bench, runs)
+    stages = _stages(bench, everyone)
+    names = sorted({run.method for run in everyone})
+    costs = _operations(bench.study, names)
+    sizes = {name: patients(bench, name) for name in {run.dataset for run in everyone}}
+    packed = all(size.known for size in sizes.values())  # a key needs the data
+    recipe, folds = bench.study.recipe, bench.study.folds
+    width = bench.study.features.dim * (2 if bench.study.features.precision == "float16" else 4)
+    rows = []
+    for run in everyone:
+        size, entry = sizes[run.dataset], method(run.method)
+        n, mean = len(size.patches), float(size.patches.mean())
+        training = round(n * (folds - 1) / folds)
+        updates = recipe.epochs * (training // recipe.bags_per_step) * _trainings(entry)
+        trains, cost = costs[run.method]["training"] > 0, costs[run.method]
+        tested = n - training + len(size.external)
+        tested_patches = (n - training) * mean + float(size.external.sum())
+        passes = updates * recipe.bags_per_step * mean if trains else 0.0
+        seen = training * mean
+        rows.append({
+            "dataset": run.dataset, "method": run.method, "fold": run.fold, "seed": run.seed,
+            "precision": run.precision, "stage": stages[run],
+            "finished": packed and bench.record(run) is not None,
+            "updates": updates if cost["updates"] else 0, "passes": passes,
+            "seen": seen if cost["once"] else 0.0, "training": training, "tested": tested,
+            "tested_patches": tested_patches, "mean": mean, "largest": int(size.patches.max()), "known": size.known,
+            "operations": cost["training"] * passes + cost["once"] * seen + cost["prediction"] * tested_patches,
+            "bytes": width * (passes + (seen if cost["once"] else 0.0) + tested_patches),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _trainings(entry: Method) -> int:
+    """How many trainings one run takes: a search tries its values in inner folds first."""
+    from steph.selection import INNER_FOLDS
+
+    values = entry.options.get("values")
+    return 1 if values is None else 1 + (INNER_FOLDS - 1) * (1 + len(values))
+
+
+def _operations(study: Study, names: Sequence[str], n: int = 8192) -> dict[str, dict[str, float]]:
+    """Operations per patch of training passes, of what is computed once, of predictions; updates: whether it trains."""
+    from steph.analysis.efficiency import by_products
+
+    plain = training_operations(["vanilla"], study, n)["vanilla"] / n
+    forward = by_products(deployed("vanilla", study), bag(n, study.features.dim)) / n
+    found, known = {}, {}
+    for name in names:
+        kind = kind_of(method(name))
+        if kind not in known:
+            model = built(name, study)
+            trained = any(p.requires_grad for p in model.parameters())
+            if isinstance(model, ROUPKT):
+                m = len(model.models)
+                known[kind] = {"training": plain, "once": m * forward, "prediction": (m + 1) * forward}
+            else:
+                once = by_products(_Once(model), bag(n, study.features.dim)) / n if hasattr(model, "frozen") else 0.0
+                known[kind] = {
+                    "training": training_operations([name], study, n)[name] / n,
+                    "once": once,
+                    "prediction": by_products(deployed(name, study), bag(n, study.features.dim)) / n,
+                }
+            known[kind]["updates"] = float(trained)
+        found[name] = known[kind]
+    return found
+
+
+class _Once(nn.Module):
+    """What a model computes once per patient, as a module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, bags: RaggedBatch) -> torch.Tensor:
+        return self.model.frozen(bags)  # type: ignore[operator]
+
+
+def _with_upstream(bench: Workbench, runs: Sequence[Run]) -> list[Run]:
+    found: dict[Run, None] = {}
+
+    def add(run: Run) -> None:
+        if run not in found:
+            for first in bench.upstream(run).values():
+                add(first)
+            found[run] = None
+
+    for run in runs:
+        add(run)
+    return list(found)
+
+
+def _stages(bench: Workbench, runs: Sequence[Run]) -> dict[Run, int]:
+    levels: dict[Run, int] = {}
+    for run in runs:  # what a run builds on stands before it
+        levels[run] = 1 + max((levels[first] for first in bench.upstream(run).values()), default=-1)
+    return levels
+
+
+def seconds(table: pd.DataFrame, speed: Mapping[str, Speed]) -> pd.Series:
+    """Predicted seconds of each row of `work`, of runs that are not finished and of those that are."""
+
+    def one(row: Any) -> float:
+        s = speed[row.method]
+        update = row.updates * s.update(row.mean)
+        once = row.training * s.once(row.mean) if row.seen else 0.0
+        return update + once + row.tested * s.prediction(row.tested_patches / max(1, row.tested))
+
+    return pd.Series([one(row) for row in table.itertuples()], index=table.index, dtype=float)
+
+
+def hours(table: pd.DataFrame, taken: pd.Series, workers: int) -> float:
+    """Hours until all is done on so many workers: longest runs first, a stage after the one it stands on."""
+    total = 0.0
+    for stage in sorted(table["stage"].unique()):
+        busy = [0.0] * workers
+        for each in sorted(taken[table["stage"] == stage], reverse=True):
+            heapq.heapreplace(busy, busy[0] + each)
+        total += max(busy)
+    return total / 3600
+
+
+def memory(bench: Workbench, table: pd.DataFrame, precision: str = "fp32") -> int:
+    """Bytes of the largest update: models, and the features and activations of bags as large as they come (the largest
+    beside others of mean size). A bag beyond what activations are kept of costs its features and a bit per gate."""
+    study, width = bench.study, torch.finfo(PRECISIONS[precision]).bits // 8
+    n = study.network
+    model = built("steph" if len(study.datasets) > study.steph.top_k else "vanilla", study)
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    worst = (table["largest"] + (study.recipe.bags_per_step - 1) * table["mean"]).max()
+    per_patch = width * (study.features.dim + n.dim_emb + 2 * n.dim_attn) + n.dim_attn + study.steph.dim_hidden
+    return int(held + 2 * study.recipe.bags_per_step * held / (len(study.datasets) + 3) + worst * per_patch)
+
+
+def overview(bench: Workbench, table: pd.DataFrame, taken: pd.Series) -> pd.DataFrame:
+    """The plan by data set: dataset, runs, finished, PFLOP, TB read, largest bag, hours of one worker for what is
+    missing."""
+    shown = table.assign(hours=taken.where(~table["finished"], 0.0) / 3600)
+    grouped = shown.groupby("dataset", sort=False)
+    return pd.DataFrame({
+        "runs": grouped.size(), "finished": grouped["finished"].sum(), "PFLOP": grouped["operations"].sum() / 1e15,
+        "TB read": grouped["bytes"].sum() / 1e12, "largest bag": grouped["largest"].max(),
+        "hours": grouped["hours"].sum(),
+    }).reset_index()  # fmt: skip
+
+
+def by_method(table: pd.DataFrame, taken: pd.Series) -> pd.DataFrame:
+    """The plan by method: method, runs, PFLOP, hours of one worker."""
+    grouped = table.assign(hours=taken / 3600).groupby("method", sort=False)
+    return pd.DataFrame({
+        "method": [title(str(name)) for name in grouped.groups], "runs": grouped.size().to_numpy(),
+        "PFLOP": grouped["operations"].sum().to_numpy() / 1e15, "hours": grouped["hours"].sum().to_numpy(),
+    })  # fmt: skip
+
+
+def disk(bench: Workbench, table: pd.DataFrame) -> tuple[int, int]:
+    """Bytes that the missing records will take, and that are free where they go."""
+    missing = table[~table["finished"]]
+    weights = {name: sum(p.numel() for p in built(name, bench.study).parameters() if p.requires_grad) * 4
+               for name in missing["method"].unique()}  # fmt: skip
+    need = missing["method"].map(weights).sum() + PER_PATIENT * missing["tested"].sum()
+    folder = bench.study.build
+    while not folder.exists():
+        folder = folder.parent
+    return int(need), shutil.disk_usage(folder).free
+
+
+def compared(bench: Workbench, table: pd.DataFrame, taken: pd.Series) -> tuple[float, float]:
+    """Seconds that the finished runs of a plan took by their records, and those predicted for them."""
+    done = table[table["finished"]]
+    runs = [Run(r["dataset"], r["method"], int(r["fold"]), int(r["seed"]), r["precision"]) for _, r in done.iterrows()]
+    records = [bench.record(run) for run in runs]
+    return sum(r.info["seconds"] for r in records if r is not None), float(taken[done.index].sum())
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that this machine could give a process now; None where it does not say."""
+    path = Path("/proc/meminfo")
+    if not path.is_file():
+        return None
+    found = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines())
+    return int(found["MemAvailable"].split()[0]) * 1024
+
+
+WORKERS = (1, 2, 8, 64)
+"""Numbers of workers, or of GPUs, for which hours are told."""
+
+
+def report(
+    bench: Workbench, table: pd.DataFrame, taken: pd.Series, device: str, precision: str, methods: bool = False
+) -> list[str]:
+    """The plan in lines: by data set, and if asked for by method; hours, memory, disk, and what is there of them."""
+    missing = ~table["finished"]
+    lines = [
+        f"study {bench.study.name}: {len(table)} runs, {int((~missing).sum())} of them finished; "
+        f"{len(table['dataset'].unique())} data sets, {table['stage'].max() + 1} stages",
+        overview(bench, table, taken).to_string(index=False, float_format="{:.3g}".format),
+    ]
+    if methods:
+        lines += ["", by_method(table, taken).to_string(index=False, float_format="{:.3g}".format)]
+    spread = ", ".join(f"{hours(table[missing], taken[missing], n):.2g} on {n}" for n in WORKERS)
+    lines += ["", f"hours for what is missing, {machine(device)}, {precision}: {spread}"]
+    if not missing.all():
+        took, predicted = compared(bench, table, taken)
+        lines.append(f"the finished runs took {took:,.0f} s by their records; predicted for them: {predicted:,.0f} s")
+    need, there = memory(bench, table, precision), available_memory() if device == "cpu" else None
+    lines.append(f"memory of the largest update: {need / 1e9:.1f} GB" + _of(there))
+    if there is not None and need > there:
+        lines.append("  too much for this machine: set recipe.max_patches, or a smaller recipe.bags_per_step")
+    files, free = disk(bench, table)
+    lines.append(f"disk for the missing records: {files / 1e9:.2f} GB" + _of(free))
+    if not table["known"].all():
+        assumed = ", ".join(table.loc[~table["known"], "dataset"].unique())
+        lines.append(f"bag sizes assumed from the manifest, not read: {assumed}")
+    return lines
+
+
+def _of(there: int | None) -> str:
+    return "" if there is None else f" ({there / 1e9:.0f} GB are free)"
