@@ -22,7 +22,7 @@ def shelf(tiny, monkeypatch, tmp_path):
     """A finished study whose chapters count as executed, and an empty shelf."""
     monkeypatch.setattr(book, "SHELF", tmp_path / "book")
     tables = tiny.study.build / "tables"
-    tables.mkdir()
+    tables.mkdir(exist_ok=True)
     pd.DataFrame({"verdict": ["x"], "points": ["open"]}).to_csv(tables / "scorecard.csv")
     link = {"data": {"text/html": '<p class="to-file"><a href="../tables/scorecard.csv" download>CSV</a></p>'}}
     cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", **link)])

@@ -1,12 +1,16 @@
 import json
+import os
+import shutil
 import subprocess
 import sys
+from itertools import pairwise
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 
-from steph import Refused, notebooks
-from steph.notebooks import check, completion, completion_path, declared, execute, find, start, up_to_date
+from steph import PROJECT, Refused, notebooks
+from steph.notebooks import check, completion, completion_path, declared, execute, find, start, state, up_to_date
 
 PARAMETERS = '# Parameters\nstudy = "tiny"\ndataset = "all"\nfolds = "all"\nseed = 42\ndevice = "cpu"\n'
 
@@ -106,6 +110,8 @@ def test_notebooks_are_found_by_name():
     assert find("baselines") == find("01_baselines") == notebooks.NOTEBOOKS / "01_baselines.ipynb"
     with pytest.raises(Refused, match=r"unknown notebook '01_baseline'.* Did you mean 01_baselines"):
         find("01_baseline")
+    template = notebooks.NOTEBOOKS / "templates" / "new_method.ipynb"
+    assert find("templates/new_method") == find("templates/new_method.ipynb") == find(template) == template
 
 
 def test_execution_leaves_a_copy_with_its_completion(notebook):
@@ -161,11 +167,128 @@ def test_parameters_are_data_not_code(tmp_path, build_folder):
 
 
 def test_the_projects_notebooks_declare_known_parameters():
-    found = sorted(notebooks.NOTEBOOKS.glob("*.ipynb"))
-    assert found
+    found = sorted(notebooks.NOTEBOOKS.rglob("*.ipynb"))
+    assert len(found) > 12
     for path in found:
         takes = declared(path)
         assert set(takes) <= set(notebooks.DEFAULTS) and "study" in takes, path.name
         check(takes)
         cells = json.loads(path.read_text())["cells"]
         assert any("start(globals())" in "".join(cell["source"]) for cell in cells), path.name
+
+
+def test_the_state_of_a_notebook_follows_runs_of_the_study_and_of_its_twin(notebook, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "build"))
+    states = [state(notebook, {}, tiny)]
+    for study in ("tiny", "tiny_twin"):
+        for name in ("a", "b"):
+            record = tmp_path / "build" / study / "runs" / "SARC" / "steph" / name / "run.json"
+            record.parent.mkdir(parents=True)
+            states.append(state(notebook, {}, tiny))  # a folder without a record is nothing
+            record.touch()
+            states.append(state(notebook, {}, tiny))
+    assert [a == b for a, b in pairwise(states)] == [True, False] * 4
+
+
+def test_the_state_follows_the_papers_tables_and_the_labels_of_real_patients(notebook, tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("STEPH_DATA", raising=False)
+    before = state(notebook, {}, tiny)
+    shutil.copytree(notebooks.MANIFESTS, tmp_path / "manifests")
+    monkeypatch.setattr(notebooks, "MANIFESTS", tmp_path / "manifests")
+    assert state(notebook, {}, tiny) == before
+    with (tmp_path / "manifests" / "paper" / "table1_baselines.csv").open("a") as file:
+        file.write("\n")
+    assert state(notebook, {}, tiny) != before
+    real = tiny.study.model_copy(update={"synthetic": None, "data_root": str(tmp_path)})
+    (real.data / "labels").mkdir()
+    empty = notebooks._data_state(real)
+    (real.data / "labels" / "SARC.csv").write_text("patient_id")
+    assert notebooks._data_state(real) != empty
+
+
+# ------------------------------------------------------------------------------------------- to edit and to extend
+
+
+@pytest.fixture
+def own_build(tiny, tmp_path, monkeypatch):
+    """A build folder in which the runs of `tiny` are finished and new ones disturb nobody."""
+    shutil.copytree(tiny.study.build, tmp_path / "build" / "tiny", copy_function=os.link)
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "build"))
+    return tmp_path / "build" / "tiny"
+
+
+@pytest.mark.parametrize(("name", "runs"), [("new_section", 0), ("new_method", 6)])
+def test_templates_run_as_they_stand(own_build, name, runs):
+    executed = execute(find(f"templates/{name}"), {}, progress=False)
+    assert executed == own_build / "notebooks" / f"{name}.ipynb"
+    assert (own_build / "tables" / f"{name}.csv").is_file() and (own_build / "figures" / f"{name}.svg").is_file()
+    text = executed.read_text()
+    assert f"../tables/{name}.csv" in text and f"../figures/{name}.svg" in text and "Stands on: 18 finished" in text
+    assert len(list(own_build.glob("runs/*/stepped/*/run.json"))) == runs
+
+
+METHOD = """
+from steph.methods import METHODS, Ingredients, Method
+from steph.runs import Run, Workbench
+def built(x: Ingredients, scale):
+    {body}
+METHODS["own"] = Method("Own", "own", built, "", options={{"scale": {scale}}})
+try:
+    print("key", Workbench("tiny").key(Run("SARC", "own", 0, 42)))
+except Exception as error:
+    print("key", type(error).__name__, error)
+"""
+
+
+def test_runs_of_a_method_defined_in_a_notebook_have_the_key_of_its_code(tmp_path, own_build):
+    """What decides its numbers decides the key; what would not be seen is refused."""
+    cells = [
+        METHOD.format(body="return x.network()", scale=1),
+        METHOD.format(body='"A docstring."\n    return x.network()  # a comment', scale=1),
+        METHOD.format(body="return x.network(x.null_state)", scale=1),
+        METHOD.format(body="return x.network()", scale=2),
+        "def helper(x): return x.network()\n" + METHOD.format(body="return helper(x)", scale=1),
+        "def helper(x): return x.network(None)\n" + METHOD.format(body="return helper(x)", scale=1),
+        "class Net: pass\n" + METHOD.format(body="return Net()", scale=1),
+        "step = 3\n" + METHOD.format(body="return [step for _ in range(2)]", scale=1),
+        METHOD.format(body="step = 4\n    return step", scale=1),
+    ]
+    executed = execute(made(tmp_path / "own.ipynb", *cells), {}, tmp_path / "out.ipynb", progress=False)
+    outputs = [cell.get("outputs", []) for cell in nbformat.read(executed, 4).cells[2:]]
+    keys = ["".join(o.get("text", "") for o in output).partition("key ")[2].strip() for output in outputs]
+    first, commented, changed, scaled, helped, helped_otherwise, a_class, a_value, local = keys
+    assert first == commented and len({first, changed, scaled, helped, helped_otherwise, local}) == 6
+    assert a_class == "Refused built uses the class Net of this notebook: define it inside built."
+    assert a_value.startswith("Refused built uses step, a value of this notebook: hand it over as an option")
+
+
+def test_a_change_to_the_library_shows_in_the_next_cell_and_in_the_keys_of_runs(tmp_path, own_build):
+    """In a kernel that a person works with, on a copy of the project."""
+    copy = tmp_path / "project"
+    skip = shutil.ignore_patterns("build", ".*", "__pycache__", "*.egg-info", "tests", "book")
+    shutil.copytree(PROJECT, copy, ignore=skip)
+    begin = "from steph.analysis.statistics import Estimate, interval\nfrom steph.notebooks import start\n"
+    first = PARAMETERS, begin + "from steph.runs import Run\np = start(globals())"
+    look = "print(interval(Estimate(1.0, 0.5, 1.5)), p.bench.key(Run('SARC', 'vanilla', 0, 42)))"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (*first, *[look] * 4)])
+    client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(copy)}})
+
+    def change(name, old, new):
+        text = (copy / "steph" / name).read_text()
+        assert old in text
+        (copy / "steph" / name).write_text(text.replace(old, new))
+
+    def run(index):
+        client.execute_cell(notebook.cells[index], index)
+        return "".join(o.get("text", "") for o in notebook.cells[index].outputs).strip().rsplit(maxsplit=1)
+
+    with client.setup_kernel(env={**os.environ, "PYTHONPATH": str(copy)}):
+        run(0), run(1)
+        before = run(2)
+        change("analysis/statistics.py", "95 % interval", "95 percent")
+        said = run(3)
+        change("survival.py", "from __future__ import annotations\n", "from __future__ import annotations\n\nNEW = 1\n")
+        keyed = run(4)
+        again = run(5)
+    assert before[0] == "95 % interval +0.500 to +1.500" and said[0] == "95 percent +0.500 to +1.500"
+    assert said[1] == before[1] and keyed[1] != before[1] and again == keyed
