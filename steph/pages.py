@@ -155,7 +155,7 @@ def found(study: Study, runs: pd.DataFrame) -> str:
     for name, text in others.items():
         row = {"Is STEPH ...": f"better than {text}?", "the paper's gain": _paper(name)}
         try:
-            compared = compare(own.assign(folds=study.folds), "steph", name, value)
+            compared = compare(own, "steph", name, value)
         except Refused as reason:
             rows.append({**row, "gain here": "—", "95 % interval": "", "read as": f"no answer: {reason}"})
             continue

@@ -54,7 +54,7 @@ def test_a_networks_attention_is_its_own_whatever_the_pieces(monkeypatch):
     whole = attention.attention_of(network, batch)
     np.testing.assert_allclose(whole, network.attention(batch.features).detach().numpy(), rtol=1e-5)
     assert whole.sum() == pytest.approx(1, abs=1e-14)
-    monkeypatch.setattr(attention, "PIECE", 7)
+    monkeypatch.setattr("steph.mil.gated_attention.CHUNKS", {"cpu": 7})
     np.testing.assert_allclose(attention.attention_of(network, batch), whole, rtol=1e-6)
 
 

@@ -34,17 +34,6 @@ def test_parameters_of_a_study_are_those_that_its_runs_train(tiny):
     assert (table["counted (M)"] * 1e6 == table["in this study"]).all()
 
 
-def test_seconds_of_an_epoch_come_from_the_records(tiny):
-    runs = [Run("SARC", name, fold, tiny.study.seed) for name in ("steph", "model_average") for fold in (0, 1)]
-    table = efficiency.epoch_seconds(tiny, runs).set_index("method")
-    histories = [pd.read_csv(tiny.record(run).file("history.csv"))["seconds"] for run in runs[:2]]
-    assert table.loc["steph", "mean"] == pytest.approx(sum(h.iloc[1] for h in histories) / 2)
-    assert table.loc["steph", ["epochs", "device"]].tolist() == [2, "cpu"]
-    assert table.loc["model_average", ["mean", "epochs"]].tolist() == [0, 0]
-    with pytest.raises(Refused, match="SARC/steph/fold0-seed7 is not finished"):
-        efficiency.epoch_seconds(tiny, [Run("SARC", "steph", 0, 7)])
-
-
 def by_hand(n: int, m: int = M) -> dict[str, int]:
     """Operations of a prediction on n patches, from the equations."""
     layers = 2 * n * (D * H + 2 * H * A + A) + 2 * H * T

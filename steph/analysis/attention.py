@@ -45,7 +45,6 @@ OTHERS = ("model_average", "adamerging", "joint", "steph_random_sources")
 UNTRAINED = "untrained"
 """M_0, which all of them start from."""
 PATIENT = ("fold", "patient_id")
-PIECE = 16_384  # patches whose scores are computed at a time
 TOP = 0.1  # the most attended share of a bag that two models are compared on
 ZONES = {
     "inside": "tumour, inside",

@@ -545,30 +545,6 @@ def epoch_table(times: pd.DataFrame, table: str, reference: str, counted: dict[s
     return shown.reset_index(drop=True)
 
 
-def epoch_seconds(bench: Workbench, runs: Iterable[Run]) -> pd.DataFrame:
-    """Seconds of a training epoch, a row per method: method, mean, std over epochs, epochs, device. An epoch's first
-    run through the data is left out; a method that trains nothing takes none. Raises `Refused` for an unfinished run.
-
-    Runs share a machine and take what time they get: this compares methods, it is no benchmark (`epoch_times` is).
-    """
-    seconds: dict[str, list[float]] = {}
-    devices: dict[str, set[str]] = {}
-    for run in runs:
-        found = bench.record(run)
-        if found is None:
-            raise Refused(f"{run} is not finished; run it first.")
-        path = found.file("history.csv")
-        history = pd.read_csv(path) if path.stat().st_size > 1 else pd.DataFrame()
-        seconds.setdefault(run.method, []).extend(history["seconds"].iloc[1:] if len(history) else [])
-        devices.setdefault(run.method, set()).add(found.info["device"])
-    rows = []
-    for name, own in seconds.items():
-        times = pd.Series(own, dtype=float)
-        mean, std = (times.mean(), times.std()) if own else (0.0, 0.0)
-        rows.append((name, mean, std, len(own), ", ".join(sorted(devices[name]))))
-    return pd.DataFrame(rows, columns=["method", "mean", "std", "epochs", "device"])
-
-
 # ---------------------------------------------------------------------------------------------- a prediction
 
 
