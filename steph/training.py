@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from steph import Refused
 from steph.data.bags import RaggedBatch
@@ -86,15 +87,53 @@ def learning_rate_factor(update: int, steps_per_epoch: int, recipe: Recipe) -> f
     return 0.5 * (1 + math.cos(math.pi * (update - warmup) / max(1, total - warmup)))
 
 
+class AdamW:
+    """AdamW with PyTorch's fused kernel and defaults, for groups as `parameter_groups` makes them. A parameter without
+    a gradient is left alone, and its number of updates with it.
+
+    What `torch.optim.Optimizer` adds (hooks, profiling, a compiler that it imports: more than a second) costs a small
+    network more than the update itself.
+    """
+
+    def __init__(self, groups: list[dict]) -> None:
+        self.parameters = [p for group in groups for p in group["params"]]
+        self._groups = [
+            (group["weight_decay"], [_with_moments(p) for p in group["params"]]) for group in groups if group["params"]
+        ]
+
+    def forget_gradients(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """One update at a learning rate."""
+        for decay, members in self._groups:
+            moved = [member for member in members if member[0].grad is not None]
+            if moved:
+                parameters, means, squares, updates = map(list, zip(*moved, strict=True))
+                adamw(
+                    parameters, [p.grad for p in parameters], means, squares, [], updates, fused=True, amsgrad=False,
+                    beta1=0.9, beta2=0.999, lr=rate, weight_decay=decay, eps=1e-8, maximize=False,
+                )  # fmt: skip
+
+
+def _with_moments(p: nn.Parameter) -> tuple[nn.Parameter, Tensor, Tensor, Tensor]:
+    """A parameter with its gradient's running mean and square, and how often it was updated."""
+    return p, torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), dtype=torch.float32, device=p.device)
+
+
 class Trainer:
     """A model with its optimizer and schedule; `step` is one update."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> None:
-        self.model, self.recipe = model, recipe
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=recipe.lr, fused=True)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda update: learning_rate_factor(update, steps_per_epoch, recipe)
-        )
+        self.model, self.recipe, self.steps_per_epoch = model, recipe, steps_per_epoch
+        self.optimizer = AdamW(parameter_groups(model, recipe.weight_decay))
+        self.updates = 0
+        # Asked once: a module that lacks an attribute takes long to say so.
+        self._supervised = getattr(model, "supervised", True)
+        self._auxiliary = getattr(model, "auxiliary_loss", None)
+        self._monitor = getattr(model, "monitor", None)
 
     def step(
         self, batch: RaggedBatch | None, bins: Tensor, event: Tensor, frozen: Tensor | None = None
@@ -104,22 +143,19 @@ class Trainer:
 
         frozen: (B, ...) what the model's `frozen` made of the bags, for models that have it.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.forget_gradients()
         logits = self.model(batch) if frozen is None else self.model(batch, frozen)
         likelihood = nll_loss(torch.sigmoid(logits), bins, event, alpha=self.recipe.alpha)
-        auxiliary = self._auxiliary()
-        terms = [likelihood] if getattr(self.model, "supervised", True) else []
-        terms += [] if auxiliary is None else [auxiliary]
-        torch.stack(terms).sum().backward()
-        rate = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.step()
-        self.schedule.step()
-        losses = torch.stack([likelihood, likelihood.new_zeros(()) if auxiliary is None else auxiliary]).detach()
-        monitor = getattr(self.model, "monitor", None)
-        return rate, losses if monitor is None else torch.cat([losses, monitor()])
-
-    def _auxiliary(self) -> Tensor | None:
-        return self.model.auxiliary_loss() if hasattr(self.model, "auxiliary_loss") else None  # type: ignore[operator]
+        auxiliary = None if self._auxiliary is None else self._auxiliary()
+        if auxiliary is None:
+            likelihood.backward()
+        else:
+            (likelihood + auxiliary if self._supervised else auxiliary).backward()
+        rate = self.recipe.lr * learning_rate_factor(self.updates, self.steps_per_epoch, self.recipe)
+        self.optimizer.step(rate)
+        self.updates += 1
+        losses = torch.stack([likelihood, torch.zeros_like(likelihood) if auxiliary is None else auxiliary]).detach()
+        return rate, losses if self._monitor is None else torch.cat([losses, self._monitor()])
 
 
 def needs_coords(model: nn.Module) -> str | None:
@@ -187,18 +223,18 @@ def fit(
     history: list[dict[str, float]] = []
     for epoch in range(1, recipe.epochs + 1):
         started = time.perf_counter()
-        order = shuffler.permutation(len(patients))[: steps * recipe.bags_per_step]
         seen = []
-        groups = order.reshape(steps, recipe.bags_per_step)
+        groups = shuffler.permutation(len(patients))[: steps * recipe.bags_per_step].reshape(steps, -1)
+        index = torch.from_numpy(groups).to(device)
+        known = [None] * steps if frozen is None else frozen[index]
 
         def load(chosen: np.ndarray) -> RaggedBatch | None:
             return batch_of([patients[i] for i in chosen]) if reads_patches else None
 
         with _products(precision):
-            for chosen, batch in zip(groups, ahead(load, groups, device), strict=True):
-                index = torch.from_numpy(chosen).to(device, non_blocking=True)
-                known = None if frozen is None else frozen[index]
-                step = partial(trainer.step, bins=bins[index], event=event[index], frozen=known)
+            batches = ahead(load, groups, device)
+            for batch, of_bins, of_event, of_frozen in zip(batches, bins[index], event[index], known, strict=True):
+                step = partial(trainer.step, bins=of_bins, event=of_event, frozen=of_frozen)
                 rate, numbers = _with_memory(step, batch, device, dataset.name)
                 seen.append(numbers)
         # Asked for once an epoch: to look at a number makes the program wait for the device.

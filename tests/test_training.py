@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +16,16 @@ from steph.hypernetwork import convert_released as convert_steph
 from steph.mil import ABMIL, convert_released
 from steph.mil.abmil import RELEASED_NAMES
 from steph.mil.state import load_into, state_of
-from steph.training import Trainer, fit, learning_rate_factor, parameter_groups, predict, seed_everything, single_thread
+from steph.training import (
+    AdamW,
+    Trainer,
+    fit,
+    learning_rate_factor,
+    parameter_groups,
+    predict,
+    seed_everything,
+    single_thread,
+)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +106,40 @@ def test_five_updates_land_on_the_releases_weights(reference, float64, name):
         if step + 1 in (1, 2, 5):
             trained = state_of(model, trainable_only=True)
             assert_states_close(trained, convert(numbers.state(f"{name}_after{step + 1}")), rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_optimizer_is_pytorchs_bit_for_bit_and_leaves_alone_what_has_no_gradient(dtype):
+    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, 77, dtype=dtype).view(7, 11).clone()) for _ in range(3)]
+                    + [nn.Parameter(torch.ones(5, dtype=dtype))] for _ in range(2))  # fmt: skip
+    groups = [[{"params": p[3:], "weight_decay": 0.0}, {"params": p[:3], "weight_decay": 0.1}] for p in (ours, theirs)]
+    optimizer, reference = AdamW(groups[0]), torch.optim.AdamW(groups[1], lr=0.0, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    for update in range(6):
+        rate = 0.01 * update
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            skipped = i == update % 4
+            grad = None if skipped else torch.randn(pair[0].shape, generator=generator, dtype=dtype)
+            pair[0].grad = pair[1].grad = grad
+        for group in reference.param_groups:
+            group["lr"] = rate
+        optimizer.step(rate)
+        reference.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), update
+    optimizer.forget_gradients()
+    assert all(p.grad is None for p in ours) and not torch.equal(ours[0], ours[1])
+
+
+def test_training_does_not_import_a_compiler():
+    """PyTorch's own optimizers do, which takes every process more than a second."""
+    code = (
+        "import sys, torch; from steph.mil import ABMIL; from steph.training import Trainer; "
+        "from steph.data import RaggedBatch; from steph.data.manifest import Recipe\n"
+        "batch = RaggedBatch.from_bags([torch.ones(3, 5), torch.ones(2, 5)])\n"
+        "Trainer(ABMIL(5, 4, 3, 8), Recipe(), 3).step(batch, torch.tensor([1, 2]), torch.tensor([True, False]))\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 class Patients:

@@ -76,8 +76,15 @@ class RaggedBatch:
     def membership(self) -> Tensor:
         """(B, N) True where a patch belongs to a bag."""
         index = torch.arange(len(self.features), device=self.features.device)
-        bounds = torch.tensor(self.offsets, device=self.features.device).view(-1, 1)
-        return (index >= bounds[:-1]) & (index < bounds[1:])
+        begun = index >= torch.tensor(self.offsets, device=self.features.device).view(-1, 1)
+        return begun[:-1] ^ begun[1:]
+
+    @cached_property
+    def outside(self) -> Tensor:
+        """(B, N) -inf where a patch does not belong to a bag, 0 where it does; float32."""
+        return torch.zeros(self.membership.shape, device=self.features.device).masked_fill_(
+            ~self.membership, -torch.inf
+        )
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of patch values (N, H) within each bag, (B, H)."""
@@ -91,7 +98,7 @@ class RaggedBatch:
 
     def softmax(self, scores: Tensor) -> Tensor:
         """Softmax of patch scores (N,) within each bag, as a (B, N) matrix: row i is bag i's attention, 0 elsewhere."""
-        return torch.softmax(scores.masked_fill(~self.membership, -torch.inf), dim=1)
+        return torch.softmax(scores + self.outside.to(scores.dtype), dim=1)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> RaggedBatch:
         """The batch on another device or in another precision."""

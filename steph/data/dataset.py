@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,14 +80,15 @@ class Dataset:
         """
         self._refuse_unknown(patient_ids)
         pieces = [self._rows(patient, max_patches) for patient in patient_ids]
-        offsets = (0, *accumulate(sum(map(_length, rows)) for rows in pieces))
-        device = torch.device(device)
-        held = None if device.type == "cpu" else resident(str(self.store.path), self.store.tensor, device)
-        if held is not None:
+        most = sys.maxsize if max_patches is None else max_patches
+        offsets = (0, *accumulate(min(self._patch_counts[patient], most) for patient in patient_ids))
+        device, source = torch.device(device), self.store.tensor
+        on_cpu = device.type == "cpu"
+        held = source if on_cpu else resident(str(self.store.path), source, device)
+        if held is not None and (held.dtype == dtype or not on_cpu):
             features = torch.cat([held[rows] for rows in _joined(pieces)]).to(dtype)
         else:
             # One pass: rows are gathered and cast together; to an accelerator they travel in the store's precision.
-            source, on_cpu = self.store.tensor, device.type == "cpu"
             kind = dtype if on_cpu else source.dtype
             features = torch.empty((offsets[-1], self.store.dim), dtype=kind, pin_memory=not on_cpu)
             at = 0
@@ -102,6 +104,17 @@ class Dataset:
 
     def _rows(self, patient_id: str, max_patches: int | None) -> list[slice | np.ndarray]:
         """The store's rows that a patient's bag takes, a piece for each slide that has any."""
+        known = self._known_rows.get((patient_id, max_patches))
+        if known is None:
+            known = self._known_rows[patient_id, max_patches] = self._find_rows(patient_id, max_patches)
+        return known
+
+    @cached_property
+    def _known_rows(self) -> dict[tuple[str, int | None], list[slice | np.ndarray]]:
+        """What `_rows` has found: batches are asked for in every epoch."""
+        return {}
+
+    def _find_rows(self, patient_id: str, max_patches: int | None) -> list[slice | np.ndarray]:
         whole = [slice(*self.store.ranges([slide])[0]) for slide in self._slides[patient_id]]
         n = self._patch_counts[patient_id]
         if max_patches is None or n <= max_patches:
