@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 import yaml
@@ -49,6 +49,24 @@ def _speaks(command: Callable[..., Result]) -> Callable[..., Result]:
 
 def _interrupt(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
+
+
+@app.command("doctor")
+@_speaks
+def doctor(
+    study: StudyOption = "demo",
+    device: DeviceOption = "cpu",
+    form: Annotated[
+        Literal["text", "json"], typer.Option("--format", help="text for people, json for programs")
+    ] = "text",
+) -> None:
+    """Check the environment, the machine and a study; say what is wrong and how to mend it. Exit code 1 for a FAIL."""
+    from steph.doctor import as_json, as_text, examine
+
+    found = examine(study, device)
+    print(as_json(found, study, device) if form == "json" else as_text(found))
+    if any(finding.status == "FAIL" for finding in found):
+        raise typer.Exit(1)
 
 
 @app.command("run")

@@ -13,7 +13,7 @@ ROWS = [
     ("methods", "builders"),
     ("runs",),
     ("results", "analysis", "plots", "scorecard", "predict"),
-    ("study", "notebooks", "book", "pages", "planning"),
+    ("study", "notebooks", "book", "pages", "planning", "doctor"),
     ("cli",),
 ]
 """From the ground up; a name stands for a module or a package of `steph`."""
