@@ -1,1 +1,5 @@
-"""Benchmarks: ratios to a plain implementation, measured in one run on one machine. `make bench` prints the table."""
+"""Benchmarks: speed as ratios to a plain implementation and to what the machine itself can do, measured in one run.
+
+`make bench` (`python -m benchmarks`) measures the CPU, `python -m benchmarks.gpu` an NVIDIA GPU. What the numbers mean,
+and how to read them, is in ``book/speed.md``.
+"""
