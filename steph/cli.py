@@ -40,6 +40,11 @@ def _speaks(command: Callable[..., Result]) -> Callable[..., Result]:
         except Refused as reason:
             print(f"steph: {reason}", file=sys.stderr)
             raise typer.Exit(1) from None
+        except ModuleNotFoundError as error:
+            print(
+                f"steph: the package {error.name} is not installed. `make env` makes the environment.", file=sys.stderr
+            )
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             print("steph: interrupted. What is finished is kept; the same command goes on from there.", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -188,21 +193,38 @@ def build_book(study: StudyOption = "demo", device: DeviceOption = "cpu", worker
 @data_app.command("list")
 @_speaks
 def data_list(study: StudyOption = "tcga") -> None:
-    """Data sets of a study, the sources of its data, and what is there."""
+    """Data sets of a study, what of their data is there, and where the rest can be had."""
+    from steph.data.inventory import inventory
     from steph.data.manifest import load_study
 
     found = load_study(study)
+    table = inventory(found)
     print(f"{found.title}\ndata root: {found.data}\n")
-    for name, entry in found.datasets.items():
-        have = [
-            kind
-            for kind, end in (("labels", "csv"), ("stores", "h5"))
-            if (found.data / kind / f"{name}.{end}").is_file()
-        ]
-        print(f"{name:10} {' + '.join(entry.projects):22} {' and '.join(have) or 'nothing here yet'}")
+    rows = [list(table.columns), *table.to_numpy().tolist()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for source in found.sources:
         gate = "gated; " if source.gated else ""
         print(f"\n{source.name}: {source.provides}\n  {source.address}\n  {gate}licence: {source.licence}")
+
+
+@data_app.command("fetch")
+@_speaks
+def data_fetch(
+    study: StudyOption = "tcga",
+    dataset: DatasetsOption = None,
+    source: Annotated[
+        list[str] | None, typer.Option("--source", help="labels, splits or features; repeat; default: all")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="default: the study's data root")] = None,
+) -> None:
+    """Download from the manifest's sources, compare with their checksums, unpack; goes on where it stopped."""
+    from steph.data.fetch import fetch
+    from steph.data.manifest import load_study
+
+    for found in fetch(load_study(study), dataset, source, out):
+        print(f"{found.path}: {found.note}")
 
 
 @data_app.command("labels")

@@ -31,7 +31,11 @@ class Source(_Strict):
     gated: bool = Field(default=False, description="access must be asked for")
     redistribution: bool = Field(default=False, description="may copies be passed on")
     citation: str = ""
-    file: str = Field(default="", description="file name or pattern of the download")
+    files: list[str] = Field(
+        default=[],
+        description="names of what is fetched; {project} and {dataset} as in features.folders, * and ? as in a shell, "
+        "small and capital letters alike; empty: nothing is fetched",
+    )
     size_bytes: int | None = None
     md5: str | None = None
     note: str = ""
