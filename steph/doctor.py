@@ -25,13 +25,14 @@ from typing import Any
 
 import torch
 
-from steph import PROJECT, Refused, __version__, notebooks, pages
+from steph import PROJECT, Refused, __version__, pages
 from steph.data.cohort import read_cohort
 from steph.data.dataset import feature_folders
 from steph.data.features import find_slides, match_slides
 from steph.data.manifest import Study, load_study
 from steph.data.store import COORDS, DTYPES, Store
 from steph.device import check_device, precision_for
+from steph.notebooks import NOTEBOOKS, declared
 from steph.planning import PER_PATIENT, Patients, available_memory, patients
 from steph.records import COMPLETION, Record, read_record
 from steph.runs import Run, Workbench, plan
@@ -112,6 +113,8 @@ def _carried_out(check: Callable[[Case], Iterator[Finding]], case: Case) -> list
             found.append(finding)
     except Refused as reason:
         found.append(Finding(name, "FAIL", str(reason), "the message says what to do"))
+    except ModuleNotFoundError as error:
+        found.append(Finding(name, "FAIL", f"the package {error.name} is not installed", "`make env`"))
     except Exception as error:  # A doctor who faints helps nobody: whatever it is, the other checks go on.
         text = f"the check itself failed: {type(error).__name__}: {error}"
         found.append(Finding(name, "FAIL", text, "report it, with the output of `steph doctor --format json`"))
@@ -288,11 +291,8 @@ def _cgroup(name: str) -> float | None:
 
 def kernel(_: Case) -> Iterator[Finding]:
     """Whether notebooks run in this environment: what the kernel python3 starts."""
-    try:
-        from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
-    except ImportError:
-        yield Finding("kernel", "WARN", "Jupyter is not installed: no notebook can be run", "`make env`")
-        return
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
     again = "`python -m ipykernel install --sys-prefix --name python3`, with this environment's python"
     try:
         spec = KernelSpecManager().get_kernel_spec("python3")
@@ -308,23 +308,21 @@ def kernel(_: Case) -> Iterator[Finding]:
         yield Finding("kernel", "FAIL", text, again)
 
 
-def kept_notebooks(_: Case) -> Iterator[Finding]:
+def notebooks(_: Case) -> Iterator[Finding]:
     """The notebooks in ``notebooks/``: valid, without outputs, with a cell of parameters."""
     import nbformat
 
-    paths, bad = sorted(notebooks.NOTEBOOKS.rglob("*.ipynb")), 0
-    for path in (path for path in paths if not any(part.startswith(".") for part in path.parts)):
-        name = path.relative_to(notebooks.NOTEBOOKS.parent)
+    bad, paths = 0, [path for path in sorted(NOTEBOOKS.rglob("*.ipynb")) if path.parent.name != ".ipynb_checkpoints"]
+    for path in paths:
+        name = path.relative_to(NOTEBOOKS.parent)
         try:
             found = nbformat.from_dict(json.loads(path.read_text(encoding="utf-8")))
             nbformat.validate(found)
-            notebooks.declared(path)
+            declared(path)
         except (nbformat.ValidationError, Refused, *NOT_READ) as error:
             bad += 1
             reason = f"{name}: {str(error).splitlines()[0]}"
-            yield Finding(
-                "notebooks", "FAIL", reason, f"`git checkout {shlex.quote(str(name))}` brings back the kept one"
-            )
+            yield Finding("notebooks", "FAIL", reason, f"`git checkout {shlex.quote(str(name))}` brings back the kept")
             continue
         if any(cell.get("outputs") or cell.get("execution_count") for cell in found.cells):
             bad += 1
@@ -628,7 +626,7 @@ def book(case: Case) -> Iterator[Finding]:
         yield Finding("book", "WARN", f"{page} is of the code of {code}; now it is {now}", again)
 
 
-MACHINE = (python, packages, device, threads, kernel, kept_notebooks, manifest)
+MACHINE = (python, packages, device, threads, kernel, notebooks, manifest)
 """Checks that need no study, and the manifest's, which comes last: the others need what it reads."""
 
 STUDY = (build_folder, data, disk, memory, runs, book)
