@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -184,6 +184,108 @@ def _batches(
     return partial(dataset.batch, device=device, dtype=dtype, **options)
 
 
+class Training:
+    """A model in training on patients of a data set, an update at a time; arguments as of `fit`. `history` grows by a
+    row per epoch.
+
+    Raises `Refused` where there are fewer patients than an update takes, or no event.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Dataset | JointDataset,
+        patients: Sequence[str],
+        recipe: Recipe,
+        network: Network,
+        seed: int,
+        device: str = "cpu",
+        precision: str = "fp32",
+        report: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> None:
+        self.model, self.dataset, self.patients, self.report = model, dataset, list(patients), report
+        self.recipe, self.seed, self.device, self.precision = recipe, seed, device, precision
+        labels = dataset.labels(self.patients)
+        self.steps = len(self.patients) // recipe.bags_per_step
+        if self.steps == 0:
+            raise Refused(
+                f"{dataset.name} has {len(self.patients)} training patients and an update takes "
+                f"{recipe.bags_per_step}; add patients or lower recipe.bags_per_step in the study manifest."
+            )
+        if not labels["event"].any():
+            raise Refused(
+                f"{dataset.name}: no event among {len(self.patients)} training patients; nothing can be learnt."
+            )
+        model.to(device, parameter_dtype(precision)).train()
+        self._bins = torch.from_numpy(bin_index(labels["time_days"], network.n_bins, network.bin_width_days)).to(device)
+        self._event = torch.from_numpy(labels["event"].to_numpy(dtype=bool)).to(device)
+        self.batch_of = _batches(model, dataset, self.patients, recipe.max_patches, device, PRECISIONS[precision])
+        self._frozen = _frozen(model, self.patients, self.batch_of) if hasattr(model, "frozen") else None
+        self.reads_patches = getattr(model, "reads_patches", True)
+        self.reads_coords = needs_coords(model) is not None
+        self._trainer = Trainer(model, recipe, self.steps)
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.draws = Draws(device)
+
+    def begin_epoch(self, order: np.ndarray) -> None:
+        """Get ready for an epoch of updates on these patients (steps, B), by number."""
+        index = torch.from_numpy(order).to(self.device)
+        frozen = [None] * self.steps if self._frozen is None else self._frozen[index]
+        self._ready = zip(self._bins[index], self._event[index], frozen, strict=True)
+        self._seen: list[Tensor] = []
+        self.seconds = 0.0
+
+    def step(self, batch: RaggedBatch | None) -> None:
+        """The next update, on the bags of its patients."""
+        started = time.perf_counter()
+        bins, event, frozen = next(self._ready)
+        update = partial(self._trainer.step, bins=bins, event=event, frozen=frozen)
+        self._rate, numbers = _with_memory(update, batch, self.device, self.dataset.name)
+        self._seen.append(numbers)
+        self.seconds += time.perf_counter() - started
+
+    def end_epoch(self, waited: float) -> None:
+        """Close an epoch that took `waited` seconds beside this training's updates. Raises `Refused` where the loss is
+        no longer finite."""
+        # Asked for once an epoch: to look at a number makes the program wait for the device.
+        loss, auxiliary, *monitored = torch.stack(self._seen).double().mean(0).tolist()
+        epoch = len(self.history) + 1
+        if not math.isfinite(loss):
+            raise Refused(f"{self.dataset.name}: the training loss is {loss} in epoch {epoch}; lower recipe.lr.")
+        row = {"epoch": epoch, "loss": loss, "auxiliary_loss": auxiliary, "learning_rate": self._rate}
+        row |= dict(zip(getattr(self.model, "monitored", []), monitored, strict=True))
+        self.history.append({**row, "seconds": self.seconds + waited})
+        if self.report:
+            self.report(epoch, self.history[-1])
+
+
+class Draws:
+    """Where random draws stand (Python's, NumPy's, PyTorch's): a training's own while several take turns."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._state = self._now()
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Draw from here on inside the block, and remember how far that went."""
+        python, numpy_, cpu, gpu = self._state
+        random.setstate(python)
+        np.random.set_state(numpy_)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu, self._device)
+        try:
+            yield
+        finally:
+            self._state = self._now()
+
+    def _now(self) -> tuple[Any, Any, Tensor, Tensor | None]:
+        gpu = torch.cuda.get_rng_state(self._device) if torch.device(self._device).type == "cuda" else None
+        return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpu  # noqa: NPY002
+
+
 def fit(
     model: nn.Module,
     dataset: Dataset | JointDataset,
@@ -201,53 +303,76 @@ def fit(
     the last update), seconds, and the means of what the model monitors. `report` gets each row as it comes.
     Raises `Refused` where there are fewer patients than an update takes, no event, or the loss is no longer finite.
     """
-    patients = list(patients)
-    labels = dataset.labels(patients)
-    steps = len(patients) // recipe.bags_per_step
-    if steps == 0:
-        raise Refused(
-            f"{dataset.name} has {len(patients)} training patients and an update takes {recipe.bags_per_step}; "
-            "add patients or lower recipe.bags_per_step in the study manifest."
-        )
-    if not labels["event"].any():
-        raise Refused(f"{dataset.name}: no event among {len(patients)} training patients; nothing can be learnt.")
-    dtype = PRECISIONS[precision]
-    model.to(device, parameter_dtype(precision)).train()
-    bins = torch.from_numpy(bin_index(labels["time_days"], network.n_bins, network.bin_width_days)).to(device)
-    event = torch.from_numpy(labels["event"].to_numpy(dtype=bool)).to(device)
-    batch_of = _batches(model, dataset, patients, recipe.max_patches, device, dtype)
-    frozen = _frozen(model, patients, batch_of) if hasattr(model, "frozen") else None
-    reads_patches = getattr(model, "reads_patches", True)
-    trainer = Trainer(model, recipe, steps)
-    shuffler = np.random.default_rng(seed)
-    history: list[dict[str, float]] = []
-    for epoch in range(1, recipe.epochs + 1):
+    [found] = fit_together([Training(model, dataset, patients, recipe, network, seed, device, precision, report)])
+    if isinstance(found, Refused):
+        raise found
+    return found
+
+
+def fit_together(trainings: Sequence[Training]) -> list[pd.DataFrame | Refused]:
+    """Carry trainings through, all in one pass over the data: a batch is loaded once and each takes its update on it.
+
+    Returns the history of each as `fit` does, or why it was refused; the others go on without it. The numbers are those
+    of each alone: every training keeps its own random draws. In `seconds`, what was not spent on anybody's own updates
+    (loading, on a GPU also its work) is shared out evenly.
+
+    They must share what decides the order of patients: the patients, the seed and the recipe; and the precision. Runs
+    of different seeds see the patients in different orders and cannot share batches.
+    """
+    first = trainings[0]
+    for other in trainings[1:]:
+        if other.dataset is not first.dataset or any(
+            getattr(other, what) != getattr(first, what)
+            for what in ("patients", "seed", "recipe", "precision", "device")
+        ):
+            raise Refused(
+                f"{other.dataset.name} and {first.dataset.name}: trainings that share a pass over the data are of the "
+                "same patients, seed, recipe, precision and device."
+            )
+    going = list(trainings)
+    failed: dict[Training, Refused] = {}
+
+    @contextmanager
+    def turn(training: Training) -> Iterator[None]:
+        try:
+            with training.draws.own() if len(trainings) > 1 else nullcontext():
+                yield
+        except Refused as reason:
+            failed[training] = reason
+            going.remove(training)
+
+    def load(chosen: np.ndarray) -> RaggedBatch | None:
+        readers = [training for training in tuple(going) if training.reads_patches]
+        if not readers:
+            return None
+        # Coordinates for all where one needs them: the others do not look at them.
+        reader = max(readers, key=lambda training: training.reads_coords)
+        return reader.batch_of([reader.patients[i] for i in chosen])
+
+    shuffler = np.random.default_rng(first.seed)
+    for _ in range(first.recipe.epochs):
         started = time.perf_counter()
-        seen = []
-        groups = shuffler.permutation(len(patients))[: steps * recipe.bags_per_step].reshape(steps, -1)
-        index = torch.from_numpy(groups).to(device)
-        known = [None] * steps if frozen is None else frozen[index]
-
-        def load(chosen: np.ndarray) -> RaggedBatch | None:
-            return batch_of([patients[i] for i in chosen]) if reads_patches else None
-
-        with _products(precision):
-            batches = ahead(load, groups, device)
-            for batch, of_bins, of_event, of_frozen in zip(batches, bins[index], event[index], known, strict=True):
-                step = partial(trainer.step, bins=of_bins, event=of_event, frozen=of_frozen)
-                rate, numbers = _with_memory(step, batch, device, dataset.name)
-                seen.append(numbers)
-        # Asked for once an epoch: to look at a number makes the program wait for the device.
-        loss, auxiliary, *monitored = torch.stack(seen).double().mean(0).tolist()
-        if not math.isfinite(loss):
-            raise Refused(f"{dataset.name}: the training loss is {loss} in epoch {epoch}; lower recipe.lr.")
-        row = {"epoch": epoch, "loss": loss, "auxiliary_loss": auxiliary, "learning_rate": rate}
-        row |= dict(zip(getattr(model, "monitored", []), monitored, strict=True))
-        history.append({**row, "seconds": time.perf_counter() - started})
-        if report:
-            report(epoch, history[-1])
-    model.eval()
-    return pd.DataFrame(history)
+        order = shuffler.permutation(len(first.patients))[: first.steps * first.recipe.bags_per_step]
+        groups = order.reshape(first.steps, -1)
+        for training in going:
+            training.begin_epoch(groups)
+        with _products(first.precision):
+            for batch in ahead(load, groups, first.device):
+                for training in list(going):
+                    with turn(training):
+                        training.step(batch if training.reads_patches else None)
+        if torch.device(first.device).type == "cuda":
+            torch.cuda.synchronize(first.device)
+        own = sum(training.seconds for training in going)
+        share = (time.perf_counter() - started - own) / max(1, len(going))
+        for training in list(going):
+            with turn(training):
+                training.end_epoch(share)
+        if not going:
+            break
+    for training in trainings:
+        training.model.eval()
+    return [failed.get(training, pd.DataFrame(training.history)) for training in trainings]
 
 
 def ahead(load: Callable[[Any], Any], items: Iterable[Any], device: str) -> Iterator[Any]:
