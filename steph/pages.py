@@ -33,7 +33,7 @@ REFERENCE = {
     "methods": ("Methods, runs, studies", ("methods", "builders", "runs", "study", "planning")),
     "analysis": ("Results and analysis", ("results", "analysis", "scorecard", "predict")),
     "plots": ("Plots", ("plots",)),
-    "book": ("Notebooks, book, command", ("notebooks", "pages", "book", "cli")),
+    "book": ("Notebooks, book, command", ("notebooks", "pages", "book", "doctor", "cli")),
 }
 """Pages of the library's reference: name -> title, and the modules and packages of `steph` on it."""
 
