@@ -62,6 +62,39 @@ def test_packed_equals_one_by_one(network, bags):
     torch.testing.assert_close(network(packed(network, bags)), alone, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("sizes", [SIZES, (6, 40, 9, 23, 12, 16, 17, 31), (64, 65, 1, 64, 2)])
+def test_batches_and_bags_one_by_one_have_the_same_logits_and_gradients(network, sizes):
+    """What bags share on their way (padding, masks, groups) leaves no trace."""
+    torch.manual_seed(2)
+    bags, weights = [torch.randn(n, 6) for n in sizes], torch.randn(len(sizes), 4)
+
+    def gradients():
+        found = {name: p.grad for name, p in network.named_parameters()}
+        network.zero_grad()
+        return found
+
+    together = network(packed(network, bags))
+    (together * weights).sum().backward()
+    batched = gradients()
+    alone = torch.cat([network(packed(network, [bag])) for bag in bags])
+    (alone * weights).sum().backward()
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
+    for name, expected in gradients().items():
+        torch.testing.assert_close(batched[name], expected, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_half_precision_is_the_same_network(name):
+    torch.manual_seed(0)
+    network = NETWORKS[name](6, DIMENSIONS).eval()
+    batch = packed(network, [torch.randn(n, 6) for n in SIZES])
+    half = network(batch.to("cpu", torch.bfloat16))
+    half.square().sum().backward()
+    single = network(batch)
+    assert half.dtype == torch.float32
+    assert (half - single).abs().max() < 0.05 * (single.max() - single.min())
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
 def test_a_leading_axis_of_one_changes_nothing(network, bags):
     if getattr(network, "needs_coords", False):
         batch = RaggedBatch.from_bags([bag.unsqueeze(0) for bag in bags], packed(network, bags).coords.split(SIZES))

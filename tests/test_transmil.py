@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from steph.data.manifest import Network
 from steph.mil import NETWORKS
-from steph.mil.transmil import HEADS, PositionEncoding, TransMIL
+from steph.mil.transmil import HEADS, PositionEncoding, Squares, TransMIL
 
 DIM = 16
 
@@ -94,9 +94,45 @@ def test_agrees_with_a_straight_line_computation(network, n, filled):
 
 def test_the_position_encoding_lets_the_class_token_pass(float64):
     torch.manual_seed(0)
-    encoding, tokens = PositionEncoding(DIM), torch.randn(1, 10, DIM)
-    assert torch.equal(encoding(tokens, 3)[:, 0], tokens[:, 0])
-    assert not torch.equal(encoding(tokens, 3)[:, 1:], tokens[:, 1:])
+    encoding, tokens = PositionEncoding(DIM), torch.randn(2 + 9 + 4, DIM)
+    encoded = encoding(tokens, Squares.of([7, 4], 8, tokens.device))
+    assert torch.equal(encoded[:2], tokens[:2])
+    assert not torch.equal(encoded[2:], tokens[2:])
+
+
+@pytest.mark.parametrize("sizes", [[7], [9, 8], [1, 3, 16, 10, 30]])
+def test_tokens_stand_where_they_belong(sizes):
+    """Bags of one square, and of several: behind zeros in their row, and row by row in their picture."""
+    squares, landmarks = Squares.of(sizes, 8, torch.device("cpu")), 8
+    first = [sum(sizes[:i]) for i in range(len(sizes))]
+    at, pixel = iter(squares.sequence.at[len(sizes) :].tolist()), iter(squares.picture.at.tolist())
+    filled = iter(squares.filled.tolist())
+    for i, n in enumerate(sizes):
+        side = math.isqrt(n - 1) + 1
+        length = -(-(side**2 + 1) // landmarks) * landmarks
+        token = i * squares.sequence.length + length - side**2 - 1
+        assert squares.sequence.at[i] == token
+        for place in range(side**2):
+            assert next(filled) == first[i] + place % n
+            assert next(at) == token + 1 + place
+            row, column = divmod(place, side)
+            assert next(pixel) == (i * squares.side + row) * squares.side + column
+        if squares.absent is not None:
+            assert squares.absent[i, 0, 0].isneginf().tolist() == [j >= length for j in range(squares.sequence.length)]
+    values = torch.randn(len(sizes), HEADS, squares.sequence.length, 2, dtype=torch.float64)
+    means = squares.at_landmarks(values)
+    for i, n in enumerate(sizes):
+        length = -(-((math.isqrt(n - 1) + 1) ** 2 + 1) // landmarks) * landmarks
+        expected = torch.stack([part.mean(1) for part in values[i, :, :length].chunk(landmarks, dim=1)], dim=1)
+        torch.testing.assert_close(means[i], expected)
+
+
+def test_large_bags_meet_only_their_like(monkeypatch, network):
+    """Padding small bags to large ones' squares would cost more than it saves."""
+    of, seen = Squares.of, []
+    monkeypatch.setattr(Squares, "of", lambda sizes, *rest: seen.append(sizes) or of(sizes, *rest))
+    network([torch.randn(n, 6) for n in (70, 5, 64, 80, 65, 400)])
+    assert seen == [[70, 80, 65], [5, 64], [400]]
 
 
 def test_works_at_the_demos_size():

@@ -83,10 +83,14 @@ class Attention(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(G, n, dim) to (G, n, dim), group by group."""
         query, key, value = self.inputs(tokens).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        scores = (query * self.scale) @ key.transpose(2, 3)  # (G, heads, n, n)
-        if self.position is not None:
-            scores = scores + self.position(scores)
-        found = (torch.softmax(scores, dim=3) @ value).transpose(1, 2).flatten(2)
+        if tokens.shape[1] == 1:  # attention to one token is 1, whatever the scores
+            found = value + (0 if self.position is None else _idle(self.position))
+        else:
+            scores = (query * self.scale) @ key.transpose(2, 3)  # (G, heads, n, n)
+            if self.position is not None:
+                scores = scores + self.position(scores)
+            found = torch.softmax(scores, dim=3) @ value
+        found = found.transpose(1, 2).flatten(2)
         return F.dropout(self.out(found), self.dropout, self.training)
 
 
@@ -100,7 +104,10 @@ class WithinRegions(nn.Module):
 
     def forward(self, patches: Tensor, sizes: list[int]) -> Tensor:
         """(N, dim) to (N, dim), bag by bag, of these sizes."""
-        regions, at = _regions(self.norm(patches), sizes)
+        normal = self.norm(patches)
+        if _edge(max(sizes)) == 1:  # each patch is a region; those without one have nothing to tell
+            return patches + self.attention(normal.unsqueeze(1)).squeeze(1)
+        regions, at = _regions(normal, sizes)
         return patches + self.attention(regions.flatten(0, 1)).flatten(0, 1).index_select(0, at)
 
 
@@ -116,6 +123,8 @@ class AcrossRegions(nn.Module):
 
     def forward(self, patches: Tensor, sizes: list[int]) -> Tensor:
         """(N, dim) to (N, dim), bag by bag, of these sizes."""
+        if _edge(max(sizes)) == 1:  # the scores of one patch are all equal, so its share is 0
+            return patches + _idle(self)
         regions, at = _regions(self.norm(patches), sizes)  # (B, 64, p, dim)
         scores = regions @ self.representatives  # (B, 64, p, k)
         summed = torch.softmax(scores, dim=2).transpose(2, 3) @ regions  # (B, 64, k, dim)
@@ -126,6 +135,11 @@ class AcrossRegions(nn.Module):
         scale = torch.where(high > low, 1 / (high - low + 1e-8), 0)
         share = torch.softmax(scores, dim=3) * (scores - low) * scale
         return patches + (share @ summed).flatten(0, 2).index_select(0, at)
+
+
+def _idle(module: nn.Module) -> Tensor:
+    """0, made of parameters that have no say: a gradient of 0, unlike none, leaves them to weight decay."""
+    return 0 * torch.stack([parameter.sum() for parameter in module.parameters()]).sum()
 
 
 def _edge(n: int) -> int:

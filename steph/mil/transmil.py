@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import isqrt
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steph import Refused
 from steph.data.bags import RaggedBatch, takes_half
-from steph.mil.grouping import alike
+from steph.mil.grouping import Padding, alike
 
 HEADS = 8
+SMALL = 64
+"""Bags of up to so many patches go through together whatever their squares, padded: calls, not numbers, are what those
+cost. Larger ones only with bags of the same square."""
 
 
 class TransMIL(nn.Module):
@@ -21,8 +26,7 @@ class TransMIL(nn.Module):
     between them, layer norm; the class token is the bag's feature.
 
     The patches are laid out in a square, row by row, the first ones again where it is not full; so their order matters.
-    The approximation looks at a whole bag (its landmarks, the scale of its pseudo-inverse), so only bags whose squares
-    are of one size go through together. Raises `Refused` for a width that 8 heads do not divide.
+    Raises `Refused` for a width that 8 heads do not divide.
     """
 
     order_invariant = False
@@ -31,6 +35,7 @@ class TransMIL(nn.Module):
         super().__init__()
         if dim_emb % HEADS:
             raise Refused(f"TransMIL has {HEADS} heads; its width (network.dim_emb) is {dim_emb}, no multiple of that.")
+        self.landmarks = dim_emb // 2
         self.embed = nn.Linear(dim_in, dim_emb)
         self.token = nn.Parameter(torch.randn(1, dim_emb) * 0.02)
         self.first = AttentionLayer(dim_emb, dropout)
@@ -47,12 +52,14 @@ class TransMIL(nn.Module):
     def encode(self, batch: RaggedBatch) -> Tensor:
         """Bag features (B, dim_emb)."""
         embedded = F.relu(self.embed(batch.features))
-        tokens = embedded.new_empty(len(batch), embedded.shape[1])
-        for bags_alike, rows, sizes in alike(batch, _side):
-            squares = self._before_second(embedded[rows], sizes)
-            where = torch.tensor(bags_alike, device=rows.device)
-            tokens = tokens.index_copy(0, where, self.second(squares)[:, 0])
-        return self.norm(tokens)
+        found, order = [], []
+        for together, rows, sizes in alike(batch, lambda n: 0 if n <= SMALL else _side(n)):
+            squares = Squares.of(sizes, self.landmarks, rows.device)
+            tokens = self._before_second(embedded[rows[squares.filled]], squares)
+            found.append(self.second(tokens, squares)[: len(sizes)])
+            order += together
+        place = torch.from_numpy(np.argsort(order)).to(embedded.device)
+        return self.norm(torch.cat(found)[place])
 
     def attention(self, bag: Tensor) -> Tensor:
         """Attention (N,) over the patches of one bag (N, D): what the class token draws from each of them in the
@@ -60,27 +67,75 @@ class TransMIL(nn.Module):
         patch that stands in the square twice has both. Scaled to sum to 1."""
         n = bag.shape[-2]
         embedded = F.relu(self.embed(bag.reshape(n, -1)))
-        drawn = self.second.drawn_by_first(self._before_second(embedded, [n]))[0, 1:].abs()
+        squares = Squares.of([n], self.landmarks, bag.device)
+        drawn = self.second.drawn_by_first(self._before_second(embedded[squares.filled], squares), squares)[1:].abs()
         folded = drawn[:n].clone()
         folded[: len(drawn) - n] += drawn[n:]
         return folded / folded.sum()
 
-    def _before_second(self, embedded: Tensor, sizes: list[int]) -> Tensor:
-        """Class token and patches (N, dim_emb) of bags with squares of one size, as the second layer takes them:
-        (B, 1 + side^2, dim_emb)."""
-        side = _side(max(sizes))
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        place = torch.arange(side * side)
-        # A bag fills at least half of its square, so its first patches, once more, fill the rest.
-        rows = torch.stack([start + place % size for start, size in zip(starts, sizes, strict=True)])
-        square = embedded[rows.to(embedded.device)]
-        tokens = torch.cat([self.token.expand(len(sizes), 1, -1), square], dim=1)
-        return self.position(self.first(tokens), side)
+    def _before_second(self, patches: Tensor, squares: Squares) -> Tensor:
+        """Tokens (T, dim_emb) as the second layer takes them, of the embedded patches that fill the squares."""
+        tokens = torch.cat([self.token.expand(squares.bags, -1), patches])
+        return self.position(self.first(tokens, squares), squares)
 
 
 def _side(n: int) -> int:
     """Side of the square of n patches."""
     return isqrt(n - 1) + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Squares:
+    """Where T tokens of B bags stand: the B class tokens come first, then the patches that fill the bags' squares, bag
+    by bag.
+
+    filled: which patch each of these is, (T - B,). sequence: every bag's tokens in a row, class token first, behind
+    zeros that make their number L_i a multiple of the m landmarks. picture: patches only, in pictures as large as the
+    largest square. Where the L_i differ: members (B, 1, m, L) 1 where a landmark covers a place, size (B, 1, 1, 1)
+    places it covers, absent (B, 1, 1, L) -infinity behind the bag's end, else 0.
+    """
+
+    bags: int
+    landmarks: int
+    side: int
+    filled: Tensor
+    sequence: Padding
+    picture: Padding
+    members: Tensor | None = None
+    size: Tensor | None = None
+    absent: Tensor | None = None
+
+    @classmethod
+    def of(cls, sizes: list[int], landmarks: int, device: torch.device) -> Squares:
+        """Those of bags of these sizes, on a device."""
+        bags, patches, sides = np.arange(len(sizes)), np.array(sizes), np.array([_side(n) for n in sizes])
+        areas, largest = sides**2, int(sides.max())
+        bag = np.repeat(bags, areas)
+        place = np.arange(areas.sum()) - (np.cumsum(areas) - areas)[bag]
+        # A bag fills at least half of its square, so its first patches, once more, fill the rest.
+        filled = (np.cumsum(patches) - patches)[bag] + place % patches[bag]
+        pixel = (bag * largest + place // sides[bag]) * largest + place % sides[bag]
+        size = -(-(areas + 1) // landmarks)
+        length = int(size.max()) * landmarks
+        token = bags * length + size * landmarks - areas - 1
+
+        def there(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(device)
+
+        sequence = Padding(sizes, length, there(np.concatenate([token, token[bag] + 1 + place])))
+        squares = cls(len(sizes), landmarks, largest, there(filled), sequence, Padding(sizes, largest**2, there(pixel)))
+        if (size == size[0]).all():
+            return squares
+        covering = np.arange(length) // size[:, None, None, None]  # by which landmark each place is covered
+        members = there(covering == np.arange(landmarks)[:, None])
+        absent = np.where(covering < landmarks, np.float32(0), np.float32(-np.inf))
+        return replace(squares, members=members, size=there(size.reshape(-1, 1, 1, 1)), absent=there(absent))
+
+    def at_landmarks(self, values: Tensor) -> Tensor:
+        """Means (B, heads, m, width) of what the landmarks cover of values in sequence, (B, heads, L, width)."""
+        if self.members is None or self.size is None:
+            return values.unflatten(2, (self.landmarks, -1)).mean(3)
+        return self.members.to(values.dtype) @ values / self.size
 
 
 class AttentionLayer(nn.Module):
@@ -89,35 +144,36 @@ class AttentionLayer(nn.Module):
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
-        self.landmarks, self.scale, self.dropout = dim // 2, (dim // HEADS) ** -0.5, dropout
+        self.scale, self.dropout = (dim // HEADS) ** -0.5, dropout
         self.norm = nn.LayerNorm(dim)
         self.inputs = nn.Linear(dim, 3 * dim, bias=False)
         self.around = nn.Conv2d(HEADS, HEADS, (33, 1), padding=(16, 0), groups=HEADS, bias=False)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, n, dim) to (B, n, dim)."""
-        left, inverse, right, value = self._factors(tokens)
+    def forward(self, tokens: Tensor, squares: Squares) -> Tensor:
+        """(T, dim) to (T, dim)."""
+        left, inverse, right, value = self._factors(tokens, squares)
         found = (left @ inverse) @ (right @ value) + self.around(value)
-        found = self.out(found.transpose(1, 2).flatten(2))[:, -tokens.shape[1] :]
+        found = self.out(squares.sequence.unpad(found.transpose(1, 2).flatten(2)))
         return tokens + F.dropout(found, self.dropout, self.training)
 
-    def drawn_by_first(self, tokens: Tensor) -> Tensor:
-        """The first token's row of the approximated attention matrix, mean over the heads, (B, n)."""
-        n = tokens.shape[1]
-        left, inverse, right, _ = self._factors(tokens)
-        return (left[:, :, -n].unsqueeze(2) @ inverse @ right).squeeze(2).mean(1)[:, -n:]
+    def drawn_by_first(self, tokens: Tensor, squares: Squares) -> Tensor:
+        """The class token's row of one bag's approximated attention matrix, mean over the heads, (T,)."""
+        at = squares.sequence.at
+        left, inverse, right, _ = self._factors(tokens, squares)
+        return (left[0, :, at[:1]] @ inverse[0] @ right[0]).mean(0)[0, at]
 
-    def _factors(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _factors(self, tokens: Tensor, squares: Squares) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The three factors of the attention matrix, (B, heads, L, m), (B, heads, m, m), (B, heads, m, L), and the
-        values (B, heads, L, width). L: n and what zeros in front make of it, so that m landmarks divide it."""
-        padded = F.pad(self.norm(tokens), (0, 0, -tokens.shape[1] % self.landmarks, 0))
-        query, key, value = self.inputs(padded).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        query = query * self.scale
-        queries, keys = (x.unflatten(2, (self.landmarks, -1)).mean(3).transpose(2, 3) for x in (query, key))
-        left = torch.softmax(query @ keys, dim=3)
-        middle = torch.softmax(queries.transpose(2, 3) @ keys, dim=3)
-        right = torch.softmax(queries.transpose(2, 3) @ key.transpose(2, 3), dim=3)
+        values (B, heads, L, width)."""
+        padded = squares.sequence.pad(self.norm(tokens))
+        query, key, value = self.inputs(padded).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).contiguous()
+        queries = squares.at_landmarks(query) * self.scale
+        keys = squares.at_landmarks(key).transpose(2, 3)
+        left = torch.softmax(query @ (keys * self.scale), dim=3)
+        middle = torch.softmax(queries @ keys, dim=3)
+        scores = queries @ key.transpose(2, 3)
+        right = torch.softmax(scores if squares.absent is None else scores + squares.absent, dim=3)
         return left, pseudo_inverse(middle), right, value
 
 
@@ -126,12 +182,14 @@ def pseudo_inverse(matrices: Tensor, iterations: int = 6) -> Tensor:
     by the largest row and column sums among the heads of a bag."""
     rows = matrices.sum(3).amax(dim=(1, 2))
     columns = matrices.sum(2).amax(dim=(1, 2))
-    z = matrices.transpose(2, 3) / (rows * columns).view(-1, 1, 1, 1)
-    one = torch.eye(matrices.shape[3], dtype=matrices.dtype, device=matrices.device)
+    z = (matrices.transpose(2, 3) / (rows * columns).view(-1, 1, 1, 1)).flatten(0, 1)
+    a, one = matrices.flatten(0, 1), torch.eye(matrices.shape[3], dtype=matrices.dtype, device=matrices.device)
     for _ in range(iterations):
-        product = matrices @ z
-        z = 0.25 * z @ (13 * one - product @ (15 * one - product @ (7 * one - product)))
-    return z
+        product = torch.bmm(a, z)
+        # z / 4 (13 - product (15 - product (7 - product)))
+        inner = torch.baddbmm(one, product, 7 * one - product, beta=15, alpha=-1)
+        z = torch.bmm(z, torch.baddbmm(one, product, inner, beta=3.25, alpha=-0.25))
+    return z.view_as(matrices)
 
 
 class PositionEncoding(nn.Module):
@@ -141,8 +199,13 @@ class PositionEncoding(nn.Module):
         super().__init__()
         self.convolutions = nn.ModuleList([nn.Conv2d(dim, dim, k, padding=k // 2, groups=dim) for k in (7, 5, 3)])
 
-    def forward(self, tokens: Tensor, side: int) -> Tensor:
-        """(B, 1 + side^2, dim) to the same; the first token passes."""
-        square = tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-        encoded = square + sum(convolution(square) for convolution in self.convolutions)
-        return torch.cat([tokens[:, :1], encoded.flatten(2).transpose(1, 2)], dim=1)
+    def forward(self, tokens: Tensor, squares: Squares) -> Tensor:
+        """(T, dim) to the same; class tokens pass."""
+        square = squares.picture.pad(tokens[squares.bags :]).unflatten(1, (squares.side, -1)).permute(0, 3, 1, 2)
+        # The three are one convolution of the widest's size.
+        weights, biases = zip(*(layer.parameters() for layer in self.convolutions), strict=True)
+        weight = torch.stack([F.pad(w, [3 - w.shape[2] // 2] * 4) for w in weights]).sum(0)
+        bias = torch.stack(biases).sum(0)
+        encoded = F.conv2d(square, weight, bias, padding=3, groups=len(weight))
+        encoded = squares.picture.unpad(encoded.permute(0, 2, 3, 1).flatten(1, 2))
+        return torch.cat([tokens[: squares.bags], tokens[squares.bags :] + encoded])
