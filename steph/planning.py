@@ -25,6 +25,7 @@ from steph.analysis.efficiency import bag, built, deployed, machine, training_op
 from steph.analysis.kept import kept
 from steph.data.bags import RaggedBatch
 from steph.data.manifest import Study
+from steph.memory import available, heaviest, needed
 from steph.methods import Method, method
 from steph.progress import track
 from steph.results import title
@@ -320,16 +321,23 @@ def hours(table: pd.DataFrame, taken: pd.Series, workers: int) -> float:
     return total / 3600
 
 
-def memory(bench: Workbench, table: pd.DataFrame, precision: str = "fp32") -> int:
-    """Bytes of the largest update: models, and the features and activations of bags as large as they come (the largest
-    beside others of mean size). A bag beyond what activations are kept of costs its features and a bit per gate."""
-    study, width = bench.study, torch.finfo(PRECISIONS[precision]).bits // 8
-    n = study.network
-    model = built("steph" if len(study.datasets) > study.steph.top_k else "vanilla", study)
-    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    worst = (table["largest"] + (study.recipe.bags_per_step - 1) * table["mean"]).max()
-    per_patch = width * (study.features.dim + n.dim_emb + 2 * n.dim_attn) + n.dim_attn + study.steph.dim_hidden
-    return int(held + 2 * study.recipe.bags_per_step * held / (len(study.datasets) + 3) + worst * per_patch)
+def memory(bench: Workbench, table: pd.DataFrame, device: str, precision: str) -> pd.DataFrame:
+    """Bytes that runs take at most, a row for each method whose cost is its own: method, dataset (that with the
+    heaviest update), bytes (`steph.memory.needed`, and the model)."""
+    study, dtype = bench.study, PRECISIONS[precision]
+    largest = {}
+    for name in table["dataset"].unique():
+        size = patients(bench, name)
+        together = study.recipe.bags_per_step if len(size.patches) >= study.recipe.bags_per_step else 1
+        largest[name] = heaviest(size.patches, together)
+    dataset = max(largest, key=lambda name: sum(largest[name]))
+    rows = []
+    for name in {kind_of(method(name)): name for name in table["method"].unique()}.values():
+        model = built(name, study).to(parameter_dtype(precision))
+        held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        need = needed(model, largest[dataset], study.features.dim, dtype, device, trains=True)
+        rows.append({"method": name, "dataset": dataset, "bytes": held + need})
+    return pd.DataFrame(rows).sort_values("bytes", ascending=False, ignore_index=True)
 
 
 def overview(bench: Workbench, table: pd.DataFrame, taken: pd.Series) -> pd.DataFrame:
@@ -375,11 +383,7 @@ def compared(bench: Workbench, table: pd.DataFrame, taken: pd.Series) -> tuple[f
 
 def available_memory() -> int | None:
     """Bytes of memory that this machine could give a process now; None where it does not say."""
-    path = Path("/proc/meminfo")
-    if not path.is_file():
-        return None
-    found = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines())
-    return int(found["MemAvailable"].split()[0]) * 1024
+    return available("cpu")
 
 
 WORKERS = (1, 2, 8, 64)
@@ -403,15 +407,25 @@ def report(
     if not missing.all():
         took, predicted = compared(bench, table, taken)
         lines.append(f"the finished runs took {took:,.0f} s by their records; predicted for them: {predicted:,.0f} s")
-    need, there = memory(bench, table, precision), available_memory() if device == "cpu" else None
-    lines.append(f"memory of the largest update: {need / 1e9:.1f} GB" + _of(there))
-    if there is not None and need > there:
-        lines.append("  too much for this machine: set recipe.max_patches, or a smaller recipe.bags_per_step")
+    lines += _memory_lines(memory(bench, table, device, precision), available(device))
     files, free = disk(bench, table)
     lines.append(f"disk for the missing records: {files / 1e9:.2f} GB" + _of(free))
     if not table["known"].all():
         assumed = ", ".join(table.loc[~table["known"], "dataset"].unique())
         lines.append(f"bag sizes assumed from the manifest, not read: {assumed}")
+    return lines
+
+
+def _memory_lines(need: pd.DataFrame, there: int | None) -> list[str]:
+    most = need.iloc[0]
+    lines = [f"memory of a run: {need['bytes'].median() / 1e9:.1f} GB, {most['bytes'] / 1e9:.1f} GB at most "
+             f"({title(most['method'])} on {most['dataset']})" + _of(there)]  # fmt: skip
+    beyond = [] if there is None else need.loc[need["bytes"] > there, "method"].map(title).to_list()
+    if beyond:
+        lines.append(
+            f"  too much for this machine: {', '.join(beyond)}. Set recipe.max_patches, or a smaller "
+            "recipe.bags_per_step, in the manifest"
+        )
     return lines
 
 

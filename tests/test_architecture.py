@@ -9,7 +9,7 @@ from steph import PROJECT
 ROWS = [
     ("steph", "survival", "records", "progress", "device"),
     ("data",),
-    ("mil", "merging", "hypernetwork", "transfer", "training", "selection"),
+    ("mil", "merging", "hypernetwork", "transfer", "training", "selection", "memory"),
     ("methods", "builders"),
     ("runs",),
     ("results", "analysis", "plots", "scorecard", "predict"),

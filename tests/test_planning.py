@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -93,14 +92,16 @@ def test_a_plan_measures_and_is_told_in_lines(tiny, monkeypatch):
     assert planning.speeds(tiny, table["method"].unique()) == speed
     text = "\n".join(report(tiny, table, seconds(table, speed), "cpu", "fp32", methods=True))
     assert "study tiny: 4 runs, 4 of them finished" in text and "the finished runs took" in text
-    assert "memory of the largest update" in text and "Vanilla" in text
+    assert "memory of a run: " in text and "(STEPH on SARC)" in text and "Vanilla" in text
 
 
 def test_more_memory_than_there_is_is_said_before(tiny, monkeypatch):
-    monkeypatch.setattr(planning, "available_memory", lambda: 1)
-    table = table_of(tiny, "vanilla")
-    assert "too much for this machine" in "\n".join(report(tiny, table, table["mean"], "cpu", "fp32"))
-    assert np.isfinite(planning.memory(tiny, table))
+    table = table_of(tiny, "vanilla", "transmil")
+    need = planning.memory(tiny, table, "cpu", "fp32").set_index("method")["bytes"]
+    assert 0 < need["vanilla"] < need["transmil"] == need.max()
+    monkeypatch.setattr(planning, "available", lambda device: need["transmil"] - 1)
+    text = "\n".join(report(tiny, table, table["mean"], "cpu", "fp32"))
+    assert "too much for this machine: TransMIL. Set recipe.max_patches" in text
 
 
 def test_runs_of_one_kind_are_measured_once():

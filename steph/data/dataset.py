@@ -60,6 +60,11 @@ class Dataset:
     def _labels(self) -> pd.DataFrame:
         return self.cohort.patients.set_index("patient_id", drop=False)[["patient_id", "time_days", "event"]]
 
+    @property
+    def dim(self) -> int:
+        """Width of the features."""
+        return self.store.dim
+
     def slides(self, patient_id: str) -> list[str]:
         """The slides in a patient's bag, in its order."""
         self._refuse_unknown([patient_id])

@@ -18,7 +18,7 @@ from steph.data.tables import first
 
 
 class JointDataset:
-    """The union of data sets, with what training asks of one (`batch`, `labels`, `n_patches`, `check_coords`).
+    """The union of data sets, with what training asks of one (`batch`, `labels`, `n_patches`, `dim`, `check_coords`).
 
     A patient is named ``<data set>/<patient_id>``, since two data sets may use the same number for two people.
     Raises `Refused` where there is none.
@@ -29,6 +29,11 @@ class JointDataset:
             raise Refused("joint learning needs a data set; none was given.")
         self.parts = {data.name: data for data in datasets}
         self.name = "+".join(self.parts)
+
+    @property
+    def dim(self) -> int:
+        """Width of the features."""
+        return next(iter(self.parts.values())).dim
 
     def train(self, fold: int) -> list[str]:
         """Patients who train fold `fold` in any of the data sets, data set by data set.
