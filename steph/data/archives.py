@@ -184,6 +184,6 @@ def _refuse_full_disk(folder: Path, name: str, size: int) -> None:
         more = f"{(size - free) / 1e9:.1f} GB more" if size < 1 << 60 else "more room"
         raise Stop(
             f"{name}: the disk of {folder.parent} is full while it is unpacked ({free / 1e9:.2f} GB free); {more} "
-            "needed. Nothing unpacked was kept. Free some, or set STEPH_DATA to a larger disk, and run the same command "
-            "again."
+            "needed. Nothing unpacked was kept. Free some, or set STEPH_DATA to a larger disk, and run the same "
+            "command again."
         )

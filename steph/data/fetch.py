@@ -40,7 +40,7 @@ UNPACKED = 1.15
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Item:
     """A file of a source. name: the source's own for it, revision: of the source, checksum: "md5:...", "sha256:..." or
     "git:...", path: where it goes; an archive goes into the folder of that name without its ending."""
@@ -306,7 +306,7 @@ def _receive(item: Item) -> None:
             leave=False,
         )
         with bar, item.part.open("ab" if status == 206 else "wb") as file:
-            for piece in response.iter_raw(PIECE):
+            for piece in response.iter_raw():
                 file.write(piece)
                 bar.update(len(piece))
                 if file.tell() > item.size:
@@ -353,8 +353,8 @@ def _told(source: Source) -> Iterator[None]:
         raise Stop(
             f"{where} is given to people who asked for it, and {said} ({error.response.status_code}). 1. Open its "
             "page, log in, accept the terms there and wait until they are confirmed. 2. Make a token that may read "
-            "gated repositories (https://huggingface.co/settings/tokens). 3. `hf auth login`, or set HF_TOKEN. Then run "
-            "the same command again."
+            "gated repositories (https://huggingface.co/settings/tokens). 3. `hf auth login`, or set HF_TOKEN. Then "
+            "run the same command again."
         ) from None
     except errors.RepositoryNotFoundError as error:
         raise Stop(
