@@ -180,6 +180,76 @@ def _print_means(table: Any) -> None:
         print(means.round(4).to_string(na_rep=""))
 
 
+@app.command("export")
+@_speaks
+def export_model(
+    dataset: Annotated[str, typer.Option("--dataset", help="the target cancer")],
+    out: Annotated[Path, typer.Option("--out", help="a new folder")],
+    study: StudyOption = "demo",
+    method: Annotated[str, typer.Option("--method")] = "steph",
+    fold: Annotated[int, typer.Option("--fold")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="default: the study's")] = None,
+    drop_unused: Annotated[
+        bool, typer.Option("--drop-unused", help="leave out sources that no patient has in use")
+    ] = False,
+    device: DeviceOption = "cpu",
+    precision: Annotated[str, typer.Option("--precision", help="that of the run; auto goes by the device")] = "auto",
+) -> None:
+    """Write a finished run's model to a folder that predicts without the study."""
+    from steph.device import precision_for
+    from steph.export import export, told
+    from steph.runs import Run, Workbench
+
+    bench = Workbench(study)
+    run = Run(dataset, method, fold, bench.study.seed if seed is None else seed, precision_for(precision, device))
+    config = export(bench, run, out, drop_unused, device)
+    print(f"{out}: {config.name}")
+    if config.dropped:
+        print(told(config.dropped))
+
+
+@app.command("predict")
+@_speaks
+def predict_patient(
+    model: Annotated[Path, typer.Option("--model", help="a folder that `steph export` made")],
+    features: Annotated[
+        list[Path] | None, typer.Option("--features", help="a slide's feature file, .h5 or .pt")
+    ] = None,
+    more: Annotated[list[Path] | None, typer.Argument(help="more slides of the same patient")] = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", help="many patients: a CSV with patient_id and path, a row per slide")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="a new folder for the report; with --table a CSV")] = None,
+    patient: Annotated[str | None, typer.Option("--patient", help="default: the first slide's name")] = None,
+    patch_px: Annotated[
+        int | None, typer.Option("--patch-px", min=1, help="edge of a patch in level-0 pixels; default: as found")
+    ] = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Predict for one patient from all of the patient's slides, or for the patients of a table."""
+    from steph.patient_report import summary, write_report
+    from steph.predict import load_model
+    from steph.records import atomic_path
+
+    slides = [*(features or []), *(more or [])]
+    if (table is None) == (not slides):
+        raise Refused("give either --features, the slides of one patient, or --table, a CSV of many.")
+    loaded = load_model(model, device)
+    if table is not None:
+        if out is None or out.exists():
+            raise Refused("--table needs --out, the name of a new CSV file; nothing is overwritten.")
+        rows = loaded.predict_table(table)
+        with atomic_path(out) as temporary:
+            rows.to_csv(temporary, index=False)
+        print(f"{out}: {len(rows)} patients")
+        return
+    found = loaded.predict(slides, patient, patch_px)
+    print(summary(found, loaded))
+    if out is not None:
+        write_report(found, loaded, out)
+        print(f"report: {out / 'report.html'}")
+
+
 @app.command("book")
 @_speaks
 def build_book(study: StudyOption = "demo", device: DeviceOption = "cpu", workers: WorkersOption = None) -> None:
@@ -188,6 +258,19 @@ def build_book(study: StudyOption = "demo", device: DeviceOption = "cpu", worker
     from steph.runs import Workbench
 
     print(book.build_book(Workbench(study), device=device, workers=workers))
+
+
+@app.command("convert")
+@_speaks
+def convert_weights(
+    source: Annotated[Path, typer.Argument(help="weights: the authors' .pth, or our .safetensors")],
+    target: Annotated[Path, typer.Argument(help="where they go, in the format of this name's ending")],
+    null: Annotated[Path | None, typer.Option("--null", help="the null model (M_0) they were trained from")] = None,
+) -> None:
+    """Carry weights over from the authors' checkpoints to our files, or back; bit for bit, and no pickle is loaded."""
+    from steph.released import convert
+
+    print(f"{target}: {convert(source, target, null)}")
 
 
 @data_app.command("list")

@@ -9,10 +9,10 @@ from steph import PROJECT
 ROWS = [
     ("steph", "survival", "records", "progress", "device"),
     ("data",),
-    ("mil", "merging", "hypernetwork", "transfer", "training", "selection", "memory"),
+    ("mil", "merging", "hypernetwork", "transfer", "training", "selection", "memory", "released"),
     ("methods", "builders"),
     ("runs",),
-    ("results", "analysis", "plots", "scorecard", "predict"),
+    ("results", "analysis", "plots", "scorecard", "model_folder", "export", "predict", "patient_report"),
     ("study", "notebooks", "book", "pages", "planning", "doctor"),
     ("cli",),
 ]
