@@ -165,11 +165,11 @@ class STEPH(nn.Module):
             raise Refused("auxiliary_loss() needs a forward pass first.")
         w, lam, selected = self._last
         beta, gamma = self.beta if beta is None else beta, self.gamma if gamma is None else gamma
-        mix = lam.gather(1, selected).square().mean(1)
-        aggregate = torch.logsumexp(w, dim=1).square()
+        kept, k = _kept(w, selected), selected.shape[1]
+        loss = (lam * kept).square().sum() * (beta / k) + torch.logsumexp(w, dim=1).square().sum() * gamma
         if (self.balance_term if balance_term is None else balance_term) and self.top_k is not None:
-            aggregate = aggregate + w.gather(1, selected).mean(1)
-        return (beta * mix + gamma * aggregate).mean()
+            loss = loss + (w * kept).sum() * (gamma / k)
+        return loss / len(w)
 
     @property
     def monitored(self) -> list[str]:
@@ -237,8 +237,14 @@ class MergedHead(nn.Module):
 
 def mixture_coefficients(w: Tensor, lam: Tensor, selected: Tensor) -> Tensor:
     """Coefficients (B, 1 + m) of tau_t and of each tau_s in sum_j w_j [lambda_j tau_t + (1 - lambda_j) tau_sj]."""
-    kept = torch.zeros_like(w).scatter(1, selected, w.gather(1, selected))
-    return torch.cat([(kept * lam).sum(1, keepdim=True), kept * (1 - lam)], dim=1)
+    kept = w * _kept(w, selected)
+    of_target = kept * lam
+    return torch.cat([of_target.sum(1, keepdim=True), kept - of_target], dim=1)
+
+
+def _kept(w: Tensor, selected: Tensor) -> Tensor:
+    """(B, m): 1 where a source is kept, 0 elsewhere."""
+    return torch.zeros_like(w, requires_grad=False).scatter_(1, selected, 1.0)
 
 
 def convert_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

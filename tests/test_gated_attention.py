@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from steph.data import RaggedBatch
 from steph.mil import ABMIL
 from steph.mil import gated_attention as module
-from steph.mil.gated_attention import NAMES, attend, attend_with_gradient, kept_mask
+from steph.mil.gated_attention import NAMES, attend, attend_with_gradient, kept_mask, kept_of
 
 SIZES = (5, 1, 300, 17, 40)
 
@@ -36,11 +36,15 @@ def gradients(features, weighting, parameters):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize(("chunk", "kept"), [(2048, 10**6), (50, 10**6), (64, 10)], ids=["whole", "chunks", "twice"])
+@pytest.mark.parametrize(
+    ("chunk", "kept"),
+    [(2048, (10**6, 10**6)), (50, (10**6, 10**6)), (64, (10, 10**6)), (64, (10, 20))],
+    ids=["whole", "chunks", "gates twice", "all twice"],
+)
 def test_features_and_gradients_are_autograds(problem, monkeypatch, chunk, kept, dropout):
     parameters, batch, weighting = problem
     monkeypatch.setattr(module, "CHUNKS", {"cpu": chunk})
-    monkeypatch.setattr(module, "KEPT", kept)
+    monkeypatch.setattr(module, "KEPT", {"cpu": kept})
     torch.manual_seed(3)
     found = attend_with_gradient(parameters, batch, dropout)
     torch.manual_seed(3)
@@ -70,9 +74,17 @@ def test_half_precision_is_near(problem):
 
 def test_nothing_is_remembered_where_there_is_no_way_back(problem):
     parameters, batch, _ = problem
-    assert attend(parameters, batch, 0.0, remember=False)[1].activations is None
+    saved = attend(parameters, batch, 0.0)[1]
+    assert saved.embedded is None and saved.tanh is None and saved.sigmoid is None
     with torch.no_grad():
         assert not attend_with_gradient(parameters, batch, 0.0).requires_grad
+
+
+def test_the_larger_a_batch_the_less_is_kept():
+    cpu = torch.device("cpu")
+    assert [kept_of(n, cpu) for n in (1, 65_536, 65_537, 262_144, 262_145)] == [
+        "everything", "everything", "embedding", "embedding", "scores"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("keep", [0.5625, 0.1, 0.9])

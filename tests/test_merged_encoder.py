@@ -4,7 +4,8 @@ from torch import nn
 
 from steph.data import RaggedBatch
 from steph.merging import MergedEncoder, task_vector
-from steph.merging.merged_encoder import PADDING, SMALL, _groups
+from steph.merging import merged_encoder as module
+from steph.merging.merged_encoder import PADDING, SMALL, _arranged, _groups
 from steph.mil import ABMIL
 from steph.mil.state import state_of
 
@@ -45,6 +46,20 @@ def test_batched_and_looped_merging_agree(problem):
     expected, d_expected = gradient(MergedEncoder(Plain(network), null, vectors), coefficients, bags)
     torch.testing.assert_close(features, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(d, d_expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("together", [1, 30, 65_536])
+def test_merging_in_blocks_changes_nothing(problem, monkeypatch, together):
+    network, null, vectors, bags, coefficients = problem
+    expected = gradient(MergedEncoder(Plain(network), null, vectors), coefficients, bags)
+    monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(module, "TOGETHER", together)
+    encoder = MergedEncoder(network, null, vectors)
+    for found, wanted in zip(gradient(encoder, coefficients, bags), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+    blocks = _arranged([len(bag) for bag in bags])[1]
+    assert len(encoder._workspace["weights"]) == max(block[-1][1] - block[0][0] for block in blocks)
+    assert len(blocks) == {1: 4, 30: 2, 65_536: 1}[together]
 
 
 def test_merged_weights_are_the_looped_sum(problem):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -16,11 +17,16 @@ from torch.func import functional_call
 
 from steph.data.bags import RaggedBatch, as_batch
 from steph.merging.task_vectors import Layout, State
+from steph.mil.gated_attention import kept_of
 
 PADDING, SMALL, LARGE = 1.25, 768, 1024
 """Bags are padded to a common length while that makes at most this many times the work, or at most so many patches in
 all: below that, a call costs more than what it computes. A larger bag than the last goes alone: nothing is gained by
 company, and padding copies it."""
+TOGETHER = 65_536
+"""Patches of bags whose weights are merged together. Merging bag by bag reads all task vectors for each; merging all
+at once keeps as many sets of weights as there are bags, and of large bags that is memory for nothing."""
+Block = list[tuple[int, int]]
 
 
 class MergedEncoder(nn.Module):
@@ -93,40 +99,73 @@ class _MergeAndEncode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, merged: MergedEncoder, batch: RaggedBatch) -> Tensor:
-        sizes, dtype = batch.sizes, batch.features.dtype
-        order = sorted(range(len(batch)), key=sizes.__getitem__)
-        weights = merged.workspace("weights", len(order), dtype)
-        base, vectors = merged.fixed(dtype)
-        torch.addmm(base, coefficients[order].to(dtype), vectors, out=weights)
+        dtype, device = batch.features.dtype, batch.features.device
+        order, blocks = _arranged(batch.sizes)
+        index = torch.tensor(order, device=device)
+        given = coefficients.index_select(0, index).to(dtype)
+        kept = kept_of(len(batch.features), device) if ctx.needs_input_grad[0] else "nothing"
         features, saved = [], []
-        for start, stop in _groups([sizes[i] for i in order]):
-            bags, valid = _padded([batch.bag(i) for i in order[start:stop]])
-            own = merged.layout.views(weights[start:stop])
-            found, kept = merged.network.encode_each(own, bags, valid, ctx.needs_input_grad[0])  # type: ignore[operator]
-            features.append(found)
-            saved.append((start, stop, kept))
+        for block in blocks:
+            weights = _merge(merged, given, block)
+            for start, stop in block:
+                own = merged.layout.views(weights[start - block[0][0] : stop - block[0][0]])
+                found, rest = merged.network.encode_each(own, *_padded(batch, order[start:stop]), kept)  # type: ignore[operator]
+                features.append(found)
+                saved.append(rest)
         merged.calls += 1
-        ctx.merged, ctx.order, ctx.saved, ctx.call, ctx.dtype = merged, order, saved, merged.calls, dtype
-        return torch.empty_like(torch.cat(features)).index_copy_(0, _index(order, weights), torch.cat(features))
+        ctx.merged, ctx.index, ctx.blocks, ctx.given = merged, index, blocks, given
+        ctx.saved, ctx.call = saved, merged.calls
+        joined = torch.cat(features) if len(features) > 1 else features[0]
+        return torch.empty_like(joined).index_copy_(0, index, joined)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        merged, order, grad = ctx.merged, ctx.order, grads[0][ctx.order]
+        merged, given, grad = ctx.merged, ctx.given, grads[0].index_select(0, ctx.index)
         if ctx.saved is None or ctx.call != merged.calls:
             raise RuntimeError("backward must follow its own forward: the weights' workspace has been used again")
-        dtype = ctx.dtype
-        d_weights = merged.workspace("gradients", len(order), dtype)
-        for start, stop, kept in ctx.saved:
-            merged.network.encode_each_backward(kept, grad[start:stop], merged.layout.views(d_weights[start:stop]))
+        vectors, found = merged.fixed(given.dtype)[1], []
+        # The last block first: its weights are still there. Those of the others are merged again.
+        for block in reversed(ctx.blocks):
+            if block is not ctx.blocks[-1]:
+                _merge(merged, given, block)
+            offset = block[0][0]
+            d_weights = merged.workspace("gradients", block[-1][1] - offset, given.dtype)
+            for start, stop in reversed(block):
+                own = merged.layout.views(d_weights[start - offset : stop - offset])
+                merged.network.encode_each_backward(ctx.saved.pop(), grad[start:stop], own)
+            # Few rows and a million columns: this order of the factors is the one that libraries are good at.
+            found.append((vectors @ d_weights.T).T)
         ctx.saved = None
-        # Few rows and a million columns: this order of the factors is the one that libraries are good at.
-        d_coefficients = (merged.fixed(dtype)[1] @ d_weights.T).T.to(grad.dtype)
-        return torch.empty_like(d_coefficients).index_copy_(0, _index(order, grad), d_coefficients), None, None
+        d_coefficients = torch.cat(found[::-1]).to(grad.dtype)
+        return torch.empty_like(d_coefficients).index_copy_(0, ctx.index, d_coefficients), None, None
 
 
-def _index(order: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(order, device=like.device)
+def _merge(merged: MergedEncoder, coefficients: Tensor, block: Block) -> Tensor:
+    """The weights of a block's bags (b, P), in the workspace."""
+    start, stop = block[0][0], block[-1][1]
+    base, vectors = merged.fixed(coefficients.dtype)
+    weights = merged.workspace("weights", stop - start, coefficients.dtype)
+    return torch.addmm(base, coefficients[start:stop], vectors, out=weights)
+
+
+def _arranged(sizes: list[int]) -> tuple[list[int], list[Block]]:
+    """In which order bags are encoded, and their places in it as blocks, whose weights are merged together, of groups,
+    which are encoded together."""
+    n = len(sizes)
+    if max(sizes) * n <= SMALL:
+        return list(range(n)), [[(0, n)]]
+    order = sorted(range(n), key=sizes.__getitem__)
+    blocks: list[Block] = []
+    patches = TOGETHER
+    for start, stop in _groups([sizes[i] for i in order]):
+        own = sum(sizes[i] for i in order[start:stop])
+        if patches + own > TOGETHER:
+            blocks.append([])
+            patches = 0
+        blocks[-1].append((start, stop))
+        patches += own
+    return order, blocks
 
 
 def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:
@@ -142,10 +181,15 @@ def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:
             start = stop
 
 
-def _padded(bags: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Bags (N_i, D) as one (G, n, D) tensor, zeros behind the shorter ones, and where patches are real, (G, n)."""
-    if len(bags) == 1:
-        return bags[0].unsqueeze(0), torch.ones(1, len(bags[0]), dtype=torch.bool, device=bags[0].device)
-    padded = nn.utils.rnn.pad_sequence(bags, batch_first=True)
-    sizes = torch.tensor([len(bag) for bag in bags], device=padded.device).view(-1, 1)
-    return padded, torch.arange(padded.shape[1], device=padded.device) < sizes
+def _padded(batch: RaggedBatch, which: list[int]) -> tuple[Tensor, Tensor | None]:
+    """Some bags of a batch as one (G, n, D) tensor, and where in it there is no patch, (G, n), or None if there is one
+    everywhere. Behind a shorter bag stands its last patch, again and again."""
+    sizes = np.array([batch.offsets[i + 1] - batch.offsets[i] for i in which])
+    starts, n = np.array([batch.offsets[i] for i in which]), int(sizes.max())
+    alike = bool((sizes == n).all())
+    if alike and (np.diff(starts) == n).all():
+        return batch.features[starts[0] : starts[0] + n * len(which)].unflatten(0, (len(which), n)), None
+    place = np.arange(n)
+    rows = torch.from_numpy(starts[:, None] + np.minimum(place, sizes[:, None] - 1)).to(batch.features.device)
+    absent = None if alike else torch.from_numpy(place >= sizes[:, None]).to(batch.features.device)
+    return batch.features.index_select(0, rows.view(-1)).unflatten(0, (len(which), n)), absent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -64,10 +65,15 @@ class Layout:
         """The layout of a state's parameters, those under the prefix `without` left out."""
         return cls({k: tuple(v.shape) for k, v in state.items() if not without or not k.startswith(without)})
 
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many numbers each parameter has."""
+        return [prod(shape) for shape in self.shapes.values()]
+
     @property
     def size(self) -> int:
         """P, the length of the flat vector."""
-        return sum(prod(shape) for shape in self.shapes.values())
+        return sum(self.sizes)
 
     def flatten(self, state: State) -> Tensor:
         """The flat vector (P,) of a state."""
@@ -75,8 +81,8 @@ class Layout:
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Flat vectors (..., P) as parameters (..., *shape); views, nothing is copied."""
-        parts = flat.split([prod(shape) for shape in self.shapes.values()], dim=-1)
-        return {k: p.unflatten(-1, s) for (k, s), p in zip(self.shapes.items(), parts, strict=True)}
+        parts, lead = flat.split(self.sizes, dim=-1), flat.shape[:-1]
+        return {k: p.view(*lead, *s) for (k, s), p in zip(self.shapes.items(), parts, strict=True)}
 
 
 __all__ = ["Layout", "ModelState", "State", "apply_task_vector", "check_same_network", "task_vector"]

@@ -9,7 +9,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steph.data.bags import RaggedBatch, as_batch
-from steph.mil.gated_attention import Saved, attend, attend_backward, attend_with_gradient, kept_mask, watched
+from steph.mil.gated_attention import (
+    Kept,
+    Saved,
+    attend,
+    attend_backward,
+    attend_with_gradient,
+    kept_mask,
+    relu_backward,
+    sigmoid_backward,
+    tanh_backward,
+    watched,
+)
 
 RELEASED_NAMES = {
     "embed": "feat_proj.0",
@@ -59,60 +70,64 @@ class ABMIL(nn.Module):
     def attention(self, bag: Tensor) -> Tensor:
         """Attention (N,) over the patches of one bag (N, D); it sums to 1."""
         dropout = self.dropout if self.training else 0.0
-        saved = attend(dict(self.named_parameters()), as_batch([bag]), dropout, remember=False)[1]
+        saved = attend(dict(self.named_parameters()), as_batch([bag]), dropout)[1]
         return torch.softmax(saved.scores, dim=0)
 
     # Each bag under encoder weights of its own: what a hypernetwork asks for. Written by hand, because autograd would
     # keep and copy a full set of weights for every bag; `tests/test_abmil.py` holds it to autograd's gradient.
 
     def encode_each(
-        self, weights: Mapping[str, Tensor], bags: Tensor, valid: Tensor, remember: bool = True
+        self, weights: Mapping[str, Tensor], bags: Tensor, absent: Tensor | None, kept: Kept = "everything"
     ) -> tuple[Tensor, tuple | Saved]:
         """Bag features (G, dim_emb) of G padded bags (G, n, D), bag g under the weights ``weights[name][g]``.
 
-        valid: (G, n) True where a patch is real. Returns the features and what `encode_each_backward` needs, if that is
-        to be remembered.
+        absent: (G, n) True where a bag has no patch and what stands there is anything finite; None for bags of one
+        size. Returns the features and what `encode_each_backward` needs; `kept` says what may be kept for it.
         """
         if len(bags) == 1:
             own = {name: value[0] for name, value in weights.items()}
-            return attend(own, as_batch([bags[0]]), self.dropout if self.training else 0.0, remember)
+            return attend(own, as_batch([bags[0]]), self.dropout if self.training else 0.0, kept)
         embedded = _linear(bags, weights, "embed").relu_()  # (G, n, dim_emb)
         tanh = _linear(embedded, weights, "gate_tanh").tanh_()  # (G, n, dim_attn)
         sigmoid = _linear(embedded, weights, "gate_sigmoid").sigmoid_()
-        gated, kept = tanh * sigmoid, self._kept(tanh)
-        if kept is not None:
-            gated.mul_(kept)
-        scores = _linear(gated, weights, "score").squeeze(2).masked_fill_(~valid, -torch.inf)
+        gated, scale = tanh * sigmoid, self._scale(tanh)
+        if scale is not None:
+            gated.mul_(scale)
+        scores = _linear(gated, weights, "score").squeeze(2)
+        if absent is not None:
+            scores.masked_fill_(absent, -torch.inf)
         attention = torch.softmax(scores, dim=1)  # (G, n)
         features = torch.bmm(attention.unsqueeze(1), embedded).squeeze(1)
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
-        return features, (weights, bags, embedded, tanh, sigmoid, kept, gated, attention) if remember else ()
+        if features.dtype in (torch.bfloat16, torch.float16):
+            features = features.float()
+        if kept == "nothing":
+            return features, ()
+        return features, (weights, bags, embedded, tanh, sigmoid, scale, gated, attention)
 
     def encode_each_backward(self, saved: tuple | Saved, grad: Tensor, out: Mapping[str, Tensor]) -> None:
         """Gradient of the weights of each bag, written to ``out[name]`` (G, ...), from that of the features
         (G, dim_emb). Consumes `saved`."""
         if isinstance(saved, Saved):
             return attend_backward(saved, grad, {name: value[0] for name, value in out.items()})
-        weights, bags, embedded, tanh, sigmoid, kept, gated, attention = saved
+        weights, bags, embedded, tanh, sigmoid, scale, gated, attention = saved
         grad = grad.to(bags.dtype)
         d_attention = torch.bmm(embedded, grad.unsqueeze(2)).squeeze(2)
         d_score = attention * (d_attention - (attention * d_attention).sum(1, keepdim=True))  # (G, n)
         torch.bmm(d_score.unsqueeze(1), gated, out=out["score.weight"])
-        out["score.bias"].copy_(d_score.sum(1, keepdim=True))
+        torch.sum(d_score, 1, keepdim=True, out=out["score.bias"])
         d_gated = d_score.unsqueeze(2) * weights["score.weight"]  # (G, n, dim_attn)
-        if kept is not None:
-            d_gated.mul_(kept)
-        d_tanh = (1 - tanh * tanh).mul_(sigmoid).mul_(d_gated)
-        d_sigmoid = d_gated.mul_(tanh).mul_(sigmoid).mul_(1 - sigmoid)
-        d_embedded = torch.bmm(d_tanh, weights["gate_tanh.weight"])
-        d_embedded.baddbmm_(d_sigmoid, weights["gate_sigmoid.weight"])
-        d_embedded.baddbmm_(attention.unsqueeze(2), grad.unsqueeze(1))
+        if scale is not None:
+            d_gated.mul_(scale)
+        d_sigmoid = sigmoid_backward(d_gated * tanh, sigmoid)
+        d_tanh = tanh_backward(d_gated.mul_(sigmoid), tanh)
+        d_embedded = torch.bmm(attention.unsqueeze(2), grad.unsqueeze(1))
+        d_embedded.baddbmm_(d_tanh, weights["gate_tanh.weight"]).baddbmm_(d_sigmoid, weights["gate_sigmoid.weight"])
         _linear_gradient(d_tanh, embedded, out, "gate_tanh")
         _linear_gradient(d_sigmoid, embedded, out, "gate_sigmoid")
-        _linear_gradient(d_embedded.masked_fill_(embedded == 0, 0), bags, out, "embed")
+        _linear_gradient(relu_backward(d_embedded, embedded), bags, out, "embed")
 
-    def _kept(self, values: Tensor) -> Tensor | None:
-        """What dropout on both branches leaves of their product, with its scale; None where nothing is dropped."""
+    def _scale(self, values: Tensor) -> Tensor | None:
+        """What dropout on both branches makes of their product: a factor of 0 or more; None where nothing is dropped."""
         if not self.training or self.dropout == 0:
             return None
         keep = (1 - self.dropout) ** 2

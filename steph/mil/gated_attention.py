@@ -1,8 +1,8 @@
 """Gated attention pooling of ragged bags, forward and backward by hand, chunk by chunk.
 
 What autograd would keep of every patch (two gates, their product, a dropout mask in floats) is more than the patches
-themselves. Here a chunk of patches goes through all layers while it is in the cache, and of very large bags nothing but
-scores is kept: their chunks are computed again on the way back. `tests/test_gated_attention.py` holds all of it to
+themselves. Here a chunk of patches goes through all layers while it is in the cache, and of large batches only the
+embedding is kept, or nothing but scores: the rest is computed again on the way back. `tests/test_gated_attention.py` holds all of it to
 autograd's gradient.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +25,16 @@ NAMES = tuple(f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias
 
 CHUNKS = {"cpu": 2048, "cuda": 65_536}
 """Patches that go through all layers together, by kind of device: as many as its cache holds, or keep it busy."""
-KEPT = 200_000
-"""Patches of a call whose activations are kept; beyond that they are computed twice."""
+Kept = Literal["nothing", "scores", "embedding", "everything"]
+KEPT = {"cpu": (65_536, 262_144), "cuda": (2_000_000, 8_000_000)}
+"""Patches of a batch up to which everything is kept for the way back, and up to which their embedding is, by kind of
+device. What is not kept is computed again: gates cost a tenth of a training step, embeddings a quarter."""
+
+
+def kept_of(n_patches: int, device: torch.device) -> Kept:
+    """What is kept of a batch with a way back."""
+    everything, embedding = KEPT.get(device.type, KEPT["cpu"])
+    return "everything" if n_patches <= everything else "embedding" if n_patches <= embedding else "scores"
 
 
 _watched = False
@@ -51,48 +59,49 @@ def watched() -> bool:
 
 @dataclass
 class Saved:
-    """What the way back needs. scores: (N,). normaliser: (B,) log of the sum of exp(scores) of each bag. kept: (N,
-    dim_attn), True where the gates' product was kept, None without dropout. activations: embedding, tanh and sigmoid of
-    all patches, or None, then they are computed again."""
+    """What the way back needs. scores: (N,). normaliser: (B,) log of the sum of exp(scores) of each bag. mask: (N,
+    dim_attn), True where the gates' product was kept, None without dropout. embedded (N, dim_emb), tanh and sigmoid (N,
+    dim_attn) of all patches, or None, then they are computed again."""
 
     weights: Mapping[str, Tensor]
     batch: RaggedBatch
     scores: Tensor
     normaliser: Tensor
     features: Tensor
-    kept: Tensor | None
+    mask: Tensor | None
     keep: float
-    activations: tuple[Tensor, Tensor, Tensor] | None = None
+    embedded: Tensor | None
+    tanh: Tensor | None
+    sigmoid: Tensor | None
 
 
 @torch.no_grad()
 def attend(
-    weights: Mapping[str, Tensor], batch: RaggedBatch, dropout: float, remember: bool = True
+    weights: Mapping[str, Tensor], batch: RaggedBatch, dropout: float, kept: Kept = "nothing"
 ) -> tuple[Tensor, Saved]:
     """Bag features (B, dim_emb) of B bags under one set of weights, and what `attend_backward` needs.
 
     dropout: probability that a gate's branch is dropped; 0 in evaluation. Both branches are drawn at once: a product
-    is kept where both of its factors are. remember: keep activations; where there is no way back they only fill memory.
+    is kept where both of its factors are. kept: what is remembered for a way back, see `kept_of`.
     """
     x, n = batch.features, len(batch.features)
     weights = {name: weights[name].to(x.dtype) for name in NAMES}
     dim_emb, dim_attn = len(weights["embed.weight"]), len(weights["gate_tanh.weight"])
     keep = (1 - dropout) ** 2
-    kept = kept_mask((n, dim_attn), keep, x.device) if dropout else None
-    whole = remember and n <= KEPT
-    embedded = x.new_empty(n if whole else 0, dim_emb)
-    tanh, sigmoid = (x.new_empty(n if whole else 0, dim_attn) for _ in range(2))
+    mask = kept_mask((n, dim_attn), keep, x.device) if dropout else None
+    embedded = x.new_empty(n, dim_emb) if kept in ("embedding", "everything") else None
+    tanh, sigmoid = (x.new_empty(n, dim_attn) if kept == "everything" else None for _ in range(2))
     wide = torch.promote_types(x.dtype, torch.float32)  # sums over patches are never taken in half precision
     scores = x.new_empty(n, dtype=wide)
     total = x.new_zeros(len(batch), dim_emb, dtype=wide)
     weight, highest = x.new_zeros(len(batch), dtype=wide), x.new_full((len(batch),), -1e30, dtype=wide)
     for rows in chunks(x):
-        space = (embedded[rows], tanh[rows], sigmoid[rows]) if whole else None
-        e, t, s = _activations(weights, x[rows], space)
+        e = _linear(weights, "embed", x[rows], _rows(embedded, rows)).relu_()
+        t, s = _gates(weights, e, _rows(tanh, rows), _rows(sigmoid, rows))
         gated = t * s
-        if kept is not None:
-            gated.mul_(kept[rows])
-        torch.add(torch.mm(gated, weights["score.weight"].T).squeeze(1).div_(keep if kept is not None else 1.0),
+        if mask is not None:
+            gated.mul_(mask[rows])
+        torch.add(torch.mm(gated, weights["score.weight"].T).squeeze(1).div_(keep if mask is not None else 1.0),
                   weights["score.bias"], out=scores[rows])  # fmt: skip
         # Softmax as it goes: sums are rescaled when a higher score turns up.
         own = scores[rows].masked_fill(~batch.membership[:, rows], -torch.inf)
@@ -102,58 +111,75 @@ def attend(
         total = total * scale.unsqueeze(1) + (share.to(x.dtype) @ e).to(wide)
         weight, highest = weight * scale + share.sum(1), new
     features = total / weight.unsqueeze(1)
-    saved = Saved(weights, batch, scores, highest + weight.log(), features, kept, keep)
-    if whole:
-        saved.activations = embedded, tanh, sigmoid
-    return features, saved
+    return features, Saved(
+        weights, batch, scores, highest + weight.log(), features, mask, keep, embedded, tanh, sigmoid
+    )
 
 
 @torch.no_grad()
 def attend_backward(saved: Saved, grad: Tensor, out: Mapping[str, Tensor]) -> None:
     """Gradient of the weights, written to ``out[name]``, from that of the features (B, dim_emb). Consumes `saved`."""
     weights, batch, x = saved.weights, saved.batch, saved.batch.features
-    membership = batch.membership
     own = (grad * saved.features).sum(1)  # (B,)
     narrow = grad.to(x.dtype)
     first = True
     for rows in chunks(x):
-        held = saved.activations
-        e, t, s = (a[rows] for a in held) if held else _activations(weights, x[rows], None)
-        inside = membership[:, rows]
+        e = _rows(saved.embedded, rows)
+        if e is None:
+            e = _linear(weights, "embed", x[rows]).relu_()
+        t, s = _rows(saved.tanh, rows), _rows(saved.sigmoid, rows)
+        if t is None or s is None:
+            t, s = _gates(weights, e)
+        inside = batch.membership[:, rows]
         attention = torch.exp(saved.scores[rows] - saved.normaliser.unsqueeze(1)).mul_(inside)  # (B, n)
         d_score = (attention * ((narrow @ e.T) - own.unsqueeze(1))).sum(0).to(x.dtype)  # (n,)
         attention = attention.to(x.dtype)
-        kept = None if saved.kept is None else saved.kept[rows]
-        product = t * s
-        if kept is not None:
-            product.mul_(kept).div_(saved.keep)
-        d_gated = torch.outer(d_score, weights["score.weight"][0])  # (n, dim_attn)
-        if kept is not None:
-            d_gated.mul_(kept).div_(saved.keep)
-        d_sigmoid = (d_gated * t).mul_(s).mul_(1 - s)
-        d_tanh = d_gated.mul_(s).mul_(1 - t * t)
+        d_product = d_score if saved.mask is None else d_score / saved.keep
+        d_gated = torch.outer(d_product, weights["score.weight"][0])  # (n, dim_attn)
+        gated = t * s
+        if saved.mask is not None:
+            d_gated.mul_(saved.mask[rows])
+            gated.mul_(saved.mask[rows])
+        d_sigmoid = sigmoid_backward(d_gated * t, s)
+        d_tanh = tanh_backward(d_gated.mul_(s), t)
         d_e = attention.T @ narrow
         d_e.addmm_(d_tanh, weights["gate_tanh.weight"]).addmm_(d_sigmoid, weights["gate_sigmoid.weight"])
-        d_e.mul_(e > 0)
-        _collect(out, "score", d_score.unsqueeze(1), product, first)
+        add_product(out["score.weight"], d_product.unsqueeze(0), gated, first)
+        _add_sum(out["score.bias"], d_score.unsqueeze(1), first)
         _collect(out, "gate_tanh", d_tanh, e, first)
         _collect(out, "gate_sigmoid", d_sigmoid, e, first)
-        _collect(out, "embed", d_e, x[rows], first)
+        _collect(out, "embed", relu_backward(d_e, e), x[rows], first)
         first = False
+
+
+def tanh_backward(grad: Tensor, y: Tensor) -> Tensor:
+    """What comes back through y = tanh(x); one pass over memory, as in the next two."""
+    return torch.ops.aten.tanh_backward(grad, y)
+
+
+def sigmoid_backward(grad: Tensor, y: Tensor) -> Tensor:
+    """What comes back through y = sigmoid(x)."""
+    return torch.ops.aten.sigmoid_backward(grad, y)
+
+
+def relu_backward(grad: Tensor, y: Tensor) -> Tensor:
+    """What comes back through y = relu(x)."""
+    return torch.ops.aten.threshold_backward(grad, y, 0)
 
 
 def attend_with_gradient(parameters: Mapping[str, Tensor], batch: RaggedBatch, dropout: float) -> Tensor:
     """`attend` under autograd: bag features (B, dim_emb) with a gradient for the parameters."""
     own = [parameters[name] for name in NAMES]
     if not (torch.is_grad_enabled() and any(p.requires_grad for p in own)):
-        return attend(parameters, batch, dropout, remember=False)[0]
+        return attend(parameters, batch, dropout)[0]
     return _Attend.apply(batch, dropout, *own)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, batch: RaggedBatch, dropout: float, *parameters: Tensor) -> Tensor:
-        features, ctx.saved = attend(dict(zip(NAMES, parameters, strict=True)), batch, dropout)
+        kept = kept_of(len(batch.features), batch.features.device)
+        features, ctx.saved = attend(dict(zip(NAMES, parameters, strict=True)), batch, dropout, kept)
         ctx.dtype = parameters[0].dtype
         return features
 
@@ -182,27 +208,33 @@ def chunks(x: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
 
 
-def _activations(
-    weights: Mapping[str, Tensor], x: Tensor, out: tuple[Tensor, Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Embedding and the two branches of the gate for patches (n, D)."""
-    into = dict(zip(("embed", "gate_tanh", "gate_sigmoid"), out or (None, None, None), strict=True))
+def _linear(weights: Mapping[str, Tensor], layer: str, x: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.addmm(weights[f"{layer}.bias"], x, weights[f"{layer}.weight"].T, out=out)
 
-    def linear(layer: str, given: Tensor) -> Tensor:
-        return torch.addmm(weights[f"{layer}.bias"], given, weights[f"{layer}.weight"].T, out=into[layer])
 
-    embedded = linear("embed", x).relu_()
-    return embedded, linear("gate_tanh", embedded).tanh_(), linear("gate_sigmoid", embedded).sigmoid_()
+def _gates(
+    weights: Mapping[str, Tensor], embedded: Tensor, tanh: Tensor | None = None, sigmoid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The two branches of the gate (n, dim_attn) for embedded patches (n, dim_emb)."""
+    left = _linear(weights, "gate_tanh", embedded, tanh).tanh_()
+    return left, _linear(weights, "gate_sigmoid", embedded, sigmoid).sigmoid_()
+
+
+def _rows(held: Tensor | None, rows: slice) -> Tensor | None:
+    return None if held is None else held[rows]
 
 
 def _collect(out: Mapping[str, Tensor], layer: str, d_y: Tensor, x: Tensor, first: bool) -> None:
     """Add a chunk's part of the gradient of a linear layer; the first chunk overwrites."""
-    weight, bias = out[f"{layer}.weight"], out[f"{layer}.bias"]
-    add_product(weight, d_y.T, x, first)
+    add_product(out[f"{layer}.weight"], d_y.T, x, first)
+    _add_sum(out[f"{layer}.bias"], d_y, first)
+
+
+def _add_sum(total: Tensor, values: Tensor, first: bool) -> None:
     if first:
-        bias.copy_(d_y.sum(0))
+        total.copy_(values.sum(0))
     else:
-        bias.add_(d_y.sum(0))
+        total.add_(values.sum(0))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
