@@ -127,7 +127,7 @@ class ABMIL(nn.Module):
         _linear_gradient(relu_backward(d_embedded, embedded), bags, out, "embed")
 
     def _scale(self, values: Tensor) -> Tensor | None:
-        """What dropout on both branches makes of their product: a factor of 0 or more; None where nothing is dropped."""
+        """By what dropout on both branches multiplies their product; None where nothing is dropped."""
         if not self.training or self.dropout == 0:
             return None
         keep = (1 - self.dropout) ** 2
