@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import pandas as pd
 import torch
 
 from steph import Refused
+from steph.data.dataset import Dataset
 from steph.data.manifest import Study
+from steph.data.resident import fits
 from steph.device import check_device, device_name, precision_for
 from steph.methods import method
 from steph.mil.state import save_state, state_of
@@ -27,9 +30,13 @@ from steph.progress import track
 from steph.records import Record, write_record
 from steph.runs import Run, Workbench, plan, results, row_of
 from steph.survival import bin_index, concordance_index, nll_loss
-from steph.training import fit, predict, single_thread
+from steph.training import Training, fit_together, predict, single_thread
 
 __all__ = ["Run", "Workbench", "plan", "results", "run", "run_all"]
+
+TOGETHER = 8
+"""Runs that share one pass over the data at most. Each keeps its models and its optimizer's moments in memory all the
+while, some hundred MB at the paper's size; and of the time to load, an eighth each is little already."""
 
 
 def run(
@@ -111,18 +118,21 @@ def _carry_out(bench: Workbench, missing: list[Run], device: str, workers: int) 
     names = list(dict.fromkeys(wanted.method for wanted in missing))
     others = f" and {len(names) - 3} other methods" if len(names) > 4 else ""
     label = f"{bench.study.name}: {', '.join(names[:3] if others else names)}{others}"
-    if workers <= 1:
-        for wanted in track(missing, label):
-            _execute(bench, wanted, device)
+    groups = _groups(bench, missing, device)
+    if min(workers, len(groups)) <= 1:
+        finished = (wanted for group in groups for wanted in _execute_together(bench, group, device))
+        for _ in track(finished, label, total=len(missing)):
+            pass
         return
     for network in {method(wanted.method).network for wanted in missing}:
         bench.null_state(network)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker, initargs=(bench.study,)) as pool:
-        futures = [pool.submit(_work, wanted, bench.key(wanted), device) for wanted in missing]
+        futures = [pool.submit(_work, group, [bench.key(wanted) for wanted in group], device) for group in groups]
         try:
-            for future in track(as_completed(futures), label, total=len(futures)):
-                future.result()
+            finished = (wanted for future in as_completed(futures) for wanted in future.result())
+            for _ in track(finished, label, total=len(missing)):
+                pass
         except BrokenProcessPool:
             raise Refused(
                 "a worker process was killed, most likely for want of memory. What is finished is kept; run the same "
@@ -130,6 +140,32 @@ def _carry_out(bench: Workbench, missing: list[Run], device: str, workers: int) 
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _groups(bench: Workbench, missing: Sequence[Run], device: str) -> list[list[Run]]:
+    """Runs that share one pass over the data, up to `TOGETHER`, in the order given.
+
+    Where loading is the limit: the features of the data set are read anew in every epoch (`_streamed`). Runs share a
+    pass when they train on the same data set, fold, seed and precision. Another seed is another order of patients, and
+    what is not in the same order shares no batches.
+    """
+    groups: dict[Any, list[list[Run]]] = {}
+    for wanted in missing:
+        alone = method(wanted.method).joint or not _streamed(bench.dataset(wanted.dataset), device)
+        found = groups.setdefault(wanted if alone else (wanted.dataset, wanted.fold, wanted.seed, wanted.precision), [])
+        if not found or len(found[-1]) == TOGETHER:
+            found.append([])
+        found[-1].append(wanted)
+    return [group for found in groups.values() for group in found]
+
+
+def _streamed(data: Dataset, device: str) -> bool:
+    """Whether every epoch reads a data set's features anew: to a GPU where they do not fit on it, on the CPU from disk,
+    where they are more than half of the machine's memory, so that the system does not keep them."""
+    store = data.store
+    if device == "cpu":
+        return store.tensor.nbytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    return not fits(str(store.path), store.tensor, torch.device(device))
 
 
 _bench_of_worker: Workbench | None = None
@@ -140,58 +176,117 @@ def _prepare_worker(study: Study) -> None:
     _bench_of_worker = Workbench(study)
 
 
-def _work(wanted: Run, key: str, device: str) -> None:
+def _work(group: Sequence[Run], keys: Sequence[str], device: str) -> list[Run]:
     assert _bench_of_worker is not None
-    if _bench_of_worker.key(wanted) != key:
+    if [_bench_of_worker.key(wanted) for wanted in group] != list(keys):
         raise Refused(
             "the library's code or the study's data changed while the study was starting. What is finished is kept; "
             "run the same command again."
         )
-    _execute(_bench_of_worker, wanted, device)
+    return list(_execute_together(_bench_of_worker, group, device))
+
+
+def _execute_together(bench: Workbench, group: Sequence[Run], device: str) -> Iterator[Run]:
+    """Carry out runs in one pass over the data; gives each when it is recorded. One that is refused among others, for
+    want of memory perhaps, is tried alone when they are done."""
+    done: list[Run] = []
+    if len(group) > 1:
+        for wanted in _share_a_pass(bench, group, device):
+            done.append(wanted)
+            yield wanted
+    for wanted in group:
+        if wanted not in done:
+            _execute(bench, wanted, device)
+            yield wanted
+
+
+def _share_a_pass(bench: Workbench, group: Sequence[Run], device: str) -> Iterator[Run]:
+    """Carry out those of the runs that are not refused."""
+    begun: list[_Begun] = []
+    for wanted in group:
+        with suppress(Refused, torch.OutOfMemoryError):
+            begun.append(_Begun(bench, wanted, device))
+    for one, history in zip(begun, _train(begun), strict=True):
+        if isinstance(history, Refused):
+            continue
+        with suppress(Refused, torch.OutOfMemoryError):
+            one.finish(history)
+            yield one.wanted
 
 
 def _execute(bench: Workbench, wanted: Run, device: str) -> Record:
     """Build, train, predict, measure, record."""
-    with single_thread():
-        started = time.perf_counter()
-        data, study = bench.dataset(wanted.dataset), bench.study
+    begun = _Begun(bench, wanted, device)
+    [history] = _train([begun])
+    if isinstance(history, Refused):
+        raise history
+    return begun.finish(history)
+
+
+class _Begun:
+    """A run whose model is built and, where it has something to train, ready for it."""
+
+    def __init__(self, bench: Workbench, wanted: Run, device: str) -> None:
+        self.bench, self.wanted, self.device = bench, wanted, device
+        started, study = time.perf_counter(), bench.study
+        with single_thread():
+            self.model = bench.untrained(wanted, device)
+            self.trains = any(p.requires_grad for p in self.model.parameters())
+            self.training: Training | None = None
+            if self.trains:
+                data, patients = bench.training_set(wanted)
+                self.training = Training(
+                    self.model, data, patients, study.recipe, study.network, wanted.seed, device, wanted.precision
+                )
+        self.seconds = time.perf_counter() - started
+
+    def finish(self, history: pd.DataFrame) -> Record:
+        """Predict, measure, record."""
+        bench, wanted, device, model, study = self.bench, self.wanted, self.device, self.model, self.bench.study
+        data = bench.dataset(wanted.dataset)
         assert data.splits is not None
-        model = bench.untrained(wanted, device)
-        history = pd.DataFrame()
-        if any(p.requires_grad for p in model.parameters()):
-            history = fit(
-                model, *bench.training_set(wanted), study.recipe, study.network, wanted.seed, device, wanted.precision
-            )  # fmt: skip
-        how = (device, wanted.precision, study.recipe.max_patches)
-        tables = {"predictions.csv": predict(model, data, data.splits.test(wanted.fold), *how)}
-        if data.external is not None:
-            everyone = list(data.external.cohort.patients["patient_id"])
-            together = study.recipe.bags_per_step
-            tables["predictions_external.csv"] = predict(model, data.external, everyone, *how, together)
-        metrics = {**_metrics(tables["predictions.csv"], study), **_external(tables)}
-        seconds = time.perf_counter() - started
-    trained = any(p.requires_grad for p in model.parameters())
-    origin = bench.null_state(method(wanted.method).network).origin
-    state = state_of(model, origin, trainable_only=trained)
-    writers = {"model.safetensors": lambda path: save_state(state, path)}
-    for name, table in {**tables, "history.csv": history}.items():
-        writers[name] = lambda path, table=table: table.to_csv(path, index=False)  # type: ignore[misc]
-    info = {
-        "study": study.name,
-        "synthetic": study.synthetic is not None,
-        "run": asdict(wanted),
-        "key": bench.key(wanted),
-        "metrics": metrics,
-        "data": data.fingerprint,
-        "upstream": {name: bench.key(first) for name, first in bench.upstream(wanted).items()},
-        "null_model": origin,
-        "facts": getattr(model, "facts", {}),
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "configuration": study.model_dump(include={"features", "network", "recipe", "steph", "endpoint"}, mode="json"),
-        "device": device_name(device),
-        "seconds": round(seconds, 3),
-    }
-    return write_record(bench.folder(wanted), writers, info)
+        started = time.perf_counter()
+        with single_thread():
+            how = (device, wanted.precision, study.recipe.max_patches)
+            tables = {"predictions.csv": predict(model, data, data.splits.test(wanted.fold), *how)}
+            if data.external is not None:
+                everyone = list(data.external.cohort.patients["patient_id"])
+                together = study.recipe.bags_per_step
+                tables["predictions_external.csv"] = predict(model, data.external, everyone, *how, together)
+            metrics = {**_metrics(tables["predictions.csv"], study), **_external(tables)}
+        trained = float(history["seconds"].sum()) if self.trains else 0.0
+        seconds = self.seconds + trained + time.perf_counter() - started
+        origin = bench.null_state(method(wanted.method).network).origin
+        state = state_of(model, origin, trainable_only=self.trains)
+        writers = {"model.safetensors": lambda path: save_state(state, path)}
+        for name, table in {**tables, "history.csv": history}.items():
+            writers[name] = lambda path, table=table: table.to_csv(path, index=False)  # type: ignore[misc]
+        info = {
+            "study": study.name,
+            "synthetic": study.synthetic is not None,
+            "run": asdict(wanted),
+            "key": bench.key(wanted),
+            "metrics": metrics,
+            "data": data.fingerprint,
+            "upstream": {name: bench.key(first) for name, first in bench.upstream(wanted).items()},
+            "null_model": origin,
+            "facts": getattr(model, "facts", {}),
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "configuration": study.model_dump(
+                include={"features", "network", "recipe", "steph", "endpoint"}, mode="json"
+            ),
+            "device": device_name(device),
+            "seconds": round(seconds, 3),
+        }
+        return write_record(bench.folder(wanted), writers, info)
+
+
+def _train(begun: Sequence[_Begun]) -> list[pd.DataFrame | Refused]:
+    """The histories of runs, trained in one pass over the data; of one with nothing to train, an empty table."""
+    trainings = [one.training for one in begun if one.training]
+    with single_thread():
+        found = iter(fit_together(trainings) if trainings else [])
+    return [next(found) if one.training else pd.DataFrame() for one in begun]
 
 
 def _metrics(predictions: pd.DataFrame, study: Study) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from steph import Refused
+from steph import Refused, study
 from steph.mil.state import load_state
 from steph.records import read_record
 from steph.runs import TARGET
@@ -166,3 +166,78 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_numbers(tiny, tmp_pat
 def test_run_returns_the_record(tiny):
     found = run(tiny, "SARC", "vanilla", 0)
     assert found.info["key"] == tiny.key(Run("SARC", "vanilla", 0, 42))
+
+
+TOGETHER = ("vanilla", "steph", "patch_gcn", "model_average", "finetuned_head", "surgery_am")
+
+
+def test_runs_that_share_a_pass_leave_the_records_that_they_leave_alone(tiny, monkeypatch, tmp_path, capsys):
+    shared = []
+    train = study._train
+    monkeypatch.setattr(study, "_train", lambda begun: shared.append([one.wanted for one in begun]) or train(begun))
+    monkeypatch.setattr(study, "_streamed", lambda *_: True)
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path))
+    bench = Workbench("tiny")
+    runs = [Run("SARC", name, 1, 42) for name in TOGETHER]
+    run_all(bench, runs, workers=1)
+    for wanted in runs:
+        one, other = bench.record(wanted).info, tiny.record(wanted).info
+        for name in ("predictions.csv", "model.safetensors"):
+            assert one["files"][name] == other["files"][name], wanted
+        assert {**one, "seconds": 0, "files": 0, "finished": 0} == {**other, "seconds": 0, "files": 0, "finished": 0}
+        assert 0 < one["seconds"] < 60
+    # Stage by stage, by data set and fold: one pass for the models of fold 1, one for what is made of them.
+    assert [r.method for r in shared[-2]] == ["steph", "model_average", "finetuned_head", "adamerging"]
+    assert {len(group) for group in shared if group[0].method == "vanilla"} == {1, 2}
+    assert sum(map(len, shared)) == len(list(bench.study.build.glob("runs/*/*/*/run.json")))
+    assert "tiny: steph, model_average, finetuned_head, adamerging: 4/4, done" in capsys.readouterr().err
+
+
+def test_a_run_that_is_refused_among_others_is_tried_alone_and_then_refused(tiny, monkeypatch, tmp_path):
+    group = [replace(SARC, seed=7, method=name) for name in ("vanilla", "finetuned_head", "steph")]
+    fits = study.fit_together
+    sizes = []
+
+    def fails(trainings):
+        sizes.append(len(trainings))
+        found = fits(trainings)
+        last = trainings[-1].model
+        return [Refused("no room") if t.model is last and hasattr(last, "source_names") else h
+                for t, h in zip(trainings, found, strict=True)]  # fmt: skip
+
+    monkeypatch.setattr(study, "fit_together", fails)
+    done = study._execute_together(tiny, group, "cpu")
+    assert [next(done), next(done)] == group[:2] and all(tiny.record(wanted) for wanted in group[:2])
+    with pytest.raises(Refused, match="no room"):
+        next(done)
+    assert sizes == [3, 1] and tiny.record(group[2]) is None
+
+
+def test_which_runs_share_a_pass(tiny, monkeypatch):
+    runs = [Run("SARC", name, fold, seed) for seed in (1, 2) for fold in (0, 1) for name in ("steph", "vanilla")]
+    runs += [Run("CESC", "steph", 0, 1), Run("SARC", "steph", 0, 1, "bf16"), Run("SARC", "joint", 0, 1)]
+    assert study._groups(tiny, runs, "cpu") == [[wanted] for wanted in runs]  # the demo's data are in memory
+    monkeypatch.setattr(study, "_streamed", lambda *_: True)
+    assert study._groups(tiny, runs, "cpu") == [runs[i : i + 2] for i in (0, 2, 4, 6)] + [[r] for r in runs[8:]]
+    monkeypatch.setattr(study, "TOGETHER", 3)
+    same = [Run("SARC", name, 0, 1) for name in plan_methods(tiny)[:7]]
+    assert [len(group) for group in study._groups(tiny, same, "cpu")] == [3, 3, 1]
+
+
+def plan_methods(bench):
+    return list(dict.fromkeys(r.method for r in plan(bench.study) if r.method != "joint"))
+
+
+def test_data_are_streamed_where_neither_memory_nor_the_gpu_holds_them(tiny, monkeypatch):
+    data = tiny.dataset("SARC")
+    size = data.store.tensor.nbytes
+    for room, streamed in ((2 * size - 1, True), (2 * size, False)):
+        monkeypatch.setattr(study.os, "sysconf", {"SC_PHYS_PAGES": room, "SC_PAGE_SIZE": 1}.get)
+        assert study._streamed(data, "cpu") is streamed
+    from steph.data import resident
+
+    for room, streamed in ((int(size / 0.7) - 1, True), (int(size / 0.7) + 2, False)):
+        monkeypatch.setattr(resident, "free_memory", lambda _, room=room: room)
+        assert study._streamed(data, "cuda") is streamed
+    monkeypatch.setattr(resident, "_refused", {(str(data.store.path), "cuda")})
+    assert study._streamed(data, "cuda")
