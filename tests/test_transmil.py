@@ -119,11 +119,11 @@ def test_tokens_stand_where_they_belong(sizes):
             assert next(pixel) == (i * squares.side + row) * squares.side + column
         if squares.absent is not None:
             assert squares.absent[i, 0, 0].isneginf().tolist() == [j >= length for j in range(squares.sequence.length)]
-    values = torch.randn(len(sizes), HEADS, squares.sequence.length, 2, dtype=torch.float64)
+    values = torch.randn(len(sizes), squares.sequence.length, 2, dtype=torch.float64)
     means = squares.at_landmarks(values)
     for i, n in enumerate(sizes):
         length = -(-((math.isqrt(n - 1) + 1) ** 2 + 1) // landmarks) * landmarks
-        expected = torch.stack([part.mean(1) for part in values[i, :, :length].chunk(landmarks, dim=1)], dim=1)
+        expected = torch.stack([part.mean(0) for part in values[i, :length].chunk(landmarks)])
         torch.testing.assert_close(means[i], expected)
 
 

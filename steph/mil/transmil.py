@@ -91,7 +91,7 @@ class Squares:
 
     filled: which patch each of these is, (T - B,). sequence: every bag's tokens in a row, class token first, behind
     zeros that make their number L_i a multiple of the m landmarks. picture: patches only, in pictures as large as the
-    largest square. Where the L_i differ: members (B, 1, m, L) 1 where a landmark covers a place, size (B, 1, 1, 1)
+    largest square. Where the L_i differ: members (B, m, L) True where a landmark covers a place, size (B, 1, 1)
     places it covers, absent (B, 1, 1, L) -infinity behind the bag's end, else 0.
     """
 
@@ -126,15 +126,15 @@ class Squares:
         squares = cls(len(sizes), landmarks, largest, there(filled), sequence, Padding(sizes, largest**2, there(pixel)))
         if (size == size[0]).all():
             return squares
-        covering = np.arange(length) // size[:, None, None, None]  # by which landmark each place is covered
+        covering = np.arange(length) // size[:, None, None]  # by which landmark each place is covered
         members = there(covering == np.arange(landmarks)[:, None])
-        absent = np.where(covering < landmarks, np.float32(0), np.float32(-np.inf))
-        return replace(squares, members=members, size=there(size.reshape(-1, 1, 1, 1)), absent=there(absent))
+        absent = np.where(covering < landmarks, np.float32(0), np.float32(-np.inf))[:, None]
+        return replace(squares, members=members, size=there(size.reshape(-1, 1, 1)), absent=there(absent))
 
     def at_landmarks(self, values: Tensor) -> Tensor:
-        """Means (B, heads, m, width) of what the landmarks cover of values in sequence, (B, heads, L, width)."""
+        """Means (B, m, width) of what the landmarks cover of values in sequence, (B, L, width)."""
         if self.members is None or self.size is None:
-            return values.unflatten(2, (self.landmarks, -1)).mean(3)
+            return values.unflatten(1, (self.landmarks, -1)).mean(2)
         return self.members.to(values.dtype) @ values / self.size
 
 
@@ -167,14 +167,20 @@ class AttentionLayer(nn.Module):
         """The three factors of the attention matrix, (B, heads, L, m), (B, heads, m, m), (B, heads, m, L), and the
         values (B, heads, L, width)."""
         padded = squares.sequence.pad(self.norm(tokens))
-        query, key, value = self.inputs(padded).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).contiguous()
-        queries = squares.at_landmarks(query) * self.scale
-        keys = squares.at_landmarks(key).transpose(2, 3)
+        inputs = self.inputs(padded)
+        query, key, value = _by_head(inputs, 3)
+        queries, keys = _by_head(squares.at_landmarks(inputs[:, :, : 2 * padded.shape[2]]), 2)
+        queries, keys = queries * self.scale, keys.transpose(2, 3)
         left = torch.softmax(query @ (keys * self.scale), dim=3)
         middle = torch.softmax(queries @ keys, dim=3)
         scores = queries @ key.transpose(2, 3)
         right = torch.softmax(scores if squares.absent is None else scores + squares.absent, dim=3)
         return left, pseudo_inverse(middle), right, value
+
+
+def _by_head(values: Tensor, parts: int) -> Tensor:
+    """(B, n, parts x heads x width) as (parts, B, heads, n, width)."""
+    return values.unflatten(2, (parts, HEADS, -1)).permute(2, 0, 3, 1, 4).contiguous()
 
 
 def pseudo_inverse(matrices: Tensor, iterations: int = 6) -> Tensor:
