@@ -227,6 +227,7 @@ def predict_patient(
     device: DeviceOption = "cpu",
 ) -> None:
     """Predict for one patient from all of the patient's slides, or for the patients of a table."""
+    from steph.model_folder import refuse_taken
     from steph.patient_report import summary, write_report
     from steph.predict import load_model
     from steph.records import atomic_path
@@ -234,10 +235,12 @@ def predict_patient(
     slides = [*(features or []), *(more or [])]
     if (table is None) == (not slides):
         raise Refused("give either --features, the slides of one patient, or --table, a CSV of many.")
+    if out is not None:
+        refuse_taken(out)
     loaded = load_model(model, device)
     if table is not None:
-        if out is None or out.exists():
-            raise Refused("--table needs --out, the name of a new CSV file; nothing is overwritten.")
+        if out is None:
+            raise Refused("--table needs --out, the name of a new CSV file.")
         rows = loaded.predict_table(table)
         with atomic_path(out) as temporary:
             rows.to_csv(temporary, index=False)

@@ -7,7 +7,7 @@ scale that percentiles are told on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from steph import Refused
 from steph.analysis.discrimination import intervals, resampled
 from steph.analysis.predictions import out_of_fold
 from steph.data.dataset import Dataset
+from steph.data.manifest import Network
 from steph.device import check_device
 from steph.hypernetwork import STEPH
 from steph.methods import method
@@ -35,6 +36,7 @@ from steph.model_folder import (
     build,
     fill,
     keep_sources,
+    refuse_taken,
     tensors_of,
     write_model,
 )
@@ -50,11 +52,10 @@ TOLERANCE = {"fp64": 1e-6, "fp32": 1e-3, "tf32": 0.05, "bf16": 0.2}
 
 @dataclass(frozen=True, eq=False)
 class _Said:
-    """What a model says of patients: their risks, by patient; selected (N, m), sources in use for each, of a model that
-    weighs sources."""
+    """What a model says of patients: their risks, by patient; the sources that any of them has in use."""
 
     risk: pd.Series
-    selected: np.ndarray | None
+    used: set[str]
 
 
 def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False, device: str = "cpu") -> Config:
@@ -64,108 +65,56 @@ def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False, dev
     Raises `Refused` for a run that is not finished, a model of a kind that a folder cannot hold, predictions that are
     not the recorded ones, sources to be dropped of a model that weighs none, and where `out` is taken.
     """
-    if out.exists():
-        raise Refused(f"{out} is there already and is left as it is. Name a new folder, or remove that one first.")
+    refuse_taken(out)
     check_device(device)
-    study, entry = bench.study, method(run.method)
+    study, dtype = bench.study, parameter_dtype(run.precision)
     study.entry(run.dataset)
-    state = bench.state(run)
-    record = bench.record(run)
+    state, record = bench.state(run), bench.record(run)
     assert record is not None
-    original = bench.untrained(run).to(parameter_dtype(run.precision))
+    original = bench.untrained(run).to(dtype)
     load_into(original, state)
     architecture = architecture_of(original, study.features.dim, study.network)
-    tensors = {name: value.clone() for name, value in tensors_of(original).items()}
+    tensors: Mapping[str, Tensor] = tensors_of(original)
     if drop_unused and not isinstance(original, STEPH):
-        raise Refused(f"{entry.title} weighs no sources that could be dropped: leave out --drop-unused.")
+        raise Refused(f"{title(run.method)} weighs no sources that could be dropped: leave out --drop-unused.")
 
-    data = bench.dataset(run.dataset)
-    assert data.splits is not None
-    train, test = data.splits.train(run.fold), data.splits.test(run.fold)
+    def ask(label: str) -> _Said:
+        model = fill(build(architecture, study.features.dim, study.network).to(dtype), tensors)
+        return _asked(model, bench.dataset(run.dataset), run, device, study.recipe.max_patches, label)
 
-    def ask(form: Mapping[str, Any], numbers: Mapping[str, Tensor], label: str) -> _Said:
-        model = fill(build(form, study.features.dim, study.network).to(parameter_dtype(run.precision)), numbers)
-        how = (device, run.precision, study.recipe.max_patches)
-        return _asked(model, data, [*train, *test], *how, label=f"{run}: {label}")
-
-    said = ask(architecture, tensors, "predict for all patients")
+    said, dropped = ask("predict for all patients"), None
     differs = _differs(record, said.risk, run)
-    dropped = None
     if drop_unused:
-        assert said.selected is not None
-        used = said.selected.any(axis=0).tolist()
         names = architecture["sources"]
-        kept = [name for name, some in zip(names, used, strict=True) if some] or names[:1]
+        kept = [name for name in names if name in said.used] or names[:1]
         architecture, tensors = keep_sources(architecture, tensors, kept)
-        fewer = ask(architecture, tensors, f"again with {len(kept)} of {len(names)} sources")
+        before, said = said, ask(f"again with {len(kept)} of {len(names)} sources")
         dropped = Dropped(
             sources=[name for name in names if name not in kept],
             patients=len(said.risk),
-            max_change_in_risk=float((fewer.risk - said.risk).abs().max()),
-            ranks_changed=int((fewer.risk.rank() != said.risk.rank()).sum()),
+            max_change_in_risk=float((said.risk - before.risk).abs().max()),
+            ranks_changed=int((said.risk.rank() != before.risk.rank()).sum()),
         )
-        said = fewer
-
-    config = Config(
-        study=study.name,
-        study_title=study.title,
-        synthetic=study.synthetic is not None,
-        dataset=run.dataset,
-        projects=study.entry(run.dataset).projects,
-        method=run.method,
-        title=title(run.method),
-        description=entry.description,
-        fold=run.fold,
-        seed=run.seed,
-        precision=run.precision,
-        device=record.info["device"],
-        run=record.info["key"],
-        finished=record.info["finished"],
-        versions=record.info["versions"],
-        endpoint=study.endpoint,
-        inputs=Inputs(
-            encoder=study.features.encoder,
-            dim=study.features.dim,
-            precision=study.features.precision,
-            patch_size_px=study.features.patch_size_px,
-            magnification=study.features.magnification,
-            max_patches=study.recipe.max_patches,
-            sample_seed=data.seed,
-        ),
-        network=study.network,
-        architecture=architecture,
-        sources=[name for name in bench.upstream(run) if name not in (TARGET, STAGE)],
-        training=_training(data, train, said.risk, study.network.bin_width_days, study.network.n_bins),
-        scores=_scores(bench, run),
-        dropped=dropped,
-        differs=differs,
-        files={},
-    )
+    config = _config(bench, run, record, architecture, said, dropped, differs)
     write_model(out, config, tensors, card(config))
     return config
 
 
 @torch.no_grad()
-def _asked(
-    model: nn.Module,
-    data: Dataset,
-    patients: Sequence[str],
-    device: str,
-    precision: str,
-    max_patches: int | None,
-    label: str,
-) -> _Said:
-    risks, selected = {}, []
+def _asked(model: nn.Module, data: Dataset, run: Run, device: str, max_patches: int | None, label: str) -> _Said:
+    """What a model says of the patients that train and test a run, one by one."""
+    assert data.splits is not None
+    risks, used = {}, set()
     with single_thread():
-        for patient in track(patients, label):
-            risks[patient] = float(predict(model, data, [patient], device, precision, max_patches)["risk"].iloc[0])
+        for patient in track([*data.splits.train(run.fold), *data.splits.test(run.fold)], f"{run}: {label}"):
+            table = predict(model, data, [patient], device, run.precision, max_patches)
+            risks[patient] = float(table["risk"].iloc[0])
             if isinstance(model, STEPH):
-                m = len(model.source_names)
-                w = model.monitor()[:m].cpu()
-                chosen = w.argsort(descending=True, stable=True)[: model.top_k or m]
-                # A weight of 0 takes a place among the K, and adds nothing.
-                selected.append(np.isin(np.arange(m), chosen) & (w.numpy() > 0))
-    return _Said(pd.Series(risks), np.array(selected) if selected else None)
+                names = model.source_names
+                w = model.monitor()[: len(names)].cpu()
+                chosen = w.argsort(descending=True, stable=True)[: model.top_k or len(names)].tolist()
+                used |= {names[i] for i in chosen if w[i] > 0}  # a weight of 0 takes a place, and adds nothing
+    return _Said(pd.Series(risks), used)
 
 
 def _differs(record: Record, risk: pd.Series, run: Run) -> float:
@@ -180,20 +129,60 @@ def _differs(record: Record, risk: pd.Series, run: Run) -> float:
     return found
 
 
-def _training(data: Dataset, patients: list[str], risk: pd.Series, width: float, n_bins: int) -> Training:
+def _config(
+    bench: Workbench,
+    run: Run,
+    record: Record,
+    architecture: dict[str, Any],
+    said: _Said,
+    dropped: Dropped | None,
+    differs: float,
+) -> Config:
+    study, data = bench.study, bench.dataset(run.dataset)
+    inputs = study.features.model_dump(exclude={"folders"})
+    return Config(
+        study=study.name,
+        study_title=study.title,
+        synthetic=study.synthetic is not None,
+        dataset=run.dataset,
+        projects=study.entry(run.dataset).projects,
+        method=run.method,
+        title=title(run.method),
+        description=method(run.method).description,
+        fold=run.fold,
+        seed=run.seed,
+        precision=run.precision,
+        device=record.info["device"],
+        run=record.info["key"],
+        finished=record.info["finished"],
+        versions=record.info["versions"],
+        endpoint=study.endpoint,
+        inputs=Inputs(**inputs, max_patches=study.recipe.max_patches, sample_seed=data.seed),
+        network=study.network,
+        architecture=architecture,
+        sources=[name for name in bench.upstream(run) if name not in (TARGET, STAGE)],
+        training=_training(data, run.fold, said.risk, study.network),
+        scores=_scores(bench, run),
+        dropped=dropped,
+        differs=differs,
+        files={},
+    )
+
+
+def _training(data: Dataset, fold: int, risk: pd.Series, network: Network) -> Training:
     from lifelines import KaplanMeierFitter
 
-    labels = data.labels(patients)
+    assert data.splits is not None
+    labels = data.labels(data.splits.train(fold))
     longest = float(labels["time_days"].max())
-    ends = width * np.arange(1, n_bins + 1)
+    ends = network.bin_width_days * np.arange(1, network.n_bins + 1)
     curve = KaplanMeierFitter().fit(labels["time_days"], labels["event"])
-    observed = curve.survival_function_at_times(ends[ends <= longest])
     return Training(
         patients=len(labels),
         events=int(labels["event"].sum()),
         longest_follow_up_days=longest,
-        risks=sorted(risk[patients].tolist()),
-        observed=observed.tolist(),
+        risks=sorted(risk[labels["patient_id"]].tolist()),
+        observed=curve.survival_function_at_times(ends[ends <= longest]).tolist(),
     )
 
 

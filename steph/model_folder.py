@@ -250,14 +250,19 @@ def keep_sources(
 # ------------------------------------------------------------------------------------------------ folders
 
 
+def refuse_taken(path: Path) -> None:
+    """Raise `Refused` where something is at a path already."""
+    if path.exists() or path.is_symlink():
+        raise Refused(f"{path} is there already and is left as it is. Give another name, or remove that first.")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends without an error.
 
     Raises `Refused` where something is at `path` already, or the disk does not let it be written.
     """
-    if path.exists() or path.is_symlink():
-        raise Refused(f"{path} is there already and is left as it is. Name a new folder, or remove that one first.")
+    refuse_taken(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)

@@ -175,19 +175,19 @@ p { margin: .4rem 0; } .muted { color: var(--muted); font-size: .9rem; }
 .large { font-size: 2.2rem; font-weight: 600; line-height: 1.1; color: var(--patient); }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th { text-align: right; font-weight: 600; color: var(--muted); } td { text-align: right; }
-th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 tr.off td { color: var(--muted); }
 .scroll { overflow-x: auto; }
 svg { display: block; width: 100%; height: auto; margin: .5rem 0; }
-svg text { fill: var(--muted); font: 12px system-ui, sans-serif; } svg .patient { fill: var(--patient); }
+svg text { fill: var(--muted); font: 14px system-ui, sans-serif; } svg .patient { fill: var(--patient); }
 svg .cohort { fill: var(--cohort); }
 .axis { stroke: var(--line); fill: none; } .curve { stroke: var(--patient); fill: none; stroke-width: 2.5; }
 .observed { stroke: var(--cohort); fill: none; stroke-width: 1.6; stroke-dasharray: 6 3; }
 .one { stroke: var(--muted); stroke-opacity: .55; } .here { stroke: var(--patient); stroke-width: 3; }
 .map { image-rendering: pixelated; width: 100%; height: auto; background: var(--soft); border-radius: .3rem; }
 .ramp { height: .6rem; width: 12rem; border-radius: .2rem; display: inline-block; vertical-align: middle; }
-.bar { background: var(--patient); height: .7rem; min-width: 1px; border-radius: .15rem; }
+.bar { background: var(--patient); height: .7rem; border-radius: .15rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .92rem; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 32rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
@@ -238,11 +238,7 @@ def _survival(found: Prediction, c: Config) -> str:
         return f"{50 + 640 * day / horizon:.1f},{20 + 230 * (1 - p):.1f}"
 
     path = " ".join(point(d, p) for d, p in zip([0.0, *ends[:shown]], [1.0, *curve[:shown]], strict=True))
-    steps = [point(0, 1)]
-    before = 1.0
-    for day, p in zip(ends, c.training.observed, strict=False):
-        steps += [point(day, before), point(day, p)]
-        before = p
+    observed = " ".join(point(d, p) for d, p in zip([0.0, *ends], [1.0, *c.training.observed], strict=False))
     dots = "".join(
         f'<circle class="patient" r="3.5" cx="{p.split(",")[0]}" cy="{p.split(",")[1]}"/>' for p in path.split()
     )
@@ -270,7 +266,7 @@ def _survival(found: Prediction, c: Config) -> str:
     return (
         "<h2>Survival</h2>\n"
         '<svg viewBox="0 0 720 300" role="img" aria-label="Survival curve of this patient and of the training cohort">'
-        f'{grid}<polyline class="observed" points="{" ".join(steps)}"/>'
+        f'{grid}<polyline class="observed" points="{observed}"/>'
         f'<polyline class="curve" points="{path}"/>{dots}'
         f'<text x="370" y="290" text-anchor="middle">years of {YEAR} {escape(found.unit)} from the start of '
         "follow-up</text>"
@@ -295,6 +291,8 @@ def _merged(found: Prediction, c: Config) -> str:
         rows.append([label, *numbers, "yes" if used else "no", f"{coefficient:.4f}", bar])
         off.append(not used)
     table = _table(["cancer", "w", "λ", "in use", "coefficient", ""], rows, off)
+    if all(off[1:]):
+        table += "<p>No source has a weight above 0 for this patient: the encoder is M₀, the untrained network.</p>\n"
     return (
         f"<h2>What was merged for this patient</h2>\n{table}"
         '<p class="muted">The patient\'s model is M₀ plus these task vectors, each times its coefficient: w (1 − λ) of '
@@ -329,8 +327,8 @@ def _attention(found: Prediction) -> str:
         )
     top = found.patches.sort_values("rank").head(5)
     rows_of = [
-        [f"{row.rank}", row.slide_id, _number(row.x), _number(row.y), f"{row.attention * len(found.patches):.2f}"]
-        for row in top.itertuples()
+        [str(rank), str(slide), _number(x), _number(y), f"{attention * len(found.patches):.2f}"]
+        for rank, slide, x, y, attention in top[["rank", "slide_id", "x", "y", "attention"]].to_numpy()
     ]
     parts.append(_table(["rank", "slide", "x", "y", "times an even share"], rows_of))
     parts.append(
