@@ -152,6 +152,12 @@ def wrong_range(handler: Handler, content: bytes) -> None:
     handler.answer(206, content, headers)
 
 
+def shifted(handler: Handler, content: bytes) -> None:
+    """As many bytes as were asked for, from the start of the file, honestly labelled."""
+    n = len(content) - int(handler.headers["range"].removeprefix("bytes=").removesuffix("-"))
+    handler.answer(206, content[:n], {"Content-Range": f"bytes 0-{n - 1}/{len(content)}"})
+
+
 def ignores_range(handler: Handler, content: bytes) -> None:
     """The whole file, whatever was asked for."""
     handler.answer(200, content)

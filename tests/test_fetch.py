@@ -18,7 +18,7 @@ import hub as loopback
 import numpy as np
 import pytest
 import yaml
-from hub import Hub, dropped, flipped, ignores_range, serving, status, truncated, wrong_range
+from hub import Hub, dropped, flipped, ignores_range, serving, shifted, status, truncated, wrong_range
 from typer.testing import CliRunner
 
 from steph import Refused
@@ -164,6 +164,7 @@ PASSING = {
     "busy, then well": [status(503), status(500), status(502), status(429)],
     "truncated, with a header that agrees": [truncated(0.5)],
     "wrong range": [dropped(0.4), wrong_range],
+    "wrong range of the right length, then a bit flipped": [dropped(0.4), shifted, flipped],
     "range ignored": [dropped(0.4), ignores_range],
     "a bit flipped": [flipped],
     "flipped after a drop": [dropped(0.4), flipped],
