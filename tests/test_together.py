@@ -110,7 +110,30 @@ def test_one_that_is_refused_does_not_take_the_others_along():
         assert isinstance(refused, Refused) and "training loss is nan in epoch 2" in str(refused)
     pd.testing.assert_frame_equal(found.drop(columns="seconds"), expected.drop(columns="seconds"), check_exact=True)
     assert all(torch.equal(a, b) for a, b in zip(together[1].model.parameters(), alone.model.parameters(), strict=True))
+    assert together[0].model.steps == 4  # it ends with the epoch in which that is seen
     assert all(isinstance(reason, Refused) for reason in fit_together([made(data, Breaks), made(data, Breaks)]))
+
+
+class Refuses(ABMIL):
+    """A network that is refused in its fourth step, as for want of memory."""
+
+    steps = 0
+
+    def forward(self, bags):
+        self.steps += 1
+        if self.steps == 4:
+            raise Refused("too little memory")
+        return super().forward(bags)
+
+
+def test_one_that_stops_in_the_middle_of_an_epoch_does_not_take_the_others_along():
+    data = Patients()
+    alone = made(data)
+    fit_together([alone])
+    stops, other = made(data, Refuses), made(data)
+    reason, history = fit_together([stops, other])
+    assert "too little memory" in str(reason) and stops.model.steps == 4 and len(history) == 3
+    assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), alone.model.parameters(), strict=True))
 
 
 def test_only_trainings_with_the_same_order_of_patients_share_a_pass():
