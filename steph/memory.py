@@ -37,6 +37,9 @@ EPOCHS = 20
 PIECES = 32
 """Chunks of a batch that are counted at most: counting thousands would take longer than it is worth."""
 
+ALL, NOTHING = (sys.maxsize, sys.maxsize), (0, 0)
+"""Patches up to which gated attention keeps gates and embeddings."""
+
 processes = 1
 """How many processes share this machine's memory; the pool of a study says so in each of its workers."""
 
@@ -77,8 +80,8 @@ def check(
     if at_most(model, batch, data.dim, dtype, device, trains) <= there:
         return
     need = needed(model, batch, data.dim, dtype, device, trains)
-    if need > there and needed(model, batch, data.dim, dtype, device, trains, kept=0) <= there:
-        gated_attention.KEPT = 0
+    if need > there and needed(model, batch, data.dim, dtype, device, trains, kept=NOTHING) <= there:
+        gated_attention.KEPT[torch.device(device).type] = NOTHING
         print(f"{data.name}: little memory on {device}; activations are computed twice (slower, the same numbers).",
               file=sys.stderr)  # fmt: skip
     elif need > there:
@@ -107,12 +110,12 @@ def needed(
     dtype: torch.dtype,
     device: str,
     trains: bool,
-    kept: int | None = None,
+    kept: tuple[int, int] | None = None,
 ) -> int:
     """Bytes that bags of these sizes take beside a model: features, what is alive of its layers, the optimizer's.
 
     trains: an update with all of them, where the model trains on patches; otherwise the largest goes through alone.
-    kept: patches whose activations gated attention keeps (None: as many as it does now).
+    kept: what gated attention keeps of activations (`steph.mil.gated_attention.KEPT`; None: as it is now).
     """
     kind = torch.device(device).type
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -120,7 +123,7 @@ def needed(
     sizes = list(sizes) if trains else [max(sizes)]
     # For an accelerator one batch is worked on, one is ready and one is on its way (`steph.training.ahead`).
     waiting = 1 if kind == "cpu" else 3
-    live = _counted(model, _shapes(sizes, dim, dtype), kind, trains, gated_attention.KEPT if kept is None else kept)
+    live = _counted(model, _shapes(sizes, dim, dtype), kind, trains, kept)
     return int(waiting * sum(sizes) * dim * dtype.itemsize + SLACK * live + 2 * trained * trains)
 
 
@@ -136,14 +139,14 @@ def at_most(model: nn.Module, sizes: Sequence[int], dim: int, dtype: torch.dtype
     kind, together = torch.device(device).type, len(sizes)
     key = (type(model).__name__, sum(p.numel() for p in model.parameters()), together, dim, dtype, kind, trains)
     if key not in _lines_of:
-        few, many = (needed(model, [n] * together, dim, dtype, device, trains, kept=sys.maxsize) for n in EQUAL)
+        few, many = (needed(model, [n] * together, dim, dtype, device, trains, kept=ALL) for n in EQUAL)
         slope = (many - few) / ((EQUAL[1] - EQUAL[0]) * together)
         _lines_of[key] = few - slope * EQUAL[0] * together, slope
     start, slope = _lines_of[key]
     return start + slope * together * max(sizes)
 
 
-def _counted(model: nn.Module, batch: RaggedBatch, kind: str, trains: bool, kept: int) -> int:
+def _counted(model: nn.Module, batch: RaggedBatch, kind: str, trains: bool, kept: tuple[int, int] | None) -> int:
     """`live_bytes` as on a kind of device. What cannot run on shapes alone in half precision is counted in float32,
     which takes more; what asks for numbers, by the networks inside it; what has none, as nothing."""
     networks = [part for part in model.children() if hasattr(part, "encode")]
@@ -159,16 +162,14 @@ def _counted(model: nn.Module, batch: RaggedBatch, kind: str, trains: bool, kept
 
 
 @contextmanager
-def _as_on(kind: str, n: int, kept: int) -> Iterator[None]:
+def _as_on(kind: str, n: int, kept: tuple[int, int] | None) -> Iterator[None]:
     """Gated attention takes "meta" for another device, and few chunks for many."""
-    before = gated_attention.KEPT
     gated_attention.CHUNKS["meta"] = max(gated_attention.CHUNKS.get(kind, n), n // PIECES)
-    gated_attention.KEPT = kept
+    gated_attention.KEPT["meta"] = kept or gated_attention.KEPT[kind]
     try:
         yield
     finally:
-        del gated_attention.CHUNKS["meta"]
-        gated_attention.KEPT = before
+        del gated_attention.CHUNKS["meta"], gated_attention.KEPT["meta"]
 
 
 def _shapes(sizes: Sequence[int], dim: int, dtype: torch.dtype) -> RaggedBatch:
