@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,9 +172,10 @@ def architecture_of(model: nn.Module, dim: int, settings: Network) -> dict[str, 
             "options": {"top_k": model.top_k, "expert": expert},
         }  # fmt: skip
     for name, make in NETWORKS.items():
-        if type(make(dim, settings)) is type(model):
-            dim_emb = model.embed.out_features if isinstance(model, MeanMIL) else settings.dim_emb
-            return {"kind": "network", "name": name, "dim_emb": dim_emb}
+        with suppress(Refused):  # a network that cannot have the study's dimensions is not this one
+            if type(make(dim, settings)) is type(model):
+                dim_emb = model.embed.out_features if isinstance(model, MeanMIL) else settings.dim_emb
+                return {"kind": "network", "name": name, "dim_emb": dim_emb}
     raise Refused(
         f"a model of the class {type(model).__name__} cannot be exported: a model folder holds the networks of "
         f"steph.mil ({', '.join(NETWORKS)}) and what STEPH, fine-tuning, surgery and ROUPKT make of them."

@@ -101,21 +101,20 @@ def mapped(found: Prediction) -> list[tuple[str, pd.DataFrame]]:
 def geojson(patches: pd.DataFrame, edge: int, n: int) -> dict[str, Any]:
     """A slide's patches as GeoJSON that QuPath opens: a detection per patch, a square of `edge` level-0 pixels, with
     its class, colour and measurements. n: patches of the whole bag, for attention over an even share."""
-    columns = (patches[name] for name in ("x", "y", "attention", "rank", "percentile"))
+    columns = (patches[name].tolist() for name in ("x", "y", "attention", "rank", "percentile"))
+    classes = _classes()
     features = []
-    for x, y, attention, rank, percentile in zip(*columns, strict=True):
-        left, top = int(x), int(y)
+    for left, top, attention, rank, percentile in zip(*columns, strict=True):
         right, bottom = left + edge, top + edge
         ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
-        name, colour = _class(percentile)
         properties = {
             "objectType": "detection",
-            "classification": {"name": name, "color": colour},
+            "classification": next(kind for start, kind in classes if percentile >= start),
             "measurements": {
-                "Attention": float(attention),
-                "Attention, times an even share": float(attention * n),
-                "Attention percentile in the slide": float(100 * percentile),
-                "Attention rank in the patient": int(rank),
+                "Attention": attention,
+                "Attention, times an even share": attention * n,
+                "Attention percentile in the slide": 100 * percentile,
+                "Attention rank in the patient": rank,
             },
         }
         shape = {"type": "Polygon", "coordinates": [ring]}
@@ -123,10 +122,11 @@ def geojson(patches: pd.DataFrame, edge: int, n: int) -> dict[str, Any]:
     return {"type": "FeatureCollection", "features": features}
 
 
-def _class(percentile: float) -> tuple[str, list[int]]:
-    i = next(i for i, (start, _) in enumerate(CLASSES) if percentile >= start)
-    end = CLASSES[i - 1][0] if i else 1.0
-    return CLASSES[i][1], colours(np.array([(CLASSES[i][0] + end) / 2]))[0].tolist()
+def _classes() -> list[tuple[float, dict[str, Any]]]:
+    """`CLASSES` with the colour of the middle of each."""
+    starts = np.array([start for start, _ in CLASSES])
+    middle = colours((starts + np.array([1.0, *starts[:-1]])) / 2).tolist()
+    return [(start, {"name": n, "color": colour}) for (start, n), colour in zip(CLASSES, middle, strict=True)]
 
 
 def colours(values: np.ndarray) -> np.ndarray:
@@ -174,8 +174,9 @@ p { margin: .4rem 0; } .muted { color: var(--muted); font-size: .9rem; }
 .limits { background: var(--soft); padding: .5rem .8rem; border-radius: .4rem; margin-top: .5rem; }
 .large { font-size: 2.2rem; font-weight: 600; line-height: 1.1; color: var(--patient); }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th { text-align: right; font-weight: 600; color: var(--muted); } td { text-align: right; }
-th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { text-align: right; font-weight: 600; color: var(--muted); vertical-align: bottom; }
+td { text-align: right; white-space: nowrap; }
+th, td { padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
 tr.off td { color: var(--muted); }
 .scroll { overflow-x: auto; }
@@ -285,9 +286,9 @@ def _merged(found: Prediction, c: Config) -> str:
     largest = max(float(found.mixture["coefficient"].abs().max()), 1e-12)
     rows, off = [], []
     for i, (name, w, lam, kept, coefficient) in enumerate(found.mixture.itertuples(index=False)):
-        used = i == 0 or (kept and w > 0)
+        used = kept and (coefficient > 0 if i == 0 else w > 0)
         label, numbers = (f"{name} (its own model)", ["", ""]) if i == 0 else (name, [f"{w:.4f}", f"{lam:.3f}"])
-        bar = _Markup(f'<div class="bar" style="width:{8 * abs(coefficient) / largest:.2f}rem"></div>')
+        bar = _Markup(f'<div class="bar" style="width:{4 * abs(coefficient) / largest:.2f}rem"></div>')
         rows.append([label, *numbers, "yes" if used else "no", f"{coefficient:.4f}", bar])
         off.append(not used)
     table = _table(["cancer", "w", "λ", "in use", "coefficient", ""], rows, off)

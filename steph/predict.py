@@ -11,6 +11,7 @@ brought into the format of its store, and the study's own function predicts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -24,15 +25,16 @@ import torch
 from torch import nn
 
 from steph import Refused
-from steph.analysis.attention import attention_of, mixture, patch_size
+from steph.analysis.attention import attention_of, patch_size
 from steph.data.bags import RaggedBatch, sampled
 from steph.data.features import check_slides, inspect, read
 from steph.data.manifest import Features
 from steph.data.tables import read_csv
 from steph.device import check_device
-from steph.hypernetwork import STEPH
+from steph.hypernetwork import STEPH, mixture_coefficients
 from steph.merging.surgery import Surgery
 from steph.mil import MeanMIL
+from steph.mil.state import load_into
 from steph.model_folder import Config, Inputs, read_model
 from steph.progress import track
 from steph.training import needs_coords, single_thread
@@ -130,7 +132,8 @@ class Model:
         bag = Bag.read(paths, self.config, patient_id)
         with single_thread():
             row = self._row(bag)
-            mixed, attention = self._mixture(bag), self._attention(bag)
+            mixed = self._mixture()
+            attention = self._attention(bag, mixed)
         patches, edges = bag.places(self.config.inputs.max_patches), {}
         patches["attention"] = np.nan if attention is None else attention
         patches["rank"] = patches["attention"].rank(method="first", ascending=False).astype("Int64")
@@ -186,25 +189,41 @@ class Model:
             raise Refused(f"{bag.patient_id}: the risk is {row['risk']}: features this large are of no use to a model.")
         return row
 
-    def _mixture(self, bag: Bag) -> pd.DataFrame | None:
-        merging = self.network.merged.network if isinstance(self.network, Surgery) else self.network
-        if not isinstance(merging, STEPH):
-            return None
-        how = (self.device, self.precision, self.config.inputs.max_patches)
-        return mixture(merging, bag, bag.patient_id, *how)  # type: ignore[arg-type]
-
-    def _attention(self, bag: Bag) -> np.ndarray | None:
-        if self.without_attention:
-            return None
-        options: dict[str, Any] = {"max_patches": self.config.inputs.max_patches}
-        options["coords"] = needs_coords(self.network) is not None
-        dtype = next(self.network.parameters()).dtype
-        return attention_of(self.network, bag.batch([bag.patient_id], self.device, dtype, **options))
-
     @property
-    def without_attention(self) -> bool:
-        """Whether the model does not pool patches by an attention of its own."""
-        return isinstance(self.network, MeanMIL | ROUPKT)
+    def _merging(self) -> STEPH | None:
+        """The part that merges a model for each patient; None where there is none."""
+        part = self.network.merged.network if isinstance(self.network, Surgery) else self.network
+        return part if isinstance(part, STEPH) else None
+
+    def _mixture(self) -> pd.DataFrame | None:
+        """What the last prediction merged."""
+        if self._merging is None:
+            return None
+        names = self._merging.source_names
+        w, lam = self._merging.monitor().view(2, -1)
+        selected = w.argsort(descending=True, stable=True)[: self._merging.top_k or len(names)]
+        coefficients = mixture_coefficients(w[None], lam[None], selected[None])[0]
+        return pd.DataFrame(
+            {
+                "source": [self.config.dataset, *names],
+                "w": [np.nan, *w.tolist()],
+                "lambda": [np.nan, *lam.tolist()],
+                "kept": [True, *np.isin(np.arange(len(names)), selected.cpu().numpy()).tolist()],
+                "coefficient": coefficients.tolist(),
+            }
+        )
+
+    def _attention(self, bag: Bag, mixed: pd.DataFrame | None) -> np.ndarray | None:
+        if isinstance(self.network, MeanMIL | ROUPKT):
+            return None
+        network, dtype = self.network, next(self.network.parameters()).dtype
+        if self._merging is not None and mixed is not None:
+            coefficients = torch.tensor(mixed["coefficient"], dtype=dtype, device=self.device)
+            network = deepcopy(self._merging.encoder.network)
+            load_into(network, self._merging.encoder.state(coefficients))
+        options: dict[str, Any] = {"max_patches": self.config.inputs.max_patches}
+        options["coords"] = needs_coords(network) is not None
+        return attention_of(network, bag.batch([bag.patient_id], self.device, dtype, **options))
 
     def _notes(self, bag: Bag, attention: np.ndarray | None) -> list[str]:
         notes = []
@@ -278,7 +297,7 @@ def read_slide(path: Path, inputs: Inputs) -> Slide:
         )
     features, coords = read(path)
     with np.errstate(over="ignore"):
-        stored = features.astype(inputs.precision)
+        stored = features.astype(inputs.precision, copy=False)
     finite = np.isfinite(stored).all(axis=1)
     if not finite.all():
         first = int(np.flatnonzero(~finite)[0])
