@@ -180,7 +180,10 @@ def shelve(bench: Workbench) -> None:
         infos[chapter.name] = notebooks.completion(executed)
         for link in linked_files(executed):
             # The builder copies what lies in files/ to the book's root; pages of notebooks lie below build/book/.
-            _copy(executed.parent / link, SHELF / "files" / "build" / "book" / "notebooks" / link, executed)
+            place = Path(os.path.normpath(SHELF / "files" / "build" / "book" / "notebooks" / link))
+            if not place.is_relative_to(SHELF / "files"):
+                raise Refused(f"{executed} links to {link}, outside the study's folder. Write what it shows into it.")
+            _copy(executed.parent / link, place, executed)
         _copy(executed, target, executed)
     runs = results(bench)
     _write("status.md", pages.status(bench, infos, runs))
@@ -221,7 +224,7 @@ def _copy(source: Path, target: Path, executed: Path) -> None:
     if not source.is_file():
         again = f"steph run {executed.stem.partition('-')[0]}"
         raise Refused(f"{executed} links to {source}, which is not there. Run it again: {again}")
-    with atomic_path(Path(os.path.normpath(target))) as temporary:
+    with atomic_path(target) as temporary:
         shutil.copyfile(source, temporary)
 
 

@@ -367,6 +367,8 @@ def method(name: str) -> Method:
     found = METHODS[base]
     if not at:
         return found
+    if not source:
+        raise Refused(f"method {name!r} names no data set after @; write {base}@CANCER, or {base!r} for all sources.")
     if not found.needs_sources or found.after:
         raise Refused(f"method {name!r}: {found.title} cannot be given one source; write {base!r}.")
     options = {**found.options, **({"top_k": 1} if found.sparse else {})}

@@ -8,7 +8,6 @@ ran to its end gets a completion record beside it, written last; nothing else co
 from __future__ import annotations
 
 import ast
-import json
 import linecache
 import os
 import sys
@@ -25,7 +24,7 @@ from steph import PROJECT, Refused
 from steph.data.manifest import MANIFESTS, Study, load_study, unknown
 from steph.device import check_device, precision_for
 from steph.plots.display import FOLDER_VARIABLE
-from steph.records import atomic_path, file_sha256, fingerprint, versions, write_json
+from steph.records import atomic_path, file_sha256, fingerprint, read_json, versions, write_json
 from steph.runs import Workbench
 
 NOTEBOOKS = PROJECT / "notebooks"
@@ -230,9 +229,12 @@ def find(name: str | Path) -> Path:
     """A notebook by path, also below ``notebooks/`` (``templates/new_method``), or by name (``01_baselines``,
     ``baselines``). Raises `Refused` for one that is not there."""
     path = Path(name)
-    for candidate in (path, NOTEBOOKS / path.with_suffix(".ipynb")):
-        if candidate.suffix == ".ipynb" and candidate.is_file():
-            return candidate
+    try:
+        for candidate in (path, NOTEBOOKS / path.with_suffix(".ipynb")):
+            if candidate.suffix == ".ipynb" and candidate.is_file():
+                return candidate
+    except (OSError, ValueError):
+        pass  # A name that no file can have.
     known = sorted(NOTEBOOKS.glob("*.ipynb"))
     for candidate in known:
         if path.stem in (candidate.stem, candidate.stem.partition("_")[2]):
@@ -243,7 +245,7 @@ def find(name: str | Path) -> Path:
 def declared(notebook: Path) -> dict[str, Any]:
     """Parameters and defaults of a notebook's cell tagged ``parameters``. Raises `Refused` where there is none."""
     try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        cells = read_json(notebook)["cells"]
         cell = next(c for c in cells if "parameters" in c.get("metadata", {}).get("tags", []))
         source = "".join(cell["source"])
         if not source.startswith(MARK):
@@ -251,7 +253,16 @@ def declared(notebook: Path) -> dict[str, Any]:
         return {name: ast.literal_eval(value) for name, value in _assignments(source).items()}
     except StopIteration:
         raise Refused(f"{notebook} has no cell tagged 'parameters'; tag the one that assigns them.") from None
-    except (ValueError, KeyError, SyntaxError, TypeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        SyntaxError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise Refused(f"{notebook} is not a notebook with plain parameters: {error}") from None
 
 
@@ -284,8 +295,8 @@ def execute(notebook: Path, given: Mapping[str, Any], output: Path | None = None
         working = temporary.with_suffix(".ipynb")
         try:
             papermill.execute_notebook(
-                notebook,
-                working,
+                _literally(notebook),
+                _literally(working),
                 dict(given),
                 language="python",
                 kernel_name="python3",
@@ -323,6 +334,11 @@ def execute(notebook: Path, given: Mapping[str, Any], output: Path | None = None
     return target
 
 
+def _literally(path: Path) -> str:
+    """A path as papermill takes it, which fills in what stands in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 @contextmanager
 def _kernels_know(folder: Path) -> Iterator[None]:
     """Kernels started meanwhile know in which folder their notebook will lie, so that its links to files hold there."""
@@ -347,7 +363,7 @@ def completion(executed: Path) -> dict[str, Any]:
     one than was completed: then it may be half done, whatever it looks like."""
     path = completion_path(executed)
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = read_json(path)
         if info["status"] == "complete" and info["notebook"] == file_sha256(executed):
             return info
         reason = "the notebook is not the one that was completed"
@@ -359,7 +375,7 @@ def completion(executed: Path) -> dict[str, Any]:
 def state(notebook: Path, given: Mapping[str, Any], bench: Workbench) -> str:
     """Hash of all that an executed notebook shows: its source and parameters, the library and the packages, the study's
     manifest, data and finished runs, the same of its twin where there is one, the paper's tables."""
-    source = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    source = read_json(notebook)["cells"]
     cells = [[cell["cell_type"], "".join(cell["source"])] for cell in source]
     files = [*sorted((PROJECT / "steph").rglob("*.py")), *sorted((MANIFESTS / "paper").glob("*"))]
     studies = [bench.study]

@@ -78,8 +78,8 @@ def status(bench: Workbench, infos: Mapping[str, Mapping[str, Any]], runs: pd.Da
 
 What stands behind the pages: every number of this book comes from a record listed here.
 
-Study `{study.name}`, {study.title}. Its data are {kind}. {len(runs)} finished runs, {runs["seconds"].sum() / 60:.0f}
-minutes of computing. Built with the code of {code_state()} on {platform.system()} ({platform.machine()}).
+Study `{study.name}`, {text(study.title)}. Its data are {kind}. {len(runs)} finished runs,
+{runs["seconds"].sum() / 60:.0f} minutes of computing. Built with the code of {code_state()} on {platform.system()} ({platform.machine()}).
 
 ## Notebooks
 
@@ -272,7 +272,12 @@ def command_page() -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown."""
+    """A table in Markdown; what looks like a tag in a cell is text."""
     head = f"| {' | '.join(map(str, table.columns))} |\n|{'---|' * len(table.columns)}"
-    cells = [" | ".join(str(value).replace("|", "\\|") for value in row) for row in table.itertuples(index=False)]
+    cells = [" | ".join(text(value).replace("|", "\\|") for value in row) for row in table.itertuples(index=False)]
     return "\n".join([head, *(f"| {row} |" for row in cells)])
+
+
+def text(value: Any) -> str:
+    """A value as text in a page of Markdown, in which HTML would count."""
+    return str(value).replace("&", "&amp;").replace("<", "&lt;")

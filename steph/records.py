@@ -70,6 +70,14 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path) -> Any:
+    """Plain data from a JSON file. Raises `ValueError` for one that is none, `OSError` where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 @dataclass(frozen=True)
 class Record:
     """A finished run: its folder and what ``run.json`` says (status, metrics, configuration, versions, seconds)."""
@@ -110,10 +118,10 @@ def read_record(folder: Path) -> Record | None:
     if not path.is_file():
         return None
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = read_json(path)
         if info["status"] != "complete" or not isinstance(info["files"], dict):
             raise ValueError("not a completion record")
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refused(f"{path} cannot be read ({error}). Delete {folder} and run again.") from None
     return Record(folder, info)
 

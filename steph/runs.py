@@ -237,10 +237,13 @@ def results(study: Study | str | Path | Workbench, current_only: bool = True) ->
     bench = study if isinstance(study, Workbench) else Workbench(study)
     rows = []
     for path in sorted((bench.study.build / "runs").glob("*/*/*/run.json")):
-        found = read_record(path.parent)
-        row = {**row_of(found), "folds": bench.study.folds}
-        known = row["dataset"] in bench.study.datasets and known_method(row["method"])
-        row["current"] = known and bench.key(Run(**{k: row[k] for k in Run.__dataclass_fields__})) == row["key"]
+        try:
+            row = {**row_of(read_record(path.parent)), "folds": bench.study.folds}
+            run = Run(**{k: row[k] for k in Run.__dataclass_fields__})
+            known = run.dataset in bench.study.datasets and known_method(run.method)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Refused(f"{path} is no record of a run ({error!r}). Delete {path.parent} and run again.") from None
+        row["current"] = known and bench.key(run) == row["key"]
         rows.append(row)
     table = pd.DataFrame(rows)
     return table[table["current"]].reset_index(drop=True) if current_only and len(table) else table

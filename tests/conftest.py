@@ -87,6 +87,29 @@ def tiny(build_folder, tmp_path_factory, worker_id):
 
 
 @pytest.fixture(scope="session")
+def few_runs(tmp_path_factory):
+    """A build folder in which the study `tiny` has its data and one finished run per data set; not to be written to."""
+    from steph.data.manifest import load_study
+    from steph.study import run
+
+    folder = tmp_path_factory.mktemp("few")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEPH_BUILD", str(folder))
+        for name in load_study("tiny").datasets:
+            run("tiny", name, "vanilla", 0)
+    return folder
+
+
+@pytest.fixture
+def build(few_runs, tmp_path, monkeypatch):
+    """A copy of it, to be damaged; the study's folder in it."""
+    shutil.copytree(few_runs, tmp_path / "build")
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "build"))
+    monkeypatch.delenv("STEPH_DATA", raising=False)
+    return tmp_path / "build" / "tiny"
+
+
+@pytest.fixture(scope="session")
 def tiny_book(tiny, tmp_path_factory, worker_id):
     """A copy of the project in which `steph book --study tiny` has built the book: the path of the copy. Its runs are
     those of `tiny`; what else the book needs, it makes. Built once for all tests."""

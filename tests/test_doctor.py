@@ -23,31 +23,15 @@ from steph.data.dataset import pack_dataset
 from steph.data.manifest import load_study
 from steph.doctor import as_json, as_text, examine
 from steph.records import read_record
-from steph.study import run
 
 WORDS = {"check", "status", "found", "fix"}
 
 
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """A build folder in which the study tiny has its data and one finished run."""
-    folder = tmp_path_factory.mktemp("doctor")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEPH_BUILD", str(folder))
-        for name in load_study("tiny").datasets:
-            run("tiny", name, "vanilla", 0)
-    return folder
-
-
-@pytest.fixture
-def build(made, tmp_path, monkeypatch):
-    """A copy of it, to be damaged: the folder of the study."""
-    shutil.copytree(made, tmp_path / "build")
-    monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "build"))
-    monkeypatch.delenv("STEPH_DATA", raising=False)
+@pytest.fixture(autouse=True)
+def steady(tmp_path, monkeypatch):
+    """No book, and one thread, whatever the machine has."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr("steph.book.SHELF", tmp_path / "book")
-    return tmp_path / "build" / "tiny"
 
 
 def found(check, study="tiny", device="cpu", status=None):

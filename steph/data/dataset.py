@@ -17,10 +17,11 @@ from steph import Refused
 from steph.data.bags import RaggedBatch, sampled
 from steph.data.cohort import COLUMNS, Cohort, read_cohort
 from steph.data.features import check_slides, find_slides
-from steph.data.manifest import Study
+from steph.data.manifest import Study, at_home
 from steph.data.resident import resident
 from steph.data.splits import Splits, load_splits
 from steph.data.store import Store, pack
+from steph.data.tables import read_csv
 from steph.records import fingerprint
 
 NO_COORDS = -1
@@ -239,8 +240,9 @@ def _cohort(study: Study, name: str, path: Path) -> Cohort:
 
 
 def _oracle(path: Path, cohort: Cohort) -> pd.Series:
-    table = pd.read_csv(path, dtype={"patient_id": str}).set_index("patient_id")["log_risk"]
-    if not table.index.is_unique or set(table.index) != set(cohort.slides_of):
+    table = read_csv(path).reindex(columns=["patient_id", "log_risk"]).set_index("patient_id")["log_risk"]
+    table = pd.to_numeric(table, errors="coerce")
+    if not table.index.is_unique or set(table.index) != set(cohort.slides_of) or table.isna().any():
         raise Refused(f"{path} does not list the cohort's patients, once each. Delete it and it is made again.")
     return table.loc[list(cohort.slides_of)]
 
@@ -258,10 +260,13 @@ def feature_folders(study: Study, name: str) -> list[Path]:
     found: set[Path] = set()
     for pattern in entry.folders or study.features.folders:
         for project in entry.projects:
-            path = Path(pattern.replace("{project}", project).replace("{dataset}", name)).expanduser()
+            path = at_home(pattern.replace("{project}", project).replace("{dataset}", name))
             base = Path(path.anchor) if path.is_absolute() else study.data
             rest = str(path.relative_to(path.anchor))
-            found.update(base.glob(rest) if set(rest) & set("*?[") else [base / rest])
+            try:
+                found.update(base.glob(rest) if set(rest) & set("*?[") else [base / rest])
+            except (ValueError, NotImplementedError) as error:
+                raise Refused(f"{pattern!r} in `folders` of study {study.name} is no pattern: {error}.") from None
     return sorted(folder for folder in found if folder.is_dir())
 
 

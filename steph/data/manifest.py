@@ -5,16 +5,26 @@ from __future__ import annotations
 import os
 from difflib import get_close_matches
 from pathlib import Path
+from reprlib import Repr
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from steph import PROJECT, Refused
 
 MANIFESTS = PROJECT / "data_manifest"
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
+"""Becomes a part of paths: no separator, nothing that a shell or a page understands, short enough for a file."""
 Positive = Annotated[int, Field(gt=0)]
+
+
+BAD_VALUES = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What PyYAML raises, beside its own errors, for values such as a 13th month, and for endless nesting."""
+
+SHOWN = Repr()
+"""How much of a wrong value an error shows: aliases of aliases make values without end."""
+SHOWN.maxlevel, SHOWN.maxstring, SHOWN.maxother = 2, 200, 200
 
 
 class _Strict(BaseModel):
@@ -163,6 +173,13 @@ class Study(_Strict):
     sources: list[Source] = []
     _address: str = PrivateAttr(default="")
 
+    @field_validator("name")
+    @classmethod
+    def _not_the_books(cls, name: str) -> str:
+        if name.lower() == "book":
+            raise ValueError("build/book is the book's folder, and is deleted with it; choose another name")
+        return name
+
     @property
     def address(self) -> str:
         """What `load_study` finds the study by: its name, or the path of its manifest."""
@@ -172,12 +189,12 @@ class Study(_Strict):
     def data(self) -> Path:
         """The data root."""
         given = self.data_root if self.synthetic else os.environ.get("STEPH_DATA", "") or self.data_root
-        return PROJECT / Path(given).expanduser() if given else self.build / "data"
+        return PROJECT / at_home(given) if given else self.build / "data"
 
     @property
     def build(self) -> Path:
         """Where everything made for the study goes: ``build/<study>``; STEPH_BUILD replaces ``build``."""
-        return Path(os.environ.get("STEPH_BUILD") or PROJECT / "build").expanduser().resolve() / self.name
+        return at_home(os.environ.get("STEPH_BUILD") or str(PROJECT / "build")).resolve() / self.name
 
     @property
     def n_folds(self) -> int:
@@ -193,6 +210,14 @@ class Study(_Strict):
     def sources_of(self, dataset: str) -> list[str]:
         """The other data sets in alphabetical order, as the release orders them."""
         return sorted(set(self.datasets) - {dataset})
+
+
+def at_home(text: str) -> Path:
+    """A path, ~ and ~user replaced. Raises `Refused` for a user whom nobody knows here."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise Refused(f"{text}: there is no such user's home here. Write the path without ~.") from None
 
 
 def unknown(what: str, found: str, known: list[str], where: str) -> str:
@@ -215,7 +240,9 @@ def load_study(name: str | Path) -> Study:
         study._address = study.name if path == MANIFESTS / f"{study.name}.yaml" else str(path.resolve())
         return study
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {e.get('input')!r})" for e in error.errors()]
+        lines = [
+            f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {SHOWN.repr(e.get('input'))})" for e in error.errors()
+        ]
         raise Refused(f"study manifest {path} is not valid:\n" + "\n".join(lines)) from None
 
 
@@ -223,19 +250,26 @@ def _manifest_path(name: str | Path) -> Path:
     path = Path(name)
     if path.suffix not in {".yaml", ".yml"}:
         path = MANIFESTS / f"{name}.yaml"
-        if not path.is_file():
+        if not _is_file(path):
             known = sorted(p.stem for p in MANIFESTS.glob("*.yaml"))
             raise Refused(unknown("study", str(name), known, str(MANIFESTS)) + " Or give the path of a YAML file.")
-    if not path.is_file():
+    if not _is_file(path):
         raise Refused(f"no study manifest at {path}. Give a name of data_manifest/ or the path of a YAML file.")
     return path
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # A name that no file can have.
+        return False
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"study manifest {path} is not readable YAML: {error}") from None
+    except (yaml.YAMLError, *BAD_VALUES) as error:
+        raise Refused(f"study manifest {path} is not readable YAML: {error or type(error).__name__}") from None
     if not isinstance(values, dict):
         raise Refused(f"study manifest {path} holds {type(values).__name__}; expected keys and values.")
     if "extends" not in values:
@@ -244,7 +278,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise Refused(f"study manifest {path} extends itself.")
     base = str(values.pop("extends"))
     beside = path.parent / f"{base}.yaml"
-    return _merge(_read(beside if beside.is_file() else _manifest_path(base), (*seen, path.resolve())), values)
+    return _merge(_read(beside if _is_file(beside) else _manifest_path(base), (*seen, path.resolve())), values)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

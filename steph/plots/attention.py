@@ -58,7 +58,7 @@ def attention_maps(
         parts, n_slides = _most_attended(table, slides), table["slide_id"].nunique()
         for number, part in parts:
             slide = f", slide {number} of {n_slides}" if n_slides > 1 else ""
-            rows.append((label + slide, part, len(table)))
+            rows.append((label.replace("$", r"\$") + slide, part, len(table)))  # a patient's name is no formula
     first, second = _models(tables[0])
     shown = {first: title(first), second: title(second), **(names or {})}
     sizes = [patch_size(part["x"].to_numpy(int), part["y"].to_numpy(int)) or edge for _, part, _ in rows]

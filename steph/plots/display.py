@@ -144,6 +144,8 @@ def styled(table: pd.DataFrame, formats: Mapping[Any, str] | None = None, index:
         else:
             chosen[column] = _unbroken
     shown = table.style.format(chosen, na_rep="", escape="html")
+    for axis in (0, 1):
+        shown = shown.format_index(escape="html", axis=axis)
     numeric = [f".col{i}" for i, column in enumerate(table.columns) if pd.api.types.is_numeric_dtype(table[column])]
     heading = f"th.level{table.columns.nlevels - 1}"
     styles: list[Any] = [
