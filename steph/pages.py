@@ -79,7 +79,8 @@ def status(bench: Workbench, infos: Mapping[str, Mapping[str, Any]], runs: pd.Da
 What stands behind the pages: every number of this book comes from a record listed here.
 
 Study `{study.name}`, {text(study.title)}. Its data are {kind}. {len(runs)} finished runs,
-{runs["seconds"].sum() / 60:.0f} minutes of computing. Built with the code of {code_state()} on {platform.system()} ({platform.machine()}).
+{runs["seconds"].sum() / 60:.0f} minutes of computing.
+Built with the code of {code_state()} on {platform.system()} ({platform.machine()}).
 
 ## Notebooks
 
