@@ -10,6 +10,7 @@ from made_model import DIM, SETTINGS, made_config, made_folder, made_steph
 from safetensors.torch import save_file
 
 from steph import Refused
+from steph.data.bags import RaggedBatch
 from steph.merging.surgery import Surgery
 from steph.mil import NETWORKS, MeanMIL
 from steph.model_folder import (
@@ -33,7 +34,9 @@ def network(name="abmil"):
 
 def bags(seed=3):
     torch.manual_seed(seed)
-    return [torch.randn(9, DIM), torch.randn(4, DIM)]
+    features = torch.randn(13, DIM)
+    grid = torch.tensor([(256 * (i % 4), 256 * (i // 4)) for i in range(13)])
+    return RaggedBatch(features, (0, 9, 13), grid, (0, 9, 13))
 
 
 STEPHS = {
@@ -49,7 +52,7 @@ STEPHS = {
 MODELS = {
     **{f"steph_{name}": lambda options=options: made_steph(**options) for name, options in STEPHS.items()},
     "abmil": network,
-    "ilra": lambda: network("ilra"),
+    "patch_gcn": lambda: network("patch_gcn"),
     "wide_mean": lambda: MeanMIL(DIM, 11, SETTINGS.n_bins),
     "finetuned": lambda: FineTuned(network(), fresh_head=True),
     "roupkt": lambda: ROUPKT(network(), {"A": network(), "B": network()}, top_k=1),
