@@ -63,8 +63,8 @@ distclean: clean ## also delete the environment
 # installed one alone. `system` lends the environment the torch that PYTHON already has, through a .pth file; only pip
 # sees a package lent that way, so pip installs the rest.
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); steph needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); steph needs Python 3.11.4 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@torch=$(TORCH); made=$$(cat $@ 2>/dev/null || true); \
 	if [ "$$torch" = auto ]; then \
 	  torch=$${made:-cpu}; \
