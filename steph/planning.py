@@ -12,7 +12,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,9 @@ import torch
 from torch import nn
 
 from steph import Refused
-from steph.analysis.efficiency import bag, built, deployed, machine, training_operations
 from steph.analysis.kept import kept
+from steph.analysis.operations import bag, built, by_products, deployed, training_operations
+from steph.analysis.timing import machine
 from steph.data.bags import RaggedBatch
 from steph.data.manifest import Study
 from steph.memory import available, heaviest, needed
@@ -241,8 +241,6 @@ def _trainings(entry: Method) -> int:
 
 def _operations(study: Study, names: Sequence[str], n: int = 8192) -> dict[str, dict[str, float]]:
     """Operations per patch of training passes, of what is computed once, of predictions; updates: whether it trains."""
-    from steph.analysis.efficiency import by_products
-
     plain = training_operations(["vanilla"], study, n)["vanilla"] / n
     forward = by_products(deployed("vanilla", study), bag(n, study.features.dim)) / n
     found, known = {}, {}

@@ -146,6 +146,11 @@ def costs() -> pd.DataFrame:
     )  # fmt: skip
 
 
+def sampled() -> pd.DataFrame:
+    rows = [(n, reads, 1.2, 1.3) for n in (200, 1000) for reads in (256, n) if reads <= n]
+    return pd.DataFrame(rows, columns=["patches", "reads", "× Vanilla (operations)", "× Vanilla"])
+
+
 def judged(problem: str = "") -> pd.DataFrame:
     """Two methods on two data sets, looked at in every way that the evidence has; the last possibly undefined."""
     numbers = {"auc": 0.6, "skill": -0.1, "low": 0.05, "high": 0.9, "hazard_ratio": 0.5, "p": 0.01, "gain": 0.1}
@@ -305,6 +310,7 @@ FIGURES = {
     "epochs": lambda: plots.epochs(epoch_rounds()),
     "epochs by sources": lambda: plots.epochs_by_sources(epoch_rounds()),
     "predictions": lambda: plots.predictions(costs(), costs()),
+    "sampling": lambda: plots.sampling(sampled()),
     "starts, planted": lambda: plots.starts(at_the_end(course()), pd.Series(0.5, index=DATASETS[1:])),
     "controls": lambda: plots.transfer_controls(controlled(), {"study": "here", "its twin": "twin"}),
     "controls, one place": lambda: plots.transfer_controls(controlled(external=False), {"study": "here"}),

@@ -8,7 +8,7 @@ import pytest
 from made_results import DATASETS, frame, shifted
 
 from steph import Refused, results, scorecard
-from steph.analysis import efficiency
+from steph.analysis import operations
 from steph.analysis.landscape import grid
 from steph.analysis.statistics import Estimate
 from steph.data.manifest import load_study
@@ -289,7 +289,7 @@ def test_alignment_is_read_by_the_released_rule_beside_a_source_that_shares_noth
 
 
 def test_operations_are_counted_not_taken_from_the_paper():
-    counted = efficiency.operations(["vanilla", "transmil", "ilra", "r2t_mil", "patch_gcn", "steph", "roupkt"])
+    counted = operations.of_methods(["vanilla", "transmil", "ilra", "r2t_mil", "patch_gcn", "steph", "roupkt"])
     assert check("operations", operations=counted).answer == "agrees"
     assert check("operations-steph", operations=counted).answer == "disagrees"  # D8: 39.3, not 40.1
     found = check("cheaper", operations=counted)

@@ -31,6 +31,7 @@ from steph.plots.efficiency import epochs as epochs
 from steph.plots.efficiency import epochs_by_sources as epochs_by_sources
 from steph.plots.efficiency import performance_and_cost as performance_and_cost
 from steph.plots.efficiency import predictions as predictions
+from steph.plots.efficiency import sampling as sampling
 from steph.plots.evidence import accuracy as accuracy
 from steph.plots.evidence import auc_by_year as auc_by_year
 from steph.plots.evidence import calibration as calibration

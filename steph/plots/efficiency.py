@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from steph.analysis.efficiency import epoch_ratios, of_both_stages, paper_seconds
+from steph.analysis.timing import epoch_ratios, of_both_stages, paper_seconds
 from steph.plots.look import MUTED, WIDTH, colour_of
 from steph.results import title
 
@@ -73,7 +73,7 @@ def _label_points(ax: Axes, table: pd.DataFrame) -> None:
 
 def epochs(times: pd.DataFrame) -> Figure:
     """Seconds of a training epoch of each method, as in Table S6: a dot per round, a bar for the median, an open
-    diamond where the paper's ratio to AdaMerging would be. times: `steph.analysis.efficiency.epoch_times`."""
+    diamond where the paper's ratio to AdaMerging would be. times: `steph.analysis.timing.epoch_times`."""
     import matplotlib.pyplot as plt
 
     wide, printed = of_both_stages(times), paper_seconds("table_s6")
@@ -119,8 +119,8 @@ def epochs_by_sources(times: pd.DataFrame) -> Figure:
 
 def predictions(times: pd.DataFrame, counted: pd.DataFrame) -> Figure:
     """Seconds (a dot per round, a bar for the median) and memory of one prediction, methods in the order of what they
-    compute. times: `steph.analysis.efficiency.prediction_times`; counted: `operations`, whose cost in multiples of the
-    cancer's own model stands as a tick beside its time."""
+    compute. times: `steph.analysis.timing.prediction_times`; counted: `steph.analysis.operations.counted`, whose cost
+    in multiples of the cancer's own model stands as a tick beside its time."""
     import matplotlib.pyplot as plt
 
     products = counted.set_index("method")["products"]
@@ -141,4 +141,27 @@ def predictions(times: pd.DataFrame, counted: pd.DataFrame) -> Figure:
     for ax in (left, right):
         ax.grid(axis="y", visible=False)
     left.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    return fig
+
+
+def sampling(costs: pd.DataFrame) -> Figure:
+    """What a prediction by STEPH takes over one by the cancer's own model, against the size of the bag: measured (dots)
+    and by operations (lines), a colour for each number of patches that the hypernetwork reads. costs:
+    `steph.analysis.efficiency.sampling_costs`."""
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(WIDTH * 0.72, 2.9))
+    whole = costs["reads"] == costs["patches"]
+    shades = plt.get_cmap("viridis")(np.linspace(0.15, 0.8, costs.loc[~whole, "reads"].nunique() + 1))
+    parts = [("all patches", costs[whole])]
+    parts += [(f"{reads:,} patches", part) for reads, part in costs[~whole].groupby("reads", sort=True)]
+    for (label, part), colour in zip(parts, [colour_of("steph"), *shades], strict=False):
+        ax.plot(part["patches"], part["× Vanilla (operations)"], "-", color=colour, linewidth=1)
+        ax.plot(part["patches"], part["× Vanilla"], "o", color=colour, markersize=4.5, label=label)
+    ax.axhline(1, color=MUTED, linewidth=0.7)
+    ax.set(xscale="log", xlabel="patches of the bag", ylabel="a prediction by STEPH\n÷ one by Vanilla")
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    ax.set_xticks(sorted(set(costs["patches"])), minor=False)
+    ax.minorticks_off()
+    fig.legend(*ax.get_legend_handles_labels(), title="the hypernetwork reads", loc="outside lower center", ncols=3)
     return fig

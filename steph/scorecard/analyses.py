@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from steph import Refused
-from steph.analysis import attention, efficiency, landscape
+from steph.analysis import attention, landscape, operations, timing
 from steph.methods import METHODS
 from steph.results import paper_table, title
 from steph.scorecard.rules import Claim, Evidence, Finding
@@ -165,7 +165,7 @@ def _cheaper_than_roupkt() -> Claim:
 
 def _networks_counts() -> Claim:
     """Table S4's operations of networks."""
-    printed = efficiency.printed_gflops
+    printed = operations.printed_gflops
 
     def check(evidence: Evidence) -> Finding:
         found = _operations(evidence)["layers"] / 1e9
@@ -189,7 +189,7 @@ def _steph_count() -> Claim:
     """Table S4's operations of STEPH (D8 of the differences between paper and release)."""
 
     def check(evidence: Evidence) -> Finding:
-        row, printed = _operations(evidence).loc["steph"], efficiency.printed_gflops()["steph"]
+        row, printed = _operations(evidence).loc["steph"], operations.printed_gflops()["steph"]
         layers, products = row["layers"] / 1e9, row["products"] / 1e9
         ours = f"{layers:.2f} in layers, {products:.2f} in all products"
         off = min(abs(layers / printed - 1), abs(products / printed - 1))
@@ -199,7 +199,7 @@ def _steph_count() -> Claim:
         )
 
     return Claim("operations-steph", "D.4, Table S4", "operations of a prediction of STEPH (GFLOPs)",
-                 lambda: f"{efficiency.printed_gflops()['steph']:g}", check, needs_cohort=False)  # fmt: skip
+                 lambda: f"{operations.printed_gflops()['steph']:g}", check, needs_cohort=False)  # fmt: skip
 
 
 def _slower(id: str, section: str, text: str, table: str, slow: str, fast: str) -> Claim:
@@ -215,7 +215,7 @@ def _slower(id: str, section: str, text: str, table: str, slow: str, fast: str) 
         times = evidence.epochs
         if times is None or not {slow, fast} <= set(times["method"]):
             raise Refused("the epochs of these methods were not timed.")
-        row = efficiency.epoch_ratios(times, fast).set_index("method").loc[slow]
+        row = timing.epoch_ratios(times, fast).set_index("method").loc[slow]
         ours = f"× {row['ratio']:.3f} (quartiles {row['low']:.3f} to {row['high']:.3f}; {times['device'].iloc[0]})"
         answer = "agrees" if row["ratio"] <= MARGINAL else "disagrees" if row["low"] > MUCH else "unclear"
         return Finding(ours, answer, f"agrees up to × {MARGINAL}, disagrees where the lower quartile is above × {MUCH}")

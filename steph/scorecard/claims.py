@@ -9,7 +9,7 @@ import pandas as pd
 
 from steph import Refused
 from steph.analysis.dynamics import USED_BELOW
-from steph.analysis.efficiency import learnable_parameters
+from steph.analysis.operations import learnable_parameters
 from steph.analysis.statistics import NOISE, compare, interval
 from steph.methods import METHODS
 from steph.results import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from steph import Refused
-from steph.analysis import attention, cohort_tables, dynamics, efficiency, landscape, sar, trajectory
+from steph.analysis import attention, cohort_tables, dynamics, landscape, operations, sar, timing, trajectory
 from steph.runs import Workbench
 from steph.scorecard.rules import Evidence
 
@@ -21,7 +21,7 @@ def gather(bench: Workbench, results: pd.DataFrame, device: str = "cpu", precisi
     """
     study, datasets = bench.study, list(bench.study.datasets)
     first = PAPER_TARGETS[0] if PAPER_TARGETS[0] in datasets else datasets[0]
-    epochs = efficiency.epoch_runs(study, first, 0, study.seed, precision)
+    epochs = timing.epoch_runs(study, first, 0, study.seed, precision)
     timed = study.synthetic is not None or device != "cpu"
     return Evidence(
         study,
@@ -31,8 +31,8 @@ def gather(bench: Workbench, results: pd.DataFrame, device: str = "cpu", precisi
         landscapes={t: landscape.of_finished(bench, t, precision=precision) for t in PAPER_TARGETS if t in datasets},
         trajectories=trajectory.of_finished(bench, first, precision=precision),
         alignment=_alignment(bench, precision),
-        operations=efficiency.counted(bench),
-        epochs=efficiency.epoch_times(bench, epochs, device) if timed else None,
+        operations=operations.counted(bench),
+        epochs=timing.epoch_times(bench, epochs, device) if timed else None,
         attention=attention.over_datasets(
             bench, attention.finished_everywhere(bench, [0], study.seed, precision), device
         ),

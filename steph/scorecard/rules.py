@@ -37,7 +37,7 @@ class Evidence:
     results: of one seed. cohort: of `cohort_tables.cohort_numbers`. dynamics: by target, the course of w and lambda
     over several starts (`dynamics.dynamics`). landscapes: by target and source (`landscape.of_finished`).
     trajectories: `trajectory.of_finished`. alignment: `sar.attention_against_embedding`. operations:
-    `efficiency.counted`. epochs: `efficiency.epoch_times`. attention: `attention.over_datasets`. What is missing
+    `operations.counted`. epochs: `timing.epoch_times`. attention: `attention.over_datasets`. What is missing
     decides nothing.
     """
 
