@@ -23,7 +23,7 @@ from steph.data.manifest import Study
 from steph.device import precision_for
 from steph.records import atomic_path
 from steph.runs import Run, Workbench, plan, results
-from steph.study import run_all
+from steph.study import end_with_parent, end_workers, run_all
 
 SHELF = PROJECT / "build" / "book"
 """What the builder reads besides book/: gated notebooks, the files they link to, and pages made by `steph.pages`."""
@@ -145,12 +145,15 @@ def _execute(work: list[tuple[Path, dict[str, Any], Path]], workers: int) -> Non
             print(f"{target.stem}: executed", file=sys.stderr)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(work)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(work)), mp_context=context, initializer=end_with_parent) as pool:
         futures = [pool.submit(notebooks.execute, *arguments, progress=False) for arguments in work]
         try:
             for future, (_, _, target) in zip(futures, work, strict=True):
                 future.result()
                 print(f"{target.stem}: executed", file=sys.stderr)
+        except KeyboardInterrupt:
+            end_workers()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -24,7 +24,7 @@ from steph import PROJECT, Refused
 from steph.data.manifest import MANIFESTS, Study, load_study, unknown
 from steph.device import check_device, precision_for
 from steph.plots.display import FOLDER_VARIABLE
-from steph.records import atomic_path, file_sha256, fingerprint, read_json, versions, write_json
+from steph.records import atomic_path, file_sha256, fingerprint, read_json, read_sealed, versions, write_sealed
 from steph.runs import Workbench
 
 NOTEBOOKS = PROJECT / "notebooks"
@@ -316,7 +316,7 @@ def execute(notebook: Path, given: Mapping[str, Any], output: Path | None = None
             if working.exists():
                 working.replace(temporary)
     failed.unlink(missing_ok=True)
-    write_json(
+    write_sealed(
         completion_path(target),
         {
             "status": "complete",
@@ -363,8 +363,8 @@ def completion(executed: Path) -> dict[str, Any]:
     one than was completed: then it may be half done, whatever it looks like."""
     path = completion_path(executed)
     try:
-        info = read_json(path)
-        if info["status"] == "complete" and info["notebook"] == file_sha256(executed):
+        info = read_sealed(path)
+        if info["notebook"] == file_sha256(executed):
             return info
         reason = "the notebook is not the one that was completed"
     except (OSError, ValueError, KeyError, TypeError):

@@ -110,7 +110,8 @@ def _analyses(study: Study) -> str:
     rows = []
     for path in sorted((study.build / "analyses").glob("*/run.json")):
         found = read_record(path.parent)
-        assert found is not None
+        if found is None:  # deleted meanwhile
+            continue
         info = found.info
         rows.append((info["analysis"], info["key"], info["seconds"], info["finished"]))
     if not rows:

@@ -237,8 +237,11 @@ def results(study: Study | str | Path | Workbench, current_only: bool = True) ->
     bench = study if isinstance(study, Workbench) else Workbench(study)
     rows = []
     for path in sorted((bench.study.build / "runs").glob("*/*/*/run.json")):
+        found = read_record(path.parent)
+        if found is None:  # deleted meanwhile
+            continue
         try:
-            row = {**row_of(read_record(path.parent)), "folds": bench.study.folds}
+            row = {**row_of(found), "folds": bench.study.folds}
             run = Run(**{k: row[k] for k in Run.__dataclass_fields__})
             known = run.dataset in bench.study.datasets and known_method(run.method)
         except (KeyError, TypeError, AttributeError) as error:

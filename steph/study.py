@@ -8,12 +8,14 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from steph.device import check_device, device_name, precision_for
 from steph.methods import method
 from steph.mil.state import save_state, state_of
 from steph.progress import track
-from steph.records import Record, write_record
+from steph.records import Record, alone, write_record
 from steph.runs import Run, Workbench, plan, results, row_of
 from steph.survival import bin_index, concordance_index, nll_loss
 from steph.training import Training, fit_together, predict, single_thread
@@ -139,6 +141,9 @@ def _carry_out(bench: Workbench, missing: list[Run], device: str, workers: int) 
                 "a worker process was killed, most likely for want of memory. What is finished is kept; run the same "
                 "command again with fewer workers."
             ) from None
+        except KeyboardInterrupt:
+            end_workers()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -169,11 +174,30 @@ def _streamed(data: Dataset, device: str) -> bool:
     return not fits(str(store.path), store.tensor, torch.device(device))
 
 
+def end_workers() -> None:
+    """End the processes that this one has started, in the middle of what they do: records are whole or not there."""
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+
+
+def end_with_parent() -> None:
+    """In a worker process: end as soon as the process that started it has ended, however it did."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 _bench_of_worker: Workbench | None = None
 
 
 def _prepare_worker(study: Study) -> None:
     global _bench_of_worker
+    end_with_parent()
     _bench_of_worker = Workbench(study)
     gc.freeze()  # the hundred thousand objects of imported libraries are not looked through again and again
 
@@ -190,16 +214,21 @@ def _work(group: Sequence[Run], keys: Sequence[str], device: str) -> list[Run]:
 
 def _execute_together(bench: Workbench, group: Sequence[Run], device: str) -> Iterator[Run]:
     """Carry out runs in one pass over the data; gives each when it is recorded. One that is refused among others, for
-    want of memory perhaps, is tried alone when they are done."""
-    done: list[Run] = []
-    if len(group) > 1:
-        for wanted in _share_a_pass(bench, group, device):
-            done.append(wanted)
-            yield wanted
-    for wanted in group:
-        if wanted not in done:
-            _execute(bench, wanted, device)
-            yield wanted
+    want of memory perhaps, is tried alone when they are done. What another process carries out is waited for."""
+    with ExitStack() as held:
+        for folder in sorted(bench.folder(wanted) for wanted in group):  # in one order: nobody waits in a circle
+            held.enter_context(alone(folder))
+        done = [wanted for wanted in group if bench.record(wanted) is not None]
+        yield from done
+        missing = [wanted for wanted in group if wanted not in done]
+        if len(missing) > 1:
+            for wanted in _share_a_pass(bench, missing, device):
+                done.append(wanted)
+                yield wanted
+        for wanted in missing:
+            if wanted not in done:
+                _execute(bench, wanted, device)
+                yield wanted
 
 
 def _share_a_pass(bench: Workbench, group: Sequence[Run], device: str) -> Iterator[Run]:

@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 from io import StringIO
@@ -14,7 +13,7 @@ from steph.book import Chapter, build_pages, chapters, executed_path, linked_fil
 from steph.data.manifest import load_study
 from steph.notebooks import completion_path
 from steph.plots import show_link
-from steph.records import file_sha256
+from steph.records import file_sha256, read_sealed, write_sealed
 from steph.runs import results
 
 
@@ -32,7 +31,7 @@ def shelf(tiny, monkeypatch, tmp_path):
         executed.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), executed)
         info = {"status": "complete", "notebook": file_sha256(executed), "seconds": 1.0, "device": "cpu"}
-        completion_path(executed).write_text(json.dumps(info))
+        write_sealed(completion_path(executed), info)
     yield tmp_path / "book"
     shutil.rmtree(tiny.study.build / "notebooks")
     shutil.rmtree(tables)
@@ -88,7 +87,7 @@ def test_what_is_not_current_is_executed_again(tiny, shelf):
         record = completion_path(executed_path(tiny.study, chapter))
         given = book._given(chapter, "cpu")
         state = notebooks.state(chapter.source, given, tiny)
-        record.write_text(json.dumps({**json.loads(record.read_text()), "state": state}))
+        write_sealed(record, {**read_sealed(record), "state": state})
     assert outdated(tiny) == []
     (tiny.study.build / "tables" / "scorecard.csv").unlink()
     assert len(outdated(tiny)) == len(chapters(tiny.study))

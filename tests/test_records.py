@@ -1,3 +1,4 @@
+import errno
 import json
 import subprocess
 import sys
@@ -6,7 +7,7 @@ import textwrap
 import pytest
 
 from steph import Refused, records
-from steph.records import atomic_path, code_fingerprint, fingerprint, read_record, write_json, write_record
+from steph.records import alone, atomic_path, code_fingerprint, fingerprint, read_record, write_json, write_record
 
 
 def writer(text):
@@ -113,3 +114,92 @@ def test_code_fingerprint_follows_imports_and_ignores_words(tmp_path, monkeypatc
     assert now() == first
     (package / "low.py").write_text("def f():\n    return 2\n")
     assert now() != first
+
+
+def test_a_digit_that_changed_in_a_completion_is_noticed(tmp_path):
+    folder = write_record(tmp_path / "r", {}, {"metrics": {"c_index": 0.61}, 3: (1, 2)}).path
+    assert read_record(folder).info["metrics"] == {"c_index": 0.61}
+    text = (folder / "run.json").read_text()
+    (folder / "run.json").write_text(text.replace("0.61", "0.67"))
+    with pytest.raises(Refused, match=r"run\.json cannot be read \(its checksum is not that of its content"):
+        read_record(folder)
+    (folder / "run.json").write_text(text.replace("checksum", "chequesum"))
+    with pytest.raises(Refused, match="checksum"):
+        read_record(folder)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left in {folder} for r"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "no space left in {folder} for r"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left in {folder} for r"),
+        (OSError(errno.EROFS, "Read-only file system"), "cannot write {folder}/r: .*Read-only"),
+    ],
+)
+def test_what_the_disk_refuses_is_a_sentence_and_leaves_nothing(tmp_path, error, said):
+    def fails(path):
+        path.write_text("half")
+        raise error
+
+    with pytest.raises(Refused, match=said.format(folder=tmp_path)):
+        write_record(tmp_path / "r", {"a": writer("x"), "b": fails}, {})
+    with pytest.raises(Refused, match=said.format(folder=tmp_path)), atomic_path(tmp_path / "r") as temporary:
+        fails(temporary)
+    assert list(tmp_path.iterdir()) == []
+    assert write_record(tmp_path / "r", {"a": writer("x")}, {}).file("a").read_text() == "x"
+
+
+def test_other_errors_of_what_is_written_stay_themselves(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a"):
+        (tmp_path / "input").read_text()
+
+
+def test_of_two_records_at_once_the_first_counts_whole(tmp_path):
+    """The second is begun before the first is there, and both write the same names."""
+
+    def slow(path):
+        write_record(tmp_path / "r", {"a": writer("first"), "b": writer("first")}, {"by": "first"})
+        path.write_text("second")
+
+    found = write_record(tmp_path / "r", {"a": writer("second"), "b": slow}, {"by": "second"})
+    assert found.info["by"] == "first" and found.file("a").read_text() == found.file("b").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+ALONE = """
+    import sys, time
+    from pathlib import Path
+    from steph.records import alone, read_record, write_record
+    folder = Path(sys.argv[1])
+    with alone(folder):
+        if read_record(folder) is None:
+            print("made")
+            time.sleep(0.5)
+            write_record(folder, {}, {})
+    if len(sys.argv) > 2:
+        alone(folder).__enter__()
+        print("held", flush=True)
+        time.sleep(60)
+"""
+
+
+def started(*arguments):
+    command = [sys.executable, "-c", textwrap.dedent(ALONE), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def test_only_one_of_several_processes_makes_a_record(tmp_path):
+    said = [process.communicate()[0] for process in [started(tmp_path / "r") for _ in range(4)]]
+    assert sorted(said) == ["", "", "", "made\n"]
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+def test_a_killed_process_keeps_nobody_off_and_its_halves_are_removed(tmp_path):
+    process = started(tmp_path / "r", "hold")
+    assert [process.stdout.readline() for _ in range(2)] == ["made\n", "held\n"]
+    process.kill()
+    process.communicate()
+    (tmp_path / ".r.12345678.tmp" / "r").mkdir(parents=True)
+    with alone(tmp_path / "r"):
+        assert {path.name for path in tmp_path.iterdir()} == {"r", ".r.lock"}

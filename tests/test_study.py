@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 from steph import Refused, study
 from steph.mil.state import load_state
-from steph.records import read_record
+from steph.records import read_record, write_sealed
 from steph.runs import TARGET
 from steph.study import Run, Workbench, c_index, check_device, plan, results, run, run_all
 
@@ -93,12 +94,8 @@ def test_key_follows_what_decides_the_result(tiny, monkeypatch):
 def test_results_leave_out_runs_of_another_key(tiny):
     record = tiny.record(SARC)
     stale = record.path.with_name("fold1-seed42-000000000000")
-    import json
-    import shutil
-
     shutil.copytree(record.path, stale)
-    info = json.loads((stale / "run.json").read_text())
-    (stale / "run.json").write_text(json.dumps({**info, "key": "000000000000"}))
+    write_sealed(stale / "run.json", {**record.info, "key": "000000000000"})
     try:
         assert "000000000000" not in set(results(tiny)["key"])
         assert "000000000000" in set(results(tiny, current_only=False)["key"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from steph.records import code_fingerprint, fingerprint, read_record, write_record
+from steph.records import Record, alone, code_fingerprint, fingerprint, read_record, write_record
 from steph.runs import Workbench
 
 
@@ -23,9 +24,14 @@ def kept(bench: Workbench, name: str, decides: Any, compute: Callable[[], pd.Dat
     folder = bench.study.build / "analyses" / f"{name}-{key}"
     found = read_record(folder)
     if found is None:
-        started = time.perf_counter()
-        table = compute()
-        info = {"analysis": name, "key": key, "decides": decides, "seconds": round(time.perf_counter() - started, 2)}
-        found = write_record(folder, {"table.csv": lambda path: table.to_csv(path, index=False)}, info)
+        with alone(folder):
+            found = read_record(folder) or _make(folder, {"analysis": name, "key": key, "decides": decides}, compute)
     # Read back in any case: what is shown the first time is what is shown ever after.
     return pd.read_csv(found.file("table.csv"), float_precision="round_trip")
+
+
+def _make(folder: Path, info: dict[str, Any], compute: Callable[[], pd.DataFrame]) -> Record:
+    started = time.perf_counter()
+    table = compute()
+    info["seconds"] = round(time.perf_counter() - started, 2)
+    return write_record(folder, {"table.csv": lambda path: table.to_csv(path, index=False)}, info)
