@@ -13,7 +13,7 @@ from steph import Refused
 from steph.analysis.attention import attention_of
 from steph.data.bags import RaggedBatch
 from steph.data.manifest import Features, Network
-from steph.data.store import write_store
+from steph.data.packing import write_store
 from steph.mil import NETWORKS, MeanMIL
 from steph.model_folder import tensors_of, write_model
 from steph.predict import Bag, load_model, read_slide

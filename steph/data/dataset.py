@@ -18,9 +18,10 @@ from steph.data.bags import RaggedBatch, sampled
 from steph.data.cohort import COLUMNS, Cohort, read_cohort
 from steph.data.features import check_slides, find_slides
 from steph.data.manifest import Study, at_home
+from steph.data.packing import pack
 from steph.data.resident import resident
 from steph.data.splits import Splits, load_splits
-from steph.data.store import Store, pack
+from steph.data.store import Store
 from steph.data.tables import read_csv
 from steph.records import fingerprint
 

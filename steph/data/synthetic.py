@@ -30,7 +30,7 @@ import pandas as pd
 from steph import Refused
 from steph.data.cohort import cohort_from, write_cohort
 from steph.data.manifest import DatasetEntry, Study, Synthetic, unknown
-from steph.data.store import write_store
+from steph.data.packing import write_store
 from steph.records import atomic_path
 
 GROUPS = ("squamous", "gut", "gynaecological", "vascular", "mesenchymal")
