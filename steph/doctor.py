@@ -531,8 +531,10 @@ def runs(case: Case) -> Iterator[Finding]:
     """Records: finished, of another code, data or configuration, unfinished, damaged; files of killed processes."""
     study = case.study
     again = f"`steph study run {case.option}`"
-    folders = [path for path in (study.build / "runs").glob("*/*/*") if path.is_dir()]
-    kept = [path for kind in ("analyses", "null_models") for path in (study.build / kind).glob("*") if path.is_dir()]
+    folders = [path for path in (study.build / "runs").glob("*/*/[!.]*") if path.is_dir()]
+    kept = [
+        path for kind in ("analyses", "null_models") for path in (study.build / kind).glob("[!.]*") if path.is_dir()
+    ]
     stale = unfinished = 0
     for folder in sorted([*folders, *kept]):
         try:
@@ -555,14 +557,7 @@ def runs(case: Case) -> Iterator[Finding]:
     if unfinished:
         text = f"{unfinished} run(s) were begun and not finished{where}"
         yield Finding("runs", "WARN", text, f"nothing, if one is running now; else {again}")
-    left = sorted([*study.build.rglob(".*.tmp"), *study.data.rglob(".*.tmp")]) if study.build.exists() else []
-    if left:
-        size = sum(path.stat().st_size for path in set(left) if path.is_file())
-        text = (
-            f"{len(set(left))} temporary file(s), {size / 1e6:.1f} MB, of processes that were killed; first {left[0]}"
-        )
-        fix = f"if nothing runs now: `find {shlex.quote(str(left[0].parent))} -name '.*.tmp' -delete`"
-        yield Finding("runs", "WARN", text, fix)
+    yield from _left_over(study)
     if not case.data_there:
         yield Finding(
             "runs", "PASS", f"{len(folders)} records{where}; which are current is known when all data are there"
@@ -570,6 +565,17 @@ def runs(case: Case) -> Iterator[Finding]:
     else:
         text = f"{done} of {len(case.planned)} runs of the study are finished"
         yield Finding("runs", "PASS", text, f"{again} makes the others" * (done < len(case.planned)))
+
+
+def _left_over(study: Study) -> Iterator[Finding]:
+    """Temporary files and folders: of a process that works now, or was killed."""
+    for root in [study.build] + [study.data] * (study.build not in study.data.parents):
+        if found := sorted(root.rglob(".*.tmp")):
+            files = [file for path in found for file in (path, *path.rglob("*")) if file.is_file()]
+            size = sum(file.stat().st_size for file in files) / 1e6
+            text = f"{len(found)} temporary file(s) or folder(s), {size:.1f} MB, of killed processes; first {found[0]}"
+            fix = f"if nothing runs now: `find {shlex.quote(str(root))} -name '.*.tmp' -prune -exec rm -r {{}} +`"
+            yield Finding("runs", "WARN", text, fix)
 
 
 def _damage(record: Record) -> str:

@@ -40,7 +40,7 @@ from steph.data.store import Store
 from steph.methods import method
 from steph.mil.state import load_state
 from steph.plots.display import show_link, styled
-from steph.records import file_sha256
+from steph.records import file_sha256, read_sealed, write_sealed
 from steph.runs import Run, Workbench, results
 from steph.survival import bin_index, concordance_index, nll_loss, risk_score, survival_curve
 
@@ -240,9 +240,9 @@ def test_no_file_that_is_read_is_unpickled(site, plant, build, tmp_path):
 def test_a_model_is_no_pickle_even_where_its_record_vouches_for_it(build, tmp_path, plant):
     path, reader = record("model.safetensors")(tmp_path, build)
     plant(path, tmp_path / "RAN")
-    info = json.loads((path.parent / "run.json").read_text())
+    info = read_sealed(path.parent / "run.json")
     info["files"][path.name] = file_sha256(path)
-    (path.parent / "run.json").write_text(json.dumps(info))
+    write_sealed(path.parent / "run.json", info)
     with pytest.raises(Refused, match="not a readable safetensors file"):
         reader()
     assert not (tmp_path / "RAN").exists()
@@ -421,9 +421,9 @@ def test_methods_and_sources_are_those_of_the_registry(build, name):
 @pytest.mark.parametrize("name", EVIL, ids=short)
 def test_a_record_that_names_something_else_is_not_current(build, name):
     path = next(build.glob("runs/SARC/vanilla/*/run.json"))
-    info = json.loads(path.read_text())
+    info = read_sealed(path)
     for part in ("dataset", "method"):
-        path.write_text(json.dumps({**info, "run": {**info["run"], part: name}}))
+        write_sealed(path, {**info, "run": {**info["run"], part: name}})
         assert len(results("tiny")) == 2
 
 
@@ -504,7 +504,7 @@ def test_links_of_an_executed_notebook_do_not_leave_the_shelf(build, tmp_path, m
     data = {"text/html": f'<p class="to-file"><a href="{href}" download>CSV</a></p>'}
     cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", data=data)])
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), executed)
-    completion_path(executed).write_text(json.dumps({"status": "complete", "notebook": file_sha256(executed)}))
+    write_sealed(completion_path(executed), {"status": "complete", "notebook": file_sha256(executed)})
     monkeypatch.setattr("steph.book.chapters", lambda _: [chapter])
     with pytest.raises(Refused, match="links to"):
         shelve(Workbench(study))
@@ -866,6 +866,10 @@ def test_a_record_that_is_none_of_ours_is_refused_with_its_path(build, text):
     with pytest.raises(Refused, match=r"run\.json") as refused:
         results("tiny")
     assert str(path.parent) in str(refused.value)
+    if text.startswith("{"):  # even where its checksum is right
+        write_sealed(path, json.loads(text))
+        with pytest.raises(Refused, match=r"run\.json is no record of a run"):
+            results("tiny")
 
 
 DAYS = st.lists(st.floats(), max_size=20)
