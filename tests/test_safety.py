@@ -23,6 +23,7 @@ from fabricate import fabricate
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from made_model import made_folder, patches, write_slide
 from typer.testing import CliRunner
 
 from steph import PROJECT, Refused, notebooks, pages
@@ -39,8 +40,11 @@ from steph.data.splits import load_splits, make_splits
 from steph.data.store import Store
 from steph.methods import method
 from steph.mil.state import load_state
+from steph.patient_report import write_report
 from steph.plots.display import show_link, styled
+from steph.predict import load_model
 from steph.records import file_sha256, read_sealed, write_sealed
+from steph.released import read_weights
 from steph.runs import Run, Workbench, results
 from steph.survival import bin_index, concordance_index, nll_loss, risk_score, survival_curve
 
@@ -202,7 +206,36 @@ def completion(_, build):
     return path, lambda: notebooks.completion(path.with_suffix(".ipynb"))
 
 
+def model_folder(name):
+    def site(folder, _):
+        made_folder(folder / "m")
+        return folder / "m" / name, lambda: load_model(folder / "m")
+
+    return site
+
+
+def slide_of_a_patient(name):
+    def site(folder, _):
+        model = load_model(made_folder(folder / "m"))
+        return folder / name, lambda: model.predict([folder / name])
+
+    return site
+
+
+def table_of_patients(folder, _):
+    model = load_model(made_folder(folder / "m"))
+    return folder / "t.csv", lambda: model.predict_table(folder / "t.csv")
+
+
+def weights(name):
+    return lambda folder, _: (folder / name, lambda: read_weights(folder / name))
+
+
 SITES = {
+    **{f"model folder {name}": model_folder(name) for name in ("config.json", "model.safetensors")},
+    **{f"slide of a patient {name}": slide_of_a_patient(name) for name in ("s.h5", "s.pt")},
+    **{f"weights {end}": weights(f"w{end}") for end in (".pth", ".pt", ".safetensors")},
+    "table of patients": table_of_patients,
     **{f"slide {end}": slide(end) for end in (".h5", ".pt", ".pth", ".npy")},
     "labels": labels,
     "TCGA-CDR csv": lambda folder, _: (folder / "c.csv", lambda: read_outcomes(folder / "c.csv", "DSS")),
@@ -477,6 +510,21 @@ def test_tables_and_pages_escape_markup(build):
         assert name not in pages.markdown(pd.DataFrame({"a": [name]}))
     study = load_study("tiny").model_copy(update={"title": MARKUP[0]})
     assert MARKUP[0] not in pages.status(Workbench(study), {}, results("tiny"))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in EVIL if 0 < len(name.encode()) < 250 and not set(name) & set("/\0")], ids=short
+)
+def test_what_a_model_says_of_a_slide_stays_in_its_folder(tmp_path, name):
+    slide = write_slide(tmp_path / f"{name}.h5", patches())
+    model = load_model(made_folder(tmp_path / "m"))
+    before = set(tmp_path.iterdir())
+    write_report(model.predict([slide], patient_id=name), model, tmp_path / "out")
+    assert set(tmp_path.iterdir()) == {*before, tmp_path / "out"}
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"report.html", "prediction.json", "attention.csv", f"{slide.stem}.geojson"}
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in text and "onerror=alert(1)>" not in text
 
 
 def test_registry_and_status_hold_no_markup_that_escaping_would_spoil():
