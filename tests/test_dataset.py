@@ -180,6 +180,9 @@ def test_splits_labels_and_fingerprint(study, dataset, tmp_path):
     table = pd.read_csv(tmp_path / "labels/LUNG.csv")
     table.loc[table["patient_id"] == "P4", "time_days"] += 1
     table.to_csv(tmp_path / "labels/LUNG.csv", index=False)
+    with pytest.raises(Refused, match=r"LUNG\.csv is not the table that was written"):
+        open_dataset(study, "LUNG")
+    (tmp_path / "labels/LUNG.csv.sha256").unlink()
     assert open_dataset(study, "LUNG").fingerprint != dataset.fingerprint
 
 

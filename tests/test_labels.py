@@ -69,7 +69,7 @@ def listed(path: Path, lines: list[str]) -> Path:
 
 def test_labels_are_cohort_tables_sorted_by_patient_and_slide(study: Study, cdr: Path, tmp_path: Path) -> None:
     build_labels(study, cdr, listed(tmp_path / "slides.txt", SLIDES), tmp_path / "labels")
-    assert sorted(path.name for path in (tmp_path / "labels").iterdir()) == ["KIPAN.csv", "SARC.csv"]
+    assert sorted(path.name for path in (tmp_path / "labels").glob("*.csv")) == ["KIPAN.csv", "SARC.csv"]
     kipan = read_cohort(tmp_path / "labels" / "KIPAN.csv", "KIPAN").slides
     assert list(kipan.columns) == COLUMNS
     assert kipan.to_numpy().tolist() == [

@@ -82,7 +82,7 @@ def test_splits_are_written_once_and_reused(cohort: Cohort, tmp_path: Path) -> N
     assert (made.origin, again.origin, made.n_folds) == ("made", "file", 5)
     assert made.folds == again.folds and made.fingerprint == again.fingerprint
     assert (tmp_path / "SARC.csv").read_bytes() == written
-    assert [path.name for path in tmp_path.iterdir()] == ["SARC.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["SARC.csv", "SARC.csv.sha256"]
     assert load_splits(cohort, tmp_path / "other", 5, 7).fingerprint != made.fingerprint
 
 
@@ -106,6 +106,7 @@ def test_a_fold_outside_the_range_is_refused(fold: object, cohort: Cohort, tmp_p
 
 def ours(cohort: Cohort, folder: Path) -> pd.DataFrame:
     load_splits(cohort, folder, 5, 42)
+    (folder / "SARC.csv.sha256").unlink()  # it is to be changed on purpose
     return pd.read_csv(folder / "SARC.csv", dtype=str)
 
 
@@ -128,6 +129,14 @@ def test_a_bad_file_of_ours_is_refused(case: str, cohort: Cohort, tmp_path: Path
     with pytest.raises(Refused, match=message) as refused:
         load_splits(cohort, tmp_path, 5, 42)
     assert str(tmp_path / "SARC.csv") in str(refused.value)
+
+
+def test_a_fold_that_changed_by_itself_is_noticed(cohort: Cohort, tmp_path: Path) -> None:
+    load_splits(cohort, tmp_path, 5, 42)
+    text = (tmp_path / "SARC.csv").read_text().strip()
+    (tmp_path / "SARC.csv").write_text(f"{text[:-1]}{(int(text[-1]) + 1) % 5}\n")
+    with pytest.raises(Refused, match=r"SARC\.csv is not the table that was written.*delete .*SARC\.csv\.sha256"):
+        load_splits(cohort, tmp_path, 5, 42)
 
 
 def test_an_unreadable_file_is_refused(cohort: Cohort, tmp_path: Path) -> None:
@@ -251,7 +260,7 @@ def test_more_repeats_leave_what_is_there_as_it_is(cohort: Cohort, tmp_path: Pat
     three = load_splits(cohort, tmp_path, 5, 42, repeats=3)
     assert three.folds[:5] == once.folds and three.origin == "made"
     assert (tmp_path / "SARC.csv").read_bytes() == written
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["SARC.csv", "SARC.repeat1.csv", "SARC.repeat2.csv"]
+    assert sorted(path.name for path in tmp_path.glob("*.csv")) == ["SARC.csv", "SARC.repeat1.csv", "SARC.repeat2.csv"]
     assert set(pd.read_csv(tmp_path / "SARC.repeat2.csv")["fold"]) == set(range(10, 15))
     again = load_splits(cohort, tmp_path, 5, 42)  # and fewer repeats look at fewer files
     assert again.fingerprint == once.fingerprint

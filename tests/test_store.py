@@ -176,3 +176,21 @@ def test_a_store_of_other_files_than_the_study_names_is_refused_with_all_differe
     with pytest.raises(Refused, match="1 source file") as refused:
         store.matches(HALF, cohort, moved)
     assert slide in str(refused.value)
+
+
+def test_a_slide_is_compared_with_its_hash_when_it_is_first_asked_for(tmp_path, monkeypatch):
+    store = packed(tmp_path)
+    store.path.chmod(0o644)
+    first, second = store.slide_ids[:2]
+    with store.path.open("rb+") as file:
+        file.seek(store.features_at + int(store.offsets[1]) * store.dim * store.dtype.itemsize)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 4]))
+    store = Store.open(store.path)  # only lists and hashes are read here
+    store.bag([first])
+    for ask in (store.bag, store.coords_of, store.ranges):
+        with pytest.raises(Refused, match=rf"1 slide\(s\) are not what was packed: {second}\."):
+            ask([first, second])
+    monkeypatch.setattr("steph.data.store.slide_hash", None)
+    store.bag([first])  # and only once

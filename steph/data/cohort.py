@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.data.tables import read_csv
-from steph.records import atomic_path, fingerprint
+from steph.data.tables import read_csv, write_csv
+from steph.records import fingerprint
 
 COLUMNS = ["patient_id", "slide_id", "project", "time_days", "event"]
 RELEASED_NAMES = {"pathology_id": "slide_id", "t": "time_days", "e": "event"}
@@ -98,10 +98,8 @@ def cohort_from(table: pd.DataFrame, dataset: str, where: str) -> Cohort:
 
 
 def write_cohort(cohort: Cohort, path: Path) -> None:
-    """Write a cohort's table, atomically."""
-    table = cohort.slides.assign(event=cohort.slides["event"].astype(int))
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False)
+    """Write a cohort's table, atomically and with its checksum (`steph.data.tables.write_csv`)."""
+    write_csv(cohort.slides.assign(event=cohort.slides["event"].astype(int)), path)
 
 
 def _refuse(bad: pd.Series, table: pd.DataFrame, where: str, what: str) -> None:

@@ -13,8 +13,8 @@ import pandas as pd
 
 from steph import Refused
 from steph.data.cohort import Cohort
-from steph.data.tables import first, read_csv
-from steph.records import atomic_path, fingerprint
+from steph.data.tables import first, read_csv, write_csv
+from steph.records import fingerprint
 
 Fold = tuple[tuple[str, ...], tuple[str, ...]]
 """Who trains, who tests."""
@@ -111,8 +111,7 @@ def load_splits(cohort: Cohort, folder: Path, n_folds: int, seed: int, repeats: 
         path = folder / f"{cohort.dataset}{f'.repeat{repeat}' if repeat else ''}.csv"
         if not path.is_file():
             table = make_splits(cohort, n_folds, seed + repeat)
-            with atomic_path(path) as temporary:
-                table.assign(fold=table["fold"] + repeat * n_folds).to_csv(temporary, index=False)
+            write_csv(table.assign(fold=table["fold"] + repeat * n_folds), path)
             made = True
         folds += _read_ours(cohort, path, range(repeat * n_folds, (repeat + 1) * n_folds))
     return Splits(tuple(folds), "made" if made else "file")

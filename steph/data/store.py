@@ -164,10 +164,12 @@ class Store:
 
     def ranges(self, slide_ids: Sequence[str]) -> list[tuple[int, int]]:
         """Rows of these slides, in order, as (start, stop) pairs; slides that lie side by side make one pair.
-        Raises `Refused` for a slide that the store does not hold."""
+        Raises `Refused` for a slide that the store does not hold, and for one that is not what was packed: whoever
+        asks for a slide's rows for the first time has them compared with its hash."""
         unknown = [slide for slide in slide_ids if slide not in self._index]
         if unknown:
             raise Refused(f"{self.path} holds no slide {', '.join(unknown[:5])}. Pack it again (`steph data pack`).")
+        self._compare([slide for slide in slide_ids if slide not in self._compared])
         joined: list[tuple[int, int]] = []
         for i in (self._index[slide] for slide in slide_ids):
             start, stop = int(self.offsets[i]), int(self.offsets[i + 1])
@@ -191,13 +193,20 @@ class Store:
 
     def verify(self, progress: bool = False) -> None:
         """Read everything and compare it with the hashes. Raises `Refused` naming the slides that are damaged."""
-        slides: Iterable[int] = range(len(self.slide_ids))
-        damaged = [
-            self.slide_ids[i]
-            for i in (track(slides, f"verify {self.path.name}") if progress else slides)
-            if slide_hash(*(a[self.offsets[i] : self.offsets[i + 1]] for a in (self.features, self.coords)))
-            != self.hashes[i].tobytes()
-        ]
+        self._compare(track(self.slide_ids, f"verify {self.path.name}") if progress else self.slide_ids)
+
+    @cached_property
+    def _compared(self) -> set[str]:
+        """Slides that were compared with their hashes since the store was opened."""
+        return set()
+
+    def _compare(self, slide_ids: Iterable[str]) -> None:
+        damaged = []
+        for slide in slide_ids:
+            i = self._index[slide]
+            rows = slice(self.offsets[i], self.offsets[i + 1])
+            whole = slide_hash(self.features[rows], self.coords[rows]) == self.hashes[i].tobytes()
+            (self._compared.add if whole else damaged.append)(slide)
         if damaged:
             raise Refused(
                 f"{self.path}: {len(damaged)} slide(s) are not what was packed: {', '.join(damaged[:10])}. The disk or "

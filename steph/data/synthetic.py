@@ -31,7 +31,7 @@ from steph import Refused
 from steph.data.cohort import cohort_from, write_cohort
 from steph.data.manifest import DatasetEntry, Study, Synthetic, unknown
 from steph.data.packing import write_store
-from steph.records import atomic_path
+from steph.data.tables import write_csv
 
 GROUPS = ("squamous", "gut", "gynaecological", "vascular", "mesenchymal")
 """What cancers may have in common."""
@@ -102,8 +102,7 @@ def _write(study: Study, dataset: str, folder: Path, external: bool) -> None:
     )
     cohort = cohort_from(table, dataset, f"the synthetic cohort {dataset}")
     write_cohort(cohort, folder / "labels" / f"{dataset}.csv")
-    with atomic_path(folder / "oracle" / f"{dataset}.csv") as temporary:
-        drawn.patients[["patient_id", "log_risk"]].to_csv(temporary, index=False)
+    write_csv(drawn.patients[["patient_id", "log_risk"]], folder / "oracle" / f"{dataset}.csv")
     ends = np.cumsum(drawn.slides["n_patches"])[:-1]
     slides = zip(drawn.slides["slide_id"], np.split(drawn.features, ends), np.split(drawn.coords, ends), strict=True)
     sizes = drawn.slides["n_patches"].tolist()
