@@ -31,7 +31,8 @@ REFERENCE = {
     "hypernetwork": ("Hypernetwork and transfer", ("hypernetwork", "transfer", "selection")),
     "training": ("Training", ("training",)),
     "methods": ("Methods, runs, studies", ("methods", "builders", "runs", "study", "planning")),
-    "analysis": ("Results and analysis", ("results", "analysis", "scorecard", "predict")),
+    "analysis": ("Results and analysis", ("results", "analysis", "scorecard")),
+    "models": ("Models to use", ("model_folder", "export", "predict", "patient_report", "released")),
     "plots": ("Plots", ("plots",)),
     "book": ("Notebooks, book, command", ("notebooks", "pages", "book", "doctor", "cli")),
 }
