@@ -1,7 +1,7 @@
 """What there is to do of a study, cut into jobs, as JSON; the Snakefile beside it reads that.
 
-The graph is the library's own (`steph.runs`, `steph.book`); nothing of it is repeated here. A job holds runs of one data
-set, fold and seed, because starting Python and loading the features takes longer than some of them train. What is
+The graph is the library's own (`steph.runs`, `steph.book`); nothing of it is repeated here. A job holds runs of one
+data set, fold and seed, because starting Python and loading the features takes longer than some of them train. What is
 finished is no job's business: no engine can decide to do it again, or delete it.
 """
 
