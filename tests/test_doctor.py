@@ -424,6 +424,7 @@ def test_data_that_is_missing_is_told_step_by_step(real):
     (data / "stores" / "LIHC.h5").write_bytes((data / "stores" / "LIHC.h5").read_bytes()[:5000])
     assert "LIHC.h5 is not a whole feature store" in one("data", "FAIL", manifest).found
     (data / "labels" / "LIHC.csv").write_text("patient_id,time_days\nA,1\n")
+    (data / "labels" / "LIHC.csv.sha256").unlink()
     (data / "labels" / "SARC.csv").unlink()
     said = [f.found for f in found("data", manifest, status="FAIL")]
     assert "no column slide_id" in said[0] and "no label table of SARC" in said[1]

@@ -201,7 +201,7 @@ class Store:
         return set()
 
     def _compare(self, slide_ids: Iterable[str]) -> None:
-        damaged = []
+        damaged: list[str] = []
         for slide in slide_ids:
             i = self._index[slide]
             rows = slice(self.offsets[i], self.offsets[i + 1])
