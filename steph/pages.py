@@ -29,7 +29,7 @@ REFERENCE = {
     "mil": ("MIL networks", ("mil",)),
     "merging": ("Merging", ("merging",)),
     "hypernetwork": ("Hypernetwork and transfer", ("hypernetwork", "transfer", "selection")),
-    "training": ("Training", ("training",)),
+    "training": ("Training", ("training", "memory")),
     "methods": ("Methods, runs, studies", ("methods", "builders", "runs", "study", "planning")),
     "analysis": ("Results and analysis", ("results", "analysis", "scorecard")),
     "models": ("Models to use", ("model_folder", "export", "predict", "patient_report", "released")),
