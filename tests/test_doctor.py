@@ -278,7 +278,7 @@ def test_kept_notebooks_with_outputs_or_without_parameters_are_told(tmp_path, mo
     write(".ipynb_checkpoints/bad.ipynb", nbformat.v4.new_code_cell("1", execution_count=3))
     assert "1 kept notebooks are valid" in one("notebooks", "PASS").found
     write("shown.ipynb", cell, nbformat.v4.new_code_cell("1", execution_count=3))
-    assert "shown.ipynb has outputs" in one("notebooks", "WARN").found
+    assert ["shown.ipynb has outputs" in finding.found for finding in found("notebooks")] == [True]
     write("plain.ipynb", nbformat.v4.new_code_cell("1"))
     (folder / "cut.ipynb").write_text('{"cells": [')
     (folder / "other.ipynb").write_text('{"cells": [{"cell_type": "soup"}], "nbformat": 4, "nbformat_minor": 5}')
