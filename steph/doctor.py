@@ -408,7 +408,9 @@ def data(case: Case) -> Iterator[Finding]:
             made.append(name)
     if bare:
         text = f"no label table of {', '.join(bare)} in {study.data / 'labels'}"
-        fix = f"`steph data labels {case.option} --cdr FILE --slides FILE`, or tables of your own there"
+        fetch = f"`steph data fetch {case.option} --source labels`" if study.sources else ""
+        fix = f"{fetch}{', then ' * bool(fetch)}`steph data labels {case.option} --cdr FILE --slides FILE`"
+        fix += "; or tables of your own there"
         yield Finding("data", "FAIL", text, fix)
     if good:
         yield Finding("data", "PASS", f"{len(good)} data sets can be used: {', '.join(good)} (in {study.data})")
@@ -442,8 +444,8 @@ def _data_problem(case: Case, name: str) -> Finding | None:
     text = f"labels of {len(slides)} slides, no store; {len(slides) - len(without)} of the slides have a feature file"
     if len(without) == len(slides):
         patterns = ", ".join(study.entry(name).folders or study.features.folders)
-        fix = f"put the files into {patterns} below {study.data} (STEPH_DATA moves it); `steph data list {case.option}`"
-        return failed(text, f"{fix} tells where features can be had")
+        fetch = f"`steph data fetch {case.option} --dataset {shlex.quote(name)}` where the manifest names a source"
+        return failed(text, f"{fetch}; else put the files into {patterns} below {study.data} (STEPH_DATA moves it)")
     pack = f"`steph data pack {case.option} --dataset {shlex.quote(name)}`"
     return failed(text, pack if not without else f"{check}; then {pack}")
 
