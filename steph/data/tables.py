@@ -25,13 +25,11 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
     """Write a table, atomically, and beside it ``<name>.sha256``, its checksum in the format of `sha256sum`."""
-    seal = _seal(path)
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False)
-        # Killed in between, it leaves a table without a checksum, never one with a wrong one.
-        seal.unlink(missing_ok=True)
-    with atomic_path(seal) as temporary:
-        temporary.write_text(f"{file_sha256(path)}  {path.name}\n", encoding="utf-8")
+        # The checksum comes first: killed in between, no table is left that nothing vouches for.
+        with atomic_path(_seal(path)) as seal:
+            seal.write_text(f"{file_sha256(temporary)}  {path.name}\n", encoding="utf-8")
 
 
 def _seal(path: Path) -> Path:
