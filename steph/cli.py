@@ -145,7 +145,8 @@ def study_plan(
     bench = Workbench(study)
     kind = precision_for(precision, device)
     table = planning.work(bench, plan(bench.study, dataset, method, fold, None, kind))
-    taken = planning.seconds(table, planning.speeds(bench, table["method"].unique(), device, kind))
+    speed = planning.speeds(bench, table["method"].unique(), device, kind, table["mean"].mean())
+    taken = planning.seconds(table, speed)
     print("\n".join(planning.report(bench, table, taken, device, kind, by_method)))
 
 

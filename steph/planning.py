@@ -2,7 +2,8 @@
 
 Hours rest on a measurement of a minute or less: updates and predictions of every kind of method in the plan, at the
 study's dimensions, on random bags of two sizes. What lies between and beyond them is taken to be a straight line in the
-number of patches, which holds for all networks here but for TransMIL's squares.
+number of patches, which holds for all networks here but for TransMIL's squares. Features are taken to be in memory: a
+disk that delivers less than what `steph study plan` calls TB read in the hours that it tells is the limit instead.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import heapq
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from steph import Refused
+from steph import Refused, builders
 from steph.analysis.kept import kept
 from steph.analysis.operations import bag, built, by_products, deployed, training_operations
 from steph.analysis.timing import machine
@@ -33,9 +34,11 @@ from steph.runs import Run, Workbench
 from steph.training import PRECISIONS, Trainer, parameter_dtype, single_thread
 from steph.transfer import ROUPKT
 
-SIZES = {"cpu": (8, 64), "cuda": (256, 4096)}
-"""Patches of the bags that are measured: few, where calls cost more than products, and many."""
-REPEATS = 3
+SIZES = {"cpu": ((8, 64), (64, 256)), "cuda": ((8, 64), (256, 4096))}
+"""Patches of the bags that are measured, few and many: of a study of small bags, and of one with thousands."""
+SMALL_BAGS = 500
+REPEATS, ENOUGH = 8, 0.4
+"""How often an action is measured at most, and after how many seconds in all that is often enough."""
 PER_PATIENT = 400
 """Bytes of a patient's row in a table of predictions (33 numbers as text)."""
 
@@ -53,30 +56,39 @@ class Line:
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured of a method, by patches of a bag: seconds of an update, of what is computed once per training
-    patient, of a prediction."""
+    """What was measured of a method, in seconds. build: to make the model. By patches of a bag: update (of a batch, its
+    loading included), once (what is computed once per training patient), prediction, together (a prediction among as
+    many as an update takes), look (a prediction by a plain network)."""
 
+    build: Line
     update: Line
     once: Line
     prediction: Line
+    together: Line
+    look: Line
 
 
-def kind_of(entry: Method) -> tuple[str, str, str]:
+def kind_of(entry: Method) -> tuple[str, ...]:
     """Methods of one kind cost the same: those with the same builder on the same network, trained alike."""
-    weight = str(entry.options.get("weight", "")) + str(entry.options.get("mix", ""))
-    return entry.build.__name__, entry.network, weight if isinstance(entry.options.get("mix"), str) else ""
+    trained = (entry.options.get(what, "") for what in ("weight", "mix"))
+    return entry.build.__name__, entry.network, *(how if isinstance(how, str) else "" for how in trained)
 
 
-def speeds(bench: Workbench, names: Iterable[str], device: str = "cpu", precision: str = "fp32") -> dict[str, Speed]:
-    """`Speed` by method, measured on this machine and kept; methods of one kind are measured once."""
+def speeds(
+    bench: Workbench, names: Iterable[str], device: str = "cpu", precision: str = "fp32", mean: float = 0.0
+) -> dict[str, Speed]:
+    """`Speed` by method, measured on this machine and kept; methods of one kind are measured once. mean: patches of the
+    study's bags, which decide on what sizes is measured."""
     study = bench.study
-    kinds: dict[tuple[str, str, str], str] = {}
+    sizes = SIZES[torch.device(device).type][int(mean > SMALL_BAGS)]
+    kinds: dict[tuple[str, ...], str] = {}
     for name in names:
         kinds.setdefault(kind_of(method(name)), name)
     decides = {
         "methods": sorted(kinds.values()),
         "dimensions": study.model_dump(include={"features", "network", "steph", "recipe"}, mode="json"),
         "cancers": len(study.datasets),
+        "sizes": sizes,
         "machine": machine(device),
         "precision": precision,
         "torch": torch.__version__,
@@ -86,51 +98,72 @@ def speeds(bench: Workbench, names: Iterable[str], device: str = "cpu", precisio
         rows = []
         with single_thread():
             for name in track(sorted(kinds.values()), f"{study.name}: measuring {machine(device)}"):
-                for what, line in asdict(_measured(study, name, device, precision)).items():
+                for what, line in asdict(_measured(study, name, device, precision, sizes)).items():
                     rows.append({"method": name, "what": what, **line})
         return pd.DataFrame(rows)
 
     table = kept(bench, "speeds", decides, measure)
     columns = (table[name].to_list() for name in ("method", "what", "start", "per_patch"))
     lines = {(name, what): Line(start, slope) for name, what, start, slope in zip(*columns, strict=True)}
-    found = {name: Speed(**{what: lines[name, what] for what in ("update", "once", "prediction")})
-             for name in kinds.values()}  # fmt: skip
+    found = {name: Speed(**{field.name: lines[name, field.name] for field in fields(Speed)}) for name in kinds.values()}
     return {name: found[kinds[kind_of(method(name))]] for name in names}
 
 
-def _measured(study: Study, name: str, device: str, precision: str) -> Speed:
-    model, predictor = built(name, study, device), deployed(name, study, device)
+def _measured(study: Study, name: str, device: str, precision: str, sizes: tuple[int, int]) -> Speed:
+    build = _seconds(lambda: built(name, study, device), device)
+    model, predictor, plain = (
+        built(name, study, device),
+        deployed(name, study, device),
+        deployed("vanilla", study, device),
+    )
     dtype, recipe = PRECISIONS[precision], study.recipe
-    n_bags = recipe.bags_per_step
-    for part in (model, predictor):
+    for part in (model, predictor, plain):
         part.to(device, parameter_dtype(precision))
     trains = any(p.requires_grad for p in model.parameters())
     trainer = Trainer(model.train(), recipe, 10**6) if trains else None
-    bins = torch.arange(n_bins := n_bags, device=device) % study.network.n_bins
-    event = torch.arange(n_bins, device=device) % 2 == 0
+    bins = torch.arange(recipe.bags_per_step, device=device) % study.network.n_bins
+    event = torch.arange(recipe.bags_per_step, device=device) % 2 == 0
 
-    def batch(n: int, bags: int) -> RaggedBatch:
-        one = bag(n, study.features.dim, device, dtype)
+    def loader(n: int, bags: int) -> Callable[[], RaggedBatch]:
+        one = bag(n, study.features.dim, device)
+        stored = one.features.half() if study.features.precision == "float16" else one.features
         coords = None if one.coords is None else one.coords.repeat(bags, 1)
-        return RaggedBatch(one.features.repeat(bags, 1), tuple(range(0, bags * n + 1, n)), coords)
+        offsets = tuple(range(0, bags * n + 1, n))
+        return lambda: RaggedBatch(torch.cat([stored] * bags).to(dtype), offsets, coords)
 
     def update(n: int) -> Callable[[], Any]:
-        given = batch(n, n_bags)
-        if trainer is None:
-            return lambda: None
-        frozen = _once(model, given)
+        assert trainer is not None
+        load = loader(n, recipe.bags_per_step)
+        frozen = _once(model, load())
         reads = getattr(model, "reads_patches", True)
-        return lambda: trainer.step(given if reads else None, bins, event, frozen)
+        return lambda: trainer.step(load() if reads else None, bins, event, frozen)
 
     def once(n: int) -> Callable[[], Any]:
-        given = batch(n, 1)
-        return lambda: _once(model, given)
+        load = loader(n, 1)
+        return lambda: _once(model, load())
 
-    def prediction(n: int) -> Callable[[], Any]:
-        given = batch(n, 1)
-        return torch.no_grad()(lambda: predictor.eval()(given))
+    def prediction(model: nn.Module, bags: int = 1) -> Callable[[int], Callable[[], Any]]:
+        def of(n: int) -> Callable[[], Any]:
+            load = loader(n, bags)
+            return torch.no_grad()(lambda: model.eval()(load()))
 
-    return Speed(_line(update, device), _line(once, device), _line(prediction, device))
+        return of
+
+    def line(action: Callable[[int], Callable[[], Any]], share: int = 1, wanted: bool = True) -> Line:
+        if not wanted:
+            return Line(0.0, 0.0)
+        few, many = (_seconds(action(n), device) / share for n in sizes)
+        slope = max(0.0, (many - few) / (sizes[1] - sizes[0]))
+        return Line(max(0.0, few - slope * sizes[0]), slope)
+
+    return Speed(
+        build=Line(build, 0.0),
+        update=line(update, wanted=trains),
+        once=line(once, wanted=hasattr(model, "frozen")),
+        prediction=line(prediction(predictor)),
+        together=line(prediction(predictor, recipe.bags_per_step), recipe.bags_per_step, study.synthetic is not None),
+        look=line(prediction(plain), wanted=_looks(method(name), 1) > 0),
+    )
 
 
 @torch.no_grad()
@@ -138,22 +171,16 @@ def _once(model: nn.Module, given: RaggedBatch) -> torch.Tensor | None:
     return model.frozen(given) if hasattr(model, "frozen") else None  # type: ignore[operator]
 
 
-def _line(action: Callable[[int], Callable[[], Any]], device: str) -> Line:
-    few, many = SIZES[torch.device(device).type]
-    a, b = (_seconds(action(n), device) for n in (few, many))
-    slope = max(0.0, (b - a) / (many - few))
-    return Line(max(0.0, a - slope * few), slope)
-
-
 def _seconds(action: Callable[[], Any], device: str) -> float:
-    taken = []
-    for _ in range(REPEATS + 1):  # the first is a warm-up
+    """What an action takes at least: the least of a few times, as other programs can only make it slower."""
+    taken: list[float] = []
+    while len(taken) < REPEATS and sum(taken) < ENOUGH:
         started = time.perf_counter()
         action()
         if device != "cpu":
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - started)
-    return float(np.median(taken[1:]))
+    return min(taken)
 
 
 # ---------------------------------------------------------------------------------------------- patients
@@ -195,28 +222,38 @@ def _capped(sizes: np.ndarray, study: Study) -> np.ndarray:
 
 
 def work(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
-    """Every run of a plan and all that it builds on, a row each: dataset, method, fold, seed, stage (0, 1, ...: after
-    which others it can start), finished, updates, passes (patches that training goes through), seen (patches that are
-    looked at once), tested (patients), tested_patches, largest (patches of the largest bag), patients, operations
-    (multiplications and additions of training and prediction), bytes (of features that are read)."""
+    """Every run of a plan and all that it builds on, a row each.
+
+    dataset, method, fold, seed, precision; stage (0, 1, ...: after which others it can start), finished. updates,
+    passes (patches that training goes through), seen (patches that are looked at once), training (patients), looks
+    (predictions by plain networks that building a model takes), tested and external (patients), tested_patches (of
+    both), mean and largest (patches of a patient), known (read, not assumed), operations (multiplications and additions
+    of training and prediction), bytes (of features that are read).
+    """
     everyone = _with_upstream(bench, runs)
     stages = _stages(bench, everyone)
     names = sorted({run.method for run in everyone})
     costs = _operations(bench.study, names)
-    sizes = {name: patients(bench, name) for name in {run.dataset for run in everyone}}
+    wanted = (
+        bench.study.datasets if any(method(run.method).joint for run in everyone) else {r.dataset for r in everyone}
+    )
+    sizes = {name: patients(bench, name) for name in wanted}
     packed = all(size.known for size in sizes.values())  # a key needs the data
     recipe, folds = bench.study.recipe, bench.study.folds
     width = bench.study.features.dim * (2 if bench.study.features.precision == "float16" else 4)
     rows = []
     for run in everyone:
-        size, entry = sizes[run.dataset], method(run.method)
+        size, entry, cost = sizes[run.dataset], method(run.method), costs[run.method]
         n, mean = len(size.patches), float(size.patches.mean())
         training = round(n * (folds - 1) / folds)
+        tested, external = n - training, len(size.external)
+        tested_patches = tested * mean + float(size.external.sum())
+        if entry.joint:  # trained once, on all data sets, where the first of them stands
+            everybody = np.concatenate([own.patches for own in sizes.values()])
+            first = run.dataset == next(iter(bench.study.datasets))
+            training, mean = round(len(everybody) * (folds - 1) / folds) * first, float(everybody.mean())
         updates = recipe.epochs * (training // recipe.bags_per_step) * _trainings(entry)
-        trains, cost = costs[run.method]["training"] > 0, costs[run.method]
-        tested = n - training + len(size.external)
-        tested_patches = (n - training) * mean + float(size.external.sum())
-        passes = updates * recipe.bags_per_step * mean if trains else 0.0
+        passes = updates * recipe.bags_per_step * mean if cost["training"] > 0 else 0.0
         seen = training * mean
         rows.append({
             "dataset": run.dataset, "method": run.method, "fold": run.fold, "seed": run.seed,
@@ -224,6 +261,7 @@ def work(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
             "finished": packed and bench.record(run) is not None,
             "updates": updates if cost["updates"] else 0, "passes": passes,
             "seen": seen if cost["once"] else 0.0, "training": training, "tested": tested,
+            "external": external, "looks": _looks(entry, len(bench.study.datasets) - 1) * training,
             "tested_patches": tested_patches, "mean": mean, "largest": int(size.patches.max()), "known": size.known,
             "operations": cost["training"] * passes + cost["once"] * seen + cost["prediction"] * tested_patches,
             "bytes": width * (passes + (seen if cost["once"] else 0.0) + tested_patches),
@@ -237,6 +275,15 @@ def _trainings(entry: Method) -> int:
 
     values = entry.options.get("values")
     return 1 if values is None else 1 + (INNER_FOLDS - 1) * (1 + len(values))
+
+
+def _looks(entry: Method, sources: int) -> int:
+    """How often a plain network goes through the training patients before the model is there."""
+    if entry.build is builders.finetuned_representation and not entry.options.get("nearest"):
+        return sources
+    if entry.build is builders.training_free:
+        return {"concordance": sources + 1, "scores": 3}.get(entry.options["way"], 0)
+    return 0
 
 
 def _operations(study: Study, names: Sequence[str], n: int = 8192) -> dict[str, dict[str, float]]:
@@ -301,9 +348,9 @@ def seconds(table: pd.DataFrame, speed: Mapping[str, Speed]) -> pd.Series:
 
     def one(row: Any) -> float:
         s = speed[row.method]
-        update = row.updates * s.update(row.mean)
-        once = row.training * s.once(row.mean) if row.seen else 0.0
-        return update + once + row.tested * s.prediction(row.tested_patches / max(1, row.tested))
+        training = row.updates * s.update(row.mean) + (row.training * s.once(row.mean) if row.seen else 0.0)
+        predicted = row.tested * s.prediction(row.mean) + row.external * s.together(row.mean)
+        return s.build(0) + row.looks * s.look(row.mean) + training + predicted
 
     return pd.Series([one(row) for row in table.itertuples()], index=table.index, dtype=float)
 
@@ -364,7 +411,7 @@ def disk(bench: Workbench, table: pd.DataFrame) -> tuple[int, int]:
     missing = table[~table["finished"]]
     weights = {name: sum(p.numel() for p in built(name, bench.study).parameters() if p.requires_grad) * 4
                for name in missing["method"].unique()}  # fmt: skip
-    need = missing["method"].map(weights).sum() + PER_PATIENT * missing["tested"].sum()
+    need = missing["method"].map(weights).sum() + PER_PATIENT * (missing["tested"] + missing["external"]).sum()
     folder = bench.study.build
     while not folder.exists():
         folder = folder.parent

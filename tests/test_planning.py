@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
+
 import pandas as pd
 import pytest
 
 from steph import Refused, planning
 from steph.data.manifest import load_study
 from steph.planning import Line, Speed, hours, patients, report, seconds, work
-from steph.runs import Workbench, plan
+from steph.runs import Run, Workbench, plan
+from steph.training import fit
 
-EVEN = Speed(update=Line(0.01, 1e-4), once=Line(0.0, 1e-5), prediction=Line(0.001, 0.0))
+EVEN = Speed(
+    build=Line(0.5, 0.0), update=Line(0.01, 1e-4), once=Line(0.0, 1e-5), prediction=Line(0.002, 0.0),
+    together=Line(0.001, 0.0), look=Line(0.1, 0.0),
+)  # fmt: skip
 
 
 def table_of(bench, *methods):
@@ -33,7 +39,7 @@ def test_work_is_counted_from_the_patients(tiny):
     training = round(len(sizes) / 2)
     assert row["updates"] == recipe.epochs * (training // recipe.bags_per_step)
     assert row["passes"] == pytest.approx(row["updates"] * recipe.bags_per_step * sizes.mean())
-    assert row["tested"] == len(sizes) - training + 30 and row["largest"] == sizes.max()
+    assert row["tested"] == len(sizes) - training and row["external"] == 30 and row["largest"] == sizes.max()
     assert row["operations"] > 0 and row["bytes"] > 4 * tiny.study.features.dim * row["passes"]
 
 
@@ -72,10 +78,42 @@ def test_a_study_without_sizes_is_refused():
 
 
 def test_seconds_follow_the_lines(tiny):
-    table = table_of(tiny, "vanilla")
-    row = table.iloc[-1]
-    expected = row["updates"] * (0.01 + 1e-4 * row["mean"]) + row["tested"] * 0.001
-    assert seconds(table, {"vanilla": EVEN}).iloc[-1] == pytest.approx(expected)
+    table = table_of(tiny, "vanilla", "finetuned_representation")
+    speed = dict.fromkeys(("vanilla", "finetuned_representation"), EVEN)
+    taken = seconds(table, speed)
+    row = table[(table["dataset"] == "SARC") & (table["method"] == "vanilla")].iloc[0]
+    updates = row["updates"] * (0.01 + 1e-4 * row["mean"])
+    assert taken[row.name] == pytest.approx(0.5 + updates + row["tested"] * 0.002 + row["external"] * 0.001)
+    chosen = table[table["method"] == "finetuned_representation"].iloc[0]
+    assert chosen["looks"] == 2 * row["training"]  # which of two sources is best
+    once = chosen["training"] * 1e-5 * chosen["mean"]
+    assert taken[chosen.name] == pytest.approx(taken[row.name] + once + 0.1 * chosen["looks"])
+
+
+def test_joint_learning_trains_once_on_everybody(tiny):
+    table = work(tiny, plan(tiny.study, None, ["joint", "vanilla"], [0])).set_index(["method", "dataset"])
+    first, *others = tiny.study.datasets
+    assert (table.loc["joint"].loc[others, ["updates", "passes"]] == 0).all(axis=None)
+    everybody = table.loc["vanilla"]["training"].sum()
+    assert table.loc[("joint", first), "training"] == pytest.approx(everybody, abs=2)
+    assert table.loc[("joint", first), "tested"] == table.loc[("vanilla", first), "tested"]
+
+
+@pytest.mark.parametrize("name", ["vanilla", "steph"])
+def test_a_prediction_of_seconds_is_near_what_a_training_takes(tiny, name, monkeypatch):
+    """In a process' own seconds, as tests share the machine: those of the plan's speed and of the same training."""
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
+    run = Run("SARC", name, 0, tiny.study.seed)
+    table = table_of(tiny, name)
+    row = table[(table["dataset"] == "SARC") & (table["method"] == name)].iloc[0]
+    data, patients = tiny.training_set(run)
+    recipe = tiny.study.recipe.model_copy(update={"epochs": 10})
+    shares = []
+    for _ in range(3):
+        speed = planning._measured(tiny.study, name, "cpu", "fp32", planning.SIZES["cpu"][0])
+        took = fit(tiny.untrained(run), data, patients, recipe, tiny.study.network, 0)["seconds"].sum()
+        shares.append(row["updates"] / tiny.study.recipe.epochs * 10 * speed.update(row["mean"]) / took)
+    assert 0.6 < sorted(shares)[1] < 1.7
 
 
 def test_hours_of_many_workers_wait_for_the_stage_before():
@@ -107,5 +145,7 @@ def test_more_memory_than_there_is_is_said_before(tiny, monkeypatch):
 def test_runs_of_one_kind_are_measured_once():
     from steph.methods import method
 
-    kinds = [planning.kind_of(method(name)) for name in ("steph", "steph_beta0", "vanilla", "adamerging", "transmil")]
+    kinds = [
+        planning.kind_of(method(name)) for name in ("steph", "steph_beta0", "vanilla", "adamerging", "adamerging_hyper")
+    ]
     assert kinds[0] == kinds[1] and len(set(kinds)) == 4
