@@ -29,7 +29,8 @@ from steph import Refused
 from steph.data.cohort import cohort_from
 from steph.data.dataset import Dataset
 from steph.data.manifest import Features
-from steph.data.store import Store, write_store
+from steph.data.packing import write_store
+from steph.data.store import Store
 
 GROUP = 16
 """Patients that are loaded together, as for an update."""

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from steph import PROJECT
-from steph.analysis.efficiency import machine
+from steph.analysis.timing import machine
 from steph.records import versions, write_json
 
 FOLDER = PROJECT / "build" / "benchmarks"
