@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from steph import PROJECT, Refused
 
 MANIFESTS = PROJECT / "data_manifest"
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][-._A-Za-z0-9]*$", max_length=100)]
 """Becomes a part of paths: no separator, nothing that a shell or a page understands, short enough for a file."""
 Positive = Annotated[int, Field(gt=0)]
 
