@@ -1,6 +1,7 @@
 """The study as jobs: `workflow/jobs.py`, which tells them, and Snakemake, which runs them."""
 
 import importlib.util
+import json
 import os
 import select
 import shlex
@@ -178,6 +179,25 @@ def assert_same(tiny, build, runs):
         assert found is not None, run
         for name in ("predictions.csv", "model.safetensors"):
             assert found.info["files"][name] == expected.info["files"][name], (run, name)
+
+
+@pytest.mark.skipif(SNAKEMAKE is None, reason="snakemake is not installed")
+def test_a_job_that_was_preempted_keeps_what_it_had_finished(tiny, copy, jobs, tmp_path):
+    """SLURM starts it again with the jobs as they were told before the first try."""
+    had, lost = (Run("SARC", method, 0, 42) for method in ("ties_am", "model_average"))
+    missing(copy, had, lost)
+    told = tmp_path / "told.json"
+    told.write_text(json.dumps(jobs.all_jobs("tiny", "cpu", ["SARC"], ["ties_am", "model_average"])))
+    run_all(copy, [had], workers=1)
+    before = (copy.folder(had) / COMPLETION).stat()
+    command = [SNAKEMAKE, "--snakefile", str(WORKFLOW / "Snakefile"), "-d", str(tmp_path), "--cores", "1", "--nolock"]
+    command += ["--keep-incomplete", "--config", "study=tiny", "--", "tiny_SARC_fold0_seed42_0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "STEPH_JOBS": str(told)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(tiny, tmp_path, [had, lost])
+    after = (copy.folder(had) / COMPLETION).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 @pytest.mark.skipif(SNAKEMAKE is None, reason="snakemake is not installed")

@@ -6,7 +6,7 @@
 set -euo pipefail
 project=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$project/.venv/bin/python}
-methods=${1:-vanilla,steph,ties_am}
+methods=${1:-vanilla,ilra,steph}
 export DEBIAN_FRONTEND=noninteractive OMP_NUM_THREADS=1
 if ! command -v slurmctld slurmd munged srun >/dev/null; then
   apt-get update -q && apt-get install -qy --no-install-recommends slurmctld slurmd slurm-client munge
@@ -93,14 +93,17 @@ STEPH_BUILD=$dir/slurm snakemake --snakefile "$project/workflow/Snakefile" \
   --jobs 4 --default-resources runtime=10 mem_mb=900 cpus_per_task=1 'gres=gpu:1' \
   --slurm-status-command squeue --slurm-init-seconds-before-status-checks 3 --latency-wait 5 &
 engine=$!
-while sleep 15 && kill -0 $engine 2>/dev/null; do
+while sleep 5 && kill -0 $engine 2>/dev/null; do
   squeue --format='%.6i %.9T %.8M %.4C %.12b %k'
-  if [ -z "${taken-}" ] && taken=$(squeue --noheader --states=running --format=%i | head -n 1) && [ -n "$taken" ]; then
-    echo "job $taken is taken off the node, as by preemption, and queued again"
-    scontrol requeue "$taken"
+  if [ ! -e "$dir/before" ] && ls "$dir"/slurm/tiny/runs/*/*/*/run.json >/dev/null 2>&1; then
+    sha256sum "$dir"/slurm/tiny/runs/*/*/*/run.json >"$dir/before"
+    taken=$(squeue --noheader --states=running --format=%i)
+    echo "preempted: $taken; finished by then: $(wc -l <"$dir/before") runs"
+    scontrol requeue "${taken//$'\n'/,}"
   fi
 done
 wait $engine
+sha256sum --check --quiet "$dir/before" # a run done again would give another time
 echo "== what SLURM ran"
 squeue --states=all --format='%.6i %.10T %.8M %.4C %.12b %k'
 scontrol show job 1 | grep -E 'JobId|JobState|NumCPUs|TRES|TresPer' || true
