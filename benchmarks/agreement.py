@@ -129,7 +129,7 @@ def agreement(
             own, slope = numbers(given, device, precision)
             found = {
                 "logits": _distance(own, logits),
-                "c_index": abs(_c_index(given, own) - c_index),
+                "c_index": abs(_c_index(given, own) - c_index) if own.isfinite().all() else math.inf,
                 "gradients": _distance(slope, gradient),
             }
             allowed = TOLERANCES[precision]

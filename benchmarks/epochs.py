@@ -77,14 +77,15 @@ def epochs(
     seconds, patches, tflops (of products, per second), read_gb (from disks; None where the system does not tell),
     peak_gb (of the device's memory; None on the CPU).
 
-    The system is asked to forget the store before, so the first epoch reads it from the disk. A store that was streamed
-    is never held again by the same process. Raises `Refused` as `fit` does.
+    The first epoch also moves the features to the device; streamed, it reads a store that the system was asked to
+    forget, and that is never held again by the same process. Raises `Refused` as `fit` does.
     """
     is_gpu = torch.device(device).type == "cuda"
     with redirect_stderr(io.StringIO()):  # it gives want of memory as the reason
         release(device, refuse=streamed)
     gc.collect()  # maps go with what held them
-    forget([path])
+    if streamed:
+        forget([path])
     data = open_data(path)
     patients = list(data.cohort.patients["patient_id"])
     recipe = Recipe(epochs=n)

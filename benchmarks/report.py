@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -57,5 +58,13 @@ def _cell(value: Any) -> str:
 
 
 def save(path: Path, results: Mapping[str, Any]) -> None:
-    """Write results as JSON, whole or not at all."""
-    write_json(path, results)
+    """Write results as JSON, whole or not at all; what is no number (nan, infinite) as text."""
+    write_json(path, _plain(results))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

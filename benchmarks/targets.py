@@ -78,5 +78,5 @@ def judged(results: Mapping[str, Any], targets: Sequence[Target] = TARGETS) -> l
 def _found(rows: Any, target: Target) -> float | None:
     for row in rows if isinstance(rows, list) else []:
         if all(row.get(key) == value for key, value in target.where.items()) and row.get("true") is not False:
-            return row[target.number]
+            return row.get(target.number)
     return None

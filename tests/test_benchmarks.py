@@ -266,7 +266,7 @@ def test_results_are_named_after_machine_and_day():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_an_nvidia_card_it_is_refused_in_a_sentence(capsys):
     assert gpu.main([]) == 1
-    assert "sees 0 NVIDIA GPUs here" in capsys.readouterr().err
+    assert "sees no NVIDIA GPU here" in capsys.readouterr().err
     assert gpu.main(["--device", "cpu"]) == 1
     assert "For the CPU: make bench" in capsys.readouterr().err
 
@@ -330,6 +330,32 @@ def test_a_section_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch
     assert written["failed"] == found["failed"] == ["epoch", "tests"]
     assert written["epoch"] == {"error": "RuntimeError: a kernel did not start"} and written["rates"]
     assert [row["verdict"] for row in written["targets"]] == ["not measured", "reached"]
+
+
+def test_one_network_or_epoch_that_fails_costs_no_other(tmp_path, monkeypatch, small, capsys):
+    def fails_once(real):
+        def wrapped(*arguments, **options):
+            if "steph" in (arguments[1], *(arguments[2] if isinstance(arguments[2], tuple) else ())):
+                raise RuntimeError("no kernel")
+            return real(*arguments, **options)
+
+        return wrapped
+
+    monkeypatch.setattr(gpu, "agreement", fails_once(lambda _, __, names, **___: [{"network": names[0]}]))
+    assert gpu.agreements("cpu", True)[-1] == {
+        "network": "steph",
+        "error": "RuntimeError: no kernel",
+        "tolerated": False,
+    }
+    monkeypatch.setattr(gpu, "epochs", fails_once(gpu.epochs))
+    rows = gpu.brca("cpu", tmp_path, True, (("steph", "bf16", False), ("abmil", "fp32", False)), SMALL, [2] * 32)
+    assert rows[0]["error"] == "RuntimeError: no kernel" and rows[1]["seconds"] > 0 and gpu._failed(rows)
+    assert [r["verdict"] for r in targets.judged({"epoch": rows}, targets.GPU_TARGETS)] == ["not measured"] * 2
+
+
+def test_what_is_no_number_is_written_as_text(tmp_path):
+    report.save(tmp_path / "x.json", {"rows": [{"a": float("nan"), "b": float("inf"), "c": 1.5}]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"rows": [{"a": "nan", "b": "inf", "c": 1.5}]}
 
 
 def test_rates_of_a_device_are_told(small):
