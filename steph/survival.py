@@ -22,7 +22,7 @@ def bin_index(days: Any, n_bins: int = 32, width_days: float = 365) -> np.ndarra
     days: (N,) follow-up times in days, finite and not negative.
     Returns int64 (N,). Raises `Refused` for a missing, infinite or negative time.
     """
-    days = np.asarray(days, dtype=np.float64)
+    days = _numbers(days, "follow-up times")
     bad = ~np.isfinite(days) | (days < 0)
     if bad.any():
         raise Refused(
@@ -30,6 +30,13 @@ def bin_index(days: Any, n_bins: int = 32, width_days: float = 365) -> np.ndarra
             f"(first: {days[bad][0]}); expected days >= 0. Remove or correct these rows."
         )
     return np.minimum(days // width_days, n_bins - 1).astype(np.int64)
+
+
+def _numbers(values: Any, what: str) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise Refused(f"{what}: expected numbers, got {values!r}.") from None
 
 
 def survival_curve(hazards: Tensor) -> Tensor:
@@ -78,9 +85,12 @@ def concordance_index(time_days: Any, event: Any, risk: Any, tied_tol: float = 1
     had; risks within `tied_tol` count one half (lifelines has no such tolerance; otherwise the two agree).
 
     time_days, event, risk: (N,); event 1 or 0; higher risk = worse. Raises `Refused` where no pair is comparable
-    (fewer than two patients, or no event before the longest follow-up) or a risk is not finite.
+    (fewer than two patients, or no event before the longest follow-up) or a time or risk is not finite.
     """
-    time, seen, risk = np.asarray(time_days, float), np.asarray(event).astype(bool), np.asarray(risk, float)
+    time, risk = _numbers(time_days, "follow-up times"), _numbers(risk, "risks")
+    seen = np.asarray(event).astype(bool)
+    if not np.isfinite(time).all():
+        raise Refused(f"{int((~np.isfinite(time)).sum())} of {time.size} follow-up times are missing or infinite.")
     if not np.isfinite(risk).all():
         raise Refused(f"{int((~np.isfinite(risk)).sum())} of {risk.size} risks are not finite; the model diverged.")
     score, pairs = 0.0, 0

@@ -84,3 +84,14 @@ def test_higher_risk_is_worse():
 def test_a_risk_that_is_not_a_number_is_refused():
     with pytest.raises(Refused, match="1 of 2 risks are not finite"):
         concordance_index([1, 2], [1, 1], [0.0, np.nan])
+
+
+@pytest.mark.parametrize("time", [[1, np.nan, 3], [1, np.inf, 3], ["1", "x", "3"]])
+def test_concordance_refuses_times_that_are_no_numbers(time):
+    with pytest.raises(Refused, match="follow-up times"):
+        concordance_index(time, [1, 1, 0], [3, 2, 1])
+
+
+def test_bins_refuse_text():
+    with pytest.raises(Refused, match="expected numbers"):
+        bin_index(["x"])
