@@ -22,7 +22,7 @@ ifneq ($(filter-out auto $(MADE_WITH),$(TORCH)),)
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help env test lint format book lab bench clean distclean
+.PHONY: help env test lint format book lab bench torture clean distclean
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -51,6 +51,9 @@ lab: $(STAMP) ## the notebooks in JupyterLab
 
 bench: $(STAMP) ## speed, as ratios to a plain implementation and to the machine
 	$(BIN)/python -m benchmarks
+
+torture: $(STAMP) ## kills, damaged files, full disks, odd input: what a study must survive (twenty minutes)
+	MPLBACKEND=agg $(BIN)/python -m tests.torture
 
 clean: ## delete the book, results on made-up cohorts and caches; results of other studies stay
 	rm -rf build/book build/demo build/demo_twin build/tiny build/tiny_twin .pytest_cache .mypy_cache .ruff_cache .hypothesis
