@@ -75,22 +75,22 @@ def bag_sizes(bench: Workbench) -> np.ndarray:
 
 def sampling_costs(times: pd.DataFrame) -> pd.DataFrame:
     """`steph.analysis.timing.sampling_times` to look at: of each bag and sample, how many times the operations and the
-    seconds (median) of the cancer's own model a prediction by STEPH takes."""
-    found = times.groupby(["patches", "reads"], as_index=False).agg(
-        products=("products", "first"), seconds=("seconds", "median")
+    seconds of the cancer's own model a prediction by STEPH takes; seconds are compared round by round, medians told."""
+    own = times[times["reads"] == 0].set_index(["patches", "round"])[["seconds", "products"]]
+    beside = times[times["reads"] > 0].join(own, on=["patches", "round"], rsuffix=" (own)")
+    found = (
+        beside.assign(ratio=beside["seconds"] / beside["seconds (own)"])
+        .groupby(["patches", "reads"])
+        .median(numeric_only=True)
     )
-    own, steph = found[found["reads"] == 0].set_index("patches"), found[found["reads"] > 0]
-    plain = own.loc[steph["patches"]]
     return pd.DataFrame(
         {
-            "patches": steph["patches"],
-            "reads": steph["reads"],
-            "GFLOPs": steph["products"] / 1e9,
-            "× Vanilla (operations)": steph["products"].to_numpy() / plain["products"].to_numpy(),
-            "seconds": steph["seconds"],
-            "× Vanilla": steph["seconds"].to_numpy() / plain["seconds"].to_numpy(),
+            "GFLOPs": found["products"] / 1e9,
+            "× Vanilla (operations)": found["products"] / found["products (own)"],
+            "seconds": found["seconds"],
+            "× Vanilla": found["ratio"],
         }
-    ).reset_index(drop=True)
+    ).reset_index()
 
 
 def sampling_scores(results: pd.DataFrame, study: Study, sizes: np.ndarray, value: str | None = None) -> pd.DataFrame:
@@ -105,7 +105,7 @@ def sampling_scores(results: pd.DataFrame, study: Study, sizes: np.ndarray, valu
     names = [name for name in sampling_methods(study, int(sizes.max())) if name in set(results["method"])]
     value = value or steadiest(results)
     common, mean = on_common_folds(results, names), round(float(sizes.mean()))
-    own, rows = counts("vanilla", study, mean)["products"], []
+    own, rows = counts("vanilla", study, mean, ways=["products"])["products"], []
     for name in names:
         most = reads(name, study) or int(sizes.max())
         gain = compare(common, name, "steph", value).gain if name != "steph" else Estimate(0.0)
@@ -114,7 +114,7 @@ def sampling_scores(results: pd.DataFrame, study: Study, sizes: np.ndarray, valu
                 "method": title(name),
                 "reads": most,
                 "share": float(np.minimum(sizes, most).sum() / sizes.sum()),
-                "× Vanilla (operations)": counts(name, study, mean)["products"] / own,
+                "× Vanilla (operations)": counts(name, study, mean, ways=["products"])["products"] / own,
                 "C-index": common[common["method"] == name].groupby("dataset")[value].mean().mean(),
                 "− STEPH": gain.value,
                 "low": gain.low,

@@ -244,9 +244,14 @@ SMALL = 64
 """Patches of the smaller of two bags from which a count in proportion to the patches is taken."""
 
 
-def counts(name: str, study: Study, n: int = PATCHES, precision: str = "fp32") -> dict[str, int]:
+WAYS = ("layers", "products", "memory")
+
+
+def counts(
+    name: str, study: Study, n: int = PATCHES, precision: str = "fp32", ways: Sequence[str] = WAYS
+) -> dict[str, int]:
     """`by_layers`, `by_products` and `live_bytes` of the model that predicts (`deployed`) on a bag of n patches:
-    layers, products, memory.
+    layers, products, memory, or some of them.
 
     ROUPKT looks which experts were chosen, so it needs numbers and cannot run on "meta". Everything in it but the
     experts' mixture, whose cost is constant, is in proportion to the patches: its counts lie on the straight line
@@ -262,8 +267,9 @@ def counts(name: str, study: Study, n: int = PATCHES, precision: str = "fp32") -
         except RuntimeError:  # layers that choose their own precision need a device that has numbers
             return live_bytes(model, patches)
 
-    found = {}
-    for way, counted in {"layers": by_layers, "products": by_products, "memory": memory}.items():
+    found, counters = {}, {"layers": by_layers, "products": by_products, "memory": memory}
+    for way in ways:
+        counted = counters[way]
         first_, *rest = (counted(model, bag(size, study.features.dim, device, dtype)) for size in sizes)
         found[way] = first_ + sum(more - first_ for more in rest) * (n - SMALL) // SMALL
     return found

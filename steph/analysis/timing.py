@@ -35,7 +35,7 @@ from steph.results import paper_table, title
 from steph.runs import Run, Workbench
 from steph.training import PRECISIONS, fit, parameter_dtype, single_thread
 
-BUDGET = 4.0
+BUDGET = 3.0
 """Seconds within which rounds of measuring are repeated on a CPU; `LEAST` rounds are made in any case."""
 LEAST, MOST = 3, 25
 
@@ -77,7 +77,9 @@ def epoch_times(bench: Workbench, runs: Sequence[Run], device: str = "cpu", budg
     """
     check_device(device)
     decides = {"runs": [bench.key(run) for run in runs], "machine": machine(device), "torch": torch.__version__}
-    return kept(bench, "epoch_times", decides, lambda: _measured_epochs(bench, runs, device, budget))
+    return kept(
+        bench, "epoch_times", decides, lambda: _measured_epochs(bench, runs, device, budget * brief(bench.study))
+    )
 
 
 def _measured_epochs(bench: Workbench, runs: Sequence[Run], device: str, budget: float) -> pd.DataFrame:
@@ -187,7 +189,7 @@ def epoch_table(times: pd.DataFrame, table: str, reference: str, counted: dict[s
 # ---------------------------------------------------------------------------------------------- a prediction
 
 
-CPU_PATCHES = 2000
+CPU_PATCHES = 1000
 """Patches of the bag whose prediction is timed where a processor does it, so that it takes seconds."""
 MEASURED = (
     "vanilla",
@@ -220,13 +222,17 @@ def prediction_times(
     graphics card, counted (`live_bytes`) for a processor.
     """
     check_device(device)
-    size = n or round((CPU_PATCHES if device == "cpu" else PATCHES) * brief(bench.study))
+    share = brief(bench.study)
+    size = n or round((CPU_PATCHES if device == "cpu" else PATCHES) * share)
     decides = {
         "methods": list(names), "patches": size, "precision": precision, "machine": machine(device),
         "torch": torch.__version__,
     }  # fmt: skip
     return kept(
-        bench, "prediction_times", decides, lambda: _measured_predictions(names, size, device, precision, budget)
+        bench,
+        "prediction_times",
+        decides,
+        lambda: _measured_predictions(names, size, device, precision, budget * share),
     )
 
 
@@ -248,7 +254,7 @@ def _measured_predictions(names: Sequence[str], n: int, device: str, precision: 
         if device == "cpu":
             with torch.no_grad():
                 models[name](bag(min(n, SMALL), study.features.dim, device, dtype))
-            memory[name] = counts(name, study, n, precision)["memory"]
+            memory[name] = counts(name, study, n, precision, ["memory"])["memory"]
         else:
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
@@ -265,7 +271,7 @@ def _measured_predictions(names: Sequence[str], n: int, device: str, precision: 
 
 SAMPLES = (256, 1024)
 """Patches that a hypernetwork may read in place of all."""
-BAGS = (1000, 4000, 10_000)
+BAGS = (1000, 3000, 10_000)
 """Patches of the bags on which that is measured."""
 
 
@@ -276,9 +282,10 @@ def sampling_times(
     round: patches, reads (how many of them the hypernetwork reads; 0: Vanilla, which has none), round, seconds,
     products, device. At the paper's dimensions, on random features; measured in rounds, and kept."""
     check_device(device)
-    sizes = [round(n * brief(bench.study)) for n in bags]
+    share = brief(bench.study)
+    sizes = [round(n * share) for n in bags]
     decides = {"patches": sizes, "precision": precision, "machine": machine(device), "torch": torch.__version__}
-    return kept(bench, "sampling_times", decides, lambda: _measured_sampling(sizes, device, precision, budget))
+    return kept(bench, "sampling_times", decides, lambda: _measured_sampling(sizes, device, precision, budget * share))
 
 
 def _measured_sampling(sizes: Sequence[int], device: str, precision: str, budget: float) -> pd.DataFrame:
@@ -287,7 +294,7 @@ def _measured_sampling(sizes: Sequence[int], device: str, precision: str, budget
     given = {n: bag(n, study.features.dim, device, dtype) for n in sizes}
     jobs = [(n, reads) for n in sizes for reads in (0, *(r for r in SAMPLES if r < n), n)]
     products = {
-        (n, reads): of_sample(study, n, reads) if reads else counts("vanilla", study, n)["products"]
+        (n, reads): of_sample(study, n, reads) if reads else counts("vanilla", study, n, ways=["products"])["products"]
         for n, reads in jobs
     }
 
@@ -299,13 +306,17 @@ def _measured_sampling(sizes: Sequence[int], device: str, precision: str, budget
         (merging if reads else plain)(given[n]).sum().item()
         return {"patches": n, "reads": reads, "seconds": time.perf_counter() - started, "products": products[job]}
 
+    def warm_up(job: tuple[int, int]) -> None:
+        if device != "cpu" or job[0] == min(sizes):
+            predict(job)
+
     with single_thread():
-        rows = _in_rounds(jobs, predict, budget, predict)
+        rows = _in_rounds(jobs, predict, budget, warm_up)
     return pd.DataFrame(rows).assign(device=machine(device))
 
 
 def brief(study: Study) -> float:
-    """A study that is there for tests, not for numbers, is measured on a tenth of the patches."""
+    """The share of patches and of time with which a study is measured that is there for tests, not for numbers."""
     return 0.1 if study.recipe.epochs < 5 else 1.0
 
 
