@@ -83,7 +83,11 @@ def test_imported_packages_are_declared():
             found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
             found |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
             for module in sorted({name.split(".")[0] for name in found} - set(sys.stdlib_module_names)):
-                if module in ("steph", "tests", "benchmarks") or (path.parent / f"{module}.py").exists():
+                if (
+                    module in ("steph", "tests", "benchmarks")
+                    or (path.parent / f"{module}.py").exists()
+                    or (path.parent / module).is_dir()
+                ):
                     continue
                 known = {canonicalize_name(name) for name in providers.get(module, [module])}
                 assert known & declared, (
