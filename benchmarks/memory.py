@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,16 +56,20 @@ def measure(way: str, precision: str, patches: int, threads: int, dims: str) -> 
     """Bytes that this process takes, at most, for features and one step, beyond what it holds before."""
     import torch
 
-    from benchmarks.steps import BAGS, DIMENSIONS, make_bags, make_steph, plain_of, plain_training, training
+    from benchmarks.steps import BAGS, DIMENSIONS, Dimensions, make_bags, make_steph, plain_of, plain_training, training
     from steph.training import PRECISIONS
 
     torch.set_num_threads(threads)
-    d = DIMENSIONS[dims]
-    model = make_steph(d)
-    step = partial(plain_training, plain_of(model)) if way == "plain" else partial(training, model)
-    step(make_bags(1, d.dim_in, BAGS, PRECISIONS[precision]))()  # first calls load libraries
+
+    def stepper(d: Dimensions) -> Callable[[int], object]:
+        model = make_steph(d)
+        step = partial(plain_training, plain_of(model)) if way == "plain" else partial(training, model)
+        return lambda n: step(make_bags(n, d.dim_in, BAGS, PRECISIONS[precision]))()
+
+    stepper(DIMENSIONS["demo"])(1)  # first calls load libraries; of a small model, as freed memory is kept for later
+    step = stepper(DIMENSIONS[dims])
     before = resident_bytes()
-    step(make_bags(patches, d.dim_in, BAGS, PRECISIONS[precision]))()
+    step(patches)
     return peak_bytes() - before
 
 

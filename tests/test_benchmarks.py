@@ -181,6 +181,9 @@ def test_every_layout_holds_the_same_bags(tmp_path):
     assert first.shape == (35, 3) and first.dtype == torch.float32
     for found in delivered.values():
         assert torch.equal(found, first)
+    joined: list[torch.Tensor] = []
+    loading.WAYS["store, for updates"](files, order, joined.append)
+    assert len(joined) == 1 and torch.equal(joined[0], first)
     straight: list[torch.Tensor] = []
     loading.WAYS["store, as it lies"](files, order, straight.append)
     assert torch.equal(torch.cat(straight)[21:28], first[:7])
