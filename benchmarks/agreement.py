@@ -20,7 +20,7 @@ from steph.data.manifest import Network
 from steph.hypernetwork import STEPH
 from steph.mil import NETWORKS
 from steph.survival import concordance_index, nll_loss, risk_score
-from steph.training import PRECISIONS, _products, needs_coords, parameter_dtype
+from steph.training import PRECISIONS, products, needs_coords, parameter_dtype
 
 NAMES = (*NETWORKS, "steph")
 """Every network, and STEPH on ABMIL."""
@@ -100,7 +100,7 @@ def numbers(given: Problem, device: str, precision: str) -> tuple[Tensor, Tensor
     """Logits (B, T) and the loss's gradient of all trained parameters (P,) on a device; on the CPU in fp64."""
     model = copy.deepcopy(given.model).to(device, parameter_dtype(precision))
     batch = given.batch.to(device, PRECISIONS[precision])
-    with _products(precision):
+    with products(precision):
         logits = model(batch)
         loss = nll_loss(torch.sigmoid(logits), given.bins.to(device), given.event.to(device))
         (loss + model.auxiliary_loss() if isinstance(model, STEPH) else loss).backward()

@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from benchmarks.timing import Action
-from steph.training import PRECISIONS, _products
+from steph.training import PRECISIONS, products
 
 SIDE = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the square factors, by kind of device."""
@@ -39,7 +39,7 @@ def product(precision: str, device: str = "cpu", shape: Shape | None = None) -> 
 
 def product_rate(precision: str, device: str = "cpu", shape: Shape | None = None, repeats: int = 7) -> float:
     """Operations per second of a `product`."""
-    with _products(precision):
+    with products(precision):
         return product_operations(device, shape) / seconds(product(precision, device, shape), device, repeats)
 
 

@@ -208,9 +208,11 @@ def steph_random_sources(x: Ingredients, **options: Any) -> nn.Module:
     return steph(replace(x, source_states=random_sources(x.null_state, x.source_states, x.seed)), **options)
 
 
-def steph_subsampled(x: Ingredients, **options: Any) -> nn.Module:
-    """STEPH whose hypernetworks read a sample of each bag: `steph.sample_patches` of the study, drawn by its seed."""
-    return steph(x, sample_patches=x.study.steph.sample_patches, sample_seed=x.study.seed, **options)
+def steph_subsampled(x: Ingredients, patches: int | None = None, **options: Any) -> nn.Module:
+    """STEPH whose hypernetworks read a sample of each bag, drawn by the study's seed: so many patches, or as many as
+    the study's `steph.sample_patches` says."""
+    read = x.study.steph.sample_patches if patches is None else patches
+    return steph(x, sample_patches=read, sample_seed=x.study.seed, **options)
 
 
 def training_free(x: Ingredients, way: str) -> nn.Module:

@@ -47,7 +47,8 @@ processes = 1
 class Bags(Protocol):
     """What is asked of a data set."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     @property
     def dim(self) -> int: ...

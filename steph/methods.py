@@ -331,6 +331,17 @@ METHODS: dict[str, Method] = {
         group="beyond",
         build=builders.steph_subsampled,
     ),
+    **{
+        f"steph_r{r}": _variant(
+            f"STEPH, r = {r:,}",
+            f"the hypernetwork reads at most {r:,} of each patient's patches, the merged network all of them",
+            group="beyond",
+            build=builders.steph_subsampled,
+            options={"patches": r},
+            in_book=False,  # for bags of thousands of patches; the demo's are smaller
+        )
+        for r in (256, 1024)
+    },
     "steph_patch_gcn": _variant(
         "STEPH on Patch-GCN",
         "STEPH on Patch-GCN models of all cancers (the paper's future work)",

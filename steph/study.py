@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from steph import Refused
+from steph import Refused, memory
 from steph.data.dataset import Dataset
 from steph.data.manifest import Study
 from steph.data.resident import fits
@@ -130,7 +130,9 @@ def _carry_out(bench: Workbench, missing: list[Run], device: str, workers: int) 
     for network in {method(wanted.method).network for wanted in missing}:
         bench.null_state(network)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker, initargs=(bench.study,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_prepare_worker, initargs=(bench.study, workers)
+    ) as pool:
         futures = [pool.submit(_work, group, [bench.key(wanted) for wanted in group], device) for group in groups]
         try:
             finished = (wanted for future in as_completed(futures) for wanted in future.result())
@@ -195,9 +197,10 @@ def end_with_parent() -> None:
 _bench_of_worker: Workbench | None = None
 
 
-def _prepare_worker(study: Study) -> None:
+def _prepare_worker(study: Study, workers: int) -> None:
     global _bench_of_worker
     end_with_parent()
+    memory.processes = workers
     _bench_of_worker = Workbench(study)
     gc.freeze()  # the hundred thousand objects of imported libraries are not looked through again and again
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from steph import Refused
+from steph import Refused, memory
 from steph.data.bags import RaggedBatch
 from steph.data.dataset import Dataset
 from steph.data.joint import JointDataset
@@ -188,7 +188,7 @@ class Training:
     """A model in training on patients of a data set, an update at a time; arguments as of `fit`. `history` grows by a
     row per epoch.
 
-    Raises `Refused` where there are fewer patients than an update takes, or no event.
+    Raises `Refused` where there are fewer patients than an update takes, no event, or too little memory.
     """
 
     def __init__(
@@ -217,6 +217,8 @@ class Training:
                 f"{dataset.name}: no event among {len(self.patients)} training patients; nothing can be learnt."
             )
         model.to(device, parameter_dtype(precision)).train()
+        how = (device, PRECISIONS[precision])
+        memory.check(model, dataset, self.patients, recipe.max_patches, recipe.bags_per_step, *how, trains=True)
         self._bins = torch.from_numpy(bin_index(labels["time_days"], network.n_bins, network.bin_width_days)).to(device)
         self._event = torch.from_numpy(labels["event"].to_numpy(dtype=bool)).to(device)
         self.batch_of = _batches(model, dataset, self.patients, recipe.max_patches, device, PRECISIONS[precision])
@@ -356,7 +358,7 @@ def fit_together(trainings: Sequence[Training]) -> list[pd.DataFrame | Refused]:
         groups = order.reshape(first.steps, -1)
         for training in going:
             training.begin_epoch(groups)
-        with _products(first.precision):
+        with products(first.precision):
             for batch in ahead(load, groups, first.device):
                 for training in list(going):
                     with turn(training):
@@ -405,14 +407,17 @@ def _with_memory(step: Callable[..., Any], batch: RaggedBatch | None, device: st
 
 
 @contextmanager
-def _products(precision: str) -> Iterator[None]:
-    """TF32 products inside the block, where that is asked for."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+def products(precision: str) -> Iterator[None]:
+    """TF32 products and convolutions inside the block where that is asked for, and nowhere else."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
     try:
+        for backend in backends:
+            backend.allow_tf32 = precision == "tf32"
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 @torch.no_grad()
@@ -438,9 +443,10 @@ def predict(
     patients = list(patients)
     dtype = PRECISIONS[precision]
     model.to(device, parameter_dtype(precision)).eval()
+    memory.check(model, dataset, patients, max_patches, together, device, dtype)
     batch_of = _batches(model, dataset, patients, max_patches, device, dtype)
     groups = [patients[i : i + together] for i in range(0, len(patients), together)]
-    with _products(precision):
+    with products(precision):
         hazards = torch.cat([torch.sigmoid(model(batch_of(group))) for group in groups]).double().cpu()
     survival = survival_curve(hazards)
     labels = dataset.labels(patients).astype({"event": int})

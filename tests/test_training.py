@@ -8,7 +8,7 @@ import torch
 from conftest import assert_states_close
 from torch import nn
 
-from steph import Refused
+from steph import Refused, memory
 from steph.data import RaggedBatch
 from steph.data.manifest import Network, Recipe
 from steph.hypernetwork import STEPH
@@ -145,7 +145,7 @@ def test_training_does_not_import_a_compiler():
 class Patients:
     """A data set in memory: what the engine asks of `Dataset`."""
 
-    name = "made"
+    name, dim = "made", 5
 
     def __init__(self, n=40, events=True):
         generator = torch.Generator().manual_seed(0)
@@ -157,6 +157,9 @@ class Patients:
 
     def labels(self, patients):
         return self.table.set_index("patient_id", drop=False).loc[list(patients)].reset_index(drop=True)
+
+    def n_patches(self, patients):
+        return np.array([len(self.bags[self.ids.index(p)]) for p in patients])
 
     def batch(self, patients, device="cpu", dtype=torch.float32):
         return RaggedBatch.from_bags([self.bags[self.ids.index(p)] for p in patients]).to(device, dtype)
@@ -302,3 +305,12 @@ def test_a_step_without_memory_is_repeated_without_the_held_features(monkeypatch
     monkeypatch.setattr(training, "release", lambda device, refuse: False)
     with pytest.raises(Refused, match="cuda has too little memory for a step with a bag of 7 patches"):
         training._with_memory(step, RaggedBatch.from_bags([torch.ones(7, 2), torch.ones(3, 2)]), "cuda", "SARC")
+
+
+def test_what_does_not_fit_is_refused_before_it_is_tried(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 10)
+    data = Patients()
+    with pytest.raises(Refused, match=r"an update by ABMIL takes about .* recipe.max_patches"):
+        fit(ABMIL(5, 8, 4, 8), data, data.ids, Recipe(epochs=1), NETWORK, 0)
+    with pytest.raises(Refused, match="a prediction by ABMIL takes"):
+        predict(ABMIL(5, 8, 4, 8), data, data.ids)
