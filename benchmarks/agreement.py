@@ -20,7 +20,7 @@ from steph.data.manifest import Network
 from steph.hypernetwork import STEPH
 from steph.mil import NETWORKS
 from steph.survival import concordance_index, nll_loss, risk_score
-from steph.training import PRECISIONS, products, needs_coords, parameter_dtype
+from steph.training import PRECISIONS, needs_coords, parameter_dtype, products
 
 NAMES = (*NETWORKS, "steph")
 """Every network, and STEPH on ABMIL."""

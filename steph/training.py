@@ -409,7 +409,7 @@ def _with_memory(step: Callable[..., Any], batch: RaggedBatch | None, device: st
 @contextmanager
 def products(precision: str) -> Iterator[None]:
     """TF32 products and convolutions inside the block where that is asked for, and nowhere else."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:
