@@ -158,6 +158,7 @@ def bad_files(folder):
     torch.save(Trap(folder / "RAN"), folder / "object.pt")
     torch.save({"features": torch.ones(5, DIM)}, folder / "dict.pt")
     torch.save([torch.ones(5, DIM)], folder / "list.pt")
+    torch.save(torch.empty(5, DIM, device="meta"), folder / "hollow.pt")
     torch.save(torch.ones(5, DIM, dtype=torch.int32), folder / "integerspt.pt")
     torch.save(torch.ones(5, DIM), folder / "cutpt.pt")
     (folder / "cutpt.pt").write_bytes((folder / "cutpt.pt").read_bytes()[:-50])
@@ -181,6 +182,7 @@ def bad_files(folder):
         "dict": "holds a dict",
         "list": "holds a list",
         "integerspt": "not floating point",
+        "hollow": "without values",
         "cutpt": "truncated",
         "nothingpt": "truncated",
     }

@@ -174,6 +174,12 @@ def test_an_unreadable_outcome_table_is_refused(tmp_path: Path) -> None:
     pd.DataFrame({"a": [1]}).to_excel(tmp_path / "other.xlsx", sheet_name="Sheet1")
     with pytest.raises(Refused, match="no sheet TCGA-CDR"):
         read_outcomes(tmp_path / "other.xlsx", "DSS")
+    content = bytearray((tmp_path / "other.xlsx").read_bytes())
+    for at in range(40, len(content), 97):  # headers, names, deflated parts: zip and XML raise many things
+        damaged = bytes(content[:at] + bytes([content[at] ^ 255] * 8) + content[at + 8 :])
+        (tmp_path / "damaged.xlsx").write_bytes(damaged)
+        with pytest.raises(Refused, match=r"damaged\.xlsx"):
+            read_outcomes(tmp_path / "damaged.xlsx", "DSS")
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(Refused, match="not a readable CSV"):
         read_outcomes(tmp_path / "empty.csv", "DSS")

@@ -207,8 +207,8 @@ def _tensor(path: Path) -> torch.Tensor:
         ) from None
     if not isinstance(value, torch.Tensor):
         raise Refused(_pickled(path, f"a {type(value).__name__}"))
-    if value.layout != torch.strided or value.is_quantized:
-        raise Refused(f"{path}: the tensor is sparse or quantized; expected a plain one")
+    if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+        raise Refused(f"{path}: the tensor is sparse, quantized or without values; expected a plain one")
     _checked_shape(path, tuple(value.shape), "the tensor", value.is_floating_point(), str(value.dtype))
     return value.detach()
 

@@ -7,7 +7,6 @@ slide's barcode are its patient.
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
@@ -199,5 +198,5 @@ def _read_cdr(path: Path) -> pd.DataFrame:
         return pd.read_excel(path, sheet_name=SHEET, dtype=str, engine="openpyxl")
     except ValueError as error:
         raise Refused(f"{path}: no sheet {SHEET} ({error}). Expected TCGA-CDR-SupplementalTableS1.xlsx.") from None
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
+    except Exception as error:  # A damaged file makes zip, XML and openpyxl raise nearly anything.
         raise Refused(f"{path} is not a readable xlsx file ({error}). Download it again.") from None

@@ -16,7 +16,7 @@ from steph import PROJECT, Refused
 MANIFESTS = PROJECT / "data_manifest"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][-._A-Za-z0-9]*$", max_length=100)]
 """Becomes a part of paths: no separator, nothing that a shell or a page understands, short enough for a file."""
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 BAD_VALUES = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
@@ -156,9 +156,10 @@ class Study(_Strict):
     endpoint: Endpoint = Endpoint()
     features: Features
     datasets: dict[Name, DatasetEntry] = Field(min_length=1)
-    folds: int = Field(default=5, ge=2, description="of one cross-validation")
+    folds: int = Field(default=5, ge=2, le=1000, description="of one cross-validation")
     repeats: Positive = Field(
         default=1,
+        le=1000,
         description="cross-validations, each of splits of its own; fold f belongs to repeat f // folds",
     )
     book_folds: dict[str, Positive] = Field(

@@ -97,8 +97,8 @@ def wait_until_gone(group: int, seconds: float = 30) -> None:
 
 
 def outcome(build: Path) -> dict[str, str]:
-    """All that a build folder holds and that may not depend on how it came about, by path: hashes. Seconds and dates are
-    left out, and so is what processes leave behind that were killed. Raises where a record is not whole."""
+    """All that a build folder holds and that may not depend on how it came about: hashes by path. Seconds and dates are
+    left out, and so is what killed processes leave behind. Raises `Refused` where a record is not whole."""
     found = {}
     for folder in sorted(path.parent for path in build.rglob("run.json") if ".tmp" not in str(path)):
         record = read_record(folder)

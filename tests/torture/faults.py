@@ -1,5 +1,5 @@
-"""Faults of the machine and of people: a kernel that dies, a full disk, a folder that cannot be written, a clock that is
-set back, a manifest that changes between runs."""
+"""Faults of machines and people: a kernel that dies, a full disk, a folder that cannot be written, a clock set back, a
+manifest changed between runs."""
 
 from __future__ import annotations
 
@@ -246,4 +246,3 @@ def changed_manifest(folder: Path, say: Callable[[str], object] = print) -> None
         else:
             raise AssertionError("data of other settings were taken")
     say(f"  a manifest changed in {len(changes) + 1} ways between runs: no old result was taken, none was lost")
-

@@ -124,7 +124,6 @@ def two_at_once(folder: Path, seed: int, say=print) -> None:
     written: set[tuple[str, str]] = set()
     while first.poll() is None or second.poll() is None:
         for path in together.glob("*/runs/*/*/.*.tmp"):
-
             written.add((path.name.rsplit(".", 2)[0], path.name))
         time.sleep(0.002)
     for process in (first, second):

@@ -1,0 +1,82 @@
+"""`python -m tests.torture`: all parts, or those that are named; what was survived, and what was not."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from . import corruption, faults, fuzz, kills
+from .harness import Report
+
+
+def main() -> int:
+    """Run the parts; 1 where one of them found something."""
+    parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--kills", type=int, default=50, help="kills of a study, at random moments (default 50)")
+    parser.add_argument("--corruptions", type=int, default=2000, help="damaged files (default 2000)")
+    parser.add_argument("--minutes", type=float, default=5, help="of fuzzing, all readers together (default 5)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other moments and files (default 0)")
+    parser.add_argument("--keep", type=Path, help="where the files behind findings of the fuzzer go")
+    chosen = parser.parse_args()
+    unknown = set(chosen.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    failed = []
+    for name in chosen.parts or PARTS:
+        print(f"{name}:", flush=True)
+        begun = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="steph-torture-") as folder:
+            try:
+                PARTS[name](Path(folder), chosen)
+            except Exception:
+                failed.append(name)
+                traceback.print_exc()
+        print(f"  {time.monotonic() - begun:.0f} s", flush=True)
+    print(f"failed: {', '.join(failed)}" if failed else "all survived")
+    return bool(failed)
+
+
+def _kills(folder: Path, chosen: argparse.Namespace) -> None:
+    done = kills.torture(folder, chosen.kills, chosen.seed)
+    print(f"  {', '.join(f'{n} {way}' for way, n in done.items())}")
+
+
+def _corruptions(folder: Path, chosen: argparse.Namespace) -> None:
+    _told(corruption.torture(folder, chosen.corruptions, chosen.seed), "corruptions")
+
+
+def _fuzz(folder: Path, chosen: argparse.Namespace) -> None:
+    _told(fuzz.torture(folder, chosen.minutes, chosen.seed, chosen.keep), "executions")
+
+
+def _told(report: Report, what: str) -> None:
+    print(report.table())
+    print(f"  {report.total()} {what}, {len(report.findings)} findings")
+    if report.findings:
+        raise AssertionError("\n".join(report.findings))
+
+
+def _fault(part: Callable[[Path], None]) -> Callable[[Path, argparse.Namespace], None]:
+    return lambda folder, _: part(folder)
+
+
+PARTS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
+    "kills": _kills,
+    "together": lambda folder, chosen: kills.two_at_once(folder, chosen.seed),
+    "kernels": _fault(faults.kernels),
+    "full-disk": _fault(faults.full_disk),
+    "read-only": _fault(faults.read_only),
+    "clock": _fault(faults.clock),
+    "manifest": _fault(faults.changed_manifest),
+    "corruptions": _corruptions,
+    "fuzz": _fuzz,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
