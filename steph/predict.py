@@ -235,8 +235,8 @@ class Model:
                 f"{self.config.title} does not pool patches by an attention of its own: there is none to show."
             )
         limit = self.config.inputs.max_patches
-        if limit is not None and bag.n_patches > limit:
-            notes.append(f"{limit:,} of {bag.n_patches:,} patches were read, as in the study.")
+        if limit is not None and bag.size > limit:
+            notes.append(f"{limit:,} of {bag.size:,} patches were read, as in the study.")
         if self._moved:
             notes.append(
                 f"The study computed on {self.config.device} in {self.config.precision}, this is {self.device} in "
@@ -358,9 +358,18 @@ class Bag:
         return cls(config.dataset, patient_id or names[0], slides, config.inputs.sample_seed)
 
     @property
-    def n_patches(self) -> int:
+    def size(self) -> int:
         """Patches of all slides."""
         return sum(len(slide.features) for slide in self.slides)
+
+    @property
+    def dim(self) -> int:
+        """Width of the features."""
+        return int(self.slides[0].features.shape[1])
+
+    def n_patches(self, patient_ids: Sequence[str]) -> np.ndarray:
+        """Patches of the bag, of each patient asked for: (B,) int64."""
+        return np.full(len(patient_ids), self.size)
 
     @cached_property
     def _features(self) -> np.ndarray:
@@ -388,9 +397,9 @@ class Bag:
         return RaggedBatch(features, (0, len(features)), where, slides)
 
     def _kept(self, max_patches: int | None) -> np.ndarray | None:
-        if max_patches is None or self.n_patches <= max_patches:
+        if max_patches is None or self.size <= max_patches:
             return None
-        return sampled(self.n_patches, max_patches, self.seed, self.patient_id)
+        return sampled(self.size, max_patches, self.seed, self.patient_id)
 
     def places(self, max_patches: int | None = None) -> pd.DataFrame:
         """The patches that are read: slide_id, patch (its place among the slide's patches), x, y."""
