@@ -243,6 +243,7 @@ def results(study: Study | str | Path | Workbench, current_only: bool = True) ->
         try:
             row = {**row_of(found), "folds": bench.study.folds}
             run = Run(**{k: row[k] for k in Run.__dataclass_fields__})
+            hash(run)  # what is no plain value has none
             known = run.dataset in bench.study.datasets and known_method(run.method)
         except (KeyError, TypeError, AttributeError) as error:
             raise Refused(f"{path} is no record of a run ({error!r}). Delete {path.parent} and run again.") from None

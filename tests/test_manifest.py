@@ -46,6 +46,8 @@ def test_what_is_left_out_is_the_papers(tmp_path: Path) -> None:
         ({"recipe": {"epochs": "many"}}, r"recipe\.epochs: .*integer.*\(found 'many'\)"),
         ({"recipe": {"epochs": 0}}, r"recipe\.epochs: .*greater than 0"),
         ({"folds": 1}, r"folds: .*greater than or equal to 2"),
+        ({"data_root": "a/" + "b" * 256}, r"data_root: .*no file or folder can have this name"),
+        ({"features": {"folders": ["x" * 256 + "*"]}}, r"folders\.0: .*no file or folder can have this name"),
         ({"folds": 10**30}, r"folds: .*less than or equal to 1000"),
         ({"repeats": 10**30}, r"repeats: .*less than or equal to 1000"),
         ({"repeats": 0}, r"repeats: .*greater than 0"),

@@ -9,7 +9,7 @@ from reprlib import Repr
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from steph import PROJECT, Refused
 
@@ -17,6 +17,16 @@ MANIFESTS = PROJECT / "data_manifest"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][-._A-Za-z0-9]*$", max_length=100)]
 """Becomes a part of paths: no separator, nothing that a shell or a page understands, short enough for a file."""
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
+
+
+def _possible(path: str) -> str:
+    if "\0" in path or any(len(part.encode(errors="replace")) > 255 for part in path.split("/")) or len(path) > 2000:
+        raise ValueError("no file or folder can have this name")
+    return path
+
+
+Place = Annotated[str, AfterValidator(_possible)]
+"""A path, or a pattern of paths."""
 
 
 BAD_VALUES = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
@@ -67,7 +77,7 @@ class Features(_Strict):
     precision: Literal["float32", "float16"] = Field(default="float32", description="number format of the packed store")
     patch_size_px: Positive = 256
     magnification: float = 20
-    folders: list[str] = Field(
+    folders: list[Place] = Field(
         default=["features/TCGA-{project}*"],
         description="folders under the data root, searched with their subfolders for slide files; {project} is "
         "replaced by each of a data set's projects, {dataset} by its name; * and ? match as in a shell",
@@ -84,7 +94,7 @@ class DatasetEntry(_Strict):
         default=None, ge=0, le=100, description="patients without an event, Table S1"
     )
     mean_patches: Positive | None = Field(default=None, description="patches per slide, Table S1")
-    folders: list[str] | None = Field(default=None, description="in place of features.folders")
+    folders: list[Place] | None = Field(default=None, description="in place of features.folders")
 
 
 class Synthetic(_Strict):
@@ -148,7 +158,7 @@ class Study(_Strict):
     name: Name
     title: str
     synthetic: Synthetic | None = None
-    data_root: str = Field(
+    data_root: Place = Field(
         default="",
         description="labels/, splits/, features/ and stores/ lie in it; relative to the checkout; STEPH_DATA replaces "
         "it for a real study; empty: data/ in the study's build folder",

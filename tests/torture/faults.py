@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -105,7 +105,7 @@ def full_disk(folder: Path, say: Callable[[str], object] = print) -> None:
     code, said = steph(folder / "alone", *command)
     expect(code == 0, said)
     expected = outcome(folder / "alone")
-    every_write_fails_once(folder / "faked", path, expected, say)
+    every_write_fails_once(folder / "faked", path, RUNS, expected, say)
     build = folder / "small"
     with small_disk(build) as resize:
         if resize is None:
@@ -139,9 +139,9 @@ def small_disk(path: Path) -> Iterator[Callable[[int], None] | None]:
 
 
 def every_write_fails_once(
-    folder: Path, study: Path, expected: dict[str, str], say: Callable[[str], object] = print
+    folder: Path, study: Path, runs: Sequence[Run], expected: dict[str, str], say: Callable[[str], object] = print
 ) -> None:
-    """Each write of a study finds the disk full once; the same call goes on each time."""
+    """Each write of runs, and of what they stand on, finds the disk full once; the same call goes on each time."""
     to_disk, full = records._to_disk, 0
     tried = set()
 
@@ -155,7 +155,7 @@ def every_write_fails_once(
     with patch.dict(os.environ, {"STEPH_BUILD": str(folder)}), patch.object(records, "_to_disk", fails):
         while full < 500:
             try:
-                run_all(Workbench(study), RUNS, workers=1)
+                run_all(Workbench(study), runs, workers=1)
                 break
             except Refused as refused:
                 full += 1

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import io
 import json
+import os
 import random
 import traceback
 import zipfile
@@ -341,6 +342,7 @@ def _put(file: h5py.File, name: str, array: np.ndarray, rng: random.Random) -> N
 def targets(folder: Path) -> list[Target]:
     """Every reader, with made-up files of its format."""
     torch.set_num_threads(1)
+    os.environ["STEPH_BUILD"] = str(folder / "build")
     study, real = folder / "torture.yaml", folder / "real"
     build = Workbench(study).study.build
     [run] = (build / "runs").glob("SARC/steph/fold0-*")
