@@ -6,7 +6,7 @@
 set -euo pipefail
 project=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$project/.venv/bin/python}
-methods=${1:-vanilla,ilra,steph}
+methods=${1:-vanilla,ilra,transmil,steph}
 export DEBIAN_FRONTEND=noninteractive OMP_NUM_THREADS=1
 if ! command -v slurmctld slurmd munged srun >/dev/null; then
   apt-get update -q && apt-get install -qy --no-install-recommends slurmctld slurmd slurm-client munge
@@ -93,13 +93,17 @@ STEPH_BUILD=$dir/slurm snakemake --snakefile "$project/workflow/Snakefile" \
   --jobs 4 --default-resources runtime=10 mem_mb=900 cpus_per_task=1 'gres=gpu:1' \
   --slurm-status-command squeue --slurm-init-seconds-before-status-checks 3 --latency-wait 5 &
 engine=$!
-while sleep 5 && kill -0 $engine 2>/dev/null; do
-  squeue --format='%.6i %.9T %.8M %.4C %.12b %k'
-  if [ ! -e "$dir/before" ] && ls "$dir"/slurm/tiny/runs/*/*/*/run.json >/dev/null 2>&1; then
-    sha256sum "$dir"/slurm/tiny/runs/*/*/*/run.json >"$dir/before"
-    taken=$(squeue --noheader --states=running --format=%i)
-    echo "preempted: $taken; finished by then: $(wc -l <"$dir/before") runs"
-    scontrol requeue "${taken//$'\n'/,}"
+while sleep 2 && kill -0 $engine 2>/dev/null; do
+  # A job that has finished some of its runs is taken off the node once, as by preemption, and queued again.
+  if [ ! -e "$dir/before" ]; then
+    while IFS='_ ' read -r id _ _ dataset fold _; do
+      if sha256sum "$dir/slurm/tiny/runs/$dataset"/*/"$fold"-*/run.json >"$dir/finished" 2>/dev/null; then
+        echo "job $id is preempted; it had finished $(wc -l <"$dir/finished") runs"
+        scontrol requeue "$id"
+        mv "$dir/finished" "$dir/before"
+        break
+      fi
+    done < <(squeue --noheader --states=running --format='%i %k')
   fi
 done
 wait $engine
