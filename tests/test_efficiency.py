@@ -53,5 +53,8 @@ def test_what_a_sample_costs_in_c_index(tiny):
     assert sampled["− STEPH"] == pytest.approx(-0.01) and sampled["low"] < -0.01 < sampled["high"]
     assert sampled["reads"] == 16 and sampled["share"] == pytest.approx(np.minimum(sizes, 16).sum() / sizes.sum())
     assert 1 < sampled["× Vanilla (operations)"] < steph["× Vanilla (operations)"]
+    more = results.assign(fold=2)[lambda t: t["dataset"] == "A"]  # one cancer was run on more folds
+    again = efficiency.sampling_scores(pd.concat([results, more]), study, sizes, "c_index").set_index("method")
+    pd.testing.assert_frame_equal(again, found)
     with pytest.raises(Refused, match="no results to compare"):
         efficiency.sampling_scores(results[results["method"] != "steph"], study, sizes, "c_index")

@@ -196,3 +196,10 @@ def test_the_tcga_study_is_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (cdr.size_bytes, len(cdr.md5 or "")) == (2945129, 32)
     assert all(source.address.startswith("https://") and source.licence for source in study.sources)
     assert not any(source.redistribution for source in study.sources if source.provides == "features")
+
+
+def test_who_extends_what_is_not_there_is_named(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: tcgA\nname: mine\n")
+    with pytest.raises(Refused, match=r"mine\.yaml extends tcgA: unknown study"):
+        load_study(path)

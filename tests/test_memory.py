@@ -127,7 +127,8 @@ def test_with_little_memory_activations_are_computed_again_and_numbers_stay(litt
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     sizes = [30_000] * 4
-    kept, again = (memory.needed(ABMIL(**WIDE), sizes[:2], 256, torch.float32, "cpu", True, n) for n in (memory.ALL, memory.NOTHING))
+    how = (sizes[:2], 256, torch.float32, "cpu", True)
+    kept, again = (memory.needed(ABMIL(**WIDE), *how, n) for n in (memory.ALL, memory.NOTHING))
     assert kept > 1.5 * again
     before = gradient()
     little((kept + again) / 2e9)

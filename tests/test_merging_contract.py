@@ -332,6 +332,8 @@ TRAINS = {
     "steph_random_sources": MIXING,
     "steph_patch_gcn": MIXING,
     "steph_subsampled": MIXING,
+    "steph_r256": MIXING,
+    "steph_r1024": MIXING,
     "model_average": set(),
     **{f"steph_free_{way}": set() for way in ("cosine", "concordance", "scores")},
     "adamerging": AM,

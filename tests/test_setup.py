@@ -83,10 +83,9 @@ def test_imported_packages_are_declared():
             found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
             found |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
             for module in sorted({name.split(".")[0] for name in found} - set(sys.stdlib_module_names)):
-                if (
-                    module in ("steph", "tests", "benchmarks")
-                    or (path.parent / f"{module}.py").exists()
-                    or (path.parent / module).is_dir()
+                local = [at / module for at in (path.parent, path.parent.parent)]
+                if module in ("steph", "tests", "benchmarks") or any(
+                    at.is_dir() or at.with_suffix(".py").exists() for at in local
                 ):
                     continue
                 known = {canonicalize_name(name) for name in providers.get(module, [module])}

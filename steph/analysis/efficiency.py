@@ -105,6 +105,9 @@ def sampling_scores(results: pd.DataFrame, study: Study, sizes: np.ndarray, valu
     names = [name for name in sampling_methods(study, int(sizes.max())) if name in set(results["method"])]
     value = value or steadiest(results)
     common, mean = on_common_folds(results, names), round(float(sizes.mean()))
+    # Somebody may have run one cancer on more folds than the others.
+    everywhere = common.groupby("fold")["dataset"].transform("nunique") == common["dataset"].nunique()
+    common = common[everywhere]
     own, rows = counts("vanilla", study, mean, ways=["products"])["products"], []
     for name in names:
         most = reads(name, study) or int(sizes.max())

@@ -289,7 +289,11 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise Refused(f"study manifest {path} extends itself.")
     base = str(values.pop("extends"))
     beside = path.parent / f"{base}.yaml"
-    return _merge(_read(beside if _is_file(beside) else _manifest_path(base), (*seen, path.resolve())), values)
+    try:
+        below = beside if _is_file(beside) else _manifest_path(base)
+    except Refused as reason:
+        raise Refused(f"study manifest {path} extends {base}: {reason}") from None
+    return _merge(_read(below, (*seen, path.resolve())), values)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
