@@ -154,7 +154,7 @@ def test_told_to_stop_by_a_scheduler_it_leaves_no_half_record(tiny, copy, tmp_pa
     command += ["--method", "vanilla", "--workers", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    until(lambda: any(list(copy.folder(run).glob("*")) for run in runs), process)
+    until(lambda: any(list(copy.folder(run).parent.glob(f"*{copy.folder(run).name}*")) for run in runs), process)
     os.killpg(process.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode in {1, 130} and "What is finished is kept" in said and "Traceback" not in said
@@ -202,14 +202,16 @@ def test_a_job_that_was_preempted_keeps_what_it_had_finished(tiny, copy, jobs, t
 
 @pytest.mark.skipif(SNAKEMAKE is None, reason="snakemake is not installed")
 def test_snakemake_killed_failing_and_called_again_ends_with_the_same_numbers(tiny, copy, tmp_path):
-    first, bad = Run("SARC", "vanilla", 0, 42), Run("SARC", "ties_am", 0, 42)
-    good = [Run("SARC", "model_average", fold, 42) for fold in (0, 1)]
+    first, bad = Run("SARC", "vanilla", 0, 42), Run("SARC", "surgery_am", 0, 42)
+    good = [Run("SARC", "surgery_hyper", 0, 42), Run("SARC", "surgery_am", 1, 42)]
     missing(copy, first, bad, *good)
-    (copy.folder(bad) / "predictions.csv").mkdir(parents=True)  # it fails when it writes that file
+    damaged = copy.folder(Run("SARC", "adamerging", 0, 42)) / "model.safetensors"  # what `bad` alone builds on
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1])
 
     def command(*more):
         profile = ["--workflow-profile", str(WORKFLOW / "profiles" / "local"), "--cores", "2", "--nolock"]
-        methods = "methods=vanilla,model_average,ties_am"
+        methods = "methods=vanilla,surgery_am,surgery_hyper"
         config = ["--config", "study=tiny", "datasets=SARC", methods, f"python={sys.executable}"]
         return [SNAKEMAKE, "--snakefile", str(WORKFLOW / "Snakefile"), "-d", str(tmp_path), *profile, *more, *config]
 
@@ -221,7 +223,7 @@ def test_snakemake_killed_failing_and_called_again_ends_with_the_same_numbers(ti
     listed = subprocess.run(command("--dry-run"), env=environment, capture_output=True, text=True)
     assert listed.returncode == 0 and finished() == before, listed.stderr
     said = listed.stdout + listed.stderr
-    assert "tiny_SARC_fold0_seed42_1: vanilla" in said and "tiny_SARC_fold0_seed42_0: model_average ties_am" in said
+    assert "tiny_SARC_fold0_seed42_2: vanilla" in said and "tiny_SARC_fold0_seed42_0: surgery_am surgery_hyper" in said
 
     process = subprocess.Popen(
         command(), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -232,13 +234,13 @@ def test_snakemake_killed_failing_and_called_again_ends_with_the_same_numbers(ti
     killed = finished()
 
     failed = subprocess.run(command(), env=environment, capture_output=True, text=True)
-    assert failed.returncode == 1 and "IsADirectoryError" in failed.stderr
+    assert failed.returncode == 1 and "is not what the run wrote" in failed.stderr
     assert_same(tiny, tmp_path, [first, *good])  # a failure stops nothing else, in its own job neither
     assert copy.record(bad) is None
     after = finished()
     assert all(after[path] == when for path, when in killed.items())
 
-    missing(copy, bad)
+    damaged.write_bytes(whole)
     ended = subprocess.run(command(), env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert_same(tiny, tmp_path, [first, bad, *good])
