@@ -52,10 +52,8 @@ class PlainSTEPH(nn.Module):
         self.network = PlainABMIL(model.encoder.network)
         self.network.head = nn.Identity()
         self.network.requires_grad_(False)
-        layout = model.encoder.layout
-        self.base = {name: value.clone() for name, value in layout.views(model.encoder.base).items()}
-        self.target, *self.sources = [
-            {name: value.clone() for name, value in layout.views(vector).items()} for vector in model.encoder.vectors
+        self.base, self.target, *self.sources = [
+            {name: value.clone() for name, value in state.items()} for state in model.encoder.states()
         ]
         hyper = model.hyper
         assert hyper.embed is not None and hyper.weight_head is not None and hyper.mix_head is not None

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from steph import Refused
 from steph.data.bags import RaggedBatch, as_batch, sample_each
-from steph.merging.merged_encoder import MergedEncoder
+from steph.merging.merged_encoder import Merged, MergedEncoder
 from steph.merging.task_vectors import Layout, State, task_vector
 from steph.mil.abmil import ABMIL
 from steph.mil.mean_mil import mean_of_embedded
@@ -212,27 +212,17 @@ class Hypernetwork(nn.Module):
         )
 
 
-class MergedHead(nn.Module):
-    """The prediction head under base + C @ vectors, like `MergedEncoder` (the paper's reading of Eq. 5)."""
-
-    base: Tensor
-    vectors: Tensor
+class MergedHead(Merged):
+    """The prediction head under merged weights, like `MergedEncoder` (the paper's reading of Eq. 5)."""
 
     def __init__(self, base: State, vectors: Sequence[State]) -> None:
-        super().__init__()
-        self.layout = Layout({k: tuple(v.shape) for k, v in base.items() if k.startswith("head.")})
-        self.register_buffer("base", self.layout.flatten(base), persistent=False)
-        self.register_buffer("vectors", torch.stack([self.layout.flatten(v) for v in vectors]), persistent=False)
+        super().__init__(Layout({k: tuple(v.shape) for k, v in base.items() if k.startswith("head.")}), base, vectors)
 
     def forward(self, coefficients: Tensor, features: Tensor) -> Tensor:
-        weights = self.layout.views(torch.addmm(self.base, coefficients, self.vectors))
+        weights = self.weights(coefficients)
         return torch.baddbmm(
             weights["head.bias"].unsqueeze(2), weights["head.weight"], features.unsqueeze(2)
         ).squeeze(2)  # fmt: skip
-
-    def state(self, coefficients: Tensor) -> dict[str, Tensor]:
-        """The merged head's parameters for one bag's coefficients (1 + m,)."""
-        return self.layout.views(self.base + coefficients @ self.vectors)
 
 
 def mixture_coefficients(w: Tensor, lam: Tensor, selected: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from steph import Refused
-from steph.data.bags import RaggedBatch
+from steph.data.bags import RaggedBatch, parts
 from steph.data.resident import held_bytes
 from steph.mil import gated_attention
 
@@ -37,6 +37,9 @@ EPOCHS = 20
 PIECES = 32
 """Chunks of a batch that are counted at most: counting thousands would take longer than it is worth."""
 
+PART = {"cpu": 8_192, "cuda": 2_000_000}
+"""Patches of an update's bags that go through a model together, by kind of device; a larger bag goes alone. Their
+activations are gone when the next come."""
 ALL, NOTHING = (sys.maxsize, sys.maxsize), (0, 0)
 """Patches up to which gated attention keeps gates and embeddings."""
 
@@ -118,13 +121,29 @@ def needed(
     trains: an update with all of them, where the model trains on patches; otherwise the largest goes through alone.
     kept: what gated attention keeps of activations (`steph.mil.gated_attention.KEPT`; None: as it is now).
     """
+    groups = [list(sizes[start:stop]) for start, stop in parts(sizes, PART[torch.device(device).type])]
+    return _bytes(model, list(sizes), max(groups, key=sum), dim, dtype, device, trains, kept)
+
+
+def _bytes(
+    model: nn.Module,
+    sizes: list[int],
+    part: list[int],
+    dim: int,
+    dtype: torch.dtype,
+    device: str,
+    trains: bool,
+    kept: tuple[int, int] | None,
+) -> int:
+    """`needed`, of bags of which `part` goes through the model together."""
     kind = torch.device(device).type
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     trains = trains and trained > 0 and getattr(model, "reads_patches", True)
-    sizes = list(sizes) if trains else [max(sizes)]
+    if not trains:
+        sizes = part = [max(sizes)]
     # For an accelerator one batch is worked on, one is ready and one is on its way (`steph.training.ahead`).
     waiting = 1 if kind == "cpu" else 3
-    live = _counted(model, _shapes(sizes, dim, dtype), kind, trains, kept)
+    live = _counted(model, _shapes(part, dim, dtype), kind, trains, kept)
     return int(waiting * sum(sizes) * dim * dtype.itemsize + SLACK * live + 2 * trained * trains)
 
 
@@ -140,7 +159,9 @@ def at_most(model: nn.Module, sizes: Sequence[int], dim: int, dtype: torch.dtype
     kind, together = torch.device(device).type, len(sizes)
     key = (type(model).__name__, sum(p.numel() for p in model.parameters()), together, dim, dtype, kind, trains)
     if key not in _lines_of:
-        few, many = (needed(model, [n] * together, dim, dtype, device, trains, kept=ALL) for n in EQUAL)
+        few, many = (
+            _bytes(model, bags, bags, dim, dtype, device, trains, ALL) for bags in ([n] * together for n in EQUAL)
+        )
         slope = (many - few) / ((EQUAL[1] - EQUAL[0]) * together)
         _lines_of[key] = few - slope * EQUAL[0] * together, slope
     start, slope = _lines_of[key]
@@ -152,11 +173,11 @@ def _counted(model: nn.Module, batch: RaggedBatch, kind: str, trains: bool, kept
     which takes more; what asks for numbers, by the networks inside it; what has none, as nothing."""
     networks = [part for part in model.children() if hasattr(part, "encode")]
     with _as_on(kind, len(batch.features), kept):
-        for parts in ([model], networks):
+        for asked in ([model], networks):
             for features in dict.fromkeys((batch.features.dtype, torch.float32)):
                 given = batch.to("meta", features)
                 try:
-                    return max((live_bytes(on_shapes(part), given, trains) for part in parts), default=0)
+                    return max((live_bytes(on_shapes(part), given, trains) for part in asked), default=0)
                 except Exception:  # whatever a model objects to on shapes, it will tell better when it runs
                     continue
     return 0

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from steph import Refused
 from steph.data.manifest import Endpoint, Network
-from steph.hypernetwork import STEPH, MergedHead
-from steph.merging.merged_encoder import MergedEncoder
+from steph.hypernetwork import STEPH
+from steph.merging.merged_encoder import Merged
 from steph.merging.surgery import Surgery
 from steph.mil import NETWORKS, MeanMIL
 from steph.records import file_sha256, fingerprint
@@ -209,13 +209,12 @@ def _build(a: Mapping[str, Any], dim: int, settings: Network) -> nn.Module:
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Every tensor that a model predicts with, by name; views, so that writing to them changes the model."""
-    merging = {name: part for name, part in model.named_modules() if isinstance(part, MergedEncoder | MergedHead)}
+    merging = {name: part for name, part in model.named_modules() if isinstance(part, Merged)}
     forms = tuple(f"{name}.network." for name in merging)  # only the shape of these networks counts
     found = {name: value.detach() for name, value in model.named_parameters() if not name.startswith(forms)}
     for name, part in merging.items():
-        for what in ("base", "vectors"):
-            views = part.layout.views(getattr(part, what))
-            found |= {f"{name}.{what}.{parameter}": value for parameter, value in views.items()}
+        for parameter, value in part.stacked().items():
+            found |= {f"{name}.base.{parameter}": value[0], f"{name}.vectors.{parameter}": value[1:]}
     return found
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from steph import Refused, memory
-from steph.data.bags import RaggedBatch
+from steph.data.bags import RaggedBatch, parts
 from steph.data.dataset import Dataset
 from steph.data.joint import JointDataset
 from steph.data.manifest import Network, Recipe
@@ -141,21 +141,34 @@ class Trainer:
         """One update on B bags with their bins (B,) and events (B,). Returns the learning rate and what was seen: the
         likelihood, the auxiliary loss and what the model monitors, (2 + k,), on the model's device.
 
-        frozen: (B, ...) what the model's `frozen` made of the bags, for models that have it.
+        frozen: (B, ...) what the model's `frozen` made of the bags, for models that have it. Large bags go through a
+        few at a time (`steph.memory.PART`): losses are means over bags, so the gradient is that of all of them.
         """
         self.optimizer.forget_gradients()
-        logits = self.model(batch) if frozen is None else self.model(batch, frozen)
-        likelihood = nll_loss(torch.sigmoid(logits), bins, event, alpha=self.recipe.alpha)
-        auxiliary = None if self._auxiliary is None else self._auxiliary()
-        if auxiliary is None:
-            likelihood.backward()
-        else:
-            (likelihood + auxiliary if self._supervised else auxiliary).backward()
+        n = len(bins)
+        sizes = [0] * n if batch is None else batch.sizes
+        seen = []
+        for start, stop in parts(sizes, memory.PART[bins.device.type]):
+            bags = batch if batch is None or stop - start == n else batch.between(start, stop)
+            own = None if frozen is None else frozen[start:stop]
+            seen.append(self._backward(bags, bins[start:stop], event[start:stop], own, (stop - start) / n))
         rate = self.recipe.lr * learning_rate_factor(self.updates, self.steps_per_epoch, self.recipe)
         self.optimizer.step(rate)
         self.updates += 1
+        return rate, seen[0] if len(seen) == 1 else torch.stack(seen).sum(0)
+
+    def _backward(
+        self, bags: RaggedBatch | None, bins: Tensor, event: Tensor, frozen: Tensor | None, share: float
+    ) -> Tensor:
+        """Add the gradient of some of an update's bags, `share` of them; what was seen of it, times that share."""
+        logits = self.model(bags) if frozen is None else self.model(bags, frozen)
+        likelihood = nll_loss(torch.sigmoid(logits), bins, event, alpha=self.recipe.alpha)
+        auxiliary = None if self._auxiliary is None else self._auxiliary()
+        trains = likelihood if auxiliary is None else likelihood + auxiliary if self._supervised else auxiliary
+        (trains if share == 1 else trains * share).backward()
         losses = torch.stack([likelihood, torch.zeros_like(likelihood) if auxiliary is None else auxiliary]).detach()
-        return rate, losses if self._monitor is None else torch.cat([losses, self._monitor()])
+        found = losses if self._monitor is None else torch.cat([losses, self._monitor()])
+        return found if share == 1 else found * share
 
 
 def needs_coords(model: nn.Module) -> str | None:

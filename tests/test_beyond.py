@@ -141,14 +141,15 @@ def test_random_sources_start_where_steph_starts(bench):
     trained = {k: p for k, p in real.named_parameters() if p.requires_grad}
     others = dict(noise.named_parameters())
     assert trained and all(torch.equal(p, others[k]) for k, p in trained.items())
-    assert torch.equal(real.encoder.base, noise.encoder.base)
-    assert torch.equal(real.encoder.vectors[0], noise.encoder.vectors[0])
-    for one, other in zip(real.encoder.vectors[1:], noise.encoder.vectors[1:], strict=True):
-        norms = [[v.norm() for v in real.encoder.layout.views(x).values()] for x in (one, other)]
-        torch.testing.assert_close(torch.stack(norms[0]), torch.stack(norms[1]))
-        assert abs(torch.cosine_similarity(one, other, dim=0)) < 0.15
+    (base, target, *vectors), (same_base, same_target, *others) = real.encoder.states(), noise.encoder.states()
+    flatten = real.encoder.layout.flatten
+    assert torch.equal(flatten(base), flatten(same_base)) and torch.equal(flatten(target), flatten(same_target))
+    for one, other in zip(vectors, others, strict=True):
+        norms = [torch.stack([v.norm() for v in x.values()]) for x in (one, other)]
+        torch.testing.assert_close(*norms)
+        assert abs(torch.cosine_similarity(flatten(one), flatten(other), dim=0)) < 0.15
     other_seed = bench.untrained(replace(SARC, method="steph_random_sources", seed=7))
-    assert not torch.equal(other_seed.encoder.vectors[1], noise.encoder.vectors[1])
+    assert not torch.equal(flatten(other_seed.encoder.states()[2]), flatten(others[0]))
 
 
 # ------------------------------------------------------------------------------------------------ subsampled
@@ -202,8 +203,8 @@ def test_steph_merges_patch_gcn_models_and_gives_them_coordinates(bench, monkeyp
     model, data = bench.model(wanted), bench.dataset("SARC")
     assert isinstance(model.encoder.network, PatchGCN)
     null = bench.null_state("patch_gcn")
-    vector = model.encoder.layout.flatten(task_vector(bench.state(upstream[TARGET]), null))
-    assert torch.equal(model.encoder.vectors[0], vector)
+    vector = task_vector(bench.state(upstream[TARGET]), null)
+    assert all(torch.equal(value, vector[name]) for name, value in model.encoder.states()[1].items())
     coords = []
     encode = PatchGCN.encode
     monkeypatch.setattr(PatchGCN, "encode", lambda self, bags: coords.append(bags.coords) or encode(self, bags))

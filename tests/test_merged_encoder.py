@@ -4,8 +4,7 @@ from torch import nn
 
 from steph.data import RaggedBatch
 from steph.merging import MergedEncoder, task_vector
-from steph.merging import merged_encoder as module
-from steph.merging.merged_encoder import PADDING, SMALL, _arranged, _groups
+from steph.merging.merged_encoder import PADDING, SMALL, _groups
 from steph.mil import ABMIL
 from steph.mil.state import state_of
 
@@ -48,18 +47,25 @@ def test_batched_and_looped_merging_agree(problem):
     torch.testing.assert_close(d, d_expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("together", [1, 30, 65_536])
-def test_merging_in_blocks_changes_nothing(problem, monkeypatch, together):
+def test_what_is_stacked_and_what_is_merged_lie_in_one_piece(problem):
+    """A library's batched products copy what does not, in half precision most of all."""
     network, null, vectors, bags, coefficients = problem
-    expected = gradient(MergedEncoder(Plain(network), null, vectors), coefficients, bags)
-    monkeypatch.setattr(module, "SMALL", 0)
-    monkeypatch.setattr(module, "TOGETHER", together)
     encoder = MergedEncoder(network, null, vectors)
-    for found, wanted in zip(gradient(encoder, coefficients, bags), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
-    blocks = _arranged([len(bag) for bag in bags])[1]
-    assert len(encoder._workspace["weights"]) == max(block[-1][1] - block[0][0] for block in blocks)
-    assert len(blocks) == {1: 4, 30: 2, 65_536: 1}[together]
+    gradient(encoder, coefficients, bags)
+    spaces = [encoder.workspace(name, len(bags), torch.float64) for name in ("weights", "gradients")]
+    assert all(value.is_contiguous() for space in (encoder.stacked(), *spaces) for value in space.values())
+    for state, expected in zip(encoder.states(), [null, *vectors], strict=True):
+        assert all(torch.equal(value, expected[name]) for name, value in state.items())
+
+
+def test_memory_is_kept_between_calls_of_any_size(problem):
+    network, null, vectors, bags, coefficients = problem
+    encoder = MergedEncoder(network, null, vectors)
+    encoder(coefficients, bags)
+    held = encoder._workspace["weights"].data_ptr()
+    found = encoder(coefficients[:2], bags[:2])
+    assert encoder._workspace["weights"].data_ptr() == held
+    torch.testing.assert_close(found, MergedEncoder(network, null, vectors)(coefficients[:2], bags[:2]))
 
 
 def test_merged_weights_are_the_looped_sum(problem):

@@ -225,8 +225,7 @@ def looped(base, vectors, coefficients):
 
 def test_the_merged_state_is_the_looped_sum(pool, bags, variant):
     model = variant(pool).eval()
-    vectors = model.encoder.layout.views(model.encoder.vectors)
-    vectors = [{name: value[i] for name, value in vectors.items()} for i in range(len(model.encoder.vectors))]
+    vectors = model.encoder.states()[1:]
     for bag in bags:
         coefficients = mixture_coefficients(*model.batch_coefficients([bag]))[0]
         expected = looped(encoder(pool.null), vectors, coefficients)

@@ -104,7 +104,7 @@ def test_without_sources_that_are_never_used_nothing_changes(options):
         architecture_of(model, DIM, SETTINGS), tensors_of(model), [n for n in model.source_names if n not in unused]
     )
     smaller = fill(build(form, DIM, SETTINGS), tensors)
-    assert smaller.source_names == ["S0", "S2", "S3"] and len(smaller.encoder.vectors) == 4
+    assert smaller.source_names == ["S0", "S2", "S3"] and smaller.encoder.n_vectors == 4
     with torch.no_grad():
         torch.testing.assert_close(smaller(bags()), model(bags()), rtol=1e-5, atol=1e-6)
         others = fill(build(*keep_sources_of(model, ["S0"])), keep_sources_of(model, ["S0"], tensors=True))

@@ -184,7 +184,7 @@ class Plane(nn.Module):
         """Logits (G, T) of one bag (n, D) in ABMIL. What its first layer gives before the ReLU is linear in (C_s, C_t):
         three products with the bag serve all points."""
         encoder = self.encoder
-        layers = encoder.layout.views(torch.cat([encoder.base.unsqueeze(0), encoder.vectors]))
+        layers = encoder.stacked()
         bias, weight = layers["embed.bias"].unsqueeze(1), layers["embed.weight"].transpose(1, 2)
         first = torch.baddbmm(bias, bag.expand(3, -1, -1), weight)  # (3, n, H): of M_0, tau_s, tau_t
         width = first.shape[2] + 2 * layers["score.weight"].shape[2]
@@ -204,9 +204,9 @@ class Plane(nn.Module):
     def _weights(self, points: Tensor) -> dict[str, Tensor]:
         """The merged parameters (G, ...) at some of the points; those of all points are kept for the next bag."""
         if len(points) < len(self.points):
-            return self.encoder.layout.views(torch.addmm(self.encoder.base, points, self.encoder.vectors))
+            return self.encoder.weights(points)
         if self._held is None:
-            self._held = self.encoder.layout.views(torch.addmm(self.encoder.base, points, self.encoder.vectors))
+            self._held = self.encoder.weights(points)
         return self._held
 
 

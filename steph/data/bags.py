@@ -67,10 +67,15 @@ class RaggedBatch:
 
     def alone(self, i: int) -> RaggedBatch:
         """Bag i as a batch of its own, with its coordinates and slides; views."""
-        start, stop = self.offsets[i], self.offsets[i + 1]
+        return self.between(i, i + 1)
+
+    def between(self, first: int, last: int) -> RaggedBatch:
+        """Bags first to last - 1 as a batch of their own, with their coordinates and slides; views."""
+        start, stop = self.offsets[first], self.offsets[last]
+        offsets = tuple(at - start for at in self.offsets[first : last + 1])
         coords = None if self.coords is None else self.coords[start:stop]
         slides = self.slide_offsets and tuple(at - start for at in self.slide_offsets if start <= at <= stop)
-        return RaggedBatch(self.features[start:stop], (0, stop - start), coords, slides)
+        return RaggedBatch(self.features[start:stop], offsets, coords, slides)
 
     @cached_property
     def membership(self) -> Tensor:
@@ -108,6 +113,17 @@ class RaggedBatch:
 def as_batch(bags: Sequence[Tensor] | RaggedBatch) -> RaggedBatch:
     """What a network is given, a list of bags or a `RaggedBatch`, as a `RaggedBatch`."""
     return bags if isinstance(bags, RaggedBatch) else RaggedBatch.from_bags(bags)
+
+
+def parts(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Bags of these sizes as runs of neighbours, (first, last + 1), of at most so many patches; a larger bag is one."""
+    found, start, patches = [], 0, 0
+    for i, size in enumerate(sizes):
+        if i > start and patches + size > most:
+            found.append((start, i))
+            start, patches = i, 0
+        patches += size
+    return [*found, (start, len(sizes))]
 
 
 def takes_half(encode: Callable[[Any, RaggedBatch], Tensor]) -> Callable[..., Tensor]:

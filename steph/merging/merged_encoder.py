@@ -1,7 +1,8 @@
 """Encoders merged anew for every bag: base + coefficients . task vectors, differentiable in the coefficients.
 
-Task vectors lie in one (m, P) matrix, so the weights of a whole batch are one product. Only the coefficients need a
-gradient: bag by bag it is the inner product of the weights' gradient with each task vector, again one product.
+Of each parameter, the base's and all task vectors' values lie together in one matrix, so the weights of a whole batch
+are one product per parameter. Only the coefficients need a gradient: bag by bag it is the inner product of the weights'
+gradient with each task vector, again a product.
 """
 
 from __future__ import annotations
@@ -23,64 +24,82 @@ PADDING, SMALL, LARGE = 1.25, 768, 1024
 """Bags are padded to a common length while that makes at most this many times the work, or at most so many patches in
 all: below that, a call costs more than what it computes. A larger bag than the last goes alone: nothing is gained by
 company, and padding copies it."""
-TOGETHER = 65_536
-"""Patches of bags whose weights are merged together. Merging bag by bag reads all task vectors for each; merging all
-at once keeps as many sets of weights as there are bags, and of large bags that is memory for nothing."""
-Block = list[tuple[int, int]]
 
 
-class MergedEncoder(nn.Module):
-    """The encoder of `network` under weights base + C @ vectors; C (B, m) are coefficients, a row for each bag.
+class Merged(nn.Module):
+    """Parameters base + C @ vectors; C (B, m) are coefficients, a row for each bag.
 
-    base: the state that vectors are added to. vectors: m task vectors by name. `part` is the prefix of parameters
-    left out ("head."). Nothing in here is trained: only what gave the coefficients gets a gradient.
+    base: the state that vectors are added to. vectors: m task vectors by name. layout: of the parameters that are
+    merged. Nothing in here is trained: only what gave the coefficients gets a gradient.
     """
 
-    base: Tensor
-    vectors: Tensor
+    stack: Tensor
+
+    def __init__(self, layout: Layout, base: State, vectors: Sequence[State]) -> None:
+        super().__init__()
+        self.layout, self.n_vectors = layout, len(vectors)
+        self.register_buffer("stack", layout.stack([base, *vectors]), persistent=False)
+
+    def stacked(self) -> dict[str, Tensor]:
+        """The base's and the task vectors' parameters, (1 + m, *shape) each, the base's first; views."""
+        return self.layout.stacked(self.stack, 1 + self.n_vectors)
+
+    def states(self) -> list[dict[str, Tensor]]:
+        """The base, and each of the task vectors; views."""
+        each = {name: value.unbind() for name, value in self.stacked().items()}
+        return [{name: values[i] for name, values in each.items()} for i in range(1 + self.n_vectors)]
+
+    def weights(self, coefficients: Tensor) -> dict[str, Tensor]:
+        """Merged parameters (B, *shape) for coefficients (B, m)."""
+        whole = _with_base(coefficients)
+        return {k: (whole @ v.flatten(1)).view(len(whole), *v.shape[1:]) for k, v in self.stacked().items()}
+
+    def state(self, coefficients: Tensor) -> dict[str, Tensor]:
+        """Merged parameters for one bag's coefficients (m,)."""
+        return {name: value[0] for name, value in self.weights(coefficients.unsqueeze(0)).items()}
+
+
+def _with_base(coefficients: Tensor) -> Tensor:
+    """Coefficients (B, 1 + m) of what `Merged.stacked` holds: the base's is 1."""
+    return torch.cat([torch.ones_like(coefficients[:, :1]), coefficients], dim=1)
+
+
+class MergedEncoder(Merged):
+    """The encoder of `network` under merged weights. `without` is the prefix of parameters left out."""
 
     def __init__(self, network: nn.Module, base: State, vectors: Sequence[State], without: str = "head.") -> None:
-        super().__init__()
-        self.layout = Layout.of(base, without)
+        super().__init__(Layout.of(base, without), base, vectors)
         self.network = network.requires_grad_(False)
-        self.register_buffer("base", self.layout.flatten(base), persistent=False)
-        self.register_buffer("vectors", torch.stack([self.layout.flatten(v) for v in vectors]), persistent=False)
         self.calls = 0
         self._workspace: dict[str, Tensor] = {}
-        self._rounded: tuple[Tensor, Tensor] | None = None
+        self._rounded: Tensor | None = None
 
     def forward(self, coefficients: Tensor, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
         """Bag features (B, H), bag i under the weights base + coefficients[i] @ vectors."""
         batch = as_batch(bags)
         if hasattr(self.network, "encode_each"):
             return _MergeAndEncode.apply(coefficients, self, batch)
-        weights = torch.addmm(self.base, coefficients, self.vectors)
         encoder = _Encoder(self.network)
-        features = [
-            functional_call(encoder, {f"network.{k}": v for k, v in self.layout.views(w).items()}, (batch.alone(i),))
-            for i, w in enumerate(weights.unbind())
-        ]
-        return torch.cat(features)
+        rows = {f"network.{name}": value.unbind() for name, value in self.weights(coefficients).items()}
+        each = ({name: row[i] for name, row in rows.items()} for i in range(len(batch)))
+        return torch.cat([functional_call(encoder, own, (batch.alone(i),)) for i, own in enumerate(each)])
 
-    def state(self, coefficients: Tensor) -> dict[str, Tensor]:
-        """The merged encoder's parameters for one bag's coefficients (m,)."""
-        return self.layout.views(self.base + coefficients @ self.vectors)
-
-    def workspace(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised (rows, P) tensor kept between calls: a fresh one costs more than the product it holds."""
+    def workspace(self, name: str, n: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Uninitialised parameters (n, *shape) in memory kept between calls: a fresh one costs more than the product
+        it holds."""
         held = self._workspace.get(name)
-        if held is None or len(held) < rows or held.dtype != dtype or held.device != self.base.device:
-            held = self._workspace[name] = self.base.new_empty(rows, self.layout.size, dtype=dtype)
-        return held[:rows]
+        if held is None or len(held) < n * self.layout.size or held.dtype != dtype or held.device != self.stack.device:
+            held = self._workspace[name] = self.stack.new_empty(n * self.layout.size, dtype=dtype)
+        return self.layout.stacked(held[: n * self.layout.size], n)
 
-    def fixed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Base (P,) and task vectors (m, P) in the precision of the patches."""
-        if dtype == self.base.dtype:
-            return self.base, self.vectors
+    def fixed(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """`stacked` as matrices (1 + m, size), in the precision of the patches."""
         held = self._rounded
-        if held is None or held[0].dtype != dtype or held[0].device != self.base.device:
-            held = self._rounded = (self.base.to(dtype), self.vectors.to(dtype))
-        return held
+        if dtype == self.stack.dtype:
+            held = self.stack
+        elif held is None or held.dtype != dtype or held.device != self.stack.device:
+            held = self._rounded = self.stack.to(dtype)
+        return {name: value.flatten(1) for name, value in self.layout.stacked(held, 1 + self.n_vectors).items()}
 
 
 class _Encoder(nn.Module):
@@ -100,20 +119,21 @@ class _MergeAndEncode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, merged: MergedEncoder, batch: RaggedBatch) -> Tensor:
         dtype, device = batch.features.dtype, batch.features.device
-        order, blocks = _arranged(batch.sizes)
+        order, groups = _arranged(batch.sizes)
         index = torch.tensor(order, device=device)
-        given = coefficients.index_select(0, index).to(dtype)
+        given = _with_base(coefficients.index_select(0, index)).to(dtype)
+        weights = merged.workspace("weights", len(batch), dtype)
+        for name, fixed in merged.fixed(dtype).items():
+            torch.mm(given, fixed, out=weights[name].flatten(1))
         kept = kept_of(len(batch.features), device) if ctx.needs_input_grad[0] else "nothing"
         features, saved = [], []
-        for block in blocks:
-            weights = _merge(merged, given, block)
-            for start, stop in block:
-                own = merged.layout.views(weights[start - block[0][0] : stop - block[0][0]])
-                found, rest = merged.network.encode_each(own, *_padded(batch, order[start:stop]), kept)  # type: ignore[operator]
-                features.append(found)
-                saved.append(rest)
+        for start, stop in groups:
+            own = {name: value[start:stop] for name, value in weights.items()}
+            found, rest = merged.network.encode_each(own, *_padded(batch, order[start:stop]), kept)  # type: ignore[operator]
+            features.append(found)
+            saved.append(rest)
         merged.calls += 1
-        ctx.merged, ctx.index, ctx.blocks, ctx.given = merged, index, blocks, given
+        ctx.merged, ctx.index, ctx.groups, ctx.dtype = merged, index, groups, dtype
         ctx.saved, ctx.call = saved, merged.calls
         joined = torch.cat(features) if len(features) > 1 else features[0]
         return torch.empty_like(joined).index_copy_(0, index, joined)
@@ -121,51 +141,27 @@ class _MergeAndEncode(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        merged, given, grad = ctx.merged, ctx.given, grads[0].index_select(0, ctx.index)
+        merged, grad = ctx.merged, grads[0].index_select(0, ctx.index)
         if ctx.saved is None or ctx.call != merged.calls:
             raise RuntimeError("backward must follow its own forward: the weights' workspace has been used again")
-        vectors, found = merged.fixed(given.dtype)[1], []
-        # The last block first: its weights are still there. Those of the others are merged again.
-        for block in reversed(ctx.blocks):
-            if block is not ctx.blocks[-1]:
-                _merge(merged, given, block)
-            offset = block[0][0]
-            d_weights = merged.workspace("gradients", block[-1][1] - offset, given.dtype)
-            for start, stop in reversed(block):
-                own = merged.layout.views(d_weights[start - offset : stop - offset])
-                merged.network.encode_each_backward(ctx.saved.pop(), grad[start:stop], own)
-            # Few rows and a million columns: this order of the factors is the one that libraries are good at.
-            found.append((vectors @ d_weights.T).T)
+        d_weights = merged.workspace("gradients", len(grad), ctx.dtype)
+        for start, stop in reversed(ctx.groups):
+            own = {name: value[start:stop] for name, value in d_weights.items()}
+            merged.network.encode_each_backward(ctx.saved.pop(), grad[start:stop], own)
         ctx.saved = None
-        d_coefficients = torch.cat(found[::-1]).to(grad.dtype)
+        # Few rows and a million columns: this order of the factors is the one that libraries are good at.
+        parts = [fixed[1:] @ d_weights[name].flatten(1).T for name, fixed in merged.fixed(ctx.dtype).items()]
+        d_coefficients = torch.stack(parts).to(grad.dtype).sum(0).T
         return torch.empty_like(d_coefficients).index_copy_(0, ctx.index, d_coefficients), None, None
 
 
-def _merge(merged: MergedEncoder, coefficients: Tensor, block: Block) -> Tensor:
-    """The weights of a block's bags (b, P), in the workspace."""
-    start, stop = block[0][0], block[-1][1]
-    base, vectors = merged.fixed(coefficients.dtype)
-    weights = merged.workspace("weights", stop - start, coefficients.dtype)
-    return torch.addmm(base, coefficients[start:stop], vectors, out=weights)
-
-
-def _arranged(sizes: list[int]) -> tuple[list[int], list[Block]]:
-    """In which order bags are encoded, and their places in it as blocks, whose weights are merged together, of groups,
-    which are encoded together."""
+def _arranged(sizes: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """In which order bags are encoded, and their places in it as groups, which are encoded together."""
     n = len(sizes)
     if max(sizes) * n <= SMALL:
-        return list(range(n)), [[(0, n)]]
+        return list(range(n)), [(0, n)]
     order = sorted(range(n), key=sizes.__getitem__)
-    blocks: list[Block] = []
-    patches = TOGETHER
-    for start, stop in _groups([sizes[i] for i in order]):
-        own = sum(sizes[i] for i in order[start:stop])
-        if patches + own > TOGETHER:
-            blocks.append([])
-            patches = 0
-        blocks[-1].append((start, stop))
-        patches += own
-    return order, blocks
+    return order, list(_groups([sizes[i] for i in order]))
 
 
 def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:

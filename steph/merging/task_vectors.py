@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -83,6 +83,15 @@ class Layout:
         """Flat vectors (..., P) as parameters (..., *shape); views, nothing is copied."""
         parts, lead = flat.split(self.sizes, dim=-1), flat.shape[:-1]
         return {k: p.view(*lead, *s) for (k, s), p in zip(self.shapes.items(), parts, strict=True)}
+
+    def stack(self, states: Sequence[State]) -> Tensor:
+        """n states in one vector (n P,), parameter by parameter: of each, the values of all states."""
+        return torch.cat([torch.stack([state[name] for state in states]).reshape(-1) for name in self.shapes])
+
+    def stacked(self, flat: Tensor, n: int) -> dict[str, Tensor]:
+        """What `stack` made, (n P,), as parameters (n, *shape), each in one piece of memory; views."""
+        parts = flat.split([n * size for size in self.sizes])
+        return {k: p.view(n, *s) for (k, s), p in zip(self.shapes.items(), parts, strict=True)}
 
 
 __all__ = ["Layout", "ModelState", "State", "apply_task_vector", "check_same_network", "task_vector"]

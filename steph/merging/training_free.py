@@ -91,7 +91,7 @@ def patient_scores(
 
     encoder: on M_0, with the target's vector first. head: the target's own. No parameter is looked at or changed.
     """
-    coefficients = torch.zeros(len(batch), len(encoder.vectors), dtype=encoder.base.dtype, device=encoder.base.device)
+    coefficients = encoder.stack.new_zeros(len(batch), encoder.n_vectors)
     coefficients[:, 0] = 1
     coefficients.requires_grad_(True)
     hazards = torch.sigmoid(head(encoder(coefficients, batch)))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from steph.data.bags import RaggedBatch
+from steph.mil.products import Activation, linear
 
 LAYERS = ("embed", "gate_tanh", "gate_sigmoid", "score")
 NAMES = tuple(f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias"))
@@ -60,8 +61,8 @@ def watched() -> bool:
 @dataclass
 class Saved:
     """What the way back needs. scores: (N,). normaliser: (B,) log of the sum of exp(scores) of each bag. mask: (N,
-    dim_attn), True where the gates' product was kept, None without dropout. embedded (N, dim_emb), tanh and sigmoid (N,
-    dim_attn) of all patches, or None, then they are computed again."""
+    dim_attn), True where the gates' product was kept, None without dropout. embedded: (n, dim_emb) of each chunk, or
+    None; gates: tanh and sigmoid (n, dim_attn) of each, or None. What is None is computed again."""
 
     weights: Mapping[str, Tensor]
     batch: RaggedBatch
@@ -70,9 +71,8 @@ class Saved:
     features: Tensor
     mask: Tensor | None
     keep: float
-    embedded: Tensor | None
-    tanh: Tensor | None
-    sigmoid: Tensor | None
+    embedded: list[Tensor] | None
+    gates: list[tuple[Tensor, Tensor]] | None
 
 
 @torch.no_grad()
@@ -87,17 +87,21 @@ def attend(
     x, n = batch.features, len(batch.features)
     weights = {name: weights[name].to(x.dtype) for name in NAMES}
     dim_emb, dim_attn = len(weights["embed.weight"]), len(weights["gate_tanh.weight"])
+    embeddings: list[Tensor] | None = [] if kept in ("embedding", "everything") else None
+    gates: list[tuple[Tensor, Tensor]] | None = [] if kept == "everything" else None
     keep = (1 - dropout) ** 2
     mask = kept_mask((n, dim_attn), keep, x.device) if dropout else None
-    embedded = x.new_empty(n, dim_emb) if kept in ("embedding", "everything") else None
-    tanh, sigmoid = (x.new_empty(n, dim_attn) if kept == "everything" else None for _ in range(2))
     wide = torch.promote_types(x.dtype, torch.float32)  # sums over patches are never taken in half precision
     scores = x.new_empty(n, dtype=wide)
     total = x.new_zeros(len(batch), dim_emb, dtype=wide)
     weight, highest = x.new_zeros(len(batch), dtype=wide), x.new_full((len(batch),), -1e30, dtype=wide)
     for rows in chunks(x):
-        e = _linear(weights, "embed", x[rows], _rows(embedded, rows)).relu_()
-        t, s = _gates(weights, e, _rows(tanh, rows), _rows(sigmoid, rows))
+        e = _layer(weights, "embed", x[rows], "relu")
+        t, s = _gates(weights, e)
+        if embeddings is not None:
+            embeddings.append(e)
+        if gates is not None:
+            gates.append((t, s))
         gated = t * s
         if mask is not None:
             gated.mul_(mask[rows])
@@ -111,9 +115,7 @@ def attend(
         total = total * scale.unsqueeze(1) + (share.to(x.dtype) @ e).to(wide)
         weight, highest = weight * scale + share.sum(1), new
     features = total / weight.unsqueeze(1)
-    return features, Saved(
-        weights, batch, scores, highest + weight.log(), features, mask, keep, embedded, tanh, sigmoid
-    )
+    return features, Saved(weights, batch, scores, highest + weight.log(), features, mask, keep, embeddings, gates)
 
 
 @torch.no_grad()
@@ -122,14 +124,10 @@ def attend_backward(saved: Saved, grad: Tensor, out: Mapping[str, Tensor]) -> No
     weights, batch, x = saved.weights, saved.batch, saved.batch.features
     own = (grad * saved.features).sum(1)  # (B,)
     narrow = grad.to(x.dtype)
-    first = True
-    for rows in chunks(x):
-        e = _rows(saved.embedded, rows)
-        if e is None:
-            e = _linear(weights, "embed", x[rows]).relu_()
-        t, s = _rows(saved.tanh, rows), _rows(saved.sigmoid, rows)
-        if t is None or s is None:
-            t, s = _gates(weights, e)
+    for i, rows in enumerate(chunks(x)):
+        first = i == 0
+        e = _layer(weights, "embed", x[rows], "relu") if saved.embedded is None else saved.embedded[i]
+        t, s = _gates(weights, e) if saved.gates is None else saved.gates[i]
         inside = batch.membership[:, rows]
         attention = torch.exp(saved.scores[rows] - saved.normaliser.unsqueeze(1)).mul_(inside)  # (B, n)
         d_score = (attention * ((narrow @ e.T) - own.unsqueeze(1))).sum(0).to(x.dtype)  # (n,)
@@ -149,7 +147,6 @@ def attend_backward(saved: Saved, grad: Tensor, out: Mapping[str, Tensor]) -> No
         _collect(out, "gate_tanh", d_tanh, e, first)
         _collect(out, "gate_sigmoid", d_sigmoid, e, first)
         _collect(out, "embed", relu_backward(d_e, e), x[rows], first)
-        first = False
 
 
 def tanh_backward(grad: Tensor, y: Tensor) -> Tensor:
@@ -208,20 +205,13 @@ def chunks(x: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
 
 
-def _linear(weights: Mapping[str, Tensor], layer: str, x: Tensor, out: Tensor | None = None) -> Tensor:
-    return torch.addmm(weights[f"{layer}.bias"], x, weights[f"{layer}.weight"].T, out=out)
+def _layer(weights: Mapping[str, Tensor], layer: str, x: Tensor, activation: Activation) -> Tensor:
+    return linear(x, weights[f"{layer}.weight"], weights[f"{layer}.bias"], activation)
 
 
-def _gates(
-    weights: Mapping[str, Tensor], embedded: Tensor, tanh: Tensor | None = None, sigmoid: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _gates(weights: Mapping[str, Tensor], embedded: Tensor) -> tuple[Tensor, Tensor]:
     """The two branches of the gate (n, dim_attn) for embedded patches (n, dim_emb)."""
-    left = _linear(weights, "gate_tanh", embedded, tanh).tanh_()
-    return left, _linear(weights, "gate_sigmoid", embedded, sigmoid).sigmoid_()
-
-
-def _rows(held: Tensor | None, rows: slice) -> Tensor | None:
-    return None if held is None else held[rows]
+    return _layer(weights, "gate_tanh", embedded, "tanh"), _layer(weights, "gate_sigmoid", embedded, "sigmoid")
 
 
 def _collect(out: Mapping[str, Tensor], layer: str, d_y: Tensor, x: Tensor, first: bool) -> None:

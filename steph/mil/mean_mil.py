@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from steph.data.bags import RaggedBatch, as_batch
 from steph.mil.gated_attention import add_product, chunks, watched
+from steph.mil.products import linear
 
 
 class MeanMIL(nn.Module):
@@ -62,7 +63,7 @@ class _MeanOfEmbedded(torch.autograd.Function):
         above = torch.empty(len(x), len(weight), dtype=torch.bool, device=x.device)
         inside = batch.membership.to(x.dtype)
         for rows in chunks(x):
-            embedded = torch.addmm(offset, x[rows], narrow.T).relu_()
+            embedded = linear(x[rows], narrow, offset, "relu")
             torch.gt(embedded, 0, out=above[rows])
             sums += inside[:, rows] @ embedded
         sizes = torch.tensor(batch.sizes, device=x.device, dtype=sums.dtype).view(-1, 1)
