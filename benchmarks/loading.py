@@ -89,12 +89,15 @@ Deliver = Callable[[torch.Tensor], None]
 
 
 def from_store(files: Files, order: Sequence[int], deliver: Deliver, together: int = 1) -> None:
-    """Through the library, so many bags at a time."""
+    """Through the library as training does it, so many bags at a time; the next are announced."""
     if not files.held:
         files.held.append(_open(files))
     data = files.held[0]
-    for start in range(0, len(order), together):
-        deliver(data.batch([f"p{i}" for i in order[start : start + together]]).features)
+    groups = [[f"p{i}" for i in order[start : start + together]] for start in range(0, len(order), together)]
+    for group, after in zip(groups, [*groups[1:], []], strict=True):
+        if after:
+            data.expect(after)
+        deliver(data.batch(group).features)
 
 
 def _open(files: Files) -> Dataset:

@@ -356,13 +356,16 @@ def fit_together(trainings: Sequence[Training]) -> list[pd.DataFrame | Refused]:
             failed[training] = reason
             going.remove(training)
 
-    def load(chosen: np.ndarray) -> RaggedBatch | None:
+    def load(step: int) -> RaggedBatch | None:
         readers = [training for training in tuple(going) if training.reads_patches]
         if not readers:
             return None
         # Coordinates for all where one needs them: the others do not look at them.
         reader = max(readers, key=lambda training: training.reads_coords)
-        return reader.batch_of([reader.patients[i] for i in chosen])
+        chosen, *after = ([reader.patients[i] for i in group] for group in groups[step : step + 2])
+        if after and first.device == "cpu":
+            first.dataset.expect(after[0])
+        return reader.batch_of(chosen)
 
     shuffler = np.random.default_rng(first.seed)
     for _ in range(first.recipe.epochs):
@@ -372,7 +375,7 @@ def fit_together(trainings: Sequence[Training]) -> list[pd.DataFrame | Refused]:
         for training in going:
             training.begin_epoch(groups)
         with products(first.precision):
-            for batch in ahead(load, groups, first.device):
+            for batch in ahead(load, range(first.steps), first.device):
                 for training in list(going):
                     with turn(training):
                         training.step(batch if training.reads_patches else None)

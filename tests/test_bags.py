@@ -5,7 +5,7 @@ import torch
 
 from steph import Refused
 from steph.data import RaggedBatch, as_batch
-from steph.data.bags import sample_each
+from steph.data.bags import parts, sample_each
 
 
 @pytest.fixture
@@ -98,3 +98,26 @@ def test_a_bags_sample_depends_on_its_size_and_the_seed_alone(bags):
     assert torch.equal(together.bag(1), together.bag(2)) and torch.equal(together.bag(1), alone.bag(0))
     drawn = {tuple(sample_each(as_batch(numbered[:1]), 5, seed=s).features[:, 0].tolist()) for s in range(20)}
     assert len(drawn) > 15
+
+
+def test_some_bags_of_a_batch_are_a_batch_with_their_places_and_slides(bags):
+    coords = torch.arange(28).view(14, 2)
+    batch = RaggedBatch(torch.cat(bags), (0, 4, 5, 14), coords, (0, 2, 4, 5, 8, 14))
+    found = batch.between(1, 3)
+    assert found.offsets == (0, 1, 10) and found.slide_offsets == (0, 1, 4, 10)
+    assert torch.equal(found.features, batch.features[4:]) and torch.equal(found.coords, coords[4:])
+    assert found.features.data_ptr() == batch.features[4:].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "expected"),
+    [
+        ([4, 1, 9], 14, [(0, 3)]),
+        ([4, 1, 9], 13, [(0, 2), (2, 3)]),
+        ([4, 1, 9], 1, [(0, 1), (1, 2), (2, 3)]),
+        ([20, 1, 1, 20], 10, [(0, 1), (1, 3), (3, 4)]),
+        ([0, 0], 1, [(0, 2)]),
+    ],
+)
+def test_parts_are_runs_of_neighbours_and_miss_nobody(sizes, most, expected):
+    assert parts(sizes, most) == expected

@@ -284,3 +284,28 @@ def test_a_synthetic_data_set_is_made_on_first_use(tmp_path):
         open_dataset(changed, "BLCA")
     dataset.store.path.unlink()
     assert open_dataset(study, "BLCA").fingerprint == dataset.fingerprint
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def test_only_what_is_worth_it_is_announced(dataset, monkeypatch):
+    asked, patients = [], dataset.cohort.patients["patient_id"].tolist()
+    monkeypatch.setattr(type(dataset.store), "expect", lambda _, slides: asked.append(list(slides)))
+    dataset.expect(patients)
+    assert not asked
+    monkeypatch.setattr(datasets, "SMALL", 0)
+    dataset.expect(patients[:2])
+    assert asked == [[slide for patient in patients[:2] for slide in dataset.slides(patient)]]
+    with pytest.raises(Refused, match="no patient"):
+        dataset.expect(["nobody"])
+
+
+def test_large_batches_lie_in_huge_pages_and_hold_the_same(dataset, monkeypatch):
+    patients = dataset.cohort.patients["patient_id"].tolist()
+    expected = dataset.batch(patients).features
+    monkeypatch.setattr(datasets, "HUGE", 1)
+    found = dataset.batch(patients).features
+    assert torch.equal(found, expected) and found.is_contiguous() and found.data_ptr() % 4096 == 0
+    found.mul_(2)  # it is memory of its own
+    assert torch.equal(dataset.batch(patients).features, expected)

@@ -194,3 +194,15 @@ def test_a_slide_is_compared_with_its_hash_when_it_is_first_asked_for(tmp_path, 
             ask([first, second])
     monkeypatch.setattr("steph.data.store.slide_hash", None)
     store.bag([first])  # and only once
+
+
+def test_slides_that_come_soon_are_asked_for_from_the_disk(tmp_path, monkeypatch):
+    store, asked = packed(tmp_path), []
+    monkeypatch.setattr("os.posix_fadvise", lambda file, start, size, how: asked.append((start, size)))
+    store.expect([store.slide_ids[2], store.slide_ids[0]])
+    whole = store.path.read_bytes()
+    assert [whole[start : start + size] for start, size in asked] == [
+        np.array(store.bag([slide])).tobytes() for slide in (store.slide_ids[2], store.slide_ids[0])
+    ]
+    monkeypatch.delattr("os.posix_fadvise")
+    store.expect(store.slide_ids)  # a system without such a call

@@ -161,6 +161,9 @@ class Patients:
     def n_patches(self, patients):
         return np.array([len(self.bags[self.ids.index(p)]) for p in patients])
 
+    def expect(self, patients):
+        pass
+
     def batch(self, patients, device="cpu", dtype=torch.float32):
         return RaggedBatch.from_bags([self.bags[self.ids.index(p)] for p in patients]).to(device, dtype)
 
@@ -314,3 +317,58 @@ def test_what_does_not_fit_is_refused_before_it_is_tried(monkeypatch):
         fit(ABMIL(5, 8, 4, 8), data, data.ids, Recipe(epochs=1), NETWORK, 0)
     with pytest.raises(Refused, match="a prediction by ABMIL takes"):
         predict(ABMIL(5, 8, 4, 8), data, data.ids)
+
+
+def stepped(make, batch, part, monkeypatch):
+    """What is seen of an update, and the parameters after it, where so many patches go through together."""
+    monkeypatch.setitem(memory.PART, "cpu", part)
+    torch.manual_seed(0)
+    model = make().double().train()
+    trainer = Trainer(model, Recipe(lr=0.1, warmup_epochs=0), 10)
+    frozen = model.frozen(batch) if hasattr(model, "frozen") else None
+    seen = trainer.step(batch, torch.tensor([0, 1, 2, 3, 1]), torch.tensor([1, 0, 1, 0, 1]).bool(), frozen)[1]
+    return seen, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def abmil_of_some(dropout=0.0):
+    return ABMIL(6, 5, 4, 8, dropout)
+
+
+def steph_of_some():
+    null = state_of(abmil_of_some())
+    states = [{k: v + 0.3 * torch.randn_like(v) for k, v in null.items()} for _ in range(4)]
+    return STEPH(null, states[0], {f"s{i}": s for i, s in enumerate(states[1:])}, top_k=2, dim_hidden=7, dropout=0.0)
+
+
+@pytest.mark.parametrize("make", [abmil_of_some, steph_of_some])
+@pytest.mark.parametrize("part", [1, 40])
+def test_an_update_in_parts_has_the_gradient_of_the_whole(make, part, monkeypatch):
+    batch = RaggedBatch.from_bags([torch.randn(n, 6, dtype=torch.float64) for n in (4, 60, 5, 1, 30)])
+    seen, gradients = stepped(make, batch, 10**6, monkeypatch)
+    in_parts, others = stepped(make, batch, part, monkeypatch)
+    torch.testing.assert_close(in_parts, seen, rtol=1e-12, atol=1e-14)
+    assert sum(g.abs().sum() for g in gradients.values()) > 0
+    assert_states_close(others, gradients, rtol=1e-9)
+
+
+def test_only_a_part_of_an_update_is_in_memory(monkeypatch):
+    """Bags of 40 patches, two at a time: no layer ever sees more."""
+    batch = RaggedBatch.from_bags([torch.randn(40, 6, dtype=torch.float64) for _ in range(5)])
+    seen = []
+    monkeypatch.setattr(
+        ABMIL, "encode", lambda self, bags, encode=ABMIL.encode: seen.append(len(bags.features)) or encode(self, bags)
+    )
+    stepped(abmil_of_some, batch, 80, monkeypatch)
+    assert seen == [80, 80, 40]
+
+
+def test_the_next_batch_is_announced_while_one_is_worked_on(monkeypatch):
+    data, said = Patients(40), []
+    monkeypatch.setattr(data, "expect", lambda patients: said.append(("expect", patients)))
+    batch = data.batch
+    monkeypatch.setattr(
+        data, "batch", lambda patients, *a, **k: said.append(("batch", patients)) or batch(patients, *a, **k)
+    )
+    fit(ABMIL(5, 8, 4, 8), data, data.ids, Recipe(epochs=1), NETWORK, 0)
+    first, second = (patients for what, patients in said if what == "batch")
+    assert said == [("expect", second), ("batch", first), ("batch", second)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from steph import Refused
 from steph.data.bags import RaggedBatch, sampled
@@ -27,6 +30,10 @@ from steph.records import fingerprint
 
 NO_COORDS = -1
 """What a store holds for both coordinates of a patch whose file had none."""
+SMALL = 1 << 20
+"""Numbers of a batch up to which nobody is told that it comes: asking costs more than waiting for it."""
+HUGE = 32 << 20
+"""Bytes of a batch from which it lies in huge pages: what the C library does not keep for reuse."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +104,8 @@ class Dataset:
         else:
             # One pass: rows are gathered and cast together; to an accelerator they travel in the store's precision.
             kind = dtype if on_cpu else source.dtype
-            features = torch.empty((offsets[-1], self.store.dim), dtype=kind, pin_memory=not on_cpu)
+            shape = (offsets[-1], self.store.dim)
+            features = _new(shape, kind) if on_cpu else torch.empty(shape, dtype=kind, pin_memory=True)
             at = 0
             for rows in _joined(pieces):
                 features[at : at + _length(rows)].copy_(source[rows])
@@ -108,6 +116,11 @@ class Dataset:
         flat = [rows for of_patient in pieces for rows in of_patient]
         places = torch.from_numpy(np.concatenate([self.store.coords[rows] for rows in flat]))
         return RaggedBatch(features, offsets, places, (0, *accumulate(map(_length, flat))))
+
+    def expect(self, patient_ids: Sequence[str]) -> None:
+        """Have the system read these patients' features from the disk meanwhile, for a `batch` that follows soon."""
+        if self.n_patches(patient_ids).sum() * self.store.dim > SMALL:
+            self.store.expect(slide for patient in patient_ids for slide in self._slides[patient])
 
     def _rows(self, patient_id: str, max_patches: int | None) -> list[slice | np.ndarray]:
         """The store's rows that a patient's bag takes, a piece for each slide that has any."""
@@ -166,6 +179,18 @@ class Dataset:
             raise Refused(
                 f"{self.name}: {what}; the cohort has {len(self.cohort)}, the first is {next(iter(self._slides))}."
             )
+
+
+def _new(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor. A large one is memory that the system hands out anew for every batch: in huge pages that
+    costs a fifth of filling it, in small ones more than filling it."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _length(rows: slice | np.ndarray) -> int:

@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -177,6 +179,15 @@ class Store:
                 start = joined.pop()[0]
             joined.append((start, stop))
         return joined
+
+    def expect(self, slide_ids: Iterable[str]) -> None:
+        """Have the system read these slides from the disk meanwhile, as they are asked for soon. A hint: where there is
+        no such thing, nothing happens."""
+        width = self.dim * self.dtype.itemsize
+        with suppress(OSError, AttributeError), self.path.open("rb") as file:
+            for i in (self._index[slide] for slide in slide_ids):
+                start, stop = (self.features_at + width * int(at) for at in self.offsets[i : i + 2])
+                os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def bag(self, slide_ids: Sequence[str]) -> np.ndarray:
         """Features of these slides, (n, D) in the store's precision: a read-only view where the slides lie side by
