@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from steph import Refused, memory
-from steph.data.bags import RaggedBatch, parts
+from steph.data.bags import RaggedBatch, as_batch, parts
 from steph.data.dataset import Dataset
 from steph.data.joint import JointDataset
 from steph.data.manifest import Network, Recipe
@@ -136,7 +136,7 @@ class Trainer:
         self._monitor = getattr(model, "monitor", None)
 
     def step(
-        self, batch: RaggedBatch | None, bins: Tensor, event: Tensor, frozen: Tensor | None = None
+        self, batch: Sequence[Tensor] | RaggedBatch | None, bins: Tensor, event: Tensor, frozen: Tensor | None = None
     ) -> tuple[float, Tensor]:
         """One update on B bags with their bins (B,) and events (B,). Returns the learning rate and what was seen: the
         likelihood, the auxiliary loss and what the model monitors, (2 + k,), on the model's device.
@@ -146,6 +146,7 @@ class Trainer:
         """
         self.optimizer.forget_gradients()
         n = len(bins)
+        batch = batch if batch is None else as_batch(batch)
         sizes = [0] * n if batch is None else batch.sizes
         seen = []
         for start, stop in parts(sizes, memory.PART[bins.device.type]):

@@ -42,7 +42,7 @@ def by_hand(n: int, m: int = M) -> dict[str, int]:
     return {
         "vanilla": abmil,
         "hypernetwork_only": 2 * n * D * H + 2 * n * H + 2 * H * H + 2 * H * T,
-        "steph": abmil + hyper + 2 * (1 + m) * ENCODER,
+        "steph": abmil + hyper + 2 * (2 + m) * ENCODER,  # M_0, the target and the sources
         "roupkt": (m + 1) * (abmil - 2 * H * T) + router + 5 * 2 * H * H + 2 * H * T,
     }
 
