@@ -32,6 +32,7 @@ from steph.data.features import find_slides, match_slides
 from steph.data.manifest import Study, load_study
 from steph.data.store import COORDS, DTYPES, Store
 from steph.device import check_device, precision_for
+from steph.memory import PART
 from steph.notebooks import NOTEBOOKS, declared
 from steph.planning import PER_PATIENT, Patients, available_memory, patients
 from steph.records import COMPLETION, Record, read_record
@@ -515,9 +516,10 @@ def memory(case: Case) -> Iterator[Finding]:
         return
     sizes = [size.patches for size in (_sizes(case, name) for name in study.datasets) if size]
     largest = max((size.max() + (study.recipe.bags_per_step - 1) * size.mean() for size in sizes), default=0)
+    together = min(largest, max((size.max() for size in sizes), default=0) + PART["cpu"])
     network = study.network
-    # Features of an update's bags, and what training keeps of each patch for the gradient, in single precision.
-    need = 1e9 + 4 * float(largest) * (study.features.dim + network.dim_emb + 2 * network.dim_attn)
+    # Features of an update's bags, and what layers keep of those that go through together, in single precision.
+    need = 1e9 + 4 * float(largest * study.features.dim + together * (network.dim_emb + 2 * network.dim_attn))
     text = f"{free / 1e9:.1f} GB free; a process that trains takes about {need / 1e9:.1f} GB"
     if free < need:
         fix = "set `recipe.max_patches`, or a smaller `recipe.bags_per_step`, in the manifest; or a larger machine"

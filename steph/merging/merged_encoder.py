@@ -72,7 +72,7 @@ class MergedEncoder(Merged):
         self.network = network.requires_grad_(False)
         self.calls = 0
         self._workspace: dict[str, Tensor] = {}
-        self._rounded: Tensor | None = None
+        self._matrices: tuple[Tensor, dict[str, Tensor]] | None = None
 
     def forward(self, coefficients: Tensor, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
         """Bag features (B, H), bag i under the weights base + coefficients[i] @ vectors."""
@@ -93,13 +93,12 @@ class MergedEncoder(Merged):
         return self.layout.stacked(held[: n * self.layout.size], n)
 
     def fixed(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """`stacked` as matrices (1 + m, size), in the precision of the patches."""
-        held = self._rounded
-        if dtype == self.stack.dtype:
-            held = self.stack
-        elif held is None or held.dtype != dtype or held.device != self.stack.device:
-            held = self._rounded = self.stack.to(dtype)
-        return {name: value.flatten(1) for name, value in self.layout.stacked(held, 1 + self.n_vectors).items()}
+        """`stacked` as matrices (1 + m, size), in the precision of the patches; made once."""
+        held = self._matrices
+        if held is None or held[0] is not self.stack or next(iter(held[1].values())).dtype != dtype:
+            views = self.layout.stacked(self.stack.to(dtype), 1 + self.n_vectors)
+            held = self._matrices = self.stack, {name: value.flatten(1) for name, value in views.items()}
+        return held[1]
 
 
 class _Encoder(nn.Module):
