@@ -82,7 +82,7 @@ class MergedEncoder(Merged):
         encoder = _Encoder(self.network)
         rows = {f"network.{name}": value.unbind() for name, value in self.weights(coefficients).items()}
         each = ({name: row[i] for name, row in rows.items()} for i in range(len(batch)))
-        return torch.cat([functional_call(encoder, own, (batch.alone(i),)) for i, own in enumerate(each)])
+        return torch.cat([functional_call(encoder, own, (batch.alone(i),), tie_weights=False) for i, own in enumerate(each)])
 
     def workspace(self, name: str, n: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Uninitialised parameters (n, *shape) in memory kept between calls: a fresh one costs more than the product
