@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -27,6 +28,8 @@ WorkersOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N")]
 Result = TypeVar("Result")
+AGAIN = 0.05
+"""Seconds after which an interruption that was dropped comes again."""
 
 
 def _speaks(command: Callable[..., Result]) -> Callable[..., Result]:
@@ -34,9 +37,9 @@ def _speaks(command: Callable[..., Result]) -> Callable[..., Result]:
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Result:
-        signal.signal(signal.SIGTERM, _interrupt)
         try:
-            return command(*args, **kwargs)
+            with _interruptible():
+                return command(*args, **kwargs)
         except Refused as reason:
             print(f"steph: {reason}", file=sys.stderr)
             raise typer.Exit(1) from None
@@ -50,6 +53,28 @@ def _speaks(command: Callable[..., Result]) -> Callable[..., Result]:
             raise typer.Exit(130) from None
 
     return wrapped
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM interrupts as Ctrl-C does. Python drops what is raised while an object is being deleted: an interruption
+    that comes at such a moment comes again."""
+    for name in ("SIGTERM", "SIGALRM"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
+    before = sys.unraisablehook
+
+    def dropped(what: Any) -> None:
+        if issubclass(what.exc_type, KeyboardInterrupt) and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        else:
+            before(what)
+
+    sys.unraisablehook = dropped
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

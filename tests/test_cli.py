@@ -6,8 +6,10 @@ import time
 
 import pandas as pd
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from steph import cli
 from steph.cli import app
 
 
@@ -77,6 +79,29 @@ def test_an_interrupted_study_says_so_and_goes_on(tmp_path, tiny, sent):
     assert finished
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
+
+
+class Deleted:
+    """Is told to stop while it is being deleted: what Python raises then goes nowhere."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_an_interruption_is_not_lost_while_an_object_is_deleted(capsys):
+    @cli._speaks
+    def command():
+        Deleted()
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    before = sys.unraisablehook
+    with pytest.raises(typer.Exit) as end:
+        command()
+    assert end.value.exit_code == 130 and sys.unraisablehook is before
+    said = capsys.readouterr().err
+    assert "What is finished is kept" in said and "Traceback" not in said
 
 
 def test_data_list_names_sources_and_terms(call):

@@ -82,7 +82,10 @@ class MergedEncoder(Merged):
         encoder = _Encoder(self.network)
         rows = {f"network.{name}": value.unbind() for name, value in self.weights(coefficients).items()}
         each = ({name: row[i] for name, row in rows.items()} for i in range(len(batch)))
-        return torch.cat([functional_call(encoder, own, (batch.alone(i),), tie_weights=False) for i, own in enumerate(each)])
+        found = []
+        for i, own in enumerate(each):
+            found.append(functional_call(encoder, own, (batch.alone(i),), tie_weights=False))
+        return torch.cat(found)
 
     def workspace(self, name: str, n: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Uninitialised parameters (n, *shape) in memory kept between calls: a fresh one costs more than the product
