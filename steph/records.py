@@ -263,16 +263,17 @@ def code_fingerprint(*modules: str) -> str:
     while waiting:
         name = waiting.pop()
         if name not in sources:
-            tree = ast.parse(Path(str(importlib.import_module(name).__file__)).read_text(encoding="utf-8"))
-            waiting += [found for found in _imports(tree) if found.startswith(NUMERIC)]
-            sources[name] = ast.dump(without_docstrings(tree))
+            sources[name], imported = _code(name)
+            waiting += [found for found in imported if found.startswith(NUMERIC)]
     return fingerprint(sources)
 
 
-def _imports(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+@cache
+def _code(module: str) -> tuple[str, list[str]]:
+    """A module's code without comments and docstrings, and what it imports from."""
+    tree = ast.parse(Path(str(importlib.import_module(module).__file__)).read_text(encoding="utf-8"))
+    imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    return ast.dump(without_docstrings(tree)), imported
 
 
 def without_docstrings(tree: ast.Module) -> ast.Module:

@@ -107,6 +107,7 @@ def test_code_fingerprint_follows_imports_and_ignores_words(tmp_path, monkeypatc
 
     def now():
         code_fingerprint.cache_clear()
+        records._code.cache_clear()
         return code_fingerprint("steph_code_test.high")
 
     first = now()
