@@ -160,6 +160,7 @@ def bad_files(folder):
     torch.save([torch.ones(5, DIM)], folder / "list.pt")
     torch.save(torch.empty(5, DIM, device="meta"), folder / "hollow.pt")
     torch.save(torch.ones(5, DIM, dtype=torch.int32), folder / "integerspt.pt")
+    torch.save(torch.ones(5, DIM).to(torch.float8_e4m3fn), folder / "eightbits.pt")
     torch.save(torch.ones(5, DIM), folder / "cutpt.pt")
     (folder / "cutpt.pt").write_bytes((folder / "cutpt.pt").read_bytes()[:-50])
     (folder / "nothingpt.pt").touch()
@@ -182,6 +183,7 @@ def bad_files(folder):
         "dict": "holds a dict",
         "list": "holds a list",
         "integerspt": "not floating point",
+        "eightbits": "float8_e4m3fn, not floating point of 16 to 64 bits",
         "hollow": "without values",
         "cutpt": "truncated",
         "nothingpt": "truncated",

@@ -25,6 +25,18 @@ def test_what_is_no_table_is_refused(content: bytes, tmp_path: Path) -> None:
         read_csv(tmp_path / "t.csv")
 
 
+@pytest.mark.parametrize("content", ["a,b\n1,2,3\n4,5,6\n", "a,b\nrow1,x,2,3\n"])
+def test_cells_without_a_column_are_refused_not_shifted(content: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(Refused, match=r"t\.csv: its rows have more cells than its first line has names \(a, b\)"):
+        read_csv(tmp_path / "t.csv")
+
+
+def test_a_table_without_rows_is_one(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,b\n")
+    assert read_csv(tmp_path / "t.csv").empty
+
+
 def test_a_long_list_is_cut_and_counted() -> None:
     assert first(["a", "b"]) == "a, b"
     assert first(list("abcdefg"), most=3) == "a, b, c, and 4 more"

@@ -30,6 +30,8 @@ from steph import Refused
 from steph.data.manifest import Features
 
 SUFFIXES = (".h5", ".pt")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What a tensor of features may hold; PyTorch has smaller formats, which nothing else can read."""
 BLOCK_BYTES = 32 << 20
 """About how much of a slide is read at a time."""
 
@@ -209,7 +211,7 @@ def _tensor(path: Path) -> torch.Tensor:
         raise Refused(_pickled(path, f"a {type(value).__name__}"))
     if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
         raise Refused(f"{path}: the tensor is sparse, quantized or without values; expected a plain one")
-    _checked_shape(path, tuple(value.shape), "the tensor", value.is_floating_point(), str(value.dtype))
+    _checked_shape(path, tuple(value.shape), "the tensor", value.dtype in FLOATS, str(value.dtype))
     return value.detach()
 
 
@@ -222,7 +224,7 @@ def _pickled(path: Path, what: str) -> str:
 
 def _checked_shape(path: Path, shape: tuple[int, ...], what: str, floating: bool, dtype: str) -> tuple[int, int]:
     if not floating:
-        raise Refused(f"{path}: {what} of type {dtype}, not floating point")
+        raise Refused(f"{path}: {what} of type {dtype}, not floating point of 16 to 64 bits")
     if len(shape) == 3 and shape[0] == 1:
         shape = shape[1:]
     if len(shape) != 2:

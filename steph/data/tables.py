@@ -13,14 +13,21 @@ from steph.records import atomic_path, file_sha256
 def read_csv(path: Path) -> pd.DataFrame:
     """A CSV file as text, cell by cell; an empty cell is "".
 
-    Raises `Refused` for a file that is no CSV table, and for one that differs from its checksum, where it has one
-    (`write_csv`). A table that a person made has none: a digit that changed in it cannot be noticed.
+    Raises `Refused` for a file that is no CSV table, one with more cells in a row than there are names, and one that
+    differs from its checksum, where it has one (`write_csv`). A table that a person made has none: a digit that changed
+    in it cannot be noticed.
     """
     try:
         _refuse_changed(path)
-        return pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise Refused(f"{path} is not a readable CSV table: {error}") from None
+    if len(table) and not isinstance(table.index, pd.RangeIndex):  # pandas has taken the first cells for row names
+        raise Refused(
+            f"{path}: its rows have more cells than its first line has names ({first(table.columns.tolist())}), "
+            "so nobody can tell which cell is what. Give every column a name; a table saved with row names lacks one."
+        )
+    return table
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
