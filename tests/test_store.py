@@ -51,7 +51,7 @@ def test_any_tool_reads_the_same_through_hdf5_itself(tmp_path):
             assert np.array_equal(file[name][:], getattr(store, name))
             assert file[name].id.get_offset() % 4096 == 0
         assert file["content_sha256"][()].decode() == store.fingerprint
-        assert dict(file.attrs)["encoder"] == "UNI2-h" and file.attrs["magnification"] == 20
+        assert dict(file.attrs)["encoder"] == b"UNI2-h" and file.attrs["magnification"] == 20
 
 
 def test_float16_is_rounded_to_nearest_within_the_stated_error(tmp_path):
@@ -206,3 +206,15 @@ def test_slides_that_come_soon_are_asked_for_from_the_disk(tmp_path, monkeypatch
     ]
     monkeypatch.delattr("os.posix_fadvise")
     store.expect(store.slide_ids)  # a system without such a call
+
+
+def test_no_text_of_a_store_lies_behind_a_pointer(tmp_path):
+    """HDF5 can follow those of a damaged file for ever. Texts as other tools write them are read too."""
+    store = packed(tmp_path)
+    with h5py.File(store.path, "r+") as file:
+        texts = [name for name in file.attrs if h5py.check_string_dtype(file.attrs.get_id(name).dtype)]
+        assert {"format", "encoder"} <= set(texts)
+        assert all(h5py.check_string_dtype(file.attrs.get_id(name).dtype).length for name in texts)
+        assert not any(h5py.check_vlen_dtype(value.dtype) for value in file.values())
+        file.attrs["encoder"] = "UNI2-h"
+    assert Store.open(store.path).description == store.description

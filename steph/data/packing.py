@@ -36,6 +36,7 @@ from steph.data.store import (
     describe,
     name_and_size,
     slide_hash,
+    text,
 )
 from steph.progress import track
 from steph.records import NO_SPACE, atomic_path, fingerprint
@@ -219,8 +220,8 @@ def _plan_of(partial: Path, path: Path) -> str | None:
         _lock(file, path)
     try:
         with h5py.File(partial, "r", locking=False) as layout:
-            return layout.attrs.get("plan")
-    except OSError:
+            return text(layout.attrs.get("plan"))
+    except (OSError, UnicodeDecodeError):
         return None
 
 
@@ -256,8 +257,9 @@ def _lay_out(path: Path, features: Features, sizes: list[int], provenance: dict[
     }
     # Alignment also keeps a map's values at addresses that processors and PyTorch can read as numbers.
     with h5py.File(path, "w", locking=False, alignment_threshold=1, alignment_interval=4096) as file:
-        file.attrs.update({"format": FORMAT, "version": VERSION, "plan": plan})
-        file.attrs.update(describe(features))
+        # Text of a fixed length: for any other, HDF5 follows pointers through the file, and in a damaged one for ever.
+        said = {"format": FORMAT, "version": VERSION, "plan": plan, **describe(features)}
+        file.attrs.update({k: np.bytes_(v.encode()) if isinstance(v, str) and v else v for k, v in said.items()})
         file["offsets"] = np.array([0, *accumulate(sizes)], dtype="<i8")
         file["provenance"] = np.bytes_(json.dumps(provenance, sort_keys=True, allow_nan=False).encode())
         for name, (shape, dtype) in arrays.items():

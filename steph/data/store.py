@@ -87,8 +87,9 @@ class Store:
     @classmethod
     def _read(cls, path: Path) -> Store:
         with h5py.File(path, "r", locking=False) as file:
-            if file.attrs.get("format") != FORMAT:
-                raise ValueError(f"format is {file.attrs.get('format')!r}, expected {FORMAT!r}")
+            form = text(file.attrs.get("format"))
+            if form != FORMAT:
+                raise ValueError(f"format is {form!r}, expected {FORMAT!r}")
             if file.attrs["version"] != VERSION:
                 raise ValueError(f"version {file.attrs['version']}, expected {VERSION}")
             features, coords, offsets = file["features"], file["coords"], file["offsets"][:]
@@ -112,7 +113,7 @@ class Store:
                 slide_ids=ids,
                 offsets=offsets,
                 description={
-                    "encoder": str(file.attrs["encoder"]),
+                    "encoder": str(text(file.attrs["encoder"])),
                     "dim": int(dim),
                     "patch_size_px": int(file.attrs["patch_size_px"]),
                     "magnification": float(file.attrs["magnification"]),
@@ -272,6 +273,11 @@ def describe(features: Features) -> dict[str, Any]:
         "patch_size_px": features.patch_size_px,
         "magnification": float(features.magnification),
     }
+
+
+def text(value: Any) -> Any:
+    """An attribute's text, whether HDF5 holds it in a fixed length or not; what is no text, as it is."""
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def name_and_size(path: Path) -> list[Any]:
