@@ -75,6 +75,8 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)  # it came too late: what it was to stop is done
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

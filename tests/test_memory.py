@@ -100,7 +100,7 @@ def test_a_copy_on_shapes_holds_no_number_and_leaves_the_model_alone():
 
 def test_what_fits_passes_without_counting(little, monkeypatch):
     little(100)
-    monkeypatch.setattr(memory, "needed", lambda *_, **__: pytest.fail("counted"))
+    monkeypatch.setattr(memory, "_counted", lambda *_, **__: pytest.fail("counted"))
     ask(ABMIL(**WIDE), [100, 200])
 
 
