@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
@@ -45,6 +46,13 @@ class Reference:
 def reference():
     """`reference("e_steph")` reads a file of tests/reference."""
     return Reference
+
+
+@pytest.fixture(autouse=True)
+def _matplotlib_as_it_was():
+    """The plots' style, which notebooks set for their whole process, ends with the test that set it."""
+    with mpl.rc_context():
+        yield
 
 
 @pytest.fixture

@@ -477,11 +477,10 @@ def drawn(tiny):
     data = tiny.dataset("SARC")
     name = next(p for p in data.splits.test(0) if len(data.slides(p)) == 2)
     maps, _ = attention.of_patients(tiny, chosen, attention.patients_to_show(tiny, chosen, [name]))
-    with plt.rc_context():
-        plots.set_style()
-        fig = plots.attention_maps([maps[name]], [name])
-        fig.canvas.draw()
-        yield SimpleNamespace(table=maps[name], fig=fig, slides=data.slides(name))
+    plots.set_style()
+    fig = plots.attention_maps([maps[name]], [name])
+    fig.canvas.draw()
+    yield SimpleNamespace(table=maps[name], fig=fig, slides=data.slides(name))
     plt.close("all")
 
 

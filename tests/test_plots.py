@@ -30,9 +30,8 @@ DATASETS = list(paper_table("table_s1_datasets")["dataset"])
 @pytest.fixture(autouse=True)
 def _style(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPH_BUILD", str(tmp_path))
-    with plt.rc_context():
-        plots.set_style()
-        yield
+    plots.set_style()
+    yield
     plt.close("all")
 
 
