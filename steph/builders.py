@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -96,6 +97,13 @@ def mean_network(x: Ingredients) -> nn.Module:
 # ---------------------------------------- representation transfer
 
 
+def _performance(x: Ingredients, states: Mapping[str, ModelState]) -> pd.Series:
+    """Transfer performance of models, given by their states, on the fold's training patients, by name."""
+    models, recipe = {name: x.network(state) for name, state in states.items()}, x.study.recipe
+    how = (x.device, x.precision, recipe.max_patches, recipe.bags_per_step)
+    return transfer_performance(models, x.data, x.patients, *how)
+
+
 def finetuned_representation(x: Ingredients, nearest: bool = False) -> nn.Module:
     """A new head on the frozen encoder of one source: the best by transfer performance on the fold's training
     patients, or (`nearest`) the one that the release's table names."""
@@ -103,9 +111,7 @@ def finetuned_representation(x: Ingredients, nearest: bool = False) -> nn.Module
     if nearest:
         facts = {"source": nearest_source(x.data.name, list(x.source_states))}
     elif not facts:
-        models = {name: x.network(state) for name, state in x.source_states.items()}
-        how = (x.device, x.precision, x.study.recipe.max_patches)
-        found = transfer_performance(models, x.data, x.patients, *how)
+        found = _performance(x, x.source_states)
         facts = {"source": best_source(found), "transfer_performance": {str(k): float(v) for k, v in found.items()}}
     model = FineTuned(x.network(x.source_states[facts["source"]]), fresh_head=True)
     model.facts = facts  # type: ignore[assignment]
@@ -237,9 +243,7 @@ def _mixture(x: Ingredients, way: str) -> Mixture:
     if way == "cosine":
         return by_cosine(x.null_state, x.own_state, sources, top_k)
     if way == "concordance":
-        models = {name: x.network(state) for name, state in x.pool.items()}
-        how = (x.device, x.precision, x.study.recipe.max_patches)
-        own, *others = transfer_performance(models, x.data, x.patients, *how).tolist()
+        own, *others = _performance(x, x.pool).tolist()
         return by_concordance(own, others, top_k)
     if way == "scores":
         return by_scores(_scores(x), top_k)

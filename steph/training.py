@@ -236,7 +236,8 @@ class Training:
         self._bins = torch.from_numpy(bin_index(labels["time_days"], network.n_bins, network.bin_width_days)).to(device)
         self._event = torch.from_numpy(labels["event"].to_numpy(dtype=bool)).to(device)
         self.batch_of = _batches(model, dataset, self.patients, recipe.max_patches, device, PRECISIONS[precision])
-        self._frozen = _frozen(model, self.patients, self.batch_of) if hasattr(model, "frozen") else None
+        given = (model, self.patients, self.batch_of, recipe.bags_per_step)
+        self._frozen = _frozen(*given) if hasattr(model, "frozen") else None
         self.reads_patches = getattr(model, "reads_patches", True)
         self.reads_coords = needs_coords(model) is not None
         self._trainer = Trainer(model, recipe, self.steps)
@@ -438,9 +439,16 @@ def products(precision: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _frozen(model: nn.Module, patients: Sequence[str], batch_of: Callable[[Sequence[str]], RaggedBatch]) -> Tensor:
-    """What `model.frozen` makes of each patient's bag, (N, ...) in the order given. Bags go through one by one."""
-    return torch.cat([model.frozen(batch_of([patient])) for patient in patients])  # type: ignore[operator]
+def _frozen(
+    model: nn.Module, patients: Sequence[str], batch_of: Callable[[Sequence[str]], RaggedBatch], together: int
+) -> Tensor:
+    """What `model.frozen` makes of each patient's bag, (N, ...) in the order given; `together` bags at once."""
+    return torch.cat([model.frozen(batch_of(group)) for group in _neighbours(patients, together)])  # type: ignore[operator]
+
+
+def _neighbours(patients: Sequence[str], together: int) -> list[Sequence[str]]:
+    """Patients in groups of so many, in their order."""
+    return [patients[i : i + together] for i in range(0, len(patients), together)]
 
 
 @torch.no_grad()
@@ -462,9 +470,9 @@ def predict(
     model.to(device, parameter_dtype(precision)).eval()
     memory.check(model, dataset, patients, max_patches, together, device, dtype)
     batch_of = _batches(model, dataset, patients, max_patches, device, dtype)
-    groups = [patients[i : i + together] for i in range(0, len(patients), together)]
     with products(precision):
-        hazards = torch.cat([torch.sigmoid(model(batch_of(group))) for group in groups]).double().cpu()
+        found = [torch.sigmoid(model(batch_of(group))) for group in _neighbours(patients, together)]
+        hazards = torch.cat(found).double().cpu()
     survival = survival_curve(hazards)
     labels = dataset.labels(patients).astype({"event": int})
     curves = pd.DataFrame(survival.numpy(), columns=[f"survival_{t + 1}" for t in range(survival.shape[1])])

@@ -13,6 +13,7 @@ from typing import Literal
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from steph import Refused
 from steph.data.bags import RaggedBatch
@@ -66,11 +67,13 @@ def transfer_performance(
     device: str = "cpu",
     precision: str = "fp32",
     max_patches: int | None = None,
+    together: int = 1,
 ) -> pd.Series:
-    """C-index of each source's own model, as it is, on these patients of a target; by source name, in their order."""
+    """C-index of each source's own model, as it is, on these patients of a target; by source name, in their order.
+    How they are predicted, `together` for one, is told by `steph.training.predict`."""
     found = {}
     for name, model in models.items():
-        table = predict(model, dataset, patients, device, precision, max_patches)
+        table = predict(model, dataset, patients, device, precision, max_patches, together)
         found[name] = concordance_index(table["time_days"], table["event"], table["risk"])
     return pd.Series(found, name="c_index")
 
@@ -129,9 +132,8 @@ class ROUPKT(nn.Module):
         dim, dtype = old.in_features, old.weight.dtype
         self.router = router
         self.router.head = nn.Linear(dim, n, bias=False).to(dtype)
-        mlp = expert == "mlp"
-        self.experts = nn.ModuleList([nn.Linear(dim, dim).to(dtype) if mlp else nn.Identity() for _ in range(n)])
-        self.activation: nn.Module = nn.ReLU() if mlp else nn.Identity()
+        self.mlp = expert == "mlp"
+        self.experts = nn.ModuleList([nn.Linear(dim, dim).to(dtype) if self.mlp else nn.Identity() for _ in range(n)])
         self.head = nn.Linear(dim, old.out_features).to(dtype)
         self._last: Tensor | None = None
 
@@ -149,14 +151,14 @@ class ROUPKT(nn.Module):
         probabilities = torch.softmax(router_logits, dim=1)
         selected = probabilities.argsort(dim=1, descending=True, stable=True)[:, : self.top_k]
         kept = torch.zeros_like(probabilities).scatter(1, selected, probabilities.gather(1, selected))
-        total = torch.zeros_like(features[:, 0])
-        for i, expert in enumerate(self.experts):
-            # An expert that no bag chose takes no part, so that it gets no gradient and the optimizer leaves it alone.
-            chosen = (selected == i).any(1).nonzero().squeeze(1)
-            if len(chosen):
-                value = self.activation(expert(features[chosen, i])) * kept[chosen, i].unsqueeze(1)
-                total = total.index_add(0, chosen, value)
-        return total
+        # An expert that no bag chose takes no part, so that it gets no gradient and the optimizer leaves it alone.
+        chosen = torch.unique(selected).tolist()
+        values = features[:, chosen].transpose(0, 1)  # (n, B, H)
+        if self.mlp:
+            weights, biases = zip(*((self.experts[i].weight, self.experts[i].bias) for i in chosen), strict=True)
+            layers = torch.stack(weights).transpose(1, 2)
+            values = F.relu(torch.baddbmm(torch.stack(biases).unsqueeze(1), values, layers))
+        return (values * kept[:, chosen].T.unsqueeze(2)).sum(0)
 
     def auxiliary_loss(self) -> Tensor:
         """balance * (probability of the first expert) + z * logsumexp(logits)^2, the mean over the last pass' bags."""

@@ -42,6 +42,26 @@ def test_likelihood_clamps_as_the_release(reference):
         torch.testing.assert_close(found, numbers.tensor(f"clamp_loss_per_sample_{tag}"), rtol=1e-12, atol=1e-14)
 
 
+def test_the_gradient_is_autograds_where_hazards_are_0_and_1_too():
+    draw = torch.Generator().manual_seed(0)
+    hazards = torch.rand(40, 6, generator=draw, dtype=torch.float64)
+    hazards[torch.rand(40, 6, generator=draw) < 0.2] = 0
+    hazards[torch.rand(40, 6, generator=draw) < 0.2] = 1
+    bins, event = torch.arange(40) % 6, torch.arange(40) // 6 % 2
+    plain, ours = hazards.clone().requires_grad_(), hazards.clone().requires_grad_()
+    survival = torch.cat([torch.ones_like(plain[:, :1]), torch.cumprod(1 - plain, 1)], 1)
+    at = torch.arange(40)
+    before, after, now = (x.clamp(min=1e-7).log() for x in (survival[at, bins], survival[at, bins + 1], plain[at, bins]))
+    cost = -event * (before + now) - 0.5 * (1 - event) * after
+    found = nll_loss(ours, bins, event, reduction="none")
+    torch.testing.assert_close(found, cost, rtol=1e-12, atol=1e-14)
+    weights = torch.rand(40, generator=draw, dtype=torch.float64)
+    (cost * weights).sum().backward()
+    (found * weights).sum().backward()
+    assert torch.isfinite(ours.grad).all() and (ours.grad != 0).any(0).all()
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-12, atol=1e-14)
+
+
 CASES = ["random", "timeties", "riskties", "bothties", "lastgroup", "constant", "tolerance", "tolerance_shuffled"]
 
 
