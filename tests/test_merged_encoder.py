@@ -52,7 +52,7 @@ def test_what_is_stacked_and_what_is_merged_lie_in_one_piece(problem):
     network, null, vectors, bags, coefficients = problem
     encoder = MergedEncoder(network, null, vectors)
     gradient(encoder, coefficients, bags)
-    spaces = [encoder.workspace(name, len(bags), torch.float64) for name in ("weights", "gradients")]
+    spaces = [encoder.workspace(name, len(bags), torch.float64).of for name in ("weights", "gradients")]
     assert all(value.is_contiguous() for space in (encoder.stacked(), *spaces) for value in space.values())
     for state, expected in zip(encoder.states(), [null, *vectors], strict=True):
         assert all(torch.equal(value, expected[name]) for name, value in state.items())
@@ -62,9 +62,9 @@ def test_memory_is_kept_between_calls_of_any_size(problem):
     network, null, vectors, bags, coefficients = problem
     encoder = MergedEncoder(network, null, vectors)
     encoder(coefficients, bags)
-    held = encoder._workspace["weights"].data_ptr()
+    held = encoder._workspace["weights"].memory.data_ptr()
     found = encoder(coefficients[:2], bags[:2])
-    assert encoder._workspace["weights"].data_ptr() == held
+    assert encoder._workspace["weights"].memory.data_ptr() == held
     torch.testing.assert_close(found, MergedEncoder(network, null, vectors)(coefficients[:2], bags[:2]))
 
 

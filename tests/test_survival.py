@@ -51,7 +51,9 @@ def test_the_gradient_is_autograds_where_hazards_are_0_and_1_too():
     plain, ours = hazards.clone().requires_grad_(), hazards.clone().requires_grad_()
     survival = torch.cat([torch.ones_like(plain[:, :1]), torch.cumprod(1 - plain, 1)], 1)
     at = torch.arange(40)
-    before, after, now = (x.clamp(min=1e-7).log() for x in (survival[at, bins], survival[at, bins + 1], plain[at, bins]))
+    before, after, now = (
+        x.clamp(min=1e-7).log() for x in (survival[at, bins], survival[at, bins + 1], plain[at, bins])
+    )
     cost = -event * (before + now) - 0.5 * (1 - event) * after
     found = nll_loss(ours, bins, event, reduction="none")
     torch.testing.assert_close(found, cost, rtol=1e-12, atol=1e-14)

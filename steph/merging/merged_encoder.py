@@ -8,6 +8,8 @@ gradient with each task vector, again a product.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -71,8 +73,8 @@ class MergedEncoder(Merged):
         super().__init__(Layout.of(base, without), base, vectors)
         self.network = network.requires_grad_(False)
         self.calls = 0
-        self._workspace: dict[str, Tensor] = {}
-        self._matrices: tuple[Tensor, dict[str, Tensor]] | None = None
+        self._workspace: dict[str, Weights] = {}
+        self._fixed: tuple[Tensor, Weights] | None = None
 
     def forward(self, coefficients: Tensor, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
         """Bag features (B, H), bag i under the weights base + coefficients[i] @ vectors."""
@@ -87,21 +89,49 @@ class MergedEncoder(Merged):
             found.append(functional_call(encoder, own, (batch.alone(i),), tie_weights=False))
         return torch.cat(found)
 
-    def workspace(self, name: str, n: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Uninitialised parameters (n, *shape) in memory kept between calls: a fresh one costs more than the product
+    def workspace(self, name: str, n: int, dtype: torch.dtype) -> Weights:
+        """Uninitialised parameters of n models in memory kept between calls: a fresh one costs more than the product
         it holds."""
         held = self._workspace.get(name)
-        if held is None or len(held) < n * self.layout.size or held.dtype != dtype or held.device != self.stack.device:
-            held = self._workspace[name] = self.stack.new_empty(n * self.layout.size, dtype=dtype)
-        return self.layout.stacked(held[: n * self.layout.size], n)
+        if held is not None and (held.n, held.memory.dtype, held.memory.device) == (n, dtype, self.stack.device):
+            return held
+        size = n * self.layout.size
+        memory = self.stack.new_empty(0) if held is None else held.memory
+        if len(memory) < size or memory.dtype != dtype or memory.device != self.stack.device:
+            memory = self.stack.new_empty(size, dtype=dtype)
+        self._workspace[name] = Weights(memory, n, self.layout.stacked(memory[:size], n))
+        return self._workspace[name]
 
-    def fixed(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """`stacked` as matrices (1 + m, size), in the precision of the patches; made once."""
-        held = self._matrices
-        if held is None or held[0] is not self.stack or next(iter(held[1].values())).dtype != dtype:
-            views = self.layout.stacked(self.stack.to(dtype), 1 + self.n_vectors)
-            held = self._matrices = self.stack, {name: value.flatten(1) for name, value in views.items()}
+    def fixed(self, dtype: torch.dtype) -> Weights:
+        """`stacked` in the precision of the patches; made once."""
+        held = self._fixed
+        if held is None or held[0] is not self.stack or held[1].memory.dtype != dtype:
+            memory, n = self.stack.to(dtype), 1 + self.n_vectors
+            held = self._fixed = self.stack, Weights(memory, n, self.layout.stacked(memory, n))
         return held[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Parameters of n models in one piece of memory. of: (n, *shape) by name, views."""
+
+    memory: Tensor
+    n: int
+    of: dict[str, Tensor]
+
+    @cached_property
+    def matrices(self) -> list[Tensor]:
+        """The same as matrices (n, size)."""
+        return [value.flatten(1) for value in self.of.values()]
+
+    @cached_property
+    def but_first(self) -> list[Tensor]:
+        """`matrices` of all models but the first."""
+        return [matrix[1:] for matrix in self.matrices]
+
+    def between(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Parameters of models start to stop - 1."""
+        return self.of if stop - start == self.n else {name: value[start:stop] for name, value in self.of.items()}
 
 
 class _Encoder(nn.Module):
@@ -120,50 +150,60 @@ class _MergeAndEncode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, merged: MergedEncoder, batch: RaggedBatch) -> Tensor:
-        dtype, device = batch.features.dtype, batch.features.device
+        dtype, device, n = batch.features.dtype, batch.features.device, len(batch)
         order, groups = _arranged(batch.sizes)
-        index = torch.tensor(order, device=device)
-        given = _with_base(coefficients.index_select(0, index)).to(dtype)
-        weights = merged.workspace("weights", len(batch), dtype)
-        for name, fixed in merged.fixed(dtype).items():
-            torch.mm(given, fixed, out=weights[name].flatten(1))
+        index = torch.tensor(order, device=device) if len(groups) > 1 else None  # one group is in the bags' order
+        given = _with_base(_taken(coefficients, index)).to(dtype)
+        weights = merged.workspace("weights", n, dtype)
+        for fixed, own in zip(merged.fixed(dtype).matrices, weights.matrices, strict=True):
+            torch.mm(given, fixed, out=own)
         kept = kept_of(len(batch.features), device) if ctx.needs_input_grad[0] else "nothing"
         features, saved = [], []
         for start, stop in groups:
-            own = {name: value[start:stop] for name, value in weights.items()}
-            found, rest = merged.network.encode_each(own, *_padded(batch, order[start:stop]), kept)  # type: ignore[operator]
+            bags = _padded(batch, order[start:stop])
+            found, rest = merged.network.encode_each(weights.between(start, stop), *bags, kept)  # type: ignore[operator]
             features.append(found)
             saved.append(rest)
         merged.calls += 1
         ctx.merged, ctx.index, ctx.groups, ctx.dtype = merged, index, groups, dtype
         ctx.saved, ctx.call = saved, merged.calls
-        joined = torch.cat(features) if len(features) > 1 else features[0]
-        return torch.empty_like(joined).index_copy_(0, index, joined)
+        return _back(torch.cat(features) if len(features) > 1 else features[0], index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        merged, grad = ctx.merged, grads[0].index_select(0, ctx.index)
+        merged, grad = ctx.merged, _taken(grads[0], ctx.index)
         if ctx.saved is None or ctx.call != merged.calls:
             raise RuntimeError("backward must follow its own forward: the weights' workspace has been used again")
         d_weights = merged.workspace("gradients", len(grad), ctx.dtype)
         for start, stop in reversed(ctx.groups):
-            own = {name: value[start:stop] for name, value in d_weights.items()}
-            merged.network.encode_each_backward(ctx.saved.pop(), grad[start:stop], own)
+            merged.network.encode_each_backward(ctx.saved.pop(), grad[start:stop], d_weights.between(start, stop))
         ctx.saved = None
         # Few rows and a million columns: this order of the factors is the one that libraries are good at.
-        parts = [fixed[1:] @ d_weights[name].flatten(1).T for name, fixed in merged.fixed(ctx.dtype).items()]
-        d_coefficients = torch.stack(parts).to(grad.dtype).sum(0).T
-        return torch.empty_like(d_coefficients).index_copy_(0, ctx.index, d_coefficients), None, None
+        both = zip(merged.fixed(ctx.dtype).but_first, d_weights.matrices, strict=True)
+        d_coefficients = torch.stack([fixed @ own.T for fixed, own in both]).to(grad.dtype).sum(0).T
+        return _back(d_coefficients, ctx.index), None, None
+
+
+def _taken(values: Tensor, index: Tensor | None) -> Tensor:
+    """Rows in the order of an index; None leaves them."""
+    return values if index is None else values.index_select(0, index)
+
+
+def _back(values: Tensor, index: Tensor | None) -> Tensor:
+    """Rows that `_taken` gave, in their old order."""
+    return values if index is None else torch.empty_like(values).index_copy_(0, index, values)
 
 
 def _arranged(sizes: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
     """In which order bags are encoded, and their places in it as groups, which are encoded together."""
     n = len(sizes)
-    if max(sizes) * n <= SMALL:
-        return list(range(n)), [(0, n)]
-    order = sorted(range(n), key=sizes.__getitem__)
-    return order, list(_groups([sizes[i] for i in order]))
+    if max(sizes) * n > SMALL:
+        order = sorted(range(n), key=sizes.__getitem__)
+        groups = list(_groups([sizes[i] for i in order]))
+        if len(groups) > 1:
+            return order, groups
+    return list(range(n)), [(0, n)]
 
 
 def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:
