@@ -30,7 +30,7 @@ from steph.memory import available, heaviest, needed
 from steph.methods import Method, method
 from steph.progress import track
 from steph.results import title
-from steph.runs import Run, Workbench
+from steph.runs import Run, Workbench, stages
 from steph.training import PRECISIONS, Trainer, parameter_dtype, single_thread
 from steph.transfer import ROUPKT
 
@@ -230,8 +230,7 @@ def work(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
     both), mean and largest (patches of a patient), known (read, not assumed), operations (multiplications and additions
     of training and prediction), bytes (of features that are read).
     """
-    everyone = _with_upstream(bench, runs)
-    stages = _stages(bench, everyone)
+    everyone = stages(bench, runs)
     names = sorted({run.method for run in everyone})
     costs = _operations(bench.study, names)
     wanted = (
@@ -257,7 +256,7 @@ def work(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
         seen = training * mean
         rows.append({
             "dataset": run.dataset, "method": run.method, "fold": run.fold, "seed": run.seed,
-            "precision": run.precision, "stage": stages[run],
+            "precision": run.precision, "stage": everyone[run],
             "finished": packed and bench.record(run) is not None,
             "updates": updates if cost["updates"] else 0, "passes": passes,
             "seen": seen if cost["once"] else 0.0, "training": training, "tested": tested,
@@ -322,27 +321,6 @@ class _Once(nn.Module):
         return self.model.frozen(bags)  # type: ignore[operator]
 
 
-def _with_upstream(bench: Workbench, runs: Sequence[Run]) -> list[Run]:
-    found: dict[Run, None] = {}
-
-    def add(run: Run) -> None:
-        if run not in found:
-            for first in bench.upstream(run).values():
-                add(first)
-            found[run] = None
-
-    for run in runs:
-        add(run)
-    return list(found)
-
-
-def _stages(bench: Workbench, runs: Sequence[Run]) -> dict[Run, int]:
-    levels: dict[Run, int] = {}
-    for run in runs:  # what a run builds on stands before it
-        levels[run] = 1 + max((levels[first] for first in bench.upstream(run).values()), default=-1)
-    return levels
-
-
 def seconds(table: pd.DataFrame, speed: Mapping[str, Speed]) -> pd.Series:
     """Predicted seconds of each row of `work`, of runs that are not finished and of those that are."""
 
@@ -356,7 +334,8 @@ def seconds(table: pd.DataFrame, speed: Mapping[str, Speed]) -> pd.Series:
 
 
 def hours(table: pd.DataFrame, taken: pd.Series, workers: int) -> float:
-    """Hours until all is done on so many workers: longest runs first, a stage after the one it stands on."""
+    """Hours until all is done on so many workers: longest runs first, and a stage after the one before. (A run need not
+    wait for that, only for what it builds on: it is done a little sooner.)"""
     total = 0.0
     for stage in sorted(table["stage"].unique()):
         busy = [0.0] * workers

@@ -10,7 +10,7 @@ import ast
 import inspect
 import symtable
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -226,6 +226,21 @@ def plan(
         for fold in folds_of(name)
         for seed in (seeds or [study.seed])
     ]
+
+
+def stages(bench: Workbench, runs: Iterable[Run]) -> dict[Run, int]:
+    """Runs and all that they build on, each behind what it builds on, and the stage of each: 0 for what builds on
+    nothing, else one more than the last of what it builds on. Of two runs of a stage, neither builds on the other."""
+    found: dict[Run, int] = {}
+
+    def stage(run: Run) -> int:
+        if run not in found:
+            found[run] = 1 + max([stage(first) for first in bench.upstream(run).values()], default=-1)
+        return found[run]
+
+    for run in runs:
+        stage(run)
+    return found
 
 
 def results(study: Study | str | Path | Workbench, current_only: bool = True) -> pd.DataFrame:

@@ -10,12 +10,14 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
-from multiprocessing.connection import wait
+from graphlib import TopologicalSorter
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from steph.methods import method
 from steph.mil.state import save_state, state_of
 from steph.progress import track
 from steph.records import Record, alone, write_record
-from steph.runs import Run, Workbench, plan, results, row_of
+from steph.runs import Run, Workbench, plan, results, row_of, stages
 from steph.survival import bin_index, concordance_index, nll_loss
 from steph.training import Training, fit_together, predict, single_thread
 
@@ -79,10 +81,9 @@ def run_all(
     # Other processes do not see a method that was defined in a notebook.
     if device != "cpu" or any(method(wanted.method).build.__module__ == "__main__" for wanted in runs):
         workers = 1
-    for stage in _stages(bench, runs):
-        missing = [wanted for wanted in stage if bench.record(wanted) is None]
-        if missing:
-            _carry_out(bench, missing, device, min(workers, len(missing)))
+    missing = {wanted: stage for wanted, stage in stages(bench, runs).items() if bench.record(wanted) is None}
+    if missing:
+        _carry_out(bench, missing, device, workers)
     return pd.DataFrame([{**row_of(bench.record(wanted)), "folds": bench.study.folds} for wanted in runs])
 
 
@@ -102,26 +103,13 @@ def _check(study: Study, wanted: Run, device: str) -> None:
     check_device(device)
 
 
-def _stages(bench: Workbench, runs: Sequence[Run]) -> Iterator[list[Run]]:
-    """Runs and what they build on, in stages: everything in a stage depends on earlier ones only."""
-    levels: dict[Run, int] = {}
-
-    def level(wanted: Run) -> int:
-        if wanted not in levels:
-            levels[wanted] = 1 + max((level(first) for first in bench.upstream(wanted).values()), default=-1)
-        return levels[wanted]
-
-    for wanted in runs:
-        level(wanted)
-    for depth in range(max(levels.values(), default=-1) + 1):
-        yield [wanted for wanted, own in levels.items() if own == depth]
-
-
-def _carry_out(bench: Workbench, missing: list[Run], device: str, workers: int) -> None:
+def _carry_out(bench: Workbench, missing: Mapping[Run, int], device: str, workers: int) -> None:
+    """Carry out runs, given with their stages."""
     names = list(dict.fromkeys(wanted.method for wanted in missing))
     others = f" and {len(names) - 3} other methods" if len(names) > 4 else ""
     label = f"{bench.study.name}: {', '.join(names[:3] if others else names)}{others}"
-    groups = _groups(bench, missing, device)
+    of_stages = ([wanted for wanted in missing if missing[wanted] == stage] for stage in sorted(set(missing.values())))
+    groups = [group for of_stage in of_stages for group in _groups(bench, of_stage, device)]
     if min(workers, len(groups)) <= 1:
         finished = (wanted for group in groups for wanted in _execute_together(bench, group, device))
         for _ in track(finished, label, total=len(missing)):
@@ -129,14 +117,13 @@ def _carry_out(bench: Workbench, missing: list[Run], device: str, workers: int) 
         return
     for network in {method(wanted.method).network for wanted in missing}:
         bench.null_state(network)
+    workers = min(workers, len(groups))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_prepare_worker, initargs=(bench.study, workers)
     ) as pool:
-        futures = [pool.submit(_work, group, [bench.key(wanted) for wanted in group], device) for group in groups]
         try:
-            finished = (wanted for future in as_completed(futures) for wanted in future.result())
-            for _ in track(finished, label, total=len(missing)):
+            for _ in track(_spread(pool, workers, bench, groups, device), label, total=len(missing)):
                 pass
         except BrokenProcessPool:
             raise Refused(
@@ -150,8 +137,32 @@ def _carry_out(bench: Workbench, missing: list[Run], device: str, workers: int) 
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _spread(
+    pool: ProcessPoolExecutor, workers: int, bench: Workbench, groups: Sequence[list[Run]], device: str
+) -> Iterator[Run]:
+    """Have a pool carry out groups of runs, each when what it builds on is finished; gives runs as they finish."""
+    group_of = {wanted: i for i, group in enumerate(groups) for wanted in group}
+    waits_for = {
+        i: {group_of[first] for wanted in group for first in bench.upstream(wanted).values() if first in group_of}
+        for i, group in enumerate(groups)
+    }
+    order = TopologicalSorter(waits_for)
+    order.prepare()
+    ready: deque[int] = deque()
+    going: dict[Future[list[Run]], int] = {}
+    while order.is_active():
+        ready += order.get_ready()
+        while ready and len(going) < 2 * workers:  # one to go on with at once
+            i = ready.popleft()
+            keys = [bench.key(wanted) for wanted in groups[i]]
+            going[pool.submit(_work, groups[i], keys, device)] = i
+        for future in wait(going, return_when=FIRST_COMPLETED).done:
+            yield from future.result()
+            order.done(going.pop(future))
+
+
 def _groups(bench: Workbench, missing: Sequence[Run], device: str) -> list[list[Run]]:
-    """Runs that share one pass over the data, up to `TOGETHER`, in the order given.
+    """Runs of a stage that share one pass over the data, up to `TOGETHER`, in the order given.
 
     Where loading is the limit: the features of the data set are read anew in every epoch (`_streamed`). Runs share a
     pass when they train on the same data set, fold, seed and precision. Another seed is another order of patients, and
@@ -188,7 +199,7 @@ def end_with_parent() -> None:
     assert parent is not None
 
     def watch() -> None:
-        wait([parent.sentinel])
+        connection.wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

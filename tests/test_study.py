@@ -5,7 +5,9 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -74,6 +76,31 @@ def test_one_or_two_workers_give_the_same_bits(tiny, build_folder, monkeypatch, 
     assert bench.key(SARC) == tiny.key(SARC)
     one, two = (load_state(b.record(SARC).file("model.safetensors")) for b in (tiny, bench))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_starts_when_what_it_builds_on_is_finished_and_waits_for_nothing_else(tiny, monkeypatch):
+    """A pool that takes its time, and finishes first what it was given last."""
+    begun, done = [], []
+
+    def submit(work, group, keys, device):
+        assert work is study._work and keys == [tiny.key(wanted) for wanted in group]
+        for wanted in group:
+            assert {first for first in tiny.upstream(wanted).values() if first in runs} <= set(done), "begun too early"
+        begun.extend(group)
+        future = Future()
+        future.set_result(group)
+        return future
+
+    monkeypatch.setattr(study, "wait", lambda going, return_when: SimpleNamespace(done=[list(going)[-1]]))
+    names = ["ilra", "vanilla", "hypernetwork_only", "finetuned_head", "steph"]
+    runs = [Run("SARC", name, 1, 42) for name in names]
+    groups, open_at_once = [[run] for run in runs], []
+    for wanted in study._spread(SimpleNamespace(submit=submit), 1, tiny, groups, "cpu"):
+        open_at_once.append(len(begun) - len(done))
+        done.append(wanted)
+    assert max(open_at_once) == 2, "one at work and one to go on with"
+    # `ilra` is still at work when what builds on `vanilla` is done.
+    assert [run.method for run in done] == ["vanilla", "hypernetwork_only", "finetuned_head", "steph", "ilra"]
 
 
 def test_key_follows_what_decides_the_result(tiny, monkeypatch):
@@ -190,7 +217,7 @@ def test_runs_that_share_a_pass_leave_the_records_that_they_leave_alone(tiny, mo
     assert [r.method for r in shared[-2]] == ["steph", "model_average", "finetuned_head", "adamerging"]
     assert {len(group) for group in shared if group[0].method == "vanilla"} == {1, 2}
     assert sum(map(len, shared)) == len(list(bench.study.build.glob("runs/*/*/*/run.json")))
-    assert "tiny: steph, model_average, finetuned_head, adamerging: 4/4, done" in capsys.readouterr().err
+    assert "tiny: vanilla, steph, patch_gcn and 4 other methods: 9/9, done" in capsys.readouterr().err
 
 
 def test_a_run_that_is_refused_among_others_is_tried_alone_and_then_refused(tiny, monkeypatch, tmp_path):
