@@ -302,7 +302,8 @@ def execute(notebook: Path, given: Mapping[str, Any], output: Path | None = None
                 kernel_name="python3",
                 progress_bar=progress,
                 cwd=PROJECT,
-                extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else it warns that it listens on this machine
+                # Else it warns that it listens on this machine, and may call its regular end an error.
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             )
         except PapermillExecutionError as error:
             working.replace(failed)

@@ -16,6 +16,8 @@ from steph.data.dataset import feature_folders, open_dataset, pack_dataset
 from steph.data.features import find_slides, read
 from steph.data.manifest import Network, Study
 from steph.hypernetwork import STEPH
+from steph.merging import merged_encoder
+from steph.merging.merged_encoder import MergedEncoder
 from steph.mil import NETWORKS, patch_gcn
 from steph.mil.patch_gcn import PatchGCN, graph_of, neighbours
 from steph.mil.state import state_of
@@ -46,6 +48,39 @@ def test_parameters_and_work_are_the_papers():
 
 
 # ------------------------------------------------------------------------------------------------ graph
+
+
+def test_small_bags_under_weights_of_their_own_go_together_with_the_numbers_and_gradients_of_each_alone(network):
+    draw = torch.Generator().manual_seed(1)
+    states = [
+        {k: torch.randn(v.shape, generator=draw) * 0.3 for k, v in network.state_dict().items()} for _ in range(3)
+    ]
+    states[0] |= {k: v.clone() for k, v in network.state_dict().items()}
+    encoder = MergedEncoder(network, states[0], states[1:])
+    sizes = [
+        12,
+        1,
+        5,
+        30,
+    ]  # the first of two slides, on one of which a patch is alone; fewer neighbours than 8 in others
+    features = torch.randn(sum(sizes), 6, generator=draw)
+    coords = torch.cat([grid(11), grid(1), grid(1), grid(5, 3), grid(30, 7)])
+    batch = RaggedBatch(features, (0, 12, 13, 18, 48), coords, (0, 11, 12, 13, 18, 48))
+    c = torch.rand(4, 2, generator=draw).requires_grad_()
+    out_of = torch.randn(4, 12, generator=draw)
+    together = encoder(c, batch)
+    [d_together] = torch.autograd.grad((together * out_of).sum(), c)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merged_encoder, "SMALL", 0)
+        alone = encoder(c, batch)
+    [d_alone] = torch.autograd.grad((alone * out_of).sum(), c)
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(d_together, d_alone, rtol=1e-9, atol=1e-11)
+    assert d_alone.abs().min() > 1e-3
+    network.train()
+    torch.manual_seed(3)
+    dropped = encoder(c, batch)
+    assert not torch.allclose(dropped, together) and torch.isfinite(dropped).all()
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 9, 10, 200])

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from steph.data.bags import RaggedBatch, as_batch
 from steph.merging.task_vectors import Layout, State
-from steph.mil.gated_attention import kept_of
+from steph.mil.gated_attention import kept_of, watched
 
 PADDING, SMALL, LARGE = 1.25, 768, 1024
 """Bags are padded to a common length while that makes at most this many times the work, or at most so many patches in
@@ -81,6 +81,9 @@ class MergedEncoder(Merged):
         batch = as_batch(bags)
         if hasattr(self.network, "encode_each"):
             return _MergeAndEncode.apply(coefficients, self, batch)
+        small = max(batch.sizes) * len(batch) <= SMALL and not batch.half and not watched()
+        if small and hasattr(self.network, "encode_under"):
+            return self.network.encode_under(self.weights(coefficients), batch)  # type: ignore[operator]
         encoder = _Encoder(self.network)
         rows = {f"network.{name}": value.unbind() for name, value in self.weights(coefficients).items()}
         each = ({name: row[i] for name, row in rows.items()} for i in range(len(batch)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from steph import Refused
 from steph.data.bags import RaggedBatch, as_batch, takes_half
+from steph.mil.grouping import Padding
 
 NEIGHBOURS = 8
 CACHED_PATCHES = 20_000_000
@@ -79,24 +80,77 @@ class PatchGCN(nn.Module):
     def _dropped(self, values: Tensor) -> Tensor:
         return F.dropout(values, self.dropout, self.training)
 
+    # Each bag under weights of its own, all bags together: what a hypernetwork asks for. One after the other, small
+    # bags cost calls and little else. It repeats the layers above; `tests/test_patch_gcn.py` holds it to them.
+
+    def encode_under(self, weights: Mapping[str, Tensor], batch: RaggedBatch) -> Tensor:
+        """Bag features (B, dim), bag i under the weights ``weights[name][i]``, differentiable in them. Bags are padded
+        to one length."""
+
+        def layer(x: Tensor, name: str) -> Tensor:
+            y, bias = x @ weights[f"{name}.weight"].transpose(1, 2), weights.get(f"{name}.bias")
+            return y if bias is None else y + bias.unsqueeze(1)
+
+        def norm(x: Tensor, name: str) -> Tensor:
+            scale, shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
+            return torch.addcmul(shift.unsqueeze(1), F.layer_norm(x, x.shape[2:]), scale.unsqueeze(1))
+
+        padding = Padding.of(batch.sizes, max(batch.sizes), batch.features.device)
+        embedded = self._dropped(F.relu(layer(padding.pad(batch.features), "embed")))
+        received = padding.pad(self._received(embedded, weights["graph.conv.aggr_module.t"], padding, batch))
+        hidden = F.relu(norm(layer(received + embedded, "graph.conv.mlp.0"), "graph.conv.mlp.1"))
+        turned = embedded + F.relu(norm(layer(hidden, "graph.conv.mlp.4"), "graph.norm"))
+        both = torch.cat([embedded, F.dropout(turned, self.graph.dropout, self.training)], dim=2)
+        patches = self._dropped(F.relu(layer(both, "join")))
+        gate = self._dropped(torch.tanh(layer(patches, "gate_tanh")))
+        gate = gate * self._dropped(torch.sigmoid(layer(patches, "gate_sigmoid")))
+        scores = layer(gate, "score").squeeze(2).masked_fill(padding.absent, -torch.inf)
+        return (torch.softmax(scores, dim=1).unsqueeze(1) @ patches).squeeze(1)
+
+    def _received(self, embedded: Tensor, t: Tensor, padding: Padding, batch: RaggedBatch) -> Tensor:
+        """What each patch receives from its neighbours, (N, dim): number by number their softmax, sharpened by t
+        (B, 1), decides how much of each."""
+        near, there = (values.to(embedded.device) for values in neighbours_of(batch))
+        messages = (F.relu(embedded) + self.graph.conv.eps).flatten(0, 1)[padding.at[near]]  # (N, 8, dim)
+        bag = torch.from_numpy(np.repeat(np.arange(len(batch)), batch.sizes)).to(embedded.device)
+        sharp = messages * t[bag].unsqueeze(2)
+        share = torch.softmax(sharp.masked_fill(~there, torch.finfo(sharp.dtype).min), dim=1) * there
+        return (messages * share).sum(1)
+
 
 def graph_of(batch: RaggedBatch) -> Tensor:
     """Edges (2, E) int64, on the CPU, from each patch's nearest neighbours on its slide (first row) to the patch.
 
     Raises `Refused` for a batch without coordinates.
     """
+    edges = []
+    for start, near in _near(batch):
+        targets = np.repeat(np.arange(start, start + len(near)), near.shape[1])
+        edges.append(np.stack([near.ravel() + start, targets]))
+    return torch.from_numpy(np.concatenate(edges, axis=1))
+
+
+def neighbours_of(batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+    """The same as rows: which patches are near each, (N, 8) int64, and which of these there are, (N, 8, 1) bool, as a
+    slide may have fewer. On the CPU."""
+    shape = (batch.offsets[-1], NEIGHBOURS)
+    rows, there = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
+    for start, near in _near(batch):
+        rows[start : start + len(near), : near.shape[1]] = near + start
+        there[start : start + len(near), : near.shape[1]] = True
+    return torch.from_numpy(rows), torch.from_numpy(there).unsqueeze(2)
+
+
+def _near(batch: RaggedBatch) -> Iterator[tuple[np.int64, np.ndarray]]:
+    """Where each slide of a batch starts, and its `neighbours`."""
     if batch.coords is None:
         raise Refused(
             "Patch-GCN needs the coordinates of patches, and this batch has none. Ask for them: "
             "dataset.batch(patients, coords=True) or RaggedBatch.from_bags(bags, coords)."
         )
     coords = batch.coords.cpu().numpy()
-    edges = []
     for start, stop in pairwise(batch.slide_offsets or batch.offsets):
-        near = _cached_neighbours(coords[start:stop])
-        targets = np.repeat(np.arange(start, stop), near.shape[1])
-        edges.append(np.stack([near.ravel() + np.int64(start), targets]))
-    return torch.from_numpy(np.concatenate(edges, axis=1))
+        yield np.int64(start), _cached_neighbours(coords[start:stop])
 
 
 def neighbours(coords: np.ndarray, k: int = NEIGHBOURS) -> np.ndarray:
