@@ -58,7 +58,7 @@ class Line:
 class Speed:
     """What was measured of a method, in seconds. build: to make the model. By patches of a bag: update (of a batch, its
     loading included), once (what is computed once per training patient), prediction, together (a prediction among as
-    many as an update takes), look (a prediction by a plain network)."""
+    many as an update takes), look (the same by a plain network)."""
 
     build: Line
     update: Line
@@ -139,7 +139,7 @@ def _measured(study: Study, name: str, device: str, precision: str, sizes: tuple
         return lambda: trainer.step(load() if reads else None, bins, event, frozen)
 
     def once(n: int) -> Callable[[], Any]:
-        load = loader(n, 1)
+        load = loader(n, recipe.bags_per_step)
         return lambda: _once(model, load())
 
     def prediction(model: nn.Module, bags: int = 1) -> Callable[[int], Callable[[], Any]]:
@@ -159,10 +159,10 @@ def _measured(study: Study, name: str, device: str, precision: str, sizes: tuple
     return Speed(
         build=Line(build, 0.0),
         update=line(update, wanted=trains),
-        once=line(once, wanted=hasattr(model, "frozen")),
+        once=line(once, recipe.bags_per_step, hasattr(model, "frozen")),
         prediction=line(prediction(predictor)),
         together=line(prediction(predictor, recipe.bags_per_step), recipe.bags_per_step, study.synthetic is not None),
-        look=line(prediction(plain), wanted=_looks(method(name), 1) > 0),
+        look=line(prediction(plain, recipe.bags_per_step), recipe.bags_per_step, _looks(method(name), 1) > 0),
     )
 
 
@@ -224,7 +224,7 @@ def _capped(sizes: np.ndarray, study: Study) -> np.ndarray:
 def work(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
     """Every run of a plan and all that it builds on, a row each.
 
-    dataset, method, fold, seed, precision; stage (0, 1, ...: after which others it can start), finished. updates,
+    dataset, method, fold, seed, precision; stage (of `steph.runs.stages`), finished. updates,
     passes (patches that training goes through), seen (patches that are looked at once), training (patients), looks
     (predictions by plain networks that building a model takes), tested and external (patients), tested_patches (of
     both), mean and largest (patches of a patient), known (read, not assumed), operations (multiplications and additions
