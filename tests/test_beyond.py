@@ -206,8 +206,10 @@ def test_steph_merges_patch_gcn_models_and_gives_them_coordinates(bench, monkeyp
     vector = task_vector(bench.state(upstream[TARGET]), null)
     assert all(torch.equal(value, vector[name]) for name, value in model.encoder.states()[1].items())
     coords = []
-    encode = PatchGCN.encode
-    monkeypatch.setattr(PatchGCN, "encode", lambda self, bags: coords.append(bags.coords) or encode(self, bags))
+    encode = PatchGCN.encode_under
+    monkeypatch.setattr(
+        PatchGCN, "encode_under", lambda self, w, bags: coords.append(bags.coords) or encode(self, w, bags)
+    )
     from steph.training import predict
 
     predict(model, data, data.splits.test(1)[:3])

@@ -45,8 +45,8 @@ def test_methods_that_share_a_pass_get_the_bits_that_they_get_alone(tiny, precis
         training = whole_training(tiny, data, name, precision)
         [history] = fit_together([training])
         alone[name] = (state_of(training.model), history.drop(columns="seconds"))
-    data.batches = 0
     trainings = [whole_training(tiny, data, name, precision) for name in METHODS]
+    data.batches = 0  # what models make of the bags once was made above
     histories = fit_together(trainings)
     assert data.batches == trainings[0].steps * tiny.study.recipe.epochs  # each batch once, not once per method
     for name, training, history in zip(METHODS, trainings, histories, strict=True):
