@@ -207,9 +207,12 @@ def test_steph_merges_patch_gcn_models_and_gives_them_coordinates(bench, monkeyp
     assert all(torch.equal(value, vector[name]) for name, value in model.encoder.states()[1].items())
     coords = []
     encode = PatchGCN.encode_under
-    monkeypatch.setattr(
-        PatchGCN, "encode_under", lambda self, w, bags: coords.append(bags.coords) or encode(self, w, bags)
-    )
+
+    def watched(network, weights, bags):
+        coords.append(bags.coords)
+        return encode(network, weights, bags)
+
+    monkeypatch.setattr(PatchGCN, "encode_under", watched)
     from steph.training import predict
 
     predict(model, data, data.splits.test(1)[:3])
