@@ -302,6 +302,7 @@ def execute(notebook: Path, given: Mapping[str, Any], output: Path | None = None
                 kernel_name="python3",
                 progress_bar=progress,
                 cwd=PROJECT,
+                request_save_on_cell_execute=False,  # what is executed is whole at its end, or kept as failed
                 # Else it warns that it listens on this machine, and may call its regular end an error.
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             )

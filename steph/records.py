@@ -244,8 +244,9 @@ def _locked(path: Path) -> tuple[IO[str], bool]:
         file.close()
 
 
-def versions() -> dict[str, str]:
-    """Versions that a result depends on: steph, Python, the main packages."""
+@cache
+def versions() -> Mapping[str, str]:
+    """Versions that a result depends on: steph, Python, the main packages. Read once: a package's takes milliseconds."""
     found = {"steph": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -37,7 +37,7 @@ from steph.data.dataset import Dataset
 from steph.data.joint import JointDataset
 from steph.data.manifest import Network, Recipe
 from steph.data.resident import release
-from steph.survival import bin_index, nll_loss, risk_score, survival_curve
+from steph.survival import bin_index, nll_of_logits, risk_score, survival_curve
 
 PRECISIONS = {
     "fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "tf32": torch.float32
@@ -163,7 +163,7 @@ class Trainer:
     ) -> Tensor:
         """Add the gradient of some of an update's bags, `share` of them; what was seen of it, times that share."""
         logits = self.model(bags) if frozen is None else self.model(bags, frozen)
-        likelihood = nll_loss(torch.sigmoid(logits), bins, event, alpha=self.recipe.alpha)
+        likelihood = nll_of_logits(logits, bins, event, self.recipe.alpha)
         auxiliary = None if self._auxiliary is None else self._auxiliary()
         trains = likelihood if auxiliary is None else likelihood + auxiliary if self._supervised else auxiliary
         (trains if share == 1 else trains * share).backward()

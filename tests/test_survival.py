@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steph import Refused
-from steph.survival import bin_index, concordance_index, nll_loss, risk_score, survival_curve
+from steph.survival import bin_index, concordance_index, nll_loss, nll_of_logits, risk_score, survival_curve
 
 
 @pytest.mark.parametrize("case", ["max_below", "max_equal", "max_above", "int_days"])
@@ -62,6 +62,30 @@ def test_the_gradient_is_autograds_where_hazards_are_0_and_1_too():
     (found * weights).sum().backward()
     assert torch.isfinite(ours.grad).all() and (ours.grad != 0).any(0).all()
     torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("tag", "alpha"), [("alpha05", 0.5), ("alpha0", 0.0), ("alpha015", 0.15)])
+def test_the_likelihood_of_logits_and_its_gradient_are_the_releases(reference, tag, alpha):
+    numbers = reference("b_survmle")
+    logits = numbers.tensor("logits").requires_grad_()
+    found = nll_of_logits(logits, numbers.tensor("t_bin"), numbers.tensor("event"), alpha)
+    torch.testing.assert_close(found, numbers.tensor(f"loss_mean_{tag}"), rtol=1e-12, atol=1e-14)
+    (3 * found).backward()
+    torch.testing.assert_close(logits.grad, 3 * numbers.tensor(f"grad_logits_mean_{tag}"), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("size", [1, 5, 12, 40, 1000])
+def test_the_likelihood_of_logits_is_that_of_hazards_however_large_they_are(size):
+    draw = torch.Generator().manual_seed(0)
+    plain = (size * torch.randn(60, 6, generator=draw, dtype=torch.float64)).requires_grad_()
+    ours = plain.detach().clone().requires_grad_()
+    bins, event = torch.arange(60) % 6, torch.arange(60) // 6 % 2 == 0
+    expected, found = nll_loss(torch.sigmoid(plain), bins, event), nll_of_logits(ours, bins, event)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)  # 1 - h has lost digits where h is almost 1
+    expected.backward()
+    found.backward()
+    assert (ours.grad != 0).any(0).all() or size == 1000
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-9, atol=1e-12)
 
 
 CASES = ["random", "timeties", "riskties", "bothties", "lastgroup", "constant", "tolerance", "tolerance_shuffled"]

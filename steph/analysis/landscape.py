@@ -194,7 +194,9 @@ class Plane(nn.Module):
     def _abmil_at(self, first: Tensor, points: Tensor) -> Tensor:
         weights = self._weights(points)
         embedded = torch.addmm(first[:1].flatten(1), points, first[1:].flatten(1)).relu_().view(-1, *first.shape[1:])
-        gate = _linear(embedded, weights, "gate_tanh").tanh_() * _linear(embedded, weights, "gate_sigmoid").sigmoid_()
+        gates = torch.baddbmm(weights["gates.bias"], embedded, weights["gates.weight"]).sigmoid_()
+        tanh, sigmoid = gates.chunk(2, dim=2)
+        gate = tanh.mul_(2).sub_(1) * sigmoid
         attention = torch.softmax(_linear(gate, weights, "score"), dim=1)  # (G, n, 1)
         features = attention.transpose(1, 2) @ embedded  # (G, 1, H)
         if "head.weight" in weights:
@@ -204,10 +206,18 @@ class Plane(nn.Module):
     def _weights(self, points: Tensor) -> dict[str, Tensor]:
         """The merged parameters (G, ...) at some of the points; those of all points are kept for the next bag."""
         if len(points) < len(self.points):
-            return self.encoder.weights(points)
+            return _gates_at_once(self.encoder.weights(points))
         if self._held is None:
-            self._held = self.encoder.weights(points)
+            self._held = _gates_at_once(self.encoder.weights(points))
         return self._held
+
+
+def _gates_at_once(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters with both gates' as one layer, "gates", whose sigmoid is all that they ask for: tanh(x) is
+    2 sigmoid(2 x) - 1, and PyTorch's own takes six times as long."""
+    weight = torch.cat([2 * weights["gate_tanh.weight"], weights["gate_sigmoid.weight"]], dim=1)
+    bias = torch.cat([2 * weights["gate_tanh.bias"], weights["gate_sigmoid.bias"]], dim=1)
+    return {**weights, "gates.weight": weight.transpose(1, 2).contiguous(), "gates.bias": bias.unsqueeze(1)}
 
 
 def _linear(x: Tensor, weights: Mapping[str, Tensor], layer: str) -> Tensor:
