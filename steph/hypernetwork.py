@@ -109,7 +109,9 @@ class STEPH(nn.Module):
     def forward(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
         """Logits of the hazards (B, T) of B bags of patches (N_i, D), each bag under its own merged model."""
         coefficients, features = self._merge_and_encode(as_batch(bags))
-        return self.head(features) if self.merged_head is None else self.merged_head(coefficients, features)
+        if self.merged_head is None:
+            return self.head(features)
+        return self.merged_head(coefficients.expand(len(features), -1), features)
 
     def encode(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
         """Bag features (B, H), each bag's under its own merged encoder."""
@@ -117,7 +119,8 @@ class STEPH(nn.Module):
 
     def _merge_and_encode(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
         w, lam, selected = self._last = self.batch_coefficients(batch)
-        coefficients = mixture_coefficients(w, lam, selected)
+        rows = len(batch) if self.hyper.embed is not None else 1  # without hypernetworks all bags have the same
+        coefficients = mixture_coefficients(w[:rows], lam[:rows], selected[:rows])
         return coefficients, self.encoder(coefficients, batch)
 
     def batch_coefficients(self, bags: Sequence[Tensor] | RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,6 +168,8 @@ class STEPH(nn.Module):
             raise Refused("auxiliary_loss() needs a forward pass first.")
         w, lam, selected = self._last
         beta, gamma = self.beta if beta is None else beta, self.gamma if gamma is None else gamma
+        if not beta and not gamma:
+            return w.new_zeros(())
         kept, k = _kept(w, selected), selected.shape[1]
         loss = (lam * kept).square().sum() * (beta / k) + torch.logsumexp(w, dim=1).square().sum() * gamma
         if (self.balance_term if balance_term is None else balance_term) and self.top_k is not None:

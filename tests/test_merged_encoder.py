@@ -47,6 +47,18 @@ def test_batched_and_looped_merging_agree(problem):
     torch.testing.assert_close(d, d_expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("network_of", [lambda network: network, Plain])
+@pytest.mark.parametrize("few", [1, 10_000])
+def test_one_row_of_coefficients_is_every_bags(problem, network_of, few, monkeypatch):
+    monkeypatch.setattr("steph.mil.abmil.FEW", few)  # by autograd, and by hand
+    network, null, vectors, bags, coefficients = problem
+    row = coefficients[:1]
+    features, d = gradient(MergedEncoder(network_of(network), null, vectors), row, bags)
+    expected, d_expected = gradient(MergedEncoder(network, null, vectors), row.expand(len(bags), -1), bags)
+    torch.testing.assert_close(features, expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(d, d_expected.sum(0, keepdim=True), rtol=1e-9, atol=1e-10)
+
+
 def test_what_is_stacked_and_what_is_merged_lie_in_one_piece(problem):
     """A library's batched products copy what does not, in half precision most of all."""
     network, null, vectors, bags, coefficients = problem

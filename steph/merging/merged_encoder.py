@@ -77,8 +77,14 @@ class MergedEncoder(Merged):
         self._fixed: tuple[Tensor, Weights] | None = None
 
     def forward(self, coefficients: Tensor, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
-        """Bag features (B, H), bag i under the weights base + coefficients[i] @ vectors."""
+        """Bag features (B, H), bag i under the weights base + coefficients[i] @ vectors. One row of coefficients,
+        (1, m), is for all bags: they go through one merged encoder."""
         batch = as_batch(bags)
+        if len(coefficients) == 1 < len(batch):
+            fixed = self.fixed(self.stack.dtype)
+            merged = zip(fixed.of, _Merge.apply(coefficients, fixed), strict=True)
+            own = {f"network.{name}": value[0] for name, value in merged}
+            return functional_call(_Encoder(self.network), own, (batch,), tie_weights=False)
         if hasattr(self.network, "encode_each"):
             return _MergeAndEncode.apply(coefficients, self, batch)
         small = max(batch.sizes) * len(batch) <= SMALL and not batch.half and not watched()
@@ -146,6 +152,24 @@ class _Encoder(nn.Module):
 
     def forward(self, bags: RaggedBatch) -> Tensor:
         return self.network.encode(bags)  # type: ignore[operator]
+
+
+class _Merge(torch.autograd.Function):
+    """The merged parameters (1, *shape) for one row of coefficients (1, m)."""
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Tensor, fixed: Weights) -> tuple[Tensor, ...]:
+        ctx.fixed, given = fixed, _with_base(coefficients)
+        return tuple(
+            torch.mm(given, matrix).view(1, *value.shape[1:])
+            for matrix, value in zip(fixed.matrices, fixed.of.values(), strict=True)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        each = [fixed @ own.flatten() for fixed, own in zip(ctx.fixed.but_first, grads, strict=True)]
+        return torch.stack(each).sum(0, keepdim=True), None
 
 
 class _MergeAndEncode(torch.autograd.Function):

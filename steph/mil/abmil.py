@@ -63,8 +63,8 @@ class ABMIL(nn.Module):
             return attend_with_gradient(dict(self.named_parameters()), batch, self.dropout if self.training else 0.0)
         embedded = F.relu(self.embed(batch.features))  # (N, dim_emb)
         gated = torch.tanh(self.gate_tanh(embedded)) * torch.sigmoid(self.gate_sigmoid(embedded))
-        # Dropout on both branches, drawn at once: a product is kept where both of its factors are.
-        gated = F.dropout(gated, 1 - (1 - self.dropout) ** 2, self.training)
+        scale = self._scale(gated)
+        gated = gated if scale is None else gated * scale
         return batch.softmax(self.score(gated).squeeze(1)) @ embedded
 
     def attention(self, bag: Tensor) -> Tensor:
@@ -127,7 +127,8 @@ class ABMIL(nn.Module):
         _linear_gradient(relu_backward(d_embedded, embedded), bags, out, "embed")
 
     def _scale(self, values: Tensor) -> Tensor | None:
-        """By what dropout on both branches multiplies their product; None where nothing is dropped."""
+        """By what dropout on both branches, drawn at once, multiplies their product: it is kept where both factors are.
+        None where nothing is dropped."""
         if not self.training or self.dropout == 0:
             return None
         keep = (1 - self.dropout) ** 2
