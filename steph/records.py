@@ -246,7 +246,7 @@ def _locked(path: Path) -> tuple[IO[str], bool]:
 
 @cache
 def versions() -> Mapping[str, str]:
-    """Versions that a result depends on: steph, Python, the main packages. Read once: a package's takes milliseconds."""
+    """Versions that a result depends on: steph, Python, the main packages. Read once, as it takes long."""
     found = {"steph": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
 import subprocess
+import sys
 from html import escape
 from pathlib import Path, PurePosixPath
 
@@ -108,7 +111,21 @@ def without_unwanted(app, failure) -> None:
                 path.write_text(UNWANTED.sub("", text), encoding="utf-8")
 
 
+def side_by_side(app, env, *which) -> list[str]:
+    """Let pages be read and written several at a time. Two extensions do not say whether they bear that: the one
+    numbers chapters when all are read, the other has nothing to do in HTML. What pages document is imported before."""
+    for name in ("sphinx_multitoc_numbering", "sphinx_jupyterbook_latex"):
+        if name in app.extensions:
+            app.extensions[name].parallel_read_safe = True
+    for name in ("book", "doctor", "plots", "predict", "scorecard"):
+        importlib.import_module(f"steph.{name}")
+    return []
+
+
 def setup(app):
+    if sys.platform == "linux":  # elsewhere a process that has imported PyTorch is better not forked
+        app.parallel = 2 * (os.cpu_count() or 1)  # in small portions: some pages take ten times as long as others
+        app.connect("env-get-outdated", side_by_side)
     app.launch_from = repository()
     app.connect("autodoc-process-docstring", plain_docstring)
     app.connect("autodoc-process-signature", plain_signature)
