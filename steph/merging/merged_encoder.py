@@ -82,8 +82,8 @@ class MergedEncoder(Merged):
         batch = as_batch(bags)
         if len(coefficients) == 1 < len(batch):
             fixed = self.fixed(self.stack.dtype)
-            merged = zip(fixed.of, _Merge.apply(coefficients, fixed), strict=True)
-            own = {f"network.{name}": value[0] for name, value in merged}
+            merged = _Merge.apply(coefficients, fixed)
+            own = {f"network.{name}": value for name, value in zip(fixed.of, merged, strict=True)}
             return functional_call(_Encoder(self.network), own, (batch,), tie_weights=False)
         if hasattr(self.network, "encode_each"):
             return _MergeAndEncode.apply(coefficients, self, batch)
@@ -155,13 +155,13 @@ class _Encoder(nn.Module):
 
 
 class _Merge(torch.autograd.Function):
-    """The merged parameters (1, *shape) for one row of coefficients (1, m)."""
+    """The merged parameters, one after the other, for one row of coefficients (1, m)."""
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, fixed: Weights) -> tuple[Tensor, ...]:
         ctx.fixed, given = fixed, _with_base(coefficients)
         return tuple(
-            torch.mm(given, matrix).view(1, *value.shape[1:])
+            torch.mm(given, matrix).view(value.shape[1:])
             for matrix, value in zip(fixed.matrices, fixed.of.values(), strict=True)
         )
 
