@@ -92,6 +92,6 @@ $(STAMP): pyproject.toml constraints.txt
 	  index=; if [ "$$torch" = cpu ]; then index='--retries 0 --extra-index-url $(CPU_INDEX)'; fi; \
 	  $(PIP) install -q $$index 'torch==$(TORCH_VERSION)'; \
 	  $(PIP) install -q -c constraints.txt uv; \
-	  $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[book,dev]';; \
+	  $(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[book,dev]';; \
 	esac; \
 	echo "$$torch" > $@
