@@ -64,7 +64,8 @@ distclean: clean ## also delete the environment
 
 # PyTorch comes first, through pip: a resolver that has to choose by itself takes the CUDA build. `uv` then leaves an
 # installed one alone. `system` lends the environment the torch that PYTHON already has, through a .pth file; only pip
-# sees a package lent that way, so pip installs the rest.
+# sees a package lent that way, so pip installs the rest. Bytecode is compiled here, once and on all cores: else every
+# process compiles what it imports, where Python may not write it (PYTHONDONTWRITEBYTECODE).
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' || { \
 	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); steph needs Python 3.11.4 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
