@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -81,7 +82,9 @@ def test_an_interrupted_study_says_so_and_goes_on(tmp_path, tiny, sent):
         "r2t_mil",
     )
     command += [f"--method={name}" for name in names]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    # Tests that a shell runs in the background are born deaf to Ctrl-C, and so would this be.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("tiny/runs/*/*/*/run.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
