@@ -68,20 +68,7 @@ def test_results_of_nothing_name_the_command(call, tmp_path, monkeypatch):
 def test_an_interrupted_study_says_so_and_goes_on(tmp_path, tiny, sent):
     environment = {**os.environ, "STEPH_BUILD": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "steph.cli", "study", "run", "--study", "tiny", "--workers", "2"]
-    # Enough of them that it is not done before it is told to stop.
-    names = (
-        "vanilla",
-        "steph",
-        "roupkt",
-        "adamerging",
-        "iso_c_am",
-        "ties_am",
-        "surgery_am",
-        "transmil",
-        "ilra",
-        "r2t_mil",
-    )
-    command += [f"--method={name}" for name in names]
+    command += [f"--method={name}" for name in ("vanilla", "steph", "roupkt", "adamerging", "iso_c_am")]
     # Tests that a shell runs in the background are born deaf to Ctrl-C, and so would this be.
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
