@@ -19,7 +19,7 @@ from benchmarks.scaling import scaling
 from benchmarks.steps import CASES, QUICK, Case, compare, memory_of
 from benchmarks.targets import judged
 from steph import Refused
-from steph.planning import available_memory
+from steph.analysis.cost.planning import available_memory
 
 SECTIONS = ("steps", "memory", "loading", "scaling")
 TITLES = {

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from benchmarks.steps import Dimensions, make_steph
 from steph.data.bags import RaggedBatch
 from steph.data.manifest import Network
-from steph.hypernetwork import STEPH
+from steph.merging.steph import STEPH
 from steph.mil import NETWORKS
 from steph.survival import concordance_index, nll_loss, risk_score
-from steph.training import PRECISIONS, needs_coords, parameter_dtype, products
+from steph.training.engine import PRECISIONS, needs_coords, parameter_dtype, products
 
 NAMES = (*NETWORKS, "steph")
 """Every network, and STEPH on ABMIL."""

@@ -25,7 +25,7 @@ from steph.data.manifest import Features, Network, Recipe
 from steph.data.packing import write_store
 from steph.data.resident import held_bytes, release
 from steph.data.store import Store
-from steph.training import fit
+from steph.training.engine import fit
 
 PATIENTS, MEAN_PATCHES = 828, 10_700
 """Training patients of BRCA (four fifths of Table S1's 1,035), and patches of a patient on average."""

@@ -24,7 +24,7 @@ from benchmarks.rates import Shape, copy_rate, product_rate, upload_rate
 from benchmarks.steps import DIMENSIONS, Dimensions
 from benchmarks.targets import GPU_TARGETS, judged
 from steph import PROJECT, Refused
-from steph.device import check_device
+from steph.training.device import check_device
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 SECTIONS = ("rates", "agreement", "epoch", "tests", "notebook", "plan")

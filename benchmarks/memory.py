@@ -26,7 +26,7 @@ def peaks(patches: int, threads: int = 1, dims: str = "paper") -> list[dict[str,
     Raises `Refused` where memory would not suffice.
     """
     from benchmarks.steps import BAGS, Case, memory_of
-    from steph.planning import available_memory
+    from steph.analysis.cost.planning import available_memory
 
     free, needed = available_memory(), memory_of(Case(dims, patches))
     if free is not None and needed > free:
@@ -57,7 +57,7 @@ def measure(way: str, precision: str, patches: int, threads: int, dims: str) -> 
     import torch
 
     from benchmarks.steps import BAGS, DIMENSIONS, Dimensions, make_bags, make_steph, plain_of, plain_training, training
-    from steph.training import PRECISIONS
+    from steph.training.engine import PRECISIONS
 
     torch.set_num_threads(threads)
 

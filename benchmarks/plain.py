@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from steph.hypernetwork import STEPH
+from steph.merging.steph import STEPH
 from steph.mil import ABMIL
 from steph.survival import nll_loss
 

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 
 from steph import PROJECT
-from steph.analysis.timing import machine
-from steph.records import versions, write_json
+from steph.analysis.cost.timing import machine
+from steph.files.records import versions, write_json
 
 FOLDER = PROJECT / "build" / "benchmarks"
 

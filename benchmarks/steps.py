@@ -21,10 +21,10 @@ from benchmarks.rates import product, product_operations
 from benchmarks.timing import Action, Timing, interleaved, ratio
 from steph.data.bags import RaggedBatch
 from steph.data.manifest import Recipe
-from steph.hypernetwork import STEPH
+from steph.merging.steph import STEPH
 from steph.mil import ABMIL
 from steph.mil.state import state_of
-from steph.training import PRECISIONS, Trainer, parameter_groups
+from steph.training.engine import PRECISIONS, Trainer, parameter_groups
 
 BAGS = 16
 """Patients of an update."""

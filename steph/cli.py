@@ -93,7 +93,7 @@ def doctor(
     ] = "text",
 ) -> None:
     """Check the environment, the machine and a study; say what is wrong and how to mend it. Exit code 1 for a FAIL."""
-    from steph.doctor import as_json, as_text, examine
+    from steph.book.doctor import as_json, as_text, examine
 
     found = examine(study, device)
     print(as_json(found, study, device) if form == "json" else as_text(found))
@@ -112,7 +112,7 @@ def run_notebook(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="where the executed copy goes")] = None,
 ) -> None:
     """Execute a notebook with parameters, all of them checked before any work."""
-    from steph import notebooks
+    from steph.book import notebooks
 
     given = dict(_assignment(text) for text in parameter or [])
     if study is not None:
@@ -143,9 +143,9 @@ def study_run(
     workers: WorkersOption = None,
 ) -> None:
     """Carry out the runs that are not finished yet, and print the mean C-index of all."""
-    from steph.device import precision_for
-    from steph.runs import Workbench, plan
-    from steph.study import run_all
+    from steph.study.execute import run_all
+    from steph.study.runs import Workbench, plan
+    from steph.training.device import precision_for
 
     bench = Workbench(study)
     wanted = plan(bench.study, dataset, method, fold, seed, precision_for(precision, device))
@@ -164,9 +164,9 @@ def study_plan(
     by_method: Annotated[bool, typer.Option("--by-method", help="hours by method too")] = False,
 ) -> None:
     """What runs there are and what they take, before anything starts; measures this machine, once."""
-    from steph import planning
-    from steph.device import check_device, precision_for
-    from steph.runs import Workbench, plan
+    from steph.analysis.cost import planning
+    from steph.study.runs import Workbench, plan
+    from steph.training.device import check_device, precision_for
 
     check_device(device)
     bench = Workbench(study)
@@ -184,8 +184,8 @@ def show_results(
     csv: Annotated[Path | None, typer.Option("--csv", help="write all rows to this file")] = None,
 ) -> None:
     """Print the mean C-index of every finished run, by data set and method."""
-    from steph.records import atomic_path
-    from steph.runs import results
+    from steph.files.records import atomic_path
+    from steph.study.runs import results
 
     table = results(study)
     if table.empty:
@@ -224,9 +224,9 @@ def export_model(
     precision: Annotated[str, typer.Option("--precision", help="that of the run; auto goes by the device")] = "auto",
 ) -> None:
     """Write a finished run's model to a folder that predicts without the study."""
-    from steph.device import precision_for
-    from steph.export import export, told
-    from steph.runs import Run, Workbench
+    from steph.deploy.export import export, told
+    from steph.study.runs import Run, Workbench
+    from steph.training.device import precision_for
 
     bench = Workbench(study)
     run = Run(dataset, method, fold, bench.study.seed if seed is None else seed, precision_for(precision, device))
@@ -255,10 +255,10 @@ def predict_patient(
     device: DeviceOption = "cpu",
 ) -> None:
     """Predict for one patient from all of the patient's slides, or for the patients of a table."""
-    from steph.model_folder import refuse_taken
-    from steph.patient_report import summary, write_report
-    from steph.predict import load_model
-    from steph.records import atomic_path
+    from steph.deploy.model_folder import refuse_taken
+    from steph.deploy.predict import load_model
+    from steph.deploy.report import summary, write_report
+    from steph.files.records import atomic_path
 
     slides = [*(features or []), *(more or [])]
     if (table is None) == (not slides):
@@ -285,8 +285,8 @@ def predict_patient(
 @_speaks
 def build_book(study: StudyOption = "demo", device: DeviceOption = "cpu", workers: WorkersOption = None) -> None:
     """Run what is missing, execute the notebooks, build the book."""
-    from steph import book
-    from steph.runs import Workbench
+    from steph.book import build as book
+    from steph.study.runs import Workbench
 
     print(book.build_book(Workbench(study), device=device, workers=workers))
 
@@ -299,7 +299,7 @@ def convert_weights(
     null: Annotated[Path | None, typer.Option("--null", help="the null model (M_0) they were trained from")] = None,
 ) -> None:
     """Carry weights over from the authors' checkpoints to our files, or back; bit for bit, and no pickle is loaded."""
-    from steph.released import convert
+    from steph.deploy.checkpoints import convert
 
     print(f"{target}: {convert(source, target, null)}")
 

@@ -78,7 +78,7 @@ def tiny(build_folder, tmp_path_factory, worker_id):
 
     Tests side by side make the study once, together; each process then has a copy of its own.
     """
-    from steph.study import Workbench, plan, run_all
+    from steph.study.execute import Workbench, plan, run_all
 
     bench = Workbench("tiny")
     if worker_id == "master":
@@ -98,7 +98,7 @@ def tiny(build_folder, tmp_path_factory, worker_id):
 def few_runs(tmp_path_factory):
     """A build folder in which the study `tiny` has its data and one finished run per data set; not to be written to."""
     from steph.data.manifest import load_study
-    from steph.study import run
+    from steph.study.execute import run
 
     folder = tmp_path_factory.mktemp("few")
     with pytest.MonkeyPatch.context() as patch:

@@ -146,7 +146,7 @@ def test_peak_memory_of_a_step_holds_at_least_the_features():
 
 
 def test_a_step_that_memory_does_not_suffice_for_is_refused(monkeypatch):
-    monkeypatch.setattr("steph.planning.available_memory", lambda: 1)
+    monkeypatch.setattr("steph.analysis.cost.planning.available_memory", lambda: 1)
     with pytest.raises(Refused, match=r"10,000 patches needs \d GB of memory"):
         memory.peaks(10_000)
 
@@ -367,8 +367,8 @@ def test_rates_of_a_device_are_told(small):
 
 
 def test_hours_are_read_from_what_the_plan_prints(build_folder):
-    from steph import planning
-    from steph.runs import Workbench, plan
+    from steph.analysis.cost import planning
+    from steph.study.runs import Workbench, plan
 
     study = Workbench("tiny")
     table = planning.work(study, plan(study.study, ["SARC"], ["vanilla"], [0]))

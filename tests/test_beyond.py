@@ -9,13 +9,13 @@ import torch
 
 from steph.data.bags import RaggedBatch
 from steph.data.dataset import Dataset
-from steph.hypernetwork import Hypernetwork
 from steph.merging import task_vector
-from steph.methods import METHODS
+from steph.merging.steph import Hypernetwork
+from steph.methods.registry import METHODS
 from steph.mil import PatchGCN
 from steph.mil.state import load_state
-from steph.runs import SOURCE_FOLD, STAGE, TARGET
-from steph.study import Run, Workbench, plan, run_all
+from steph.study.execute import Run, Workbench, plan, run_all
+from steph.study.runs import SOURCE_FOLD, STAGE, TARGET
 
 FREE = ["steph_free_cosine", "steph_free_concordance", "steph_free_scores"]
 BEYOND = ["joint", "steph_random_sources", "steph_subsampled", "steph_patch_gcn", *FREE]
@@ -57,7 +57,7 @@ def seen(monkeypatch):
 
 @pytest.mark.parametrize("name", ["vanilla", *BEYOND])
 def test_no_test_patient_is_looked_at_before_predictions(bench, name, monkeypatch):
-    from steph import study as module
+    from steph.study import execute as module
 
     wanted = next(Run(d, name, 1, 42) for d in (bench.study.datasets if name == "joint" else ["SARC"]))
     predicting = []
@@ -213,7 +213,7 @@ def test_steph_merges_patch_gcn_models_and_gives_them_coordinates(bench, monkeyp
         return encode(network, weights, bags)
 
     monkeypatch.setattr(PatchGCN, "encode_under", watched)
-    from steph.training import predict
+    from steph.training.engine import predict
 
     predict(model, data, data.splits.test(1)[:3])
     assert len(coords) == 3 and all(found is not None for found in coords)

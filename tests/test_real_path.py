@@ -4,11 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from fabricate import fabricate
 from typer.testing import CliRunner
 
 from steph.cli import app
 from steph.data.cohort import COLUMNS, cohort_from
+from tests.helpers.fabricate import fabricate
 
 LAYOUTS = {"SARC": "mahmoodlab", "LIHC": "mahmoodlab", "CESC": "trident"}
 DIM = 12

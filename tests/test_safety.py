@@ -19,17 +19,15 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from fabricate import fabricate
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from made_model import made_folder, patches, write_slide
 from typer.testing import CliRunner
 
-from steph import PROJECT, Refused, notebooks, pages
-from steph.analysis.kept import kept
-from steph.analysis.predictions import out_of_fold
-from steph.book import shelve
+from steph import PROJECT, Refused
+from steph.analysis.performance.predictions import out_of_fold
+from steph.book import notebooks, pages
+from steph.book.build import shelve
 from steph.cli import app
 from steph.data.cohort import COLUMNS, cohort_from, read_cohort, write_cohort
 from steph.data.dataset import open_dataset, pack_dataset
@@ -38,15 +36,18 @@ from steph.data.labels import read_outcomes, read_slides
 from steph.data.manifest import load_study
 from steph.data.splits import load_splits, make_splits
 from steph.data.store import Store
-from steph.methods import method
+from steph.deploy.checkpoints import read_weights
+from steph.deploy.predict import load_model
+from steph.deploy.report import write_report
+from steph.files.records import file_sha256, read_sealed, write_sealed
+from steph.methods.registry import method
 from steph.mil.state import load_state
-from steph.patient_report import write_report
 from steph.plots.display import show_link, styled
-from steph.predict import load_model
-from steph.records import file_sha256, read_sealed, write_sealed
-from steph.released import read_weights
-from steph.runs import Run, Workbench, results
+from steph.study.cache import kept
+from steph.study.runs import Run, Workbench, results
 from steph.survival import bin_index, concordance_index, nll_loss, risk_score, survival_curve
+from tests.helpers.fabricate import fabricate
+from tests.helpers.made_model import made_folder, patches, write_slide
 
 tried = settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -541,10 +542,10 @@ def test_a_link_is_quoted(tmp_path, monkeypatch):
 
 
 def test_links_of_an_executed_notebook_do_not_leave_the_shelf(build, tmp_path, monkeypatch):
-    from steph.book import chapters, executed_path
-    from steph.notebooks import completion_path
+    from steph.book.build import chapters, executed_path
+    from steph.book.notebooks import completion_path
 
-    monkeypatch.setattr("steph.book.SHELF", tmp_path / "shelf")
+    monkeypatch.setattr("steph.book.build.SHELF", tmp_path / "shelf")
     (tmp_path / "secret.csv").write_text("secret")
     study = load_study("tiny")
     chapter = chapters(study)[0]
@@ -555,7 +556,7 @@ def test_links_of_an_executed_notebook_do_not_leave_the_shelf(build, tmp_path, m
     cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", data=data)])
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), executed)
     write_sealed(completion_path(executed), {"status": "complete", "notebook": file_sha256(executed)})
-    monkeypatch.setattr("steph.book.chapters", lambda _: [chapter])
+    monkeypatch.setattr("steph.book.build.chapters", lambda _: [chapter])
     with pytest.raises(Refused, match="links to"):
         shelve(Workbench(study))
     assert (tmp_path / "secret.csv").read_text() == "secret"

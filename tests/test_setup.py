@@ -97,7 +97,7 @@ def test_imported_packages_are_declared():
 def test_core_needs_few_packages():
     """`import steph` and its data layer work where only the core is installed (a bare GPU machine)."""
     code = (
-        "import sys, steph, steph.survival, steph.records, steph.data\n"
+        "import sys, steph, steph.survival, steph.files.records, steph.data\n"
         "heavy = {'lifelines', 'matplotlib', 'seaborn', 'papermill', 'openpyxl', 'IPython', 'scipy.optimize'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

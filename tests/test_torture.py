@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
-from torture import corruption, faults, fuzz, kills
-from torture.common import Failed, part_of, same
-from torture.harness import carry_out
-from torture.scene import make
+
+from tests.torture import corruption, faults, fuzz, kills
+from tests.torture.common import Failed, part_of, same
+from tests.torture.harness import carry_out
+from tests.torture.scene import make
 
 
 @pytest.fixture(autouse=True)

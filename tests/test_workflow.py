@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from steph import PROJECT, book
+from steph import PROJECT
+from steph.book import build as book
 from steph.cli import _assignment
-from steph.records import COMPLETION, read_record
-from steph.runs import Run, Workbench, plan
-from steph.study import run_all
+from steph.files.records import COMPLETION, read_record
+from steph.study.execute import run_all
+from steph.study.runs import Run, Workbench, plan
 
 WORKFLOW = PROJECT / "workflow"
 SNAKEMAKE = shutil.which("snakemake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")

@@ -1,6 +1,6 @@
 """What there is to do of a study, cut into jobs, as JSON; the Snakefile beside it reads that.
 
-The graph is the library's own (`steph.runs`, `steph.book`); nothing of it is repeated here. A job holds runs of one
+The graph is the library's own (`steph.study.runs`, `steph.book.build`); nothing of it is repeated here. A job holds runs of one
 data set, fold and seed, because starting Python and loading the features takes longer than some of them train. What is
 finished is no job's business: no engine can decide to do it again, or delete it.
 """
@@ -14,13 +14,14 @@ from collections.abc import Iterable
 from shlex import join
 from typing import Any
 
-from steph import Refused, book
-from steph.analysis import controls
-from steph.device import precision_for
-from steph.notebooks import completion_path
-from steph.records import COMPLETION
-from steph.runs import Run, Workbench, plan
-from steph.study import run_all
+from steph import Refused
+from steph.analysis.mixing import controls
+from steph.book import build as book
+from steph.book.notebooks import completion_path
+from steph.files.records import COMPLETION
+from steph.study.execute import run_all
+from steph.study.runs import Run, Workbench, plan
+from steph.training.device import precision_for
 
 STEPH = [sys.executable, "-m", "steph.cli"]
 

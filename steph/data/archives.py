@@ -22,7 +22,7 @@ from stat import S_IFMT, S_ISREG
 from typing import IO, Any
 
 from steph import Refused
-from steph.records import write_json
+from steph.files.records import write_json
 
 ENDINGS = (".tar.gz", ".tgz", ".tar", ".zip")
 RECORD = "unpacked.json"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steph import Refused
-from steph.records import fingerprint
+from steph.files.records import fingerprint
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.data.tables import read_csv, write_csv
-from steph.records import fingerprint
+from steph.files.records import fingerprint
+from steph.files.tables import read_csv, write_csv
 
 COLUMNS = ["patient_id", "slide_id", "project", "time_days", "event"]
 RELEASED_NAMES = {"pathology_id": "slide_id", "t": "time_days", "e": "event"}
@@ -98,7 +98,7 @@ def cohort_from(table: pd.DataFrame, dataset: str, where: str) -> Cohort:
 
 
 def write_cohort(cohort: Cohort, path: Path) -> None:
-    """Write a cohort's table, atomically and with its checksum (`steph.data.tables.write_csv`)."""
+    """Write a cohort's table, atomically and with its checksum (`steph.files.tables.write_csv`)."""
     write_csv(cohort.slides.assign(event=cohort.slides["event"].astype(int)), path)
 
 

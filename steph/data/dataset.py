@@ -25,8 +25,8 @@ from steph.data.packing import pack
 from steph.data.resident import resident
 from steph.data.splits import Splits, load_splits
 from steph.data.store import Store
-from steph.data.tables import read_csv
-from steph.records import fingerprint
+from steph.files.records import fingerprint
+from steph.files.tables import read_csv
 
 NO_COORDS = -1
 """What a store holds for both coordinates of a patch whose file had none."""

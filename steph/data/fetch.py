@@ -25,8 +25,8 @@ from steph import Refused
 from steph.data.archives import Stop, folder_of, is_archive, missing_files, safe_name, unpack, unpacked
 from steph.data.features import check_slides, find_slides, problems_message
 from steph.data.manifest import Source, Study
-from steph.data.tables import first
-from steph.progress import track
+from steph.files.progress import track
+from steph.files.tables import first
 
 KINDS = ("labels", "splits", "features")
 """What can be fetched: the sources that provide it, and the folders of the data root where it goes."""

@@ -14,7 +14,7 @@ from steph import Refused
 from steph.data.bags import RaggedBatch
 from steph.data.dataset import Dataset
 from steph.data.splits import Splits
-from steph.data.tables import first
+from steph.files.tables import first
 
 
 class JointDataset:

@@ -15,7 +15,7 @@ from steph import Refused
 from steph.data.cohort import cohort_from, write_cohort
 from steph.data.features import find_slides
 from steph.data.manifest import DatasetEntry, Study
-from steph.data.tables import first, read_csv
+from steph.files.tables import first, read_csv
 
 SHEET = "TCGA-CDR"
 MISSING = ["", "#N/A", "NA", "NaN", "nan"]

@@ -38,8 +38,8 @@ from steph.data.store import (
     slide_hash,
     text,
 )
-from steph.progress import track
-from steph.records import NO_SPACE, atomic_path, fingerprint
+from steph.files.progress import track
+from steph.files.records import NO_SPACE, atomic_path, fingerprint
 
 UNAVAILABLE = ("missing", "empty (0 patches)")
 """Problems that `allow_missing` may pass over: there are no features to read. Damaged files are never passed over."""

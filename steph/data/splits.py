@@ -13,8 +13,8 @@ import pandas as pd
 
 from steph import Refused
 from steph.data.cohort import Cohort
-from steph.data.tables import first, read_csv, write_csv
-from steph.records import fingerprint
+from steph.files.records import fingerprint
+from steph.files.tables import first, read_csv, write_csv
 
 Fold = tuple[tuple[str, ...], tuple[str, ...]]
 """Who trains, who tests."""

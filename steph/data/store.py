@@ -37,8 +37,8 @@ from steph import Refused
 from steph.data.cohort import Cohort
 from steph.data.features import match_slides
 from steph.data.manifest import Features
-from steph.progress import track
-from steph.records import fingerprint
+from steph.files.progress import track
+from steph.files.records import fingerprint
 
 FORMAT, VERSION = "steph-store", 1
 DTYPES: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}

@@ -31,7 +31,7 @@ from steph import Refused
 from steph.data.cohort import cohort_from, write_cohort
 from steph.data.manifest import DatasetEntry, Study, Synthetic, unknown
 from steph.data.packing import write_store
-from steph.data.tables import write_csv
+from steph.files.tables import write_csv
 
 GROUPS = ("squamous", "gut", "gynaecological", "vascular", "mesenchymal")
 """What cancers may have in common."""

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from steph.files.records import fingerprint
 from steph.merging.task_vectors import State, apply_task_vector, task_vector
 from steph.mil.state import ModelState
-from steph.records import fingerprint
 
 
 def random_sources(null_state: State, source_states: Mapping[str, State], seed: int) -> dict[str, ModelState]:

@@ -74,7 +74,7 @@ class ABMIL(nn.Module):
         return torch.softmax(saved.scores, dim=0)
 
     # Each bag under encoder weights of its own: what a hypernetwork asks for. Written by hand, because autograd would
-    # keep and copy a full set of weights for every bag; `tests/test_abmil.py` holds it to autograd's gradient.
+    # keep and copy a full set of weights for every bag; `tests/mil/test_abmil.py` holds it to autograd's gradient.
 
     def encode_each(
         self, weights: Mapping[str, Tensor], bags: Tensor, absent: Tensor | None, kept: Kept = "everything"

@@ -3,7 +3,7 @@
 What autograd would keep of every patch (two gates, their product, a dropout mask in floats) is more than the patches
 themselves. Here a chunk of patches goes through all layers while it is in the cache, and of large batches only the
 embedding is kept, or nothing but scores: the rest is computed again on the way back.
-`tests/test_gated_attention.py` holds all of it to autograd's gradient.
+`tests/mil/test_gated_attention.py` holds all of it to autograd's gradient.
 """
 
 from __future__ import annotations

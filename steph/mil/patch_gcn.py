@@ -81,7 +81,7 @@ class PatchGCN(nn.Module):
         return F.dropout(values, self.dropout, self.training)
 
     # Each bag under weights of its own, all bags together: what a hypernetwork asks for. One after the other, small
-    # bags cost calls and little else. It repeats the layers above; `tests/test_patch_gcn.py` holds it to them.
+    # bags cost calls and little else. It repeats the layers above; `tests/mil/test_patch_gcn.py` holds it to them.
 
     def encode_under(self, weights: Mapping[str, Tensor], batch: RaggedBatch) -> Tensor:
         """Bag features (B, dim), bag i under the weights ``weights[name][i]``, differentiable in them. Bags are padded

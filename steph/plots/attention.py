@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from steph.analysis.attention import (
+from steph.analysis.mixing.attention import (
     MERGED,
     OWN,
     TOP,
@@ -20,8 +20,8 @@ from steph.analysis.attention import (
     times_even,
     title,
 )
-from steph.analysis.statistics import Estimate
-from steph.plots.look import MUTED, WIDTH, colour_of, marker_of
+from steph.analysis.performance.statistics import Estimate
+from steph.plots.style import MUTED, WIDTH, colour_of, marker_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ def attention_maps(
 ) -> Figure:
     """Attention of two models over the tissue, a row per slide: the first's, the second's, and the difference.
 
-    tables: as `steph.analysis.attention.beside` gives them, one per patient; with tumour where it is known, which is
+    tables: as `steph.analysis.mixing.attention.beside` gives them, one per patient; with tumour where it is known, which is
     then outlined. Each patch is a square of its own size at its place. Colour is its percentile among the slide's
     patches; below each map, what that is in attention, over an even share of the patient's patches (1 / N). The top
     patches of the patient under either model are ringed and numbered in its map.
@@ -192,7 +192,7 @@ def _scale_bar(ax: Axes, part: pd.DataFrame, size: int) -> None:
 
 
 def attention_agreement(table: pd.DataFrame) -> Figure:
-    """How alike two models attend, over patients (rows of `steph.analysis.attention.measured`): how many patches each
+    """How alike two models attend, over patients (rows of `steph.analysis.mixing.attention.measured`): how many patches each
     pools from, the rank correlation of their attention, and how much of the most attended they have in common."""
     import matplotlib.pyplot as plt
 
@@ -257,7 +257,7 @@ def attention_on_tumour(table: pd.DataFrame) -> Figure:
 
 def attention_by_dataset(table: pd.DataFrame, methods: Sequence[str] = (OWN, MERGED, "model_average")) -> Figure:
     """AUC of attention for tumour patches, a row per data set: mean over its patients with the 95 % interval, for some
-    methods. table: as `steph.analysis.attention.over_datasets` gives it."""
+    methods. table: as `steph.analysis.mixing.attention.over_datasets` gives it."""
     import matplotlib.pyplot as plt
 
     shown = [method for method in methods if (table["method"] == method).any()]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from steph.data.cohort import Cohort
 from steph.data.dataset import Dataset
-from steph.plots.look import CENSORED, DAYS_PER_YEAR, EVENT, MUTED, WIDTH, write_cell
+from steph.plots.style import CENSORED, DAYS_PER_YEAR, EVENT, MUTED, WIDTH, write_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from steph.analysis.statistics import NOISE
-from steph.plots.look import MUTED, WIDTH, colour_of, write_cell
-from steph.results import AVERAGE, beside_paper, summary, title
+from steph.analysis.performance.statistics import NOISE
+from steph.plots.style import MUTED, WIDTH, colour_of, write_cell
+from steph.study.tables import AVERAGE, beside_paper, summary, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +105,7 @@ def intervals(table: pd.DataFrame, margin: float = NOISE) -> Figure:
 
 def gains(tables: Mapping[str, pd.DataFrame], reference: str) -> Figure:
     """Heat maps of what each method (rows) gains over one of them on each data set (columns), one below the other: of
-    `steph.results.gains_over`. All share one scale; a blank cell has no number."""
+    `steph.study.tables.gains_over`. All share one scale; a blank cell has no number."""
     import matplotlib.pyplot as plt
 
     titles = {"here": "here", "paper": "the paper (TCGA)"}
@@ -136,7 +136,7 @@ def gains(tables: Mapping[str, pd.DataFrame], reference: str) -> Figure:
 def sweeps(tables: Mapping[str, pd.DataFrame], default: str = "STEPH") -> Figure:
     """A panel per setting: what each of its values gains over the default, with 95 % intervals, beside the paper's.
 
-    tables: by the setting's name, `steph.analysis.statistics.compared` with the values as `row`; the default's own gain
+    tables: by the setting's name, `steph.analysis.performance.statistics.compared` with the values as `row`; the default's own gain
     is 0. The grey band is the margin within which nothing is read.
     """
     import matplotlib.pyplot as plt

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from steph.analysis.statistics import NOISE
-from steph.plots.look import MUTED, WIDTH, write_cell
-from steph.results import VALUES
+from steph.analysis.performance.statistics import NOISE
+from steph.plots.style import MUTED, WIDTH, write_cell
+from steph.study.tables import VALUES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +26,7 @@ _HEADS = {False: "If it is transfer, beyond the band:", True: "Gains without any
 def transfer_controls(summary: pd.DataFrame, titles: dict[str, str], margin: float = NOISE) -> Figure:
     """Differences with their 95 % intervals: a row per comparison, a panel per place, a mark per kind of patients.
 
-    summary: of `steph.analysis.controls.side_by_side`. titles: by place, in the order of the panels. The grey band is
+    summary: of `steph.analysis.mixing.controls.side_by_side`. titles: by place, in the order of the panels. The grey band is
     the margin within which nothing is read. What has no answer is not drawn; the tables give the reason.
     """
     import matplotlib.pyplot as plt
@@ -66,7 +66,7 @@ def starts_of_all(choice: pd.DataFrame, gains: pd.DataFrame, margin: float = NOI
     """Left, a heat map of what each target's choice of sources is correlated with; right, what each start gains on it.
     The last row is the mean over targets.
 
-    choice: of `steph.analysis.controls.choice_wide`; may have no columns. gains: of `start_gains`, target, seed, gain.
+    choice: of `steph.analysis.mixing.controls.choice_wide`; may have no columns. gains: of `start_gains`, target, seed, gain.
     """
     import matplotlib.pyplot as plt
 

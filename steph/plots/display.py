@@ -12,9 +12,9 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 
-from steph.device import precision_for
-from steph.plots.look import stamp
-from steph.records import atomic_path
+from steph.files.records import atomic_path
+from steph.plots.style import stamp
+from steph.training.device import precision_for
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def file_name(name: str, p: Any) -> str:
 
 def show_figure(fig: Figure, name: str, p: Any) -> Path:
     """Stamp a figure, write it as SVG and PNG to ``build/<study>/figures/`` and display it. p: the notebook's
-    `steph.notebooks.Parameters`. Returns the path of the PNG."""
+    `steph.book.notebooks.Parameters`. Returns the path of the PNG."""
     import matplotlib.pyplot as plt
     from IPython.display import display
 

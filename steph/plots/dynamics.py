@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from steph.plots.landscape import draw_plane, loss_bar, loss_levels
-from steph.plots.look import WIDTH, colour_of_dataset, label_ends, line_of_dataset, write_cell
+from steph.plots.style import WIDTH, colour_of_dataset, label_ends, line_of_dataset, write_cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def course(course: pd.DataFrame, target: str) -> Figure:
     """The course of lambda and w over epochs from one start, as in Fig. 9: a line per source.
 
-    course: as `steph.analysis.dynamics.dynamics` gives it, of one seed.
+    course: as `steph.analysis.mixing.dynamics.dynamics` gives it, of one seed.
     """
     import matplotlib.pyplot as plt
 
@@ -71,7 +71,7 @@ def _epochs(ax: Axes, epochs: pd.Index, top: float) -> None:
 
 def starts(last: pd.DataFrame, planted: pd.Series | None = None) -> Figure:
     """Final w of each source (rows) under each start (columns), lambda written in it; beside it, where known, what the
-    source and the target were made to share. last: as `steph.analysis.dynamics.at_the_end` gives it."""
+    source and the target were made to share. last: as `steph.analysis.mixing.dynamics.at_the_end` gives it."""
     import matplotlib.pyplot as plt
 
     w = last.pivot(index="source", columns="seed", values="w")
@@ -112,7 +112,7 @@ def trajectories(paths: pd.DataFrame, tables: Mapping[str, pd.DataFrame], target
     """Where STEPH with one source stands after each epoch, over the smoothed test loss of the pair, as in Fig. 8: a
     panel for each run, deeper colour for later epochs. Points outside the landscape are drawn where they are, on white.
 
-    paths: as `steph.analysis.trajectory.trajectories` gives it. tables: the landscape of each source.
+    paths: as `steph.analysis.mixing.trajectory.trajectories` gives it. tables: the landscape of each source.
     """
     import matplotlib.pyplot as plt
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from steph.analysis.timing import epoch_ratios, of_both_stages, paper_seconds
-from steph.plots.look import MUTED, WIDTH, colour_of
-from steph.results import title
+from steph.analysis.cost.timing import epoch_ratios, of_both_stages, paper_seconds
+from steph.plots.style import MUTED, WIDTH, colour_of
+from steph.study.tables import title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ def performance_and_cost(here: pd.DataFrame, paper: pd.DataFrame, where: str = "
     """Mean C-index against GFLOPs of a prediction, as in Fig. 2: the paper's open diamonds on the left, this study's on
     the right, larger where a bag goes through more networks (many are written beside).
 
-    here, paper: of `steph.analysis.efficiency.performance_and_cost` and `paper_performance_and_cost`.
+    here, paper: of `steph.analysis.cost.efficiency.performance_and_cost` and `paper_performance_and_cost`.
     """
     import matplotlib.pyplot as plt
 
@@ -73,7 +73,7 @@ def _label_points(ax: Axes, table: pd.DataFrame) -> None:
 
 def epochs(times: pd.DataFrame) -> Figure:
     """Seconds of a training epoch of each method, as in Table S6: a dot per round, a bar for the median, an open
-    diamond where the paper's ratio to AdaMerging would be. times: `steph.analysis.timing.epoch_times`."""
+    diamond where the paper's ratio to AdaMerging would be. times: `steph.analysis.cost.timing.epoch_times`."""
     import matplotlib.pyplot as plt
 
     wide, printed = of_both_stages(times), paper_seconds("table_s6")
@@ -119,7 +119,7 @@ def epochs_by_sources(times: pd.DataFrame) -> Figure:
 
 def predictions(times: pd.DataFrame, counted: pd.DataFrame) -> Figure:
     """Seconds (a dot per round, a bar for the median) and memory of one prediction, methods in the order of what they
-    compute. times: `steph.analysis.timing.prediction_times`; counted: `steph.analysis.operations.counted`, whose cost
+    compute. times: `steph.analysis.cost.timing.prediction_times`; counted: `steph.analysis.cost.operations.counted`, whose cost
     in multiples of the cancer's own model stands as a tick beside its time."""
     import matplotlib.pyplot as plt
 
@@ -147,7 +147,7 @@ def predictions(times: pd.DataFrame, counted: pd.DataFrame) -> Figure:
 def sampling(costs: pd.DataFrame) -> Figure:
     """What a prediction by STEPH takes over one by the cancer's own model, against the size of the bag: measured (dots)
     and by operations (lines), a colour for each number of patches that the hypernetwork reads. costs:
-    `steph.analysis.efficiency.sampling_costs`."""
+    `steph.analysis.cost.efficiency.sampling_costs`."""
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(WIDTH * 0.72, 2.9))

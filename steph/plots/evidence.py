@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from steph.analysis.significance import p_text
-from steph.analysis.statistics import NOISE
-from steph.plots.look import DAYS_PER_YEAR, EVENT, MUTED, WIDTH, colour_of, marker_of, write_cell
-from steph.results import AVERAGE, title
+from steph.analysis.performance.significance import p_text
+from steph.analysis.performance.statistics import NOISE
+from steph.plots.style import DAYS_PER_YEAR, EVENT, MUTED, WIDTH, colour_of, marker_of, write_cell
+from steph.study.tables import AVERAGE, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from steph.analysis.landscape import best_magnitude, lambda_line, lower_range, smoothed, square
-from steph.plots.look import WIDTH
+from steph.analysis.mixing.landscape import best_magnitude, lambda_line, lower_range, smoothed, square
+from steph.plots.style import WIDTH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ LOWER, COLOURS = "#C81E1E", "Blues"
 
 def loss_planes(table: pd.DataFrame, target: str, source: str) -> Figure:
     """One pair in full, as Fig. 4: (a) training and (b) test loss over (C_s, C_t), smoothed; (c) the loss along the
-    line of mixtures and the least that is reached when w scales them. table: of `steph.analysis.landscape.landscape`.
+    line of mixtures and the least that is reached when w scales them. table: of `steph.analysis.mixing.landscape.landscape`.
     """
     import matplotlib.pyplot as plt
 

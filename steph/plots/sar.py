@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from steph.analysis.sar import ALPHA, ATTENTION, EMBEDDING
-from steph.plots.look import MUTED, WIDTH, colour_of_dataset, line_of_dataset
+from steph.analysis.mixing.sar import ALPHA, ATTENTION, EMBEDDING
+from steph.plots.style import MUTED, WIDTH, colour_of_dataset, line_of_dataset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ def alignment(curves: pd.DataFrame, layers: tuple[str, ...] = (EMBEDDING, ATTENT
     released rank rule solid, the paper's dashed. Dotted in the layer's colour, with a band from the least to the
     largest draw: a rotated source, which shares nothing with the target, under the released rule.
 
-    curves: as `steph.analysis.sar.curves` gives them, of one target.
+    curves: as `steph.analysis.mixing.sar.curves` gives them, of one target.
     """
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
@@ -79,7 +79,7 @@ def dominant_directions(spectra: pd.DataFrame, layers: tuple[str, ...] = (EMBEDD
     directions; the levels that the two rank rules ask for are grey. The steeper a curve, the fewer directions are
     dominant.
 
-    spectra: as `steph.analysis.sar.spectra` gives them; the first model is drawn thick.
+    spectra: as `steph.analysis.mixing.sar.spectra` gives them; the first model is drawn thick.
     """
     import matplotlib.pyplot as plt
 
@@ -111,7 +111,7 @@ def against_rotated(pairs: pd.DataFrame, rule: str = "released") -> Figure:
     """SAR of each pair beside that of the rotated source, a point per pair and layer: at lambda 0, the source's own
     directions, and at the middle lambda. On the line, a source does no better than one that shares nothing.
 
-    pairs: as `steph.analysis.sar.every_pair` gives them.
+    pairs: as `steph.analysis.mixing.sar.every_pair` gives them.
     """
     import matplotlib.pyplot as plt
 

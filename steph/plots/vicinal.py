@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from steph.analysis.vicinal import (
+from steph.analysis.mixing.vicinal import (
     CONVEX,
     EQ_9,
     EQ_10,
@@ -17,7 +17,7 @@ from steph.analysis.vicinal import (
     SOURCE_ALONE,
     TARGET_ALONE,
 )
-from steph.plots.look import WIDTH, write_cell
+from steph.plots.style import WIDTH, write_cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,7 @@ def nearness(summary: pd.DataFrame, value: str = "cosine") -> Figure:
     """Cosine (or distance) to the task vector of mixed training over its length in steps: a column of panels per
     lambda, a row per reference. Bands go from the least to the largest seed.
 
-    summary: as `steph.analysis.vicinal.summary` gives it. value: "cosine" or "distance".
+    summary: as `steph.analysis.mixing.vicinal.summary` gives it. value: "cosine" or "distance".
     """
     import matplotlib.pyplot as plt
 
@@ -93,7 +93,7 @@ def tested_mixtures(summary: pd.DataFrame, c_index: bool = False) -> Figure:
 def convexity(table: pd.DataFrame) -> Figure:
     """In which share of the components each inequality behind Eq. 10 holds, a row per place at which it was looked at.
 
-    table: as `steph.analysis.vicinal.premise` gives it.
+    table: as `steph.analysis.mixing.vicinal.premise` gives it.
     """
     import matplotlib.pyplot as plt
 

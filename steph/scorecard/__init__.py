@@ -10,8 +10,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from steph import Refused
-from steph.analysis.statistics import compare
-from steph.results import paper_gain, title
+from steph.analysis.performance.statistics import compare
 from steph.scorecard.analyses import MARGINAL as MARGINAL
 from steph.scorecard.analyses import OF_ANALYSES
 from steph.scorecard.claims import HYPERNETWORK as HYPERNETWORK
@@ -26,6 +25,7 @@ from steph.scorecard.rules import Finding as Finding
 from steph.scorecard.rules import judge_gain as judge_gain
 from steph.scorecard.rules import judge_wins as judge_wins
 from steph.scorecard.rules import verdict as verdict
+from steph.study.tables import paper_gain, title
 
 CLAIMS: list[Claim] = [*OF_RESULTS, *OF_ANALYSES]
 """The paper's claims, each one entry."""

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from steph import Refused
-from steph.analysis import attention, landscape, operations, timing
-from steph.methods import METHODS
-from steph.results import paper_table, title
+from steph.analysis.cost import operations, timing
+from steph.analysis.mixing import attention, landscape
+from steph.methods.registry import METHODS
 from steph.scorecard.rules import Claim, Evidence, Finding
+from steph.study.tables import paper_table, title
 
 MARGINAL, MUCH = 1.10, 1.25
 """What takes up to this many times as long as another costs marginally, or clearly, more. The paper gives no border;

@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.analysis.dynamics import USED_BELOW
-from steph.analysis.operations import learnable_parameters
-from steph.analysis.statistics import NOISE, compare, interval
-from steph.methods import METHODS
-from steph.results import (
+from steph.analysis.cost.operations import learnable_parameters
+from steph.analysis.mixing.dynamics import USED_BELOW
+from steph.analysis.performance.statistics import NOISE, compare, interval
+from steph.methods.registry import METHODS
+from steph.scorecard.rules import POINTS, Claim, Evidence, Finding, judge_gain, judge_wins
+from steph.study.tables import (
     AVERAGE,
     on_common_folds,
     paper_c_index,
@@ -24,7 +25,6 @@ from steph.results import (
     table_methods,
     title,
 )
-from steph.scorecard.rules import POINTS, Claim, Evidence, Finding, judge_gain, judge_wins
 
 
 def _gain_text(gain: float, percent: float) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pandas as pd
 
 from steph import Refused
-from steph.analysis import attention, cohort_tables, dynamics, landscape, operations, sar, timing, trajectory
-from steph.runs import Workbench
+from steph.analysis.cost import operations, timing
+from steph.analysis.mixing import attention, dynamics, landscape, sar, trajectory
+from steph.analysis.performance import cohort_tables
 from steph.scorecard.rules import Evidence
+from steph.study.runs import Workbench
 
 PAPER_TARGETS = ("BRCA", "BLCA")
 """The cancers of the paper's landscapes (Figs. 4, 6, S3; S5)."""

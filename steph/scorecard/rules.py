@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.analysis.statistics import NOISE, Estimate
+from steph.analysis.performance.statistics import NOISE, Estimate
 from steph.data.manifest import Study
-from steph.results import paper_table
+from steph.study.tables import paper_table
 
 PAPER_FOLDS = 5
 

@@ -14,7 +14,7 @@ import pandas as pd
 import psutil
 
 from steph import PROJECT
-from steph.records import read_record
+from steph.files.records import read_record
 
 MANIFEST = """\
 extends: tiny

@@ -17,10 +17,11 @@ from unittest.mock import patch
 
 import nbformat
 
-from steph import Refused, records
-from steph.notebooks import completion, completion_path
-from steph.runs import Run, Workbench, results
-from steph.study import run_all
+from steph import Refused
+from steph.book.notebooks import completion, completion_path
+from steph.files import records
+from steph.study.execute import run_all
+from steph.study.runs import Run, Workbench, results
 
 from .common import MANIFEST, STUDY, expect, manifest, outcome, same, started, steph, wait_until_gone
 
@@ -51,7 +52,7 @@ def kernels(folder: Path, say: Callable[[str], object] = print) -> None:
     for name, code in (("dying", DYING), ("waiting", WAITING)):
         cells = [
             nbformat.v4.new_code_cell(f"# Parameters\nstudy = {str(study)!r}", metadata={"tags": ["parameters"]}),
-            nbformat.v4.new_code_cell("from steph.notebooks import start\np = start(globals())"),
+            nbformat.v4.new_code_cell("from steph.book.notebooks import start\np = start(globals())"),
             nbformat.v4.new_code_cell(code.format(flag=str(flag))),
         ]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 import yaml
 
-from steph import Refused, notebooks
+from steph import Refused
+from steph.book import notebooks
 from steph.data.cohort import read_cohort
 from steph.data.dataset import open_dataset
 from steph.data.features import blocks, check_slides, find_slides
@@ -30,12 +31,12 @@ from steph.data.labels import read_outcomes, read_slides
 from steph.data.manifest import load_study
 from steph.data.splits import load_splits
 from steph.data.store import Store
+from steph.deploy.checkpoints import read_weights
+from steph.deploy.model_folder import read_model
+from steph.deploy.predict import load_model
+from steph.files.records import fingerprint, read_record
 from steph.mil.state import load_state
-from steph.model_folder import read_model
-from steph.predict import load_model
-from steph.records import fingerprint, read_record
-from steph.released import read_weights
-from steph.runs import Workbench, results
+from steph.study.runs import Workbench, results
 
 from .harness import Case, Report, carry_out
 from .scene import make

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,25 +18,23 @@ import pandas as pd
 import torch
 import yaml
 
-from steph import notebooks
-from steph.analysis.kept import kept
+from steph.book import notebooks
 from steph.data.cohort import COLUMNS, cohort_from, read_cohort
 from steph.data.dataset import Dataset, open_dataset, pack_dataset
 from steph.data.features import find_slides, inspect, read
 from steph.data.labels import read_outcomes, read_slides
 from steph.data.manifest import load_study
-from steph.export import export
+from steph.deploy.checkpoints import read_weights, write_released
+from steph.deploy.export import export
+from steph.deploy.predict import load_model
+from steph.files.records import read_record
 from steph.mil.state import load_state, state_fingerprint
-from steph.predict import load_model
-from steph.records import read_record
-from steph.released import read_weights, write_released
-from steph.runs import Run, Workbench
-from steph.study import run_all
+from steph.study.cache import kept
+from steph.study.execute import run_all
+from steph.study.runs import Run, Workbench
+from tests.helpers.fabricate import fabricate
 
 from .common import manifest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from fabricate import fabricate
 
 RUN = Run("SARC", "steph", 0, 42)
 NOT_FINISHED = "not finished"

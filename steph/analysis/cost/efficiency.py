@@ -1,0 +1,128 @@
+"""What methods cost against how well they predict: Fig. 2, and a hypernetwork that reads a sample of the patches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from steph import Refused
+from steph.analysis.cost.operations import counts, printed_gflops, reads
+from steph.analysis.performance.statistics import Estimate, compare
+from steph.data.manifest import Study
+from steph.methods import builders
+from steph.methods.registry import METHODS
+from steph.study.runs import Workbench
+from steph.study.tables import AVERAGE, on_common_folds, paper_c_index, steadiest, title
+
+PARADIGMS = ("vanilla", "roupkt", "steph")
+"""The learning paradigms that Fig. 2 compares: cancer-specific, transfer of representations, merging."""
+BESIDE = ("model_average", "hypernetwork_only", "steph_subsampled", "joint")
+"""What this book puts beside them."""
+
+
+def performance_and_cost(results: pd.DataFrame, counted: pd.DataFrame, value: str | None = None) -> pd.DataFrame:
+    """What Fig. 2 shows of a study, a row per method: method, c_index (mean over data sets), gflops, networks.
+
+    results: of the methods, on the data sets and folds that all of them have. counted: `operations`. value: the
+    C-index of test folds or of external patients; None takes the steadier. Raises `Refused` where there is none.
+    """
+    value = value or steadiest(results)
+    common = on_common_folds(results, list(results["method"].unique()))
+    if common.empty or common[value].isna().any():
+        raise Refused(f"the methods have no data set and fold in common where each has a {value}.")
+    means = common.groupby(["method", "dataset"])[value].mean().groupby("method").mean()
+    costs = counted.set_index("method")
+    names = [name for name in results["method"].unique() if name in costs.index]
+    table = pd.DataFrame({"c_index": means.loc[names], "gflops": costs.loc[names, "products"] / 1e9})
+    return table.assign(networks=costs.loc[names, "networks"]).rename_axis("method").reset_index()
+
+
+def paper_performance_and_cost(counted: pd.DataFrame) -> pd.DataFrame:
+    """What the paper's Fig. 2 shows, as `performance_and_cost`: averages of Table 1, GFLOPs of Table S4. ROUPKT's stand
+    in no table; they are counted here. `printed` tells which are the paper's."""
+    costs, printed = counted.set_index("method"), printed_gflops()
+    rows = [
+        {
+            "method": name,
+            "c_index": float(paper_c_index(name)[AVERAGE]),
+            "gflops": printed.get(name, costs["layers"][name] / 1e9),
+            "networks": costs["networks"][name],
+            "printed": name in printed,
+        }
+        for name in (*PARADIGMS, "model_average")
+    ]
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------------------------------- a sample of the patches
+
+
+def sampling_methods(study: Study, largest: int) -> list[str]:
+    """STEPH and its variants whose hypernetwork reads a sample, where that is fewer patches than the largest bag has:
+    for others it is STEPH itself."""
+    sampled = [name for name, entry in METHODS.items() if entry.build is builders.steph_subsampled]
+    return ["steph", *(name for name in sampled if (reads(name, study) or largest) < largest)]
+
+
+def bag_sizes(bench: Workbench) -> np.ndarray:
+    """Patches of every patient's bag, of all data sets."""
+    found = []
+    for name in bench.study.datasets:
+        data, most = bench.dataset(name), bench.study.recipe.max_patches
+        sizes = data.n_patches(list(data.cohort.patients["patient_id"]))
+        found.append(sizes if most is None else np.minimum(sizes, most))
+    return np.concatenate(found)
+
+
+def sampling_costs(times: pd.DataFrame) -> pd.DataFrame:
+    """`steph.analysis.cost.timing.sampling_times` to look at: of each bag and sample, how many times the operations and the
+    seconds of the cancer's own model a prediction by STEPH takes; seconds are compared round by round, medians told."""
+    own = times[times["reads"] == 0].set_index(["patches", "round"])[["seconds", "products"]]
+    beside = times[times["reads"] > 0].join(own, on=["patches", "round"], rsuffix=" (own)")
+    found = (
+        beside.assign(ratio=beside["seconds"] / beside["seconds (own)"])
+        .groupby(["patches", "reads"])
+        .median(numeric_only=True)
+    )
+    return pd.DataFrame(
+        {
+            "GFLOPs": found["products"] / 1e9,
+            "× Vanilla (operations)": found["products"] / found["products (own)"],
+            "seconds": found["seconds"],
+            "× Vanilla": found["ratio"],
+        }
+    ).reset_index()
+
+
+def sampling_scores(results: pd.DataFrame, study: Study, sizes: np.ndarray, value: str | None = None) -> pd.DataFrame:
+    """What a sample costs in C-index in a study, a row per method (`sampling_methods`) that was run: method, reads
+    (patches at most), share (of all patches, that are read), × Vanilla (operations of a prediction on a bag of mean
+    size), C-index (mean over data sets), − STEPH (`steph.analysis.performance.statistics.compare`), low and high (its 95 %
+    interval).
+
+    results: of finished runs. sizes: `bag_sizes`. value: the C-index of test folds or of external patients; None takes
+    the steadier. Raises `Refused` where methods have no data set and fold in common.
+    """
+    names = [name for name in sampling_methods(study, int(sizes.max())) if name in set(results["method"])]
+    value = value or steadiest(results)
+    common, mean = on_common_folds(results, names), round(float(sizes.mean()))
+    # Somebody may have run one cancer on more folds than the others.
+    everywhere = common.groupby("fold")["dataset"].transform("nunique") == common["dataset"].nunique()
+    common = common[everywhere]
+    own, rows = counts("vanilla", study, mean, ways=["products"])["products"], []
+    for name in names:
+        most = reads(name, study) or int(sizes.max())
+        gain = compare(common, name, "steph", value).gain if name != "steph" else Estimate(0.0)
+        rows.append(
+            {
+                "method": title(name),
+                "reads": most,
+                "share": float(np.minimum(sizes, most).sum() / sizes.sum()),
+                "× Vanilla (operations)": counts(name, study, mean, ways=["products"])["products"] / own,
+                "C-index": common[common["method"] == name].groupby("dataset")[value].mean().mean(),
+                "− STEPH": gain.value,
+                "low": gain.low,
+                "high": gain.high,
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,605 @@
+"""Attention maps (the paper's Appendix D.7, Fig. S4): which patches a model pools from, patch by patch and in numbers.
+
+A target's own model M_t attends alike to a patch whatever the patient; STEPH merges another model M_t* for each. The
+paper shows two slides and says that STEPH attends more to the tumour and its border. Here both are looked at for every
+test patient; where the tissue is known (synthetic studies) it is also measured whether what they say is so.
+
+Attention is of a patient's bag, all slides together: it sums to 1 over them. Features are read a patient at a time; a
+bag of 200,000 patches 1,536 wide takes some 2 GB, for itself and for the hypernetwork, which reads all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from steph import Refused
+from steph.analysis.mixing.dynamics import rank_correlation
+from steph.analysis.performance.statistics import Estimate
+from steph.data.bags import RaggedBatch, sampled
+from steph.data.dataset import NO_COORDS, Dataset
+from steph.data.manifest import Study
+from steph.data.synthetic import truth
+from steph.files.progress import track
+from steph.merging.steph import STEPH
+from steph.merging.surgery import Surgery
+from steph.mil import NETWORKS
+from steph.mil.mean_mil import MeanMIL
+from steph.mil.state import load_into
+from steph.mil.transfer import ROUPKT, FineTuned
+from steph.study.cache import kept
+from steph.study.runs import Run, Workbench, plan
+from steph.study.tables import title as title_of_method
+from steph.training.engine import needs_coords, parameter_dtype, single_thread
+
+OWN, MERGED = "vanilla", "steph"
+OTHERS = ("model_average", "adamerging", "joint", "steph_random_sources")
+"""What else is looked at where it is finished: other ways to merge or to share, and STEPH on noise as the control."""
+UNTRAINED = "untrained"
+"""M_0, which all of them start from."""
+PATIENT = ("fold", "patient_id")
+TOP = 0.1  # the most attended share of a bag that two models are compared on
+ZONES = {
+    "inside": "tumour, inside",
+    "edge": "tumour, at its border",
+    "beside": "other tissue, at the border",
+    "away": "other tissue, away",
+}
+
+
+# ------------------------------------------------------------------------------------------------ one patient
+
+
+def places(data: Dataset, patient: str, max_patches: int | None = None) -> pd.DataFrame:
+    """The patches of a patient's bag, in its order: patient_id, slide_id, patch (its place among the slide's patches,
+    from 0), x, y (level-0 pixels of its upper left corner; missing where the slide's file had none)."""
+    slides = data.slides(patient)
+    sizes = [sum(stop - start for start, stop in data.store.ranges([slide])) for slide in slides]
+    n = sum(sizes)
+    taken = np.arange(n) if max_patches is None or n <= max_patches else sampled(n, max_patches, data.seed, patient)
+    coords = np.asarray(data.store.coords_of(slides))[taken]
+    table = pd.DataFrame(
+        {
+            "patient_id": patient,
+            "slide_id": pd.Categorical(np.repeat(slides, sizes)[taken], categories=slides),
+            "patch": np.concatenate([np.arange(size) for size in sizes])[taken],
+        }
+    )
+    known = (coords != NO_COORDS).any(axis=1)
+    for axis, name in enumerate("xy"):
+        table[name] = pd.array(coords[:, axis], dtype="Int64")
+        table.loc[~known, name] = pd.NA
+    return table
+
+
+def refuse_without_places(table: pd.DataFrame) -> None:
+    """Raise `Refused` where a table of patches (`places`) cannot be drawn, because slides have no coordinates."""
+    without = list(table.loc[table["x"].isna(), "slide_id"].astype(str).unique())
+    if without:
+        raise Refused(
+            f"no attention map of patient {table['patient_id'].iloc[0]}: the feature store holds no coordinates of "
+            f"{len(without)} of the {table['slide_id'].nunique()} slide(s), first {without[0]}. Pack feature files "
+            "that hold `coords` (h5; a .pt has none). Numbers that need no place are computed all the same."
+        )
+
+
+def patch_size(x: np.ndarray, y: np.ndarray) -> int | None:
+    """Edge of one slide's square patches in level-0 pixels, from their corners: the most frequent gap between
+    neighbours of a row or of a column, the smaller of equally frequent ones.
+
+    The smallest gap of all would be misled where a tool starts a new grid at each piece of tissue. Where patches
+    overlap this is the step from one to the next. None where no two patches share a row or column.
+    """
+    gaps = [np.empty(0, dtype=np.int64)]
+    for line, along in ((y, x), (x, y)):
+        order = np.lexsort((along, line))
+        step = np.diff(along[order])
+        gaps.append(step[(np.diff(line[order]) == 0) & (step > 0)])
+    values, counts = np.unique(np.concatenate(gaps), return_counts=True)
+    return int(values[counts.argmax()]) if len(values) else None
+
+
+@torch.no_grad()
+def attention_of(model: nn.Module, batch: RaggedBatch) -> np.ndarray:
+    """Attention (N,) of a model over the patches of one bag (a batch of one), in double precision, summing to 1. A
+    merging model is first merged for this bag. Raises `Refused` for a model that pools without attention."""
+    network = _network(model, batch)
+    bag = batch if needs_coords(network) else batch.features
+    attention = network.attention(bag).double().cpu().numpy()  # type: ignore[operator]
+    return attention / attention.sum()
+
+
+def _network(model: nn.Module, batch: RaggedBatch) -> nn.Module:
+    """The network that a model pools this bag by."""
+    if isinstance(model, STEPH):
+        network = deepcopy(model.encoder.network)
+        load_into(network, model.merged_state(batch.features))
+        return network
+    if isinstance(model, Surgery):
+        return _network(model.merged.network, batch)
+    if isinstance(model, FineTuned):
+        return _network(model.encoder.network, batch)
+    if isinstance(model, MeanMIL | ROUPKT) or not hasattr(model, "attention"):
+        raise Refused(
+            f"{type(model).__name__} does not pool patches by an attention of its own, so it has no attention map. "
+            "Choose a method whose network has one, such as vanilla, model_average or steph."
+        )
+    return model
+
+
+def attention_map(
+    model: nn.Module,
+    data: Dataset,
+    patient: str,
+    device: str = "cpu",
+    precision: str = "fp32",
+    max_patches: int | None = None,
+) -> pd.DataFrame:
+    """A model's attention to each patch of a patient: `places` and attention (sums to 1 over the bag), rank (1: the
+    most attended of the bag), percentile (among the patches of its slide, 0 to 1, ties at their mean).
+
+    max_patches: as in the recipe that the model was trained by. Works with and without coordinates. Raises `Refused`
+    for an unknown patient, and for a model that has no attention, or needs coordinates that are not there.
+    """
+    batch = _bag([model], data, patient, device, precision, max_patches)
+    table = places(data, patient, max_patches)
+    table["attention"] = attention_of(model.to(device, parameter_dtype(precision)).eval(), batch)
+    table["rank"] = table["attention"].rank(method="first", ascending=False).astype(int)
+    by_slide = table.groupby("slide_id", observed=True)["attention"]
+    table["percentile"] = (by_slide.rank() - 0.5) / by_slide.transform("size")
+    return table
+
+
+def _bag(
+    models: Iterable[nn.Module], data: Dataset, patient: str, device: str, precision: str, max_patches: int | None
+) -> RaggedBatch:
+    """A patient's bag, with coordinates where one of the models needs them."""
+    asking = [network for network in map(needs_coords, models) if network is not None]
+    if asking:
+        data.check_coords([patient], asking[0])
+    return data.batch([patient], device, parameter_dtype(precision), coords=bool(asking), max_patches=max_patches)
+
+
+def beside(maps: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Maps (`attention_map`) of one patient under two models, by name, side by side: the patches' places, then
+    attention_NAME, rank_NAME, percentile_NAME of each, and difference, the second's percentile less the first's."""
+    (first, one), (second, other) = maps.items()
+    table = one.drop(columns=["attention", "rank", "percentile"])
+    for name, found in ((first, one), (second, other)):
+        for column in ("attention", "rank", "percentile"):
+            table[f"{column}_{name}"] = found[column]
+    return table.assign(difference=table[f"percentile_{second}"] - table[f"percentile_{first}"])
+
+
+def top_patches(table: pd.DataFrame, n: int = 5) -> pd.DataFrame:
+    """The n most attended patches under either of the models of `beside`, by the second's rank: slide_id, x, y, then
+    for each model times_NAME (attention over an even share, 1 / N) and rank_NAME; tumour where it is known."""
+    names = [column.removeprefix("rank_") for column in table.columns if column.startswith("rank_")]
+    chosen = table[(table[[f"rank_{name}" for name in names]] <= n).any(axis=1)].sort_values(f"rank_{names[-1]}")
+    shown = chosen[["slide_id", "x", "y"]].copy()
+    for name in names:
+        shown[f"times_{name}"] = chosen[f"attention_{name}"] * len(table)
+        shown[f"rank_{name}"] = chosen[f"rank_{name}"]
+    if "tumour" in table:
+        shown["tumour"] = chosen["tumour"]
+    return shown.reset_index(drop=True)
+
+
+def top_of_patients(maps: Mapping[str, pd.DataFrame], n: int = 5) -> pd.DataFrame:
+    """`top_patches` of several patients in one table, with patient_id."""
+    tables = [top_patches(table, n).assign(patient_id=patient) for patient, table in maps.items()]
+    table = pd.concat([part.astype({"slide_id": str}) for part in tables], ignore_index=True)
+    return table[["patient_id", *table.columns.drop("patient_id")]]
+
+
+@torch.no_grad()
+def mixture(
+    model: nn.Module,
+    data: Dataset,
+    patient: str,
+    device: str = "cpu",
+    precision: str = "fp32",
+    max_patches: int | None = None,
+) -> pd.DataFrame:
+    """What STEPH merges for one patient: source, w, lambda, kept (among the K), coefficient (of the source's task
+    vector in M_t*, w (1 - lambda) where kept). The first row is the target's own task vector, the sum of w lambda over
+    those kept. Raises `Refused` for a model that does not merge by patient."""
+    if not isinstance(model, STEPH):
+        raise Refused(f"{type(model).__name__} does not merge models patient by patient; steph does.")
+    dtype = parameter_dtype(precision)
+    batch = data.batch([patient], device, dtype, max_patches=max_patches)
+    found = model.to(device, dtype).eval().coefficients(batch.features)
+    w, lam, selected = (values.cpu().numpy() for values in found)
+    is_kept = np.isin(np.arange(len(w)), selected)
+    return pd.DataFrame(
+        {
+            "source": [data.name, *model.source_names],
+            "w": [np.nan, *w],
+            "lambda": [np.nan, *lam],
+            "kept": [True, *is_kept],
+            "coefficient": [(w * lam)[is_kept].sum(), *np.where(is_kept, w * (1 - lam), 0)],
+        }
+    ).astype({"kept": bool})
+
+
+# ------------------------------------------------------------------------------------------------ runs and patients
+
+
+def runs(
+    study: Study, dataset: str, folds: Sequence[int], seed: int, precision: str = "fp32", others: Iterable[str] = ()
+) -> list[Run]:
+    """STEPH and others on a target, in each fold beside the very M_t that STEPH merges (of the study's own seed)."""
+    study.entry(dataset)
+    merging = plan(study, [dataset], [MERGED, *others], folds, [seed], precision)
+    own = [replace(run, method=OWN, seed=study.seed) for run in merging if run.method == MERGED]
+    return sorted([*own, *merging], key=lambda run: run.fold)
+
+
+def finished(bench: Workbench, dataset: str, folds: Sequence[int], seed: int, precision: str = "fp32") -> list[str]:
+    """Those of `OTHERS` whose runs on all these folds are finished, and can be looked at without training anything."""
+    return [
+        name
+        for name in OTHERS
+        if all(bench.record(Run(dataset, name, fold, seed, precision)) is not None for fold in folds)
+    ]
+
+
+def patients_to_show(bench: Workbench, chosen: Iterable[Run], names: Sequence[str] | None = None) -> pd.DataFrame:
+    """Test patients to look at, with their predictions from the records: fold, patient_id, time_days, event, n_slides,
+    n_patches, risk_vanilla, risk_steph, place (1: STEPH's highest risk in the fold) and of (how many).
+
+    names: which, each in the fold that tests it; None takes two of the first fold, STEPH's highest and lowest risk.
+    Raises `Refused` for a name that none of the folds tests, and for runs that are not finished.
+    """
+    chosen = list(chosen)
+    data = bench.dataset(chosen[0].dataset)
+    folds = list(dict.fromkeys(run.fold for run in chosen))
+    tables = [_predicted(bench, [run for run in chosen if run.fold == fold]) for fold in folds]
+    if names is None:
+        table = tables[0].iloc[[0, -1]].drop_duplicates()
+    else:
+        everyone = pd.concat(tables).drop_duplicates("patient_id").set_index("patient_id", drop=False)
+        for name in names:
+            if name not in everyone.index:
+                raise Refused(_not_tested(data, name, folds, str(everyone.index[0])))
+        table = everyone.loc[list(names)]
+    counts = {"n_slides": [len(data.slides(patient)) for patient in table["patient_id"]]}
+    return table.assign(**counts, n_patches=data.n_patches(list(table["patient_id"]))).reset_index(drop=True)
+
+
+def of_patients(
+    bench: Workbench, chosen: Iterable[Run], patients: pd.DataFrame, device: str = "cpu"
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
+    """What there is to show of some patients (`patients_to_show`): their maps under M_t and STEPH (`beside`, with the
+    tumour where it is known) by patient, and STEPH's `mixture` of each in one table, with patient_id."""
+    chosen = list(chosen)
+    name, precision, max_patches = chosen[0].dataset, chosen[0].precision, bench.study.recipe.max_patches
+    data, known = bench.dataset(name), planted(bench.study, name)
+    maps, mixtures = {}, []
+    for row in patients.to_dict("records"):
+        of_fold = {run.method: run for run in chosen if run.fold == row["fold"]}
+        models = {method: bench.model(of_fold[method]) for method in (OWN, MERGED)}
+        how = (data, row["patient_id"], device, precision, max_patches)
+        pair = beside({method: attention_map(model, *how) for method, model in models.items()})
+        maps[row["patient_id"]] = with_planted(pair, known)
+        mixtures.append(mixture(models[MERGED], *how).assign(patient_id=row["patient_id"]))
+    table = pd.concat(mixtures, ignore_index=True)
+    return maps, table[["patient_id", *table.columns.drop("patient_id")]]
+
+
+def _predicted(bench: Workbench, of_fold: list[Run]) -> pd.DataFrame:
+    """Both models' predictions for a fold's test patients, by falling risk under STEPH."""
+    found = {}
+    for run in of_fold:
+        if run.method in (OWN, MERGED):
+            record = bench.record(run)
+            if record is None:
+                raise Refused(f"{run} is not finished. Run it first: the notebook 08_interpretability does.")
+            table = pd.read_csv(record.file("predictions.csv"), dtype={"patient_id": str})
+            found[run.method] = table[["patient_id", "time_days", "event", "risk"]]
+    both = found[OWN].merge(found[MERGED][["patient_id", "risk"]], on="patient_id", suffixes=(f"_{OWN}", f"_{MERGED}"))
+    both = both.sort_values(f"risk_{MERGED}", ascending=False, kind="stable")
+    both.insert(0, "fold", of_fold[0].fold)
+    return both.assign(place=np.arange(1, len(both) + 1), of=len(both))
+
+
+def _not_tested(data: Dataset, name: str, folds: list[int], some: str) -> str:
+    assert data.splits is not None
+    where = [fold for fold in range(data.splits.n_folds) if name in data.splits.test(fold)]
+    said = f"fold {where[0]} tests it: give folds = [{where[0]}]" if where else f"{data.name} has no such patient"
+    return f"patient {name} is not tested in fold(s) {', '.join(map(str, folds))}: {said}. One that is: {some}."
+
+
+# ------------------------------------------------------------------------------------------------ known tissue
+
+
+def planted(study: Study, dataset: str) -> pd.DataFrame | None:
+    """What is known of each patch, by slide_id, x, y: tumour (bool), zone (a key of `ZONES`); None in a real study,
+    where nobody has drawn the tumour."""
+    if study.synthetic is None:
+        return None
+    known = truth(study, dataset)[["slide_id", "x", "y", "tumour"]]
+    x, y, tumour = (known[name].to_numpy() for name in ("x", "y", "tumour"))
+    zone = np.empty(len(known), dtype=object)
+    for rows in known.groupby("slide_id", sort=False).indices.values():
+        zone[rows] = zones(x[rows], y[rows], tumour[rows])
+    return known.assign(zone=zone).set_index(["slide_id", "x", "y"])
+
+
+def zones(x: np.ndarray, y: np.ndarray, tumour: np.ndarray) -> np.ndarray:
+    """Where each patch of one slide (N,) lies to the tumour's border, as keys of `ZONES`. At the border is a patch that
+    shares an edge with one of the other kind; where tissue ends there is no border."""
+    size = patch_size(x, y) or 1
+    column, row = (((values - values.min()) // size) + 1 for values in (x, y))
+    shape = (int(column.max()) + 2, int(row.max()) + 2)
+    near = []
+    for kind in (True, False):
+        cells = np.zeros(shape, dtype=bool)
+        cells[column[tumour == kind], row[tumour == kind]] = True
+        steps = ((-1, 0), (1, 0), (0, -1), (0, 1))
+        near.append(np.any([cells[column + dx, row + dy] for dx, dy in steps], axis=0))
+    near_tumour, near_other = near
+    return np.where(tumour, np.where(near_other, "edge", "inside"), np.where(near_tumour, "beside", "away"))
+
+
+def with_planted(table: pd.DataFrame, known: pd.DataFrame | None) -> pd.DataFrame:
+    """A table of patches with tumour and zone of each, where they are known (`planted`). Raises `Refused` where the
+    store holds other patches than were drawn."""
+    if known is None:
+        return table
+    where = pd.MultiIndex.from_arrays([table["slide_id"].astype(str), *(table[axis].to_numpy(int) for axis in "xy")])
+    rows = known.index.get_indexer(where)
+    if (rows < 0).any():
+        raise Refused(
+            f"patient {table['patient_id'].iloc[0]}: {(rows < 0).sum()} patches of the store do not lie where they "
+            "were drawn. Delete the study's data folder and it is made again."
+        )
+    return table.assign(tumour=known["tumour"].to_numpy()[rows], zone=known["zone"].to_numpy()[rows])
+
+
+# ------------------------------------------------------------------------------------------------ in numbers
+
+
+def effective_patches(attention: np.ndarray) -> float:
+    """How many patches a model pools from: exp of the entropy of its attention (N,). N if all count the same, 1 if one
+    patch has it all."""
+    positive = attention[attention > 0]
+    return float(np.exp(-(positive * np.log(positive)).sum()))
+
+
+def top_overlap(first: np.ndarray, second: np.ndarray, share: float = TOP) -> float:
+    """How many of the most attended patches (`share` of N, at least one) two attentions have in common, 0 to 1. By
+    chance it would be `share`, or what that is of N."""
+    n = max(1, round(share * len(first)))
+    tops = [set(np.argsort(-attention, kind="stable")[:n].tolist()) for attention in (first, second)]
+    return len(tops[0] & tops[1]) / n
+
+
+def auc(values: np.ndarray, positive: np.ndarray) -> float:
+    """Chance that a patch of the positive ones has a higher value than one of the others, ties half; NaN where there
+    are none of either."""
+    n, rest = int(positive.sum()), int((~positive).sum())
+    if n == 0 or rest == 0:
+        return float("nan")
+    from scipy.stats import rankdata
+
+    ranks = rankdata(values)
+    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * rest))
+
+
+def numbers(attention: Mapping[str, np.ndarray], patches: pd.DataFrame) -> pd.DataFrame:
+    """What can be said of a patient's attention under several models, a row each; the first is what the others are
+    compared with.
+
+    attention: (N,) by method. patches: the bag's, in the same order; with tumour and zone where they are known.
+    Returns method, n_patches, entropy, effective (patches), effective_share (of n_patches), overlap (top tenth in
+    common with the first's), chance (of the same for one that knows nothing), correlation (of ranks, with the first);
+    where the tissue is known, auc (of attention, for tumour patches) and, for each of `ZONES` and the whole tumour and
+    border, attention_ZONE and patches_ZONE, its share of the attention and of the patches.
+    """
+    where: dict[str, np.ndarray] = {}
+    if "tumour" in patches:
+        where = {name: (patches["zone"] == name).to_numpy() for name in ZONES}
+        where |= {"tumour": patches["tumour"].to_numpy(), "border": where["edge"] | where["beside"]}
+    reference = next(iter(attention.values()))
+    rows = []
+    for method, values in attention.items():
+        n, effective = len(values), effective_patches(values)
+        row = {
+            "method": method,
+            "n_patches": n,
+            "entropy": float(np.log(effective)),
+            "effective": effective,
+            "effective_share": effective / n,
+            "overlap": top_overlap(reference, values),
+            "chance": max(1, round(TOP * n)) / n,
+            "correlation": rank_correlation(pd.Series(reference), pd.Series(values)),
+        }
+        if where:
+            row["auc"] = auc(values, where["tumour"])
+        for name, inside in where.items():
+            row |= {f"attention_{name}": values[inside].sum(), f"patches_{name}": inside.mean()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def measured(bench: Workbench, chosen: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
+    """`numbers` of all test patients of the folds of some runs (`runs`, of one data set), and of the untrained network:
+    dataset, fold, patient_id, then those columns. Kept: a second call reads it."""
+    chosen = list(chosen)
+    decides = {str(run): bench.key(run) for run in chosen}
+    return kept(bench, "attention", decides, lambda: _measured(bench, chosen, device))
+
+
+def _measured(bench: Workbench, chosen: list[Run], device: str) -> pd.DataFrame:
+    study, name = bench.study, chosen[0].dataset
+    data, known, parts = bench.dataset(name), planted(bench.study, name), []
+    assert data.splits is not None
+    precision = chosen[0].precision
+    with single_thread() if device == "cpu" else nullcontext():
+        for fold in dict.fromkeys(run.fold for run in chosen):
+            models = {run.method: bench.model(run) for run in chosen if run.fold == fold}
+            models[UNTRAINED] = NETWORKS["abmil"](study.features.dim, study.network)
+            load_into(models[UNTRAINED], bench.null_state("abmil"))
+            models = {name: model.to(device, parameter_dtype(precision)).eval() for name, model in models.items()}
+            for patient in track(data.splits.test(fold), f"attention, {name}, fold {fold}"):
+                bag = _bag(models.values(), data, patient, device, precision, study.recipe.max_patches)
+                patches = with_planted(places(data, patient, study.recipe.max_patches), known)
+                found = numbers({method: attention_of(model, bag) for method, model in models.items()}, patches)
+                parts.append(found.assign(dataset=name, fold=fold, patient_id=patient))
+    table = pd.concat(parts, ignore_index=True)
+    first = ["dataset", "fold", "patient_id"]
+    return table[[*first, *table.columns.difference(first, sort=False)]]
+
+
+def finished_everywhere(bench: Workbench, folds: Sequence[int], seed: int, precision: str = "fp32") -> list[Run]:
+    """`runs` of every data set of a synthetic study where both models are finished on these folds, with those of
+    `OTHERS` that are finished on all of them. None in a real study, where it is not known what they should look at."""
+    study = bench.study
+    pairs = {name: runs(study, name, folds, seed, precision) for name in study.datasets} if study.synthetic else {}
+    able = [name for name, found in pairs.items() if all(bench.record(run) is not None for run in found)]
+    common = set(OTHERS).intersection(*(finished(bench, name, folds, seed, precision) for name in able))
+    others = [name for name in OTHERS if name in common]
+    return [run for name in able for run in runs(study, name, folds, seed, precision, others)]
+
+
+def over_datasets(bench: Workbench, chosen: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
+    """`measured` of each data set of some runs, in one table; empty where there are none."""
+    by_dataset: dict[str, list[Run]] = {}
+    for run in chosen:
+        by_dataset.setdefault(run.dataset, []).append(run)
+    tables = [measured(bench, of_one, device) for of_one in by_dataset.values()]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+# ------------------------------------------------------------------------------------------------ over patients
+
+
+def title(method: str) -> str:
+    """A method's name as tables show it."""
+    return "Untrained (M₀)" if method == UNTRAINED else title_of_method(method)
+
+
+def mean_of(values: pd.Series | np.ndarray) -> Estimate:
+    """Mean of the defined values with its 95 % interval by Student's t, values taken as independent (patients under the
+    very same models, or data sets); NaN where none is defined."""
+    from scipy.stats import t
+
+    found = np.asarray(values, dtype=float)
+    found = found[~np.isnan(found)]
+    if len(found) == 0:
+        return Estimate(np.nan)
+    mean = float(found.mean())
+    if len(found) < 2:
+        return Estimate(mean)
+    reach = float(t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / np.sqrt(len(found)))
+    return Estimate(mean, mean - reach, mean + reach)
+
+
+def times_even(table: pd.DataFrame, zone: str) -> pd.Series:
+    """Attention that a zone gets, over an even share: 1 where its patches get no more than any; missing for patients
+    who have none of it."""
+    patches = table[f"patches_{zone}"]
+    return table[f"attention_{zone}"] / patches.where(patches > 0)
+
+
+def by_method(table: pd.DataFrame, values: pd.Series, unit: Sequence[str] = PATIENT) -> pd.DataFrame:
+    """Means over patients (or other units) of a value that belongs to the rows of `measured`: method, mean, low, high,
+    n, and gain over M_t, unit by unit, with gain_low and gain_high."""
+    wide = _by_unit(table, values, unit)
+    rows = []
+    for method in table["method"].unique():
+        mean, gain = mean_of(wide[method]), mean_of(wide[method] - wide[OWN])
+        rows.append(
+            {
+                "method": method, "mean": mean.value, "low": mean.low, "high": mean.high,
+                "n": int(wide[method].notna().sum()), "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high,
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def gain(
+    table: pd.DataFrame, values: pd.Series, first: str = MERGED, second: str = OWN, unit: Sequence[str] = PATIENT
+) -> Estimate:
+    """Mean over patients (or other units) of what one method has more than another of a value that belongs to the rows
+    of `measured`, with its 95 % interval. unit: ["dataset"] for the tables of `over_datasets`."""
+    wide = _by_unit(table, values, unit)
+    lacking = [method for method in (first, second) if method not in wide]
+    if lacking:
+        raise Refused(f"attention under {', '.join(lacking)} was not measured; there is {', '.join(wide.columns)}.")
+    return mean_of(wide[first] - wide[second])
+
+
+def answered(gain: Estimate) -> str:
+    """Whether a gain is there, in words: its interval lies above 0, below it, or on both sides."""
+    if np.isnan(gain.low):
+        return "not shown (no interval)"
+    return "yes" if gain.low > 0 else "no, the reverse" if gain.high < 0 else "not shown"
+
+
+def _by_unit(table: pd.DataFrame, values: pd.Series, unit: Sequence[str]) -> pd.DataFrame:
+    return table.assign(value=values).groupby([*unit, "method"], sort=False)["value"].mean().unstack("method")
+
+
+def agreement_table(table: pd.DataFrame) -> pd.DataFrame:
+    """`measured` to look at, a row per method: how many patches it pools from, of how many, and how alike that is to
+    M_t. Means over patients with 95 % intervals."""
+    values = {
+        "effective patches": (table["effective"], ".1f"),
+        "of the bag": (table["effective_share"], ".0%"),
+        f"top {TOP:.0%} in common": (table["overlap"], ".0%"),
+        "rank correlation": (table["correlation"], "+.2f"),
+    }
+    return _wide(table, values, like=(f"top {TOP:.0%} in common", "rank correlation"))
+
+
+def tumour_table(table: pd.DataFrame, unit: Sequence[str] = PATIENT) -> pd.DataFrame:
+    """`measured` of known tissue to look at, a row per method: AUC of attention for tumour patches, what it gains over
+    M_t, and the attention on the tumour and on its border, over an even share. Means over patients (or other units)
+    with 95 % intervals."""
+    gains = by_method(table, table["auc"], unit).set_index("method")
+    columns = ["gain", "gain_low", "gain_high"]
+    wide = _wide(
+        table,
+        {
+            "AUC for tumour": (table["auc"], ".2f"),
+            "tumour, × even": (times_even(table, "tumour"), ".2f"),
+            "border, × even": (times_even(table, "border"), ".2f"),
+        },
+        unit,
+    )
+    said = [_said(Estimate(*gains.loc[method, columns]), "+.2f") if method != OWN else "" for method in gains.index]
+    wide.insert(2, f"AUC − {title(OWN)}", said)
+    return wide
+
+
+def _wide(
+    table: pd.DataFrame,
+    values: Mapping[str, tuple[pd.Series, str]],
+    unit: Sequence[str] = PATIENT,
+    like: Iterable[str] = (),
+) -> pd.DataFrame:
+    methods = list(table["method"].unique())
+    wide = pd.DataFrame({"method": [title(method) for method in methods]})
+    for name, (value, form) in values.items():
+        found = by_method(table, value, unit).set_index("method").loc[methods, ["mean", "low", "high"]]
+        wide[name] = [_said(Estimate(*row), form) for row in found.to_numpy()]
+    for name in like:
+        wide.loc[[methods.index(OWN)], name] = ""
+    return wide
+
+
+def _said(estimate: Estimate, form: str) -> str:
+    if np.isnan(estimate.value):
+        return "undefined"
+    if np.isnan(estimate.low):
+        return f"{estimate.value:{form}}"
+    return f"{estimate.value:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"

@@ -1,0 +1,559 @@
+"""Is a mixture of task vectors the task vector of mixed training? Appendix B of the paper, looked at in numbers.
+
+The paper argues: task vectors are sums of gradients (Eq. 6), so ``tau_mix = lambda tau_t + (1 - lambda) tau_s`` is a
+sum of mixed gradients over all pairs of patients (Eq. 8), and that approximates the gradients of training on mixed bag
+features (Eqs. 9, 10). Here the trainings in question are carried out side by side on a small problem, by plain gradient
+descent from one M_0:
+
+- M_t and M_s on their own data, with tau_mix their mixture;
+- on "mixed losses", ``lambda L(x_t, y_t) + (1 - lambda) L(x_s, y_s)``: what Eq. 8 is the first step of;
+- on "mixed features", as Eq. 10 has it: the head reads ``lambda h_t + (1 - lambda) h_s``, and the label is mixed alike.
+  The likelihood of discrete survival is a sum over the intervals of (event, at risk) times logarithms, linear in the
+  label as cross-entropy is in one-hot classes: the loss under a mixed label is the mixture of the losses under each,
+  ``lambda NLL(y_t) + (1 - lambda) NLL(y_s)``, both at the mixed feature.
+
+All of them see the same patients in the same order: in each step a batch of the target's and one of the source's, and
+the mixed trainings every pair (i, j) of the two batches, the double sum of Eq. 8. Losses are means over patients or
+pairs. (With Eq. 6's sums in place of means, Eq. 8 holds only for sets of the same size.) There is no dropout, weight
+decay or momentum, all parameters are trained, head included, and all is in double precision: at step one vectors are to
+agree to rounding. Networks are small, patients a sample: this tells how the argument fares, not how good STEPH is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+
+from steph import Refused
+from steph.data.bags import RaggedBatch
+from steph.data.dataset import Dataset
+from steph.data.manifest import Study, unknown
+from steph.merging.task_vectors import Layout
+from steph.mil.abmil import ABMIL
+from steph.study.cache import kept
+from steph.study.runs import Workbench
+from steph.survival import bin_index, concordance_index, nll_loss, risk_score
+from steph.training.engine import seed_everything, single_thread
+
+LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)
+"""Steps of training after which vectors are compared."""
+LAMBDAS = (0.25, 0.5, 0.75)
+RATE = 0.5
+BATCH = 16  # patients of each data set in a step
+DIM_IN, DIM_EMB, DIM_ATTN = 32, 32, 24  # at most
+MAX_PATIENTS, MAX_TESTED, MAX_PATCHES = 256, 300, 16  # per data set, per data set, per bag
+LOSSES, FEATURES = "mixed losses", "mixed features"
+MIXTURE, TARGET_ALONE, SOURCE_ALONE, OTHER_BATCHES = "mixture", "target alone", "source alone", "other batches"
+CANDIDATES = (MIXTURE, TARGET_ALONE, SOURCE_ALONE, OTHER_BATCHES)
+
+
+@dataclass(frozen=True, eq=False)
+class Patients:
+    """Bags with their labels: bins (N,), event (N,) bool, time_days (N,)."""
+
+    bags: RaggedBatch
+    bins: Tensor
+    event: Tensor
+    time_days: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.bags)
+
+    def some(self, chosen: Sequence[int] | np.ndarray) -> Patients:
+        """The patients at these places."""
+        bags = RaggedBatch.from_bags([self.bags.bag(int(i)) for i in chosen])
+        index = torch.as_tensor(np.asarray(chosen), device=self.bins.device)
+        return Patients(bags, self.bins[index], self.event[index], self.time_days[np.asarray(chosen)])
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A network with M_0's parameters, patients of target and source to train on, the target's to test on. alpha: the
+    loss' (`steph.survival.nll_loss`)."""
+
+    network: ABMIL
+    target: Patients
+    source: Patients
+    test: Patients
+    alpha: float
+
+    @property
+    def layout(self) -> Layout:
+        """Where each parameter stands in a flat vector."""
+        return Layout.of(dict(self.network.named_parameters()))
+
+    @property
+    def null(self) -> Tensor:
+        """M_0 as a flat vector (P,)."""
+        return self.layout.flatten({k: v.detach() for k, v in self.network.named_parameters()})
+
+
+class _Encoder(nn.Module):
+    """A network's encoder as a module of its own."""
+
+    def __init__(self, network: ABMIL) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, bags: RaggedBatch) -> Tensor:
+        return self.network.encode(bags)
+
+
+def bag_features(problem: Problem, weights: Mapping[str, Tensor], bags: RaggedBatch) -> Tensor:
+    """Features (G, B, dim_emb) of B bags under each of G sets of parameters, ``weights[name]`` (G, ...)."""
+    encoder = _Encoder(problem.network)
+    named = {f"network.{name}": value for name, value in weights.items()}
+    return vmap(lambda own: functional_call(encoder, own, (bags,)))(named)
+
+
+def predict_bins(weights: Mapping[str, Tensor], features: Tensor) -> Tensor:
+    """Logits of the hazards (G, B, T) of features (G, B, dim_emb) by each of G heads."""
+    return torch.baddbmm(weights["head.bias"].unsqueeze(1), features, weights["head.weight"].transpose(1, 2))
+
+
+def gradients(
+    problem: Problem, flat: Tensor, shares: Tensor, on_features: Tensor, target: Patients, source: Patients
+) -> Tensor:
+    """Gradient (G, P) of the mixed loss of each of G models, flat (G, P), on a batch of each data set.
+
+    shares: (G,), lambda. on_features: (G,) bool, whether a model is trained on mixed features or on mixed losses. With
+    lambda 1 both are the loss on the target alone, with 0 on the source alone.
+    """
+    flat = flat.detach().requires_grad_()
+    weights = problem.layout.views(flat)
+    both = RaggedBatch.from_bags([patients.bags.bag(i) for patients in (target, source) for i in range(len(patients))])
+    h_t, h_s = bag_features(problem, weights, both).split([len(target), len(source)], dim=1)
+    loss = flat.new_zeros(())
+    apart = (~on_features).nonzero().squeeze(1)
+    if len(apart):
+        loss = loss + _mixed_losses(problem, weights, h_t, h_s, shares, apart, target, source).sum()
+    joined = on_features.nonzero().squeeze(1)
+    if len(joined):
+        loss = loss + _mixed_features(problem, weights, h_t, h_s, shares, joined, target, source).sum()
+    return torch.autograd.grad(loss, flat)[0]
+
+
+def _mixed_losses(
+    problem: Problem, weights: Mapping[str, Tensor], h_t: Tensor, h_s: Tensor, shares: Tensor, models: Tensor,
+    target: Patients, source: Patients,
+) -> Tensor:  # fmt: skip
+    """lambda times the mean loss on the target's batch plus (1 - lambda) times that on the source's, (G,)."""
+    heads = _heads(weights, models)
+    own = _nll(predict_bins(heads, h_t[models]), target.bins, target.event, problem.alpha)
+    other = _nll(predict_bins(heads, h_s[models]), source.bins, source.event, problem.alpha)
+    return shares[models] * own + (1 - shares[models]) * other
+
+
+def _mixed_features(
+    problem: Problem, weights: Mapping[str, Tensor], h_t: Tensor, h_s: Tensor, shares: Tensor, models: Tensor,
+    target: Patients, source: Patients,
+) -> Tensor:  # fmt: skip
+    """The loss on mixed features and labels, (G,): the mean over every pair (i, j) of the two batches."""
+    share = shares[models].view(-1, 1, 1, 1)
+    mixed = share * h_t[models].unsqueeze(2) + (1 - share) * h_s[models].unsqueeze(1)  # (G, b_t, b_s, dim_emb)
+    logits = predict_bins(_heads(weights, models), mixed.flatten(1, 2))  # (G, b_t * b_s, T)
+    i, j = (index.flatten() for index in np.indices((len(target), len(source))))
+    own = _nll(logits, target.bins[i], target.event[i], problem.alpha)
+    other = _nll(logits, source.bins[j], source.event[j], problem.alpha)
+    return shares[models] * own + (1 - shares[models]) * other
+
+
+def _heads(weights: Mapping[str, Tensor], models: Tensor) -> dict[str, Tensor]:
+    return {name: weights[name][models] for name in ("head.weight", "head.bias")}
+
+
+def _nll(logits: Tensor, bins: Tensor, event: Tensor, alpha: float) -> Tensor:
+    """Mean loss (G,) from logits (G, B, T) of B patients."""
+    g, b, _ = logits.shape
+    hazards = torch.sigmoid(logits).flatten(0, 1)
+    return nll_loss(hazards, bins.repeat(g), event.repeat(g), alpha, reduction="none").view(g, b).mean(1)
+
+
+def train(
+    problem: Problem,
+    shares: Sequence[float],
+    on_features: Sequence[bool],
+    lengths: Sequence[int],
+    seed: int,
+    rate: float,
+) -> dict[int, Tensor]:
+    """Task vectors (G, P) of G models after each of `lengths` steps of plain gradient descent, by length.
+
+    All start from M_0 and see the same batches: each data set's patients in an order drawn anew for each of its epochs,
+    by `seed`; what remains of an epoch is dropped. Raises `Refused` where a model diverges.
+    """
+    lam = problem.null.new_tensor(list(shares))
+    kinds = torch.tensor(list(on_features), device=lam.device)
+    start = problem.null.expand(len(lam), -1)
+    flat, found = start.clone(), {}
+    batches = [
+        _batches(len(p), np.random.default_rng([seed, i])) for i, p in enumerate((problem.target, problem.source))
+    ]
+    for step in range(1, max(lengths) + 1):
+        chosen = problem.target.some(next(batches[0])), problem.source.some(next(batches[1]))
+        flat = flat - rate * gradients(problem, flat, lam, kinds, *chosen)
+        if step in lengths:
+            if not torch.isfinite(flat).all():
+                raise Refused(
+                    f"plain gradient descent diverged within {step} steps at rate {rate}; take a smaller one."
+                )
+            found[step] = flat - start
+    return found
+
+
+def _batches(n: int, shuffler: np.random.Generator) -> Iterator[np.ndarray]:
+    """Places of a batch's patients, without end: epoch after epoch, each in an order of its own."""
+    size = min(BATCH, n)
+    while True:
+        yield from shuffler.permutation(n)[: n // size * size].reshape(-1, size)
+
+
+@torch.no_grad()
+def evaluate(problem: Problem, flat: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Test loss (alpha 0, as it is reported elsewhere) and C-index of G models, flat (G, P), each (G,)."""
+    weights = problem.layout.views(flat)
+    n = len(problem.test)
+    logits = []
+    for start in range(0, n, BATCH):
+        bags = problem.test.some(range(start, min(start + BATCH, n))).bags
+        logits.append(predict_bins(weights, bag_features(problem, weights, bags)))
+    joined = torch.cat(logits, dim=1)
+    risks = [risk_score(torch.sigmoid(of_model)).cpu().numpy() for of_model in joined]
+    scores = [concordance_index(problem.test.time_days, problem.test.event.cpu().numpy(), risk) for risk in risks]
+    return _nll(joined, problem.test.bins, problem.test.event, alpha=0.0).cpu().numpy(), np.array(scores)
+
+
+def compare(
+    problem: Problem,
+    lengths: Sequence[int] = LENGTHS,
+    lambdas: Sequence[float] = LAMBDAS,
+    seeds: Sequence[int] = (0, 1, 2, 3),
+    rate: float = RATE,
+) -> pd.DataFrame:
+    """How near mixtures of task vectors are to the task vectors of mixed training, a row per seed, steps, lambda,
+    reference (`LOSSES`, `FEATURES`) and candidate (`CANDIDATES`).
+
+    cosine, ratio (norm of the candidate's over the reference's), distance (norm of their difference over the
+    reference's), moved (norm of the reference's over M_0's), and test loss and C-index on the target: nll, c_index of
+    the candidate, nll_reference, c_index_reference. seeds: of the order of batches. The candidate "other batches" is
+    the same training under the next seed: how far two such trainings lie apart anyway; there is none with one seed.
+    """
+    if not seeds or len(set(seeds)) < len(seeds) or not lambdas or not lengths or min(lengths) < 1:
+        raise Refused("give seeds (each once), lambdas and lengths of training (1 step or more) to compare.")
+    m = len(lambdas)
+    shares, on_features = [1.0, 0.0, *lambdas, *lambdas], [False] * (2 + m) + [True] * m
+    with single_thread():
+        by_seed = [train(problem, shares, on_features, lengths, seed, rate) for seed in seeds]
+        rows = []
+        for at, seed in enumerate(seeds):
+            for steps in lengths:
+                tau = by_seed[at][steps]
+                others = by_seed[(at + 1) % len(seeds)][steps] if len(seeds) > 1 else None
+                rows += [{"seed": seed, "steps": steps, **row} for row in _rows(problem, tau, others, lambdas)]
+    return pd.DataFrame(rows)
+
+
+def _rows(problem: Problem, tau: Tensor, others: Tensor | None, lambdas: Sequence[float]) -> list[dict[str, Any]]:
+    """The rows of one seed and length. tau, others: (G, P) in the order of `compare`."""
+    m, null = len(lambdas), problem.null
+    lam = null.new_tensor(list(lambdas)).view(-1, 1)
+    mixtures = lam * tau[:1] + (1 - lam) * tau[1:2]
+    vectors = torch.cat([tau, mixtures] if others is None else [tau, mixtures, others[2:]])
+    losses, scores = evaluate(problem, null + vectors)
+    names = {LOSSES: 2, FEATURES: 2 + m}
+    rows = []
+    for k, share in enumerate(lambdas):
+        for reference, start in names.items():
+            r = start + k
+            candidates = {MIXTURE: 2 + 2 * m + k, TARGET_ALONE: 0, SOURCE_ALONE: 1}
+            if others is not None:
+                candidates[OTHER_BATCHES] = 2 + 3 * m + (start - 2) + k
+            for candidate, c in candidates.items():
+                near = _nearness(vectors[c], vectors[r])
+                moved = float(vectors[r].norm() / null.norm())
+                rows.append(
+                    {"lambda": share, "reference": reference, "candidate": candidate, **near, "moved": moved}
+                    | {"nll": losses[c], "c_index": scores[c]}
+                    | {"nll_reference": losses[r], "c_index_reference": scores[r]}
+                )
+    return rows
+
+
+def _nearness(candidate: Tensor, reference: Tensor) -> dict[str, float]:
+    norm = reference.norm()
+    return {
+        "cosine": float(F.cosine_similarity(candidate, reference, dim=0, eps=0)),
+        "ratio": float(candidate.norm() / norm),
+        "distance": float((candidate - reference).norm() / norm),
+    }
+
+
+# ------------------------------------------------------------------------------------- Eq. 9's premise
+
+CONVEX = "dL/dŷ is convex in ŷ, the label given"
+EQ_9 = "Eq. 9: the same with mixed labels"
+EQ_10 = "Eq. 10: for the gradient of the parameters"
+
+
+def premise(
+    problem: Problem, models: Mapping[str, Tensor], n_pairs: int = 4096, seed: int = 0, spread: float = 3.0
+) -> pd.DataFrame:
+    """In which share of the components the inequalities behind Eq. 10 hold, at predictions of models and at logits
+    drawn at random. A row per place and statement.
+
+    models: by name, flat (P,). Pairs (i, j) of the target's and the source's patients and lambda in [0, 1] are drawn;
+    the random logits are Gaussian, of standard deviation `spread`, with the labels of these pairs.
+
+    - `CONVEX`: lambda g(a, y) + (1 - lambda) g(b, y) >= g(lambda a + (1 - lambda) b, y), with g = dL/dŷ, ŷ the logits.
+      With hazards sigma(ŷ), a component of g is sigma(ŷ_u) plus a constant: convex below ŷ_u = 0, hazards under one
+      half, concave above. The label is the target patient's.
+    - `EQ_9`: lambda g(a, y_t) + (1 - lambda) g(b, y_s) >= g(mixed ŷ, mixed y). Convexity in ŷ does not give it: g is
+      linear in the label, its coefficient depends on ŷ, and such a product is not convex in both.
+    - `EQ_10`: the same for the gradient with respect to the parameters, the mean over all pairs of a batch, lambda 0.5.
+      The derivatives of ŷ with respect to parameters have both signs, so Eq. 9 does not give it either.
+
+    Components that are 0 on both sides (intervals after the label's) are left out. Returns place, statement, holds (a
+    share), components, gap (norm of the difference of the two sides over the left side's: 0 where "approximately" is
+    "exactly"), above_half (the share of hazards above one half in the intervals that count; NaN for Eq. 10).
+    """
+    shuffler = np.random.default_rng([seed, 9])
+    i, j = (shuffler.integers(len(p), size=n_pairs) for p in (problem.target, problem.source))
+    share = torch.from_numpy(shuffler.random((n_pairs, 1))).to(problem.null)
+    labels = (problem.target.bins[i], problem.target.event[i]), (problem.source.bins[j], problem.source.event[j])
+    rows = []
+    with single_thread():
+        for name, flat in models.items():
+            z_t, z_s = (_logits(problem, flat, p) for p in (problem.target, problem.source))
+            rows += _inequalities(name, z_t[i], z_s[j], *labels, share, problem.alpha)
+            rows.append(_of_parameters(problem, name, flat, seed))
+        drawn = torch.from_numpy(shuffler.normal(scale=spread, size=(2, *z_t[i].shape))).to(problem.null)
+        rows += _inequalities("random logits", drawn[0], drawn[1], *labels, share, problem.alpha)
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def _logits(problem: Problem, flat: Tensor, patients: Patients) -> Tensor:
+    weights = problem.layout.views(flat.unsqueeze(0))
+    groups = [range(s, min(s + BATCH, len(patients))) for s in range(0, len(patients), BATCH)]
+    return torch.cat([predict_bins(weights, bag_features(problem, weights, patients.some(g).bags))[0] for g in groups])
+
+
+def _inequalities(
+    place: str, a: Tensor, b: Tensor, y_t: tuple, y_s: tuple, share: Tensor, alpha: float
+) -> list[dict[str, Any]]:
+    def g(logits: Tensor, label: tuple[Tensor, Tensor]) -> Tensor:
+        logits = logits.detach().requires_grad_()
+        loss = nll_loss(torch.sigmoid(logits), *label, alpha, reduction="sum")
+        return torch.autograd.grad(loss, logits)[0]
+
+    mixed = share * a + (1 - share) * b
+    sides = {
+        CONVEX: (share * g(a, y_t) + (1 - share) * g(b, y_t), g(mixed, y_t)),
+        EQ_9: (share * g(a, y_t) + (1 - share) * g(b, y_s), share * g(mixed, y_t) + (1 - share) * g(mixed, y_s)),
+    }
+    rows = []
+    for statement, (left, right) in sides.items():
+        counts = (left != 0) | (right != 0)
+        hazards = torch.sigmoid(torch.stack([a, b]))[:, counts]
+        rows.append({"place": place, "statement": statement, **_holding(left, right)})
+        rows[-1]["above_half"] = float((hazards > 0.5).double().mean())
+    return rows
+
+
+def _of_parameters(problem: Problem, place: str, flat: Tensor, seed: int) -> dict[str, Any]:
+    shuffler = np.random.default_rng([seed, 10])
+    chosen = [p.some(next(_batches(len(p), shuffler))) for p in (problem.target, problem.source)]
+    half, kinds = flat.new_full((2,), 0.5), torch.tensor([False, True], device=flat.device)
+    left, right = gradients(problem, flat.expand(2, -1), half, kinds, *chosen)
+    return {"place": place, "statement": EQ_10, **_holding(left, right), "above_half": float("nan")}
+
+
+def _holding(left: Tensor, right: Tensor) -> dict[str, Any]:
+    counts = (left != 0) | (right != 0)
+    slack = 1e-12 * torch.maximum(left.abs(), right.abs())
+    return {
+        "holds": float((left - right >= -slack)[counts].double().mean()),
+        "components": int(counts.sum()),
+        "gap": float((left - right).norm() / left.norm()),
+    }
+
+
+# ------------------------------------------------------------------------------------------- of a study
+
+
+def small_problem(bench: Workbench, target: str, source: str, fold: int, device: str = "cpu") -> Problem:
+    """The small problem of a study: at most `MAX_PATIENTS` training patients of the target's fold and of the source's
+    fold 0, at most `MAX_TESTED` of the target's external or else test patients, drawn by the study's seed, with at
+    most `MAX_PATCHES` patches each, and ABMIL with at most `DIM_EMB` and `DIM_ATTN` units, its M_0 drawn by the same
+    seed. Features of more than `DIM_IN` numbers are projected onto so many random directions and scaled to a mean
+    square of 1, so that one rate suits all.
+
+    Raises `Refused` for an unknown data set, a source that is the target, a fold out of range, and patients of whom no
+    C-index can be told.
+    """
+    study = bench.study
+    study.entry(target)
+    if source not in study.sources_of(target):
+        raise Refused(unknown("source", source, study.sources_of(target), f"study {study.name}, target {target}"))
+    if not 0 <= fold < study.n_folds:
+        raise Refused(f"fold {fold} of study {study.name}: its folds are 0 to {study.n_folds - 1}.")
+    data, other = bench.dataset(target), bench.dataset(source)
+    assert data.splits is not None and other.splits is not None
+    tested, everyone = (data, data.splits.test(fold))
+    if data.external is not None:
+        tested, everyone = data.external, list(data.external.cohort.patients["patient_id"])
+    n = study.network
+    small = {"dim_emb": min(n.dim_emb, DIM_EMB), "dim_attn": min(n.dim_attn, DIM_ATTN), "n_bins": n.n_bins}
+    seed_everything(study.seed)
+    network = ABMIL(min(study.features.dim, DIM_IN), **small, dropout=0.0)
+    loaded = [
+        _load(bench, data, data.splits.train(fold), MAX_PATIENTS, device),
+        _load(bench, other, other.splits.train(0), MAX_PATIENTS, device),
+        _load(bench, tested, everyone, MAX_TESTED, device),
+    ]
+    own, others, test = _narrowed(loaded, study.seed)
+    concordance_index(test.time_days, test.event.cpu().numpy(), np.zeros(len(test)))  # refuses what has no pairs
+    return Problem(network.to(device, torch.float64).eval(), own, others, test, study.recipe.alpha)
+
+
+def _narrowed(parts: list[Patients], seed: int) -> list[Patients]:
+    """The patients with features of at most `DIM_IN` numbers; the first set's decide the scale of all."""
+    dim = parts[0].bags.features.shape[1]
+    if dim <= DIM_IN:
+        return parts
+    drawn = torch.randn(dim, DIM_IN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    narrow = [part.bags.features @ drawn.to(part.bags.features) for part in parts]
+    scale = narrow[0].square().mean().sqrt()
+    return [
+        replace(part, bags=RaggedBatch(features / scale, part.bags.offsets))
+        for part, features in zip(parts, narrow, strict=True)
+    ]
+
+
+def _load(bench: Workbench, data: Dataset, patients: Sequence[str], most: int, device: str) -> Patients:
+    study = bench.study
+    if len(patients) > most:
+        kept_ones = np.sort(np.random.default_rng(study.seed).choice(len(patients), most, replace=False))
+        patients = [patients[i] for i in kept_ones]
+    labels = data.labels(patients)
+    bags = data.batch(patients, device, torch.float64, max_patches=MAX_PATCHES)
+    bins = bin_index(labels["time_days"], study.network.n_bins, study.network.bin_width_days)
+    event = torch.from_numpy(labels["event"].to_numpy(dtype=bool)).to(device)
+    return Patients(bags, torch.from_numpy(bins).to(device), event, labels["time_days"].to_numpy())
+
+
+def lengths(study: Study) -> list[int]:
+    """Those of `LENGTHS` that a study's recipe gives room for: 10 steps to an epoch, at least two lengths."""
+    return [steps for steps in LENGTHS if steps <= max(10 * study.recipe.epochs, LENGTHS[1])]
+
+
+def of_study(
+    bench: Workbench, target: str, source: str, fold: int, seeds: Sequence[int], device: str = "cpu"
+) -> pd.DataFrame:
+    """`compare` on the small problem of a study, over `lengths`; kept."""
+    settings: dict[str, Any] = {"seeds": list(seeds), "lengths": lengths(bench.study), "lambdas": LAMBDAS, "rate": RATE}
+    return kept(
+        bench,
+        "vicinal",
+        _decides(bench, target, source, fold) | settings,
+        lambda: compare(small_problem(bench, target, source, fold, device), **settings),
+    )
+
+
+def premise_of_study(
+    bench: Workbench, target: str, source: str, fold: int, seed: int, device: str = "cpu"
+) -> pd.DataFrame:
+    """`premise` on the small problem of a study, at M_0 and at the M_t of the longest of `lengths`; kept."""
+    steps = max(lengths(bench.study))
+
+    def compute() -> pd.DataFrame:
+        problem = small_problem(bench, target, source, fold, device)
+        with single_thread():
+            tau = train(problem, [1.0], [False], [steps], seed, RATE)[steps][0]
+        return premise(problem, {"M_0": problem.null, "M_t": problem.null + tau}, seed=seed)
+
+    decides = _decides(bench, target, source, fold) | {"seed": seed, "steps": steps}
+    return kept(bench, "vicinal_premise", decides, compute)
+
+
+def _decides(bench: Workbench, target: str, source: str, fold: int) -> dict[str, Any]:
+    """The patients, features and settings that the small problem of a study follows from."""
+    study, data = bench.study, bench.dataset(target)
+    return {
+        "target": [target, data.fingerprint, data.external.fingerprint if data.external else ""],
+        "source": [source, bench.dataset(source).fingerprint],
+        "fold": fold,
+        "study": [study.seed, study.features.dim, study.network.model_dump(mode="json"), study.recipe.alpha],
+    }
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds of `compare`'s numbers with the least and the largest of the cosine (cosine_min, cosine_max) and
+    the distance, a row per steps, lambda, reference and candidate; and nll_gap and c_index_gap, candidate less
+    reference."""
+    full = table.assign(
+        nll_gap=table["nll"] - table["nll_reference"], c_index_gap=table["c_index"] - table["c_index_reference"]
+    )
+    grouped = full.groupby(["steps", "lambda", "reference", "candidate"], sort=False)
+    found = grouped.mean(numeric_only=True).drop(columns="seed")
+    for name in ("cosine", "distance", "nll", "c_index", "nll_gap", "c_index_gap"):
+        found[f"{name}_min"], found[f"{name}_max"] = grouped[name].min(), grouped[name].max()
+    return found.reset_index()
+
+
+def take_away(summary: pd.DataFrame, premise: pd.DataFrame) -> list[str]:
+    """Appendix B in words, from `summary` and `premise`: list items. lambda is the one nearest to 0.5."""
+    lambdas = summary["lambda"].unique()
+    part = summary[summary["lambda"] == lambdas[np.abs(lambdas - 0.5).argmin()]]
+    found = part.set_index(["reference", "candidate", "steps"]).sort_index()
+    first, last = part["steps"].min(), part["steps"].max()
+
+    def of(reference: str, candidate: str, steps: int, value: str) -> float:
+        return float(found.loc[(reference, candidate, steps), value])
+
+    lines = [
+        f"- After {first} step the mixture is, up to a relative distance of "
+        f"{of(LOSSES, MIXTURE, first, 'distance'):.0e}, the task vector of training on mixed losses (Eq. 8), and "
+        f"{of(FEATURES, MIXTURE, first, 'distance'):.2f} from that of mixed features; after {last} steps it is "
+        f"{of(LOSSES, MIXTURE, last, 'distance'):.2f} and {of(FEATURES, MIXTURE, last, 'distance'):.2f} away (cosine "
+        f"{of(LOSSES, MIXTURE, last, 'cosine'):.2f} and {of(FEATURES, MIXTURE, last, 'cosine'):.2f})."
+    ]
+    nearer = max(of(FEATURES, name, last, "cosine") for name in (TARGET_ALONE, SOURCE_ALONE))
+    line = f"- Beside it, the better of the two task vectors alone has a cosine of {nearer:.2f} with mixed features"
+    if (FEATURES, OTHER_BATCHES, last) in found.index:
+        line += (
+            f", and mixed features with its patients in another order {of(FEATURES, OTHER_BATCHES, last, 'cosine'):.2f}"
+        )
+    lines.append(line + ".")
+    loss, c_index = (
+        [
+            of(LOSSES, TARGET_ALONE, last, value),
+            of(LOSSES, MIXTURE, last, value),
+            of(LOSSES, MIXTURE, last, f"{value}_reference"),
+            of(FEATURES, MIXTURE, last, f"{value}_reference"),
+        ]
+        for value in ("nll", "c_index")
+    )
+    names = ("M_t", "the mixture", "mixed losses", "mixed features")
+    both = zip(names, loss, c_index, strict=True)
+    lines.append(
+        f"- On new patients of the target after {last} steps (loss, C-index): "
+        + "; ".join(f"{name} {a:.3f}, {b:.3f}" for name, a, b in both)
+        + "."
+    )
+    holds = premise.pivot(index="place", columns="statement", values="holds")
+    shares = [
+        f"at {place} in {100 * holds.loc[place, CONVEX]:.0f} % of the components, Eq. 9 in "
+        f"{100 * holds.loc[place, EQ_9]:.0f} %, Eq. 10 in {100 * holds.loc[place, EQ_10]:.0f} %"
+        for place in holds.index[holds[EQ_10].notna()]
+    ]
+    lines.append(f"- The convexity that Eq. 9 asks for holds {'; '.join(shares)}.")
+    return lines

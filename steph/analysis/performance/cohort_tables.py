@@ -1,0 +1,113 @@
+"""Tables of the cohort: Table S1 beside what is here, the folds, and the C-index of a made-up patient's true risk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from steph import Refused
+from steph.data.dataset import Dataset
+from steph.study.tables import VALUES, c_index_table, paper_table, steadiest, summary
+from steph.survival import concordance_index
+
+
+def cohort_numbers(datasets: Iterable[Dataset]) -> pd.DataFrame:
+    """Table S1's numbers counted on data sets, by name: patients, slides, survival_rate_pct, mean and largest number of
+    patches of a patient; then the paper's (`paper_...`) and `match`: do the first three agree with it?
+
+    Table S1 does not say whether its patches are a slide's or a patient's. Its numbers for the data sets with several
+    slides a patient (SARC, GBMLGG) read like a patient's.
+    """
+    printed = paper_table("table_s1_datasets").set_index("dataset")
+    printed = printed.rename(columns={"wsis": "slides", "patches_mean": "mean_patches", "patches_max": "max_patches"})
+    printed["survival_rate_pct"] = (100 * printed.pop("survival_rate")).round(1)
+    rows = {}
+    for data in datasets:
+        patients = data.cohort.patients
+        counts = data.n_patches(list(patients["patient_id"]))
+        rows[data.name] = {
+            "patients": len(patients),
+            "slides": len(data.cohort.slides),
+            "survival_rate_pct": round(100 * (1 - float(patients["event"].mean())), 1),
+            "mean_patches": round(float(counts.mean())),
+            "max_patches": int(counts.max()),
+        }
+    own = pd.DataFrame.from_dict(rows, orient="index")
+    table = own.join(printed[own.columns].add_prefix("paper_")).rename_axis("dataset")
+    whole = [c for c in table.columns if not c.endswith("_pct")]
+    same = [table[c] == table[f"paper_{c}"] for c in ("patients", "slides", "survival_rate_pct")]
+    return table.astype(dict.fromkeys(whole, "Int64")).assign(match=same[0] & same[1] & same[2])
+
+
+def cohort_table(numbers: pd.DataFrame, synthetic: bool) -> pd.DataFrame:
+    """`cohort_numbers` to look at: for each number ours and the paper's, and whether they agree (a synthetic cohort is
+    smaller on purpose, so it is not asked)."""
+    names = {"patients": "patients", "slides": "slides", "survival_rate_pct": "survival rate (%)"}
+    names |= {"mean_patches": "patches (mean)", "max_patches": "patches (max)"}
+    pairs = {}
+    for column, name in names.items():
+        pairs[name, "here"], pairs[name, "Table S1"] = numbers[column], numbers[f"paper_{column}"]
+    table = pd.DataFrame(pairs)
+    if not synthetic:
+        known = numbers["paper_patients"].notna()
+        table["agrees", ""] = numbers["match"].map({True: "yes", False: "no"}).where(known, "not in the paper")
+    return table.rename_axis(index=None)
+
+
+def split_table(datasets: Iterable[Dataset]) -> pd.DataFrame:
+    """How alike the folds are, a row per data set: test patients, test events and median follow-up (years) of a fold,
+    each from the least to the largest, and where the splits come from."""
+    rows = []
+    for data in datasets:
+        assert data.splits is not None
+        tests = [data.labels(data.splits.test(fold)) for fold in range(data.splits.n_folds)]
+        sizes: dict[str, Sequence[float]] = {
+            "test patients": [len(t) for t in tests],
+            "test events": [int(t["event"].sum()) for t in tests],
+            "median follow-up (years)": [float(t["time_days"].median()) / 365.25 for t in tests],
+        }
+        row = {name: _range(values) for name, values in sizes.items()}
+        origin = "the authors' files" if data.splits.origin == "authors" else "made here, stratified"
+        rows.append({"data set": data.name, "folds": len(tests), **row, "splits": origin})
+    return pd.DataFrame(rows)
+
+
+def _range(values: Sequence[float]) -> str:
+    form = "d" if all(isinstance(v, int) for v in values) else ".1f"
+    least, most = (f"{v:{form}}" for v in (min(values), max(values)))
+    return least if least == most else f"{least} to {most}"
+
+
+def oracle_table(datasets: Iterable[Dataset], folds: Sequence[int]) -> pd.DataFrame:
+    """C-index of the true risk, which no model exceeds but by luck: dataset, method ("oracle"), fold, c_index,
+    external_c_index, as `summary` takes them. For data sets of a synthetic study; others have no rows."""
+    rows = []
+    for data in datasets:
+        if data.oracle is None or data.splits is None:
+            continue
+        outside = data.external
+        of_all = (
+            None if outside is None or outside.oracle is None else _oracle_c_index(outside, list(outside.oracle.index))
+        )
+        for fold in folds:
+            rows.append((data.name, "oracle", fold, _oracle_c_index(data, data.splits.test(fold)), of_all))
+    return pd.DataFrame(rows, columns=["dataset", "method", "fold", "c_index", "external_c_index"])
+
+
+def oracle_wide(oracle: pd.DataFrame) -> pd.DataFrame:
+    """`oracle_table` to look at: data sets in rows; test folds and, where there are some, external patients."""
+    table = c_index_table(oracle).set_axis([VALUES["c_index"]], axis=1)
+    if steadiest(oracle) == "external_c_index":
+        means = summary(oracle, "external_c_index").set_index("dataset")["mean"]
+        table[VALUES["external_c_index"]] = means.map("{:.4f}".format)
+    return table
+
+
+def _oracle_c_index(data: Dataset, patients: list[str]) -> float | None:
+    labels = data.labels(patients)
+    assert data.oracle is not None
+    try:
+        return concordance_index(labels["time_days"], labels["event"], data.oracle.loc[patients])
+    except Refused:
+        return None

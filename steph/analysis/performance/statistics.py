@@ -1,0 +1,230 @@
+"""Statistics of two methods compared: gains with intervals that know what folds share, and when a gain is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from steph import Refused
+from steph.methods.registry import METHODS
+from steph.study.tables import AVERAGE, TABLES, paper_c_index, paper_wins, refuse_repeats, summary, title
+
+NOISE = 0.025
+"""Differences of two C-indices below this are not read: a mean over 13 x 5 test folds varies by .010 to .014 from one
+draw of the cohort to the next."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval (NaN where there is none)."""
+
+    value: float
+    low: float = np.nan
+    high: float = np.nan
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two methods over the same data sets and folds: what the first gains over the second.
+
+    gains: by data set, mean over folds of the difference, and its standard error (corrected, see `compare`).
+    base: mean C-index of the second method. n_folds: folds of each data set.
+    """
+
+    gains: pd.DataFrame
+    base: float
+    n_folds: int
+
+    @property
+    def gain(self) -> Estimate:
+        """Mean gain over data sets with a 95 % interval by Student's t, the wider of two: one takes the data sets as
+        they are and the folds as noise, the other the data sets as a sample of all there could be."""
+        from scipy.stats import t
+
+        c, mean = len(self.gains), float(self.gains["gain"].mean())
+        reach = []
+        if self.n_folds > 1:
+            error = float(np.sqrt((self.gains["error"] ** 2).sum()) / c)
+            reach.append(float(t.ppf(0.975, c * (self.n_folds - 1))) * error)
+        if c > 1:
+            reach.append(float(t.ppf(0.975, c - 1)) * float(self.gains["gain"].std()) / np.sqrt(c))
+        return Estimate(mean, mean - max(reach), mean + max(reach)) if reach else Estimate(mean)
+
+    @property
+    def wins(self) -> Estimate:
+        """On how many data sets the first is better; the interval counts how many of these differences could be of the
+        other sign: each true gain is the one seen plus Student's t times its error."""
+        from scipy.stats import t
+
+        seen = int((self.gains["gain"] > 0).sum())
+        if self.n_folds < 2:
+            return Estimate(seen)
+        gain, error = self.gains["gain"].to_numpy(), self.gains["error"].to_numpy()
+        # Without any spread the sign is certain; a gain of exactly 0 is none.
+        certain = np.where(gain > 0, np.inf, -np.inf)
+        ratio = np.divide(gain, error, out=certain, where=error > 0)
+        distribution = np.ones(1)  # of the number of gains above 0, data set by data set
+        for p in t.cdf(ratio, self.n_folds - 1):
+            distribution = np.convolve(distribution, [1 - p, p])
+        below = np.cumsum(distribution)
+        return Estimate(seen, int(np.searchsorted(below, 0.025)), int(np.searchsorted(below, 0.975)))
+
+
+def compare(results: pd.DataFrame, first: str, second: str, value: str = "c_index") -> Comparison:
+    """Compare two methods pair by pair, over all data sets and the folds that both were run on.
+
+    The standard error of a data set's mean gain over J folds is that of Nadeau and Bengio (2003), var (1/J + 1/(k-1)):
+    the folds share training patients, so the plain 1/J is too optimistic. 1/(k-1) is the size of a test fold over that
+    of its training patients in cross-validation with k folds. k is the results' column `folds` where they have it, as
+    they must where cross-validation is repeated or only some of its folds were run; without it, k = J.
+
+    Raises `Refused` where a value is undefined, one method lacks a data set, data sets have different numbers of folds,
+    or nothing is there.
+    """
+    refuse_repeats(results)
+    pairs = results[results["method"].isin([first, second])]
+    both = pairs.groupby(["dataset", "fold"])["method"].transform("size") == 2
+    lacking = sorted(set(pairs["dataset"]) - set(pairs.loc[both, "dataset"]))
+    if both.any() and lacking:
+        raise Refused(f"{title(first)}, {title(second)}: no fold of {', '.join(lacking)} that both were run on.")
+    pairs = pairs[both].pivot(index=["dataset", "fold"], columns="method", values=value)
+    names = ", ".join(title(m) for m in (first, second))
+    if len(pairs) == 0 or not {first, second} <= set(pairs.columns):
+        raise Refused(f"{names}: one of them has no results to compare.")
+    pairs = pairs.astype(float)
+    if pairs.isna().any(axis=None):
+        dataset, fold = pairs.index[pairs.isna().any(axis=1)][0]
+        raise Refused(f"{names}: no {value} of one of them on {dataset}, fold {fold}.")
+    folds = pairs.groupby("dataset", sort=False).size()
+    if folds.nunique() > 1:
+        raise Refused(f"{names}: {folds.idxmin()} has {folds.min()} folds, {folds.idxmax()} {folds.max()}.")
+    j = int(folds.iloc[0])
+    difference = (pairs[first] - pairs[second]).groupby("dataset", sort=False)
+    factor = 1 / j + 1 / (_folds(results, j) - 1) if j > 1 else np.nan
+    gains = pd.DataFrame({"gain": difference.mean(), "error": np.sqrt(difference.var() * factor)})
+    base = float(pairs[second].groupby("dataset").mean().mean())
+    return Comparison(gains, base, j)
+
+
+def _folds(results: pd.DataFrame, j: int) -> int:
+    """Folds of one cross-validation; j where the results do not say."""
+    known = sorted(set(results["folds"].dropna().astype(int))) if "folds" in results else []
+    if len(known) > 1:
+        raise Refused(f"results of cross-validations with {' and '.join(map(str, known))} folds; choose one.")
+    return known[0] if known else j
+
+
+def interval(estimate: Estimate, form: str = "+.3f") -> str:
+    """The interval as text: "95 % interval +0.010 to +0.050"."""
+    if np.isnan(estimate.low):
+        return "no interval"
+    return f"95 % interval {estimate.low:{form}} to {estimate.high:{form}}"
+
+
+def read(gain: Estimate) -> str:
+    """ "yes", "no, the reverse" or "not shown"; see `control_table`."""
+    if np.isnan(gain.low):
+        return "not shown (no interval)"
+    if gain.low > 0 and gain.value >= NOISE:
+        return "yes"
+    if gain.high < 0 and gain.value <= -NOISE:
+        return "no, the reverse"
+    return "not shown"
+
+
+def ceiling(results: pd.DataFrame, oracle: pd.DataFrame, value: str = "c_index") -> pd.DataFrame:
+    """Mean C-index of each method beside that of the true risk on the same cells, and the share of the way from a coin
+    (0.5) to it: method, mean, oracle, share. Raises `Refused` where a value is undefined."""
+    rows = []
+    for name in results["method"].unique():
+        both = pd.concat([results[results["method"] == name], oracle])
+        found = compare(both, name, "oracle", value)
+        mean = found.base + found.gain.value
+        rows.append((title(name), mean, found.base, (mean - 0.5) / (found.base - 0.5)))
+    return pd.DataFrame(rows, columns=["method", "mean", "oracle", "share"])
+
+
+def compared(
+    results: pd.DataFrame, methods: Sequence[str], table: str, reference: str | Mapping[str, str] = "steph"
+) -> pd.DataFrame:
+    """Methods beside one of them (the same for all, or by method), a row each: method, row (its name in the paper's
+    table), mean over data sets, paper (its mean over all 13), gain over the reference with low and high, paper_gain,
+    problem (why there is no mean or no comparison; then the numbers are NaN)."""
+    rows = []
+    for name in methods:
+        other = reference if isinstance(reference, str) else reference.get(name, name)
+        own = summary(results[results["method"] == name])
+        mean, problem = (np.nan, "no results") if own.empty else (own["mean"].iloc[-1], own["undefined"].iloc[-1])
+        printed = float(paper_c_index(name, table).get(AVERAGE, np.nan))
+        gain, paper = Estimate(np.nan), np.nan
+        if other != name:
+            try:
+                gain = compare(results, name, other).gain
+            except Refused as reason:
+                problem = problem or str(reason)
+            paper = printed - _paper_average(other, table)
+        row = METHODS[name].table.get(table, "") if name in METHODS else ""
+        rows.append((name, row, mean, printed, gain.value, gain.low, gain.high, paper, problem))
+    columns = ["method", "row", "mean", "paper", "gain", "low", "high", "paper_gain", "problem"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def compared_wide(table: pd.DataFrame, reference: str = "STEPH") -> pd.DataFrame:
+    """`compared` to look at: here, the paper, what is gained over the reference here (with its interval) and in the
+    paper. What is undefined says so."""
+
+    def text(row: pd.Series) -> dict[str, str]:
+        gain = "" if pd.isna(row["gain"]) else f"{row['gain']:+.4f}"
+        if gain and not pd.isna(row["low"]):
+            gain += f" ({row['low']:+.3f} to {row['high']:+.3f})"
+        return {
+            "": title(row["method"]),
+            "here": f"undefined ({row['problem']})" if pd.isna(row["mean"]) else f"{row['mean']:.4f}",
+            "paper": "" if pd.isna(row["paper"]) else f"{row['paper']:.4f}",
+            f"here − {reference}": gain or (row["problem"] if not pd.isna(row["mean"]) else ""),
+            f"paper − {reference}": "" if pd.isna(row["paper_gain"]) else f"{row['paper_gain']:+.4f}",
+        }
+
+    wide = pd.DataFrame([text(row) for _, row in table.iterrows()])
+    return wide.loc[:, (wide != "").any()]
+
+
+def beside_two(results: pd.DataFrame, methods: Sequence[str], references: tuple[str, str]) -> pd.DataFrame:
+    """Methods that the paper lacks, to look at: C-index here and the difference to each of two methods."""
+    parts = [compared_wide(compared(results, methods, "none", each), title(each)) for each in references]
+    differences = [part.drop(columns=["", "here"]) for part in parts]
+    return pd.concat([parts[0][["", "here"]], *differences], axis=1).fillna("")
+
+
+def wins_table(results: pd.DataFrame, first: str, others: Sequence[str]) -> pd.DataFrame:
+    """On how many data sets a method is ahead of each of others: against, here, paper."""
+    rows = []
+    for other in others:
+        try:
+            found = compare(results, first, other)
+            here = f"{found.wins.value} of {len(found.gains)}, {interval(found.wins, '.0f')}"
+        except Refused as reason:
+            here = f"undefined ({reason})"
+        rows.append((title(other), here, "{} of {}".format(*paper_wins(first, other))))
+    return pd.DataFrame(rows, columns=["against", "here", "paper"])
+
+
+def said(results: pd.DataFrame, first: str, second: str, value: str = "c_index") -> str:
+    """A comparison in words: the difference, its interval, and whether the first is better."""
+    try:
+        gain = compare(results, first, second, value).gain
+    except Refused as reason:
+        return f"no answer: {str(reason).rstrip('.')}"
+    return f"{gain.value:+.3f} ({interval(gain)}); better? {read(gain)}"
+
+
+def _paper_average(method: str, table: str) -> float:
+    """The average that the paper prints for a method: in a table, or in the first of the others that has it."""
+    for each in (table, *TABLES):
+        printed = paper_c_index(method, each)
+        if AVERAGE in printed:
+            return float(printed[AVERAGE])
+    return np.nan

@@ -1,0 +1,192 @@
+"""The authors' checkpoints (``.pth``) and ours (``.safetensors``): weights, read from the one and written as the other.
+
+Two kinds are known: a prognostic network (ABMIL: a cancer's own model, or the null model) and what STEPH trains (its
+hypernetworks and its head; the models that it merges are files of their own). Values are carried over bit for bit.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steph import Refused
+from steph.files.records import atomic_path
+from steph.files.tables import first
+from steph.merging import steph as hypernetwork
+from steph.merging.steph import Hypernetwork
+from steph.merging.task_vectors import check_same_network
+from steph.mil import abmil
+from steph.mil.state import ModelState, load_into, load_state, save_state, state_fingerprint
+
+OURS, THEIRS = (".safetensors",), (".pth", ".pt")
+LAYERS = {
+    "ABMIL": {theirs: ours for ours, theirs in abmil.RELEASED_NAMES.items()},
+    "STEPH": hypernetwork.RELEASED_NAMES,
+}
+"""The release's names of a model's layers, and ours; each has a weight and a bias."""
+
+
+def convert(source: Path, target: Path, null: Path | None = None) -> str:
+    """Write the weights of `source` as `target`, in the names and the format of its ending; returns what they are.
+
+    null: the null model (M_0) that they were trained from, either format (its own file, for an M_0). Models that are
+    known to come from different ones are never merged (`steph.merging.task_vectors.task_vector`).
+    Raises `Refused` as `read_weights` does, for other endings, and where `target` is there already.
+    """
+    for path, known in ((source, OURS + THEIRS), (target, OURS + THEIRS)):
+        if path.suffix not in known:
+            raise Refused(f"{path}: expected a file that ends in {', '.join(known)}.")
+    if target.exists():
+        raise Refused(f"{target} is there already. Choose another name, or move it away.")
+    state, kind, others = read_weights(source)
+    if null is not None:
+        start, its_kind, _ = read_weights(null)
+        if its_kind != "ABMIL":
+            raise Refused(f"{null} holds what {its_kind} trains; expected a null model, a network like any other.")
+        if kind == "ABMIL":
+            check_same_network(state, start)
+        state.origin = state_fingerprint(start)
+    with atomic_path(target) as temporary:
+        if target.suffix in OURS:
+            save_state(state, temporary)
+        else:
+            write_released(state, temporary)
+    left_out = f"; {len(others)} other entries left out ({first(others, 3)})" if others else ""
+    return f"{kind}, {sum(v.numel() for v in state.values()):,} weights{left_out}"
+
+
+def read_weights(path: Path) -> tuple[ModelState, str, list[str]]:
+    """The weights in a file of ours or of the release, under our names; their kind, of `LAYERS`; and what else the file
+    holds and is left out (a checkpoint of STEPH may hold the frozen models too).
+
+    Raises `Refused` for a missing or damaged file, one that holds Python objects, parameters that are missing or
+    unknown, shapes that do not fit each other, and values that are not finite.
+    """
+    if not path.is_file():
+        raise Refused(f"there is no file {path}.")
+    if path.suffix in OURS:
+        found = load_state(path)
+        kind, state, others = _kind(found, path, theirs=False), found, list[str]()
+    else:
+        values = _tensors(path)
+        kind = _kind(values, path, theirs=True)
+        names = _names(kind)
+        state = ModelState({ours: values[theirs] for theirs, ours in names.items()})
+        others = [name for name in values if name not in names]
+    for name, value in state.items():
+        if value.dim() != (2 if name.endswith("weight") else 1) or not value.is_floating_point():
+            raise Refused(
+                f"{path}: {name} is {value.dtype} of shape {tuple(value.shape)}; no layer of {kind} has that."
+            )
+        if not torch.isfinite(value).all():
+            raise Refused(f"{path}: {name} holds numbers that are not finite: the file is damaged, or training failed.")
+    try:
+        _fit(state, kind)
+    except Refused as reason:
+        raise Refused(f"{path}: {reason}") from None
+    return state, kind, others
+
+
+def write_released(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write our weights as the release does: a dictionary of tensors under its names. The same weights are the same
+    file, byte for byte. Raises `Refused` for another kind of model than `LAYERS` has."""
+    names = _names(_kind(state, path, theirs=False))
+    values = {theirs: state[ours].detach().cpu().clone() for theirs, ours in names.items()}
+    content = io.BytesIO()  # torch.save writes a file's own name into it
+    torch.save(values, content)
+    path.write_bytes(content.getvalue())
+
+
+def _names(kind: str) -> dict[str, str]:
+    """The release's parameter names of a kind, and ours."""
+    return {
+        f"{theirs}.{part}": f"{ours}.{part}" for theirs, ours in LAYERS[kind].items() for part in ("weight", "bias")
+    }
+
+
+def _kind(values: Mapping[str, Tensor], path: Path, theirs: bool) -> str:
+    """Which kind's parameters these are. Raises `Refused` where some are missing, or more are there than belong to it;
+    a checkpoint of the release's STEPH may hold more."""
+    kind = "STEPH" if any(name.startswith(("regulate_layer", "vecmix_layer", "hyper.")) for name in values) else "ABMIL"
+    expected = list(_names(kind) if theirs else _names(kind).values())
+    missing = [name for name in expected if name not in values]
+    others = [name for name in values if name not in expected]
+    if missing or (others and not (theirs and kind == "STEPH")):
+        lacks = f"lacks {first(missing)}" if missing else f"has {first(others)} besides"
+        raise Refused(
+            f"{path} does not hold the weights of {kind}: it {lacks}. The release has ABMIL networks and STEPH with "
+            "two hypernetworks; other networks and methods cannot be carried over."
+        )
+    return kind
+
+
+def _fit(state: ModelState, kind: str) -> None:
+    """Raise `Refused` where the layers do not fit each other: one is made of the others' dimensions, and compared."""
+    with torch.device("meta"):
+        if kind == "ABMIL":
+            dim_emb, dim_in = state["embed.weight"].shape
+            network = abmil.ABMIL(dim_in, dim_emb, len(state["gate_tanh.weight"]), len(state["head.weight"]))
+            load_into(network, state)
+        else:
+            dim_hidden, dim_in = state["hyper.embed.weight"].shape
+            hyper = Hypernetwork(dim_in, dim_hidden, len(state["hyper.weight_head.3.weight"]), True, True, 0.0, "mlp")
+            load_into(hyper, {k.removeprefix("hyper."): v for k, v in state.items() if k.startswith("hyper.")})
+            head = torch.nn.Linear(state["head.weight"].shape[1], len(state["head.weight"]))
+            load_into(head, {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")})
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a PyTorch file; `weights_only` runs no code of it. A dictionary that holds the one of the weights
+    ("model", "net", ...) and names that all begin with "module." are what programs write too."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # What torch warns of is refused below.
+            values: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # A damaged file makes torch raise nearly anything.
+        culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if culprit:
+            raise Refused(
+                f"{path} holds Python objects ({culprit[1]}), not weights alone. Loading them can run code that came "
+                "with the file, so it is not opened. Where you trust its origin, have the program that made it save "
+                "the weights: torch.save(model.state_dict(), 'weights.pth')."
+            ) from None
+        raise Refused(f"{path} is damaged, cut off, or no PyTorch file of weights. Get it again.") from None
+    if isinstance(values, dict):
+        inner = [value for value in values.values() if isinstance(value, dict) and _are_tensors(value)]
+        values = inner[0] if len(inner) == 1 and not _are_tensors(values) else values
+    if not isinstance(values, dict) or not _are_tensors(values):
+        raise Refused(
+            f"{path} holds {_what(values)}; expected a dictionary of tensors by name, as "
+            "torch.save(model.state_dict(), ...) writes it."
+        )
+    if all(name.startswith("module.") for name in values):  # as torch.nn.DataParallel names them
+        values = {name.removeprefix("module."): value for name, value in values.items()}
+    return {name: value.detach() for name, value in values.items()}
+
+
+def _are_tensors(values: dict[Any, Any]) -> bool:
+    """Named, plain, whole tensors, and at least one?"""
+    return bool(values) and all(
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and value.is_contiguous()  # a few bytes could stand for more than the memory holds
+        for name, value in values.items()
+    )
+
+
+def _what(values: Any) -> str:
+    return (
+        f"a dictionary with {first([str(key) for key in values])}"
+        if isinstance(values, dict)
+        else type(values).__name__
+    )

@@ -1,0 +1,61 @@
+"""Tables in CSV files: reading them, writing them with a checksum, naming what is wrong in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from steph import Refused
+from steph.files.records import atomic_path, file_sha256
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """A CSV file as text, cell by cell; an empty cell is "".
+
+    Raises `Refused` for a file that is no CSV table, one with more cells in a row than there are names, and one that
+    differs from its checksum, where it has one (`write_csv`). A table that a person made has none: a digit that changed
+    in it cannot be noticed.
+    """
+    try:
+        _refuse_changed(path)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise Refused(f"{path} is not a readable CSV table: {error}") from None
+    if len(table) and not isinstance(table.index, pd.RangeIndex):  # pandas has taken the first cells for row names
+        raise Refused(
+            f"{path}: its rows have more cells than its first line has names ({first(table.columns.tolist())}), "
+            "so nobody can tell which cell is what. Give every column a name; a table saved with row names lacks one."
+        )
+    return table
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    """Write a table, atomically, and beside it ``<name>.sha256``, its checksum in the format of `sha256sum`."""
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=False)
+        # The checksum comes first: killed in between, no table is left that nothing vouches for.
+        with atomic_path(_seal(path)) as seal:
+            seal.write_text(f"{file_sha256(temporary)}  {path.name}\n", encoding="utf-8")
+
+
+def _seal(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _refuse_changed(path: Path) -> None:
+    seal = _seal(path)
+    if not seal.is_file():
+        return
+    expected, found = seal.read_bytes()[:64].decode(errors="replace"), file_sha256(path)
+    if found != expected:
+        raise Refused(
+            f"{path} is not the table that was written (its sha256 is {found[:12]}, {seal.name} says "
+            f"{expected[:12]!r}): it was damaged or changed. Delete it and make it again; where you changed it on "
+            f"purpose, delete {seal}."
+        )
+
+
+def first(items: list[str], most: int = 5) -> str:
+    """The first items, and how many more there are."""
+    return ", ".join(items[:most]) + (f", and {len(items) - most} more" if len(items) > most else "")

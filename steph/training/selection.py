@@ -1,0 +1,70 @@
+"""Choosing a setting of a merged model by cross-validation inside a fold's training patients.
+
+The paper says that it chose gamma so; nobody has released how. The rule here: nobody whom a setting is judged on was
+seen by any model that is merged. So the target's own model, which the other patients of the fold trained, is trained
+anew in every inner fold; other cancers' models never saw the target's patients and are taken as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+from torch import nn
+
+from steph.data.cohort import Cohort
+from steph.data.dataset import Dataset
+from steph.data.manifest import Network, Recipe
+from steph.data.splits import make_splits
+from steph.mil.state import ModelState, state_of
+from steph.survival import concordance_index
+from steph.training.engine import fit, predict, seed_everything
+
+INNER_FOLDS = 3
+
+
+def grid_search(
+    values: Sequence[float],
+    own: Callable[[], nn.Module],
+    merged: Callable[[ModelState, float], nn.Module],
+    dataset: Dataset,
+    patients: Sequence[str],
+    recipe: Recipe,
+    network: Network,
+    seed: int,
+    device: str = "cpu",
+    precision: str = "fp32",
+) -> pd.DataFrame:
+    """C-index of each value of a setting in `INNER_FOLDS` inner folds of these patients: value, fold, c_index.
+
+    own: makes the target's own network, untrained. merged: makes the merged model from its trained parameters and a
+    value. Everything is trained by the study's recipe under `seed`, so it costs INNER_FOLDS * (1 + number of values)
+    trainings, each on (1 - 1 / INNER_FOLDS) of the patients: for three folds and five values, 12 times one training.
+    Raises `Refused` where an inner fold has no event or no pair to compare.
+    """
+    slides = dataset.cohort.slides
+    table = make_splits(Cohort(dataset.name, slides[slides["patient_id"].isin(list(patients))]), INNER_FOLDS, seed)
+    fold_of = dict(zip(table["patient_id"], table["fold"], strict=True))
+    rows = []
+    for fold in range(INNER_FOLDS):
+        train, judge = ([p for p in patients if (fold_of[p] == fold) == held] for held in (False, True))
+
+        def trained(model: nn.Module, train: list[str] = train) -> nn.Module:
+            fit(model, dataset, train, recipe, network, seed, device, precision)
+            return model
+
+        seed_everything(seed)
+        own_state = state_of(trained(own()))
+        for value in values:
+            seed_everything(seed)
+            model = trained(merged(own_state, value))
+            found = predict(model, dataset, judge, device, precision, recipe.max_patches)
+            c_index = concordance_index(found["time_days"], found["event"], found["risk"])
+            rows.append({"value": value, "fold": fold, "c_index": c_index})
+    return pd.DataFrame(rows)
+
+
+def best_value(scores: pd.DataFrame) -> float:
+    """The value of highest mean C-index over the inner folds; the first of equals."""
+    means = scores.groupby("value", sort=False)["c_index"].mean()
+    return float(means.index[int(means.to_numpy().argmax())])

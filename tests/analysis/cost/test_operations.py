@@ -1,0 +1,140 @@
+"""What methods cost in operations, against closed formulas, against counts of other tools, and on real numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from steph import Refused
+from steph.analysis.cost import operations
+from steph.data.manifest import load_study
+from steph.methods.registry import METHODS
+from steph.study.runs import Run
+from steph.study.tables import paper_table
+from steph.training.memory import live_bytes
+
+D, H, A, T, M = 1536, 512, 384, 32, 12
+"""The paper's widths: features, embedding, attention, bins; and its sources."""
+ENCODER = D * H + H + 2 * (H * A + A) + A + 1
+
+
+def test_parameters_are_table_s4s():
+    printed = paper_table("table_s4").set_index("method")["learnable_params_m"].to_dict()
+    counted = operations.learnable_parameters()
+    assert {METHODS[name].table["table_s4"]: round(n / 1e6, 2) for name, n in counted.items()} == printed
+    assert counted["steph"] == 1_340_984 and counted["vanilla"] == 1_197_729
+
+
+def test_parameters_of_a_study_are_those_that_its_runs_train(tiny):
+    counted = operations.learnable_parameters(tiny.study)
+    for name in ("vanilla", "steph"):
+        assert tiny.record(Run("SARC", name, 0, tiny.study.seed)).info["trained_parameters"] == counted[name]
+    table = operations.parameter_table(load_study("tcga")).set_index("method")
+    assert (table["counted (M)"] * 1e6 == table["in this study"]).all()
+
+
+def by_hand(n: int, m: int = M) -> dict[str, int]:
+    """Operations of a prediction on n patches, from the equations."""
+    layers = 2 * n * (D * H + 2 * H * A + A) + 2 * H * T
+    abmil = layers + 2 * n * H  # and the weighted sum of the patches
+    hyper = 2 * n * D * H + 2 * n * H + 2 * (2 * H * H + 2 * H * m)
+    router = abmil - 2 * H * T + 2 * H * (m + 1)
+    return {
+        "vanilla": abmil,
+        "hypernetwork_only": 2 * n * D * H + 2 * n * H + 2 * H * H + 2 * H * T,
+        "steph": abmil + hyper + 2 * (2 + m) * ENCODER,  # M_0, the target and the sources
+        "roupkt": (m + 1) * (abmil - 2 * H * T) + router + 5 * 2 * H * H + 2 * H * T,
+    }
+
+
+@pytest.mark.parametrize("n", [10_000, 777])
+def test_products_are_those_of_the_equations(n):
+    counted = operations.of_methods(list(by_hand(n)), n=n).set_index("method")["products"]
+    assert counted.to_dict() == by_hand(n)
+
+
+def test_layers_are_counted_as_table_s4_counts_them():
+    counted = operations.of_methods(["vanilla", "transmil", "ilra", "r2t_mil", "patch_gcn", "steph"])
+    table = operations.table_s4(counted).set_index("method")
+    ratio = table["by layers ÷ Table S4"]
+    assert (ratio.drop("STEPH") - 1).abs().max() < 0.006
+    assert table.loc["STEPH", "GFLOPs by layers"] == pytest.approx(39.33, abs=0.005)  # D8: what other counters find too
+    assert ratio["STEPH"] < 0.985
+    true = table["GFLOPs in all"]
+    assert true.round(1).to_dict() == {
+        "Vanilla": 23.6, "TransMIL": 115.6, "ILRA": 55.1, "R2T-MIL": 44.4, "Patch-GCN": 33.4, "STEPH": 39.4
+    }  # fmt: skip
+
+
+def test_a_hypernetwork_that_reads_a_sample_saves_its_half():
+    study, n = operations.paper_study(), operations.PATCHES
+    whole, sample = (operations.counts(name, study)["products"] for name in ("steph", "steph_subsampled"))
+    assert whole - sample == 2 * (n - study.steph.sample_patches) * (D * H + H)
+
+
+def test_what_is_merged_once_predicts_as_one_network_and_roupkt_as_fourteen():
+    table = operations.of_methods(study=operations.paper_study(), n=100).set_index("method")
+    plain = table.loc["vanilla", ["layers", "products", "networks", "held"]].tolist()
+    for name in ("model_average", "adamerging", "ties_am", "iso_c_am", "joint"):
+        assert table.loc[name, ["layers", "products", "networks", "held"]].tolist() == plain
+    assert table.loc["surgery_am", "products"] == plain[1] + 2 * 2 * H * 16
+    assert table["networks"].loc[["steph", "roupkt"]].tolist() == [2, M + 2]
+    assert table["trained"].loc[["steph", "roupkt", "model_average"]].tolist() == [1_340_984, 4_618_913, 0]
+    assert table.loc["roupkt", "held"] == (M + 1) * 1_197_729 + 4_618_913
+
+
+def test_shapes_alone_give_the_counts_of_real_numbers(tiny):
+    study, n = tiny.study, 70
+    for name in operations.predicting(study):
+        model = operations.deployed(name, study, "cpu")
+        patches = operations.bag(n, study.features.dim, "cpu")
+        counts = operations.counts(name, study, n)
+        assert operations.by_layers(model, patches) == counts["layers"], name
+        assert operations.by_products(model, patches) == counts["products"], name
+        fresh = operations.bag(n, study.features.dim, "cpu")
+        # Shapes are a device of their own: indices are copied to it, and some operations are made of others there.
+        assert live_bytes(model, fresh) == pytest.approx(counts["memory"], rel=0.1), name
+
+
+def test_the_models_counted_are_those_that_runs_train(tiny):
+    for name in ("steph", "adamerging", "roupkt", "transmil"):
+        run = Run("LIHC", name, 0, tiny.study.seed)
+        own = tiny.untrained(run)
+        counted = operations.built(name, tiny.study, "cpu")
+        assert operations.trained_numbers(own) == operations.trained_numbers(counted)
+        patches = operations.bag(50, tiny.study.features.dim, "cpu")
+        assert operations.by_products(own.eval(), patches) == operations.by_products(counted.eval(), patches), name
+
+
+def test_a_pass_back_costs_what_the_equations_say():
+    n = 100
+    counted = operations.training_operations(["vanilla", "steph", "surgery_am", "model_average"], n=n)
+    head, forward = 2 * H * T, by_hand(n)
+    # To the weights of each layer, and to what each but the first reads; features get no gradient.
+    own = forward["vanilla"] + 2 * n * (D * H + 2 * (2 * H * A + A)) + 2 * (2 * n * H) + 2 * head
+    assert counted["vanilla"] == own
+    hyper = 2 * n * D * H + 2 * n * H + 2 * 2 * (2 * H * H + 2 * H * M)
+    merging = 2 * (1 + M) * ENCODER
+    # The attention's scores are weighed without a product there.
+    assert counted["steph"] == forward["steph"] + own - forward["vanilla"] - 2 * n * A + hyper + merging
+    assert counted["surgery_am"] == counted["model_average"] == 0
+    with pytest.raises(Refused, match="which experts"):
+        operations.training_operations(["roupkt"])
+
+
+def test_chance_outside_is_left_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    first = operations.deployed("steph", load_study("tiny"), "cpu").head.weight
+    assert torch.equal(torch.rand(2), expected)
+    assert torch.equal(first, operations.deployed("steph", load_study("tiny"), "cpu").head.weight)
+    with pytest.raises(Refused, match="asks for 6 source cancers"):
+        operations.built("steph_m6", load_study("tiny"))
+
+
+def test_memory_in_half_precision_is_counted_where_shapes_allow_it():
+    study = operations.paper_study()
+    for name, halved in (("vanilla", True), ("transmil", False)):  # TransMIL's layers choose their precision themselves
+        single, half = (operations.counts(name, study, 3000, p)["memory"] for p in ("fp32", "bf16"))
+        assert half < 0.7 * single if halved else half == single

@@ -1,0 +1,107 @@
+"""Seconds of epochs and predictions: measured in rounds, kept, told as ratios."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+
+from steph import Refused
+from steph.analysis.cost import operations, timing
+from steph.study.runs import Run
+
+
+def test_epochs_are_timed_in_rounds_and_kept(tiny):
+    runs = timing.epoch_runs(tiny.study, "SARC", 0, tiny.study.seed)
+    assert [run.method for run in runs] == [
+        "vanilla", "model_average", "adamerging", "ties_am", "surgery_am", "iso_c_am", "steph"
+    ]  # fmt: skip
+    times = timing.epoch_times(tiny, runs, budget=0)
+    assert all(sorted(rounds) == list(range(timing.LEAST)) for _, rounds in times.groupby("method")["round"])
+    idle = times["method"] == "model_average"
+    assert (times.loc[~idle, "seconds"] > 0).all() and (times.loc[idle, "seconds"] == 0).all()
+    # Surgery's frozen features are computed before its epoch, not in it.
+    once = times.groupby("method")["once"].min()
+    assert once["surgery_am"] > times.loc[times["method"] == "surgery_am", "seconds"].min()
+    assert timing.epoch_times(tiny, runs, budget=0).equals(times)
+    assert timing.first(tiny, runs)[0] == Run("SARC", "vanilla", 0, tiny.study.seed)
+    with pytest.raises(Refused, match="is not finished"):
+        timing.epoch_times(tiny, [Run("SARC", "steph", 0, 5, "fp64")], budget=0)
+    with pytest.raises(Refused, match="expected cpu"):
+        timing.epoch_times(tiny, runs, "tpu")
+
+
+def timed() -> pd.DataFrame:
+    """Two rounds: in the second the machine is twice as slow."""
+    seconds = {
+        "adamerging": 1.0,
+        "surgery_am": 0.2,
+        "steph": 1.5,
+        "steph_m6": 1.4,
+        "steph_m12": 1.6,
+        "model_average": 0,
+    }
+    rows = [(m, i, s * (i + 1), 0.0, "x") for i in range(2) for m, s in seconds.items()]
+    return pd.DataFrame(rows, columns=["method", "round", "seconds", "once", "device"])
+
+
+def test_ratios_are_taken_round_by_round_and_surgery_has_two_stages():
+    ratios = timing.epoch_ratios(timed(), "adamerging").set_index("method")
+    assert ratios.loc["steph", ["ratio", "low", "high"]].tolist() == [1.5] * 3  # a slow round slows both
+    assert ratios.loc["surgery_am", "ratio"] == pytest.approx(1.2)
+    table = timing.epoch_summary(timed()).set_index("method")
+    assert table.loc["surgery_am", "median"] == pytest.approx(1.8)
+    assert table.loc["steph", ["median", "mean", "epochs", "device"]].tolist() == [2.25, 2.25, 2, "x"]
+    with pytest.raises(Refused, match="no epochs of 'vanilla'"):
+        timing.epoch_ratios(timed(), "vanilla")
+    with pytest.raises(Refused, match="no epochs of 'model_average'"):
+        timing.epoch_ratios(timed(), "model_average")
+
+
+def test_the_papers_ratios_stand_beside_ours():
+    counted = {"adamerging": 10, "steph": 16, "surgery_am": 0, "model_average": 0}
+    shown = timing.epoch_table(timed(), "table_s6", "adamerging", counted).set_index("method")
+    assert list(shown.index) == ["Model Avg.", "AdaMerging", "Surgery AM", "STEPH"]
+    assert shown.loc["STEPH", "× AdaMerging (paper)"] == pytest.approx(80.45 / 78.08)
+    assert shown.loc["STEPH", "× AdaMerging (operations)"] == 1.6
+    assert shown.loc["Surgery AM", "× AdaMerging (operations)"] == 1
+    by_sources = timing.epoch_table(timed(), "table_s7", "steph_m6")
+    assert by_sources["× STEPH, m = 6 (paper)"].tolist() == [1, pytest.approx(76.69 / 72.91)]
+
+
+def test_predictions_are_timed_at_the_papers_dimensions_and_kept(tiny):
+    names = ["vanilla", "patch_gcn", "steph", "roupkt"]
+    times = timing.prediction_times(tiny, names, n=64, budget=0)
+    assert times.groupby("method")["round"].nunique().eq(timing.LEAST).all() and (times["seconds"] > 0).all()
+    memory = times.drop_duplicates("method").set_index("method")["memory"]
+    assert memory["vanilla"] == operations.counts("vanilla", operations.paper_study(), 64)["memory"]
+    assert timing.prediction_times(tiny, names, n=64, budget=0).equals(times)
+    shown = timing.prediction_table(times, operations.of_methods(names, n=64)).set_index("method")
+    assert shown.loc["Vanilla", ["× Vanilla", "× Vanilla (operations)"]].tolist() == [1, 1]
+    assert shown.loc["ROUPKT", "× Vanilla (operations)"] > 13
+
+
+def test_half_precision_is_that_of_the_patches(tiny, monkeypatch):
+    seen = []
+    real = timing.bag
+    monkeypatch.setattr(timing, "bag", lambda *a: seen.append(a[-1]) or real(*a))
+    times = timing.prediction_times(tiny, ["vanilla", "transmil"], n=64, precision="bf16", budget=0)
+    assert set(seen) == {torch.bfloat16} and (times["seconds"] > 0).all()
+
+
+def test_a_study_for_tests_is_measured_on_fewer_patches(tiny, monkeypatch):
+    monkeypatch.setattr(timing, "_measured_predictions", lambda names, n, *_: pd.DataFrame({"patches": [n]}))
+    assert timing.prediction_times(tiny, ["vanilla", "steph", "ilra"])["patches"].tolist() == [timing.CPU_PATCHES // 10]
+    assert timing.brief(operations.paper_study()) == 1
+
+
+def test_samples_are_timed_and_counted_beside_the_whole(tiny):
+    times = timing.sampling_times(tiny, bags=(2000, 4000), budget=0)
+    assert set(zip(times["patches"], times["reads"], strict=True)) == {
+        (200, 0), (200, 200), (400, 0), (400, 256), (400, 400)
+    }  # fmt: skip
+    assert times.groupby(["patches", "reads"])["round"].nunique().eq(timing.LEAST).all()
+    products = times.drop_duplicates(["patches", "reads"]).set_index(["patches", "reads"])["products"]
+    counted = operations.of_methods(["vanilla", "steph"], n=400).set_index("method")["products"]
+    assert products[400, 0] == counted["vanilla"] and products[400, 400] == counted["steph"]
+    assert products[400, 400] - products[400, 256] == 2 * (400 - 256) * (1536 * 512 + 512)

@@ -1,0 +1,530 @@
+"""Attention maps: of the right model, at the right place, measured rightly against tissue that is known."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.nn import functional as F
+
+from tests.helpers.fabricate import fabricate
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from steph import Refused, plots
+from steph.analysis.mixing import attention
+from steph.data.bags import RaggedBatch
+from steph.data.cohort import COLUMNS, cohort_from, write_cohort
+from steph.data.dataset import pack_dataset
+from steph.data.synthetic import truth
+from steph.merging.steph import STEPH
+from steph.mil.abmil import ABMIL
+from steph.study.execute import run_all
+from steph.study.runs import Run, Workbench
+
+
+class Given(nn.Module):
+    """A model whose attention is what it was given."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = torch.as_tensor(values)
+
+    def attention(self, bag):
+        return self.values
+
+
+def bag_of(data, patient, **options):
+    return data.batch([patient], **options)
+
+
+# ------------------------------------------------------------------------------------------------ one patient
+
+
+def test_a_networks_attention_is_its_own_whatever_the_pieces(monkeypatch):
+    torch.manual_seed(0)
+    network, batch = ABMIL(6, 5, 4).eval(), RaggedBatch.from_bags([torch.randn(23, 6)])
+    whole = attention.attention_of(network, batch)
+    np.testing.assert_allclose(whole, network.attention(batch.features).detach().numpy(), rtol=1e-5)
+    assert whole.sum() == pytest.approx(1, abs=1e-14)
+    monkeypatch.setattr("steph.mil.gated_attention.CHUNKS", {"cpu": 7})
+    np.testing.assert_allclose(attention.attention_of(network, batch), whole, rtol=1e-6)
+
+
+def merging():
+    """STEPH on random models of three sources, of which two are kept; and the states of M_0, M_t and the sources."""
+    torch.manual_seed(0)
+    states = [ABMIL(6, 5, 4).state_dict() for _ in range(5)]
+    sources = dict(zip("ABC", states[2:], strict=True))
+    model = STEPH(states[0], states[1], sources, top_k=2, dim_hidden=8).eval()
+    torch.nn.init.ones_(model.hyper.weight_head[-1].bias)  # all weights are above 0
+    torch.nn.init.constant_(model.hyper.mix_head[-1].bias, 0.4)
+    return model, states
+
+
+def test_stephs_attention_is_the_one_that_pools_the_patients_own_merged_model():
+    model, states = merging()
+    one, other = (RaggedBatch.from_bags([3 * torch.randn(n, 6)]) for n in (9, 11))
+    found = attention.attention_of(model, one)
+    with torch.no_grad():
+        state = model.merged_state(one.features)
+        embedded = F.relu(F.linear(one.features, state["embed.weight"], state["embed.bias"]))
+        torch.testing.assert_close(torch.from_numpy(found).float() @ embedded, model.encode(one)[0])
+        foreign = ABMIL(6, 5, 4).eval()
+        foreign.load_state_dict(model.merged_state(other.features))
+    # The same patches under the model merged for another patient, or under M_t, have other attention.
+    assert np.abs(attention.attention_of(foreign, one) - found).max() > 1e-5
+    foreign.load_state_dict(states[1])
+    assert np.abs(attention.attention_of(foreign, one) - found).max() > 1e-5
+
+
+@pytest.mark.parametrize(
+    "method", ["surgery_am", "finetuned_representation", "transmil", "patch_gcn", "steph_patch_gcn"]
+)
+def test_other_networks_with_attention_have_maps(tiny, method):
+    data = tiny.dataset("SARC")
+    table = attention.attention_map(tiny.model(Run("SARC", method, 0, 42)), data, data.splits.test(0)[0])
+    assert table["attention"].sum() == pytest.approx(1) and (table["attention"] >= 0).all()
+
+
+def test_surgery_moves_no_attention(tiny):
+    data = tiny.dataset("SARC")
+    pair = [tiny.model(Run("SARC", method, 0, 42)) for method in ("adamerging", "surgery_am")]
+    first, second = (attention.attention_map(model, data, data.splits.test(0)[0]) for model in pair)
+    pd.testing.assert_frame_equal(first, second)
+
+
+@pytest.mark.parametrize("method", ["hypernetwork_only", "roupkt"])
+def test_models_without_attention_are_refused(tiny, method):
+    data = tiny.dataset("SARC")
+    with pytest.raises(Refused, match="has no attention map"):
+        attention.attention_map(tiny.model(Run("SARC", method, 0, 42)), data, data.splits.test(0)[0])
+
+
+def test_places_are_the_stores_in_the_bags_order(tiny):
+    data = tiny.dataset("SARC")
+    patient = next(p for p in data.splits.test(0) if len(data.slides(p)) > 1)
+    table = attention.places(data, patient)
+    for slide in data.slides(patient):
+        part = table[table["slide_id"] == slide]
+        np.testing.assert_array_equal(part[["x", "y"]].to_numpy(int), data.store.coords_of([slide]))
+        assert part["patch"].tolist() == list(range(len(part)))
+    for limit in (None, 3, 9):
+        batch = bag_of(data, patient, coords=True, max_patches=limit)
+        found = attention.places(data, patient, limit)
+        np.testing.assert_array_equal(found[["x", "y"]].to_numpy(int), batch.coords.numpy())
+        rows = [data.store.ranges([s])[0][0] + i for s, i in zip(found["slide_id"], found["patch"], strict=True)]
+        np.testing.assert_array_equal(np.asarray(data.store.features[rows]), batch.features.numpy())
+
+
+def test_ranks_are_of_the_bag_and_percentiles_of_the_slide(tiny):
+    data = tiny.dataset("SARC")
+    patient = next(p for p in data.splits.test(0) if len(data.slides(p)) == 2)
+    first, second = (int(data.store.sizes[data.store.slide_ids.index(s)]) for s in data.slides(patient))
+    values = np.arange(first + second, 0, -1.0)
+    values[1] = values[0]  # two patches alike
+    table = attention.attention_map(Given(values), data, patient)
+    assert table["rank"].tolist() == list(range(1, first + second + 1))
+    of_slide = table.groupby("slide_id", observed=True)["percentile"]
+    assert of_slide.max().tolist() == pytest.approx([1 - 1 / first, 1 - 0.5 / second])
+    assert of_slide.min().tolist() == pytest.approx([0.5 / first, 0.5 / second])
+    assert table["percentile"][0] == table["percentile"][1]
+    np.testing.assert_allclose(table["attention"], values / values.sum())
+
+
+def test_two_maps_side_by_side_and_their_top_patches(tiny):
+    data = tiny.dataset("SARC")
+    patient = data.splits.test(0)[0]
+    n = int(data.n_patches([patient])[0])
+    rising, falling = np.arange(1.0, n + 1), np.arange(n, 0, -1.0)
+    maps = {"vanilla": attention.attention_map(Given(rising), data, patient)}
+    maps["steph"] = attention.attention_map(Given(falling), data, patient)
+    table = attention.beside(maps)
+    np.testing.assert_allclose(table["difference"], maps["steph"]["percentile"] - maps["vanilla"]["percentile"])
+    top = attention.top_patches(table, 2)
+    assert top["rank_steph"].tolist() == [1, 2, n - 1, n] and top["rank_vanilla"].tolist() == [n, n - 1, 2, 1]
+    assert top["times_steph"][0] == pytest.approx(n * n / rising.sum())
+    assert [top["x"][0], top["y"][0]] == [table["x"][0], table["y"][0]]
+
+
+def test_the_mixture_is_what_the_model_merges():
+    model, states = merging()
+    batch = RaggedBatch.from_bags([torch.randn(9, 6)])
+    data = SimpleNamespace(name="T", batch=lambda *_, **__: batch)
+    table = attention.mixture(model, data, "P").set_index("source")
+    assert list(table.index) == ["T", "A", "B", "C"] and table["kept"].sum() == 3
+    assert table.loc[~table["kept"], "coefficient"].tolist() == [0] and (table["w"].dropna() > 0).all()
+    assert table["lambda"].dropna().between(0.01, 0.99).all()
+    layer, null = "embed.weight", states[0]["embed.weight"]
+    taus = torch.stack([state[layer] - null for state in states[1:]])
+    expected = null + torch.tensordot(torch.tensor(table["coefficient"].to_numpy()).float(), taus, 1)
+    torch.testing.assert_close(model.merged_state(batch.features)[layer].detach(), expected)
+    with pytest.raises(Refused, match="does not merge models patient by patient"):
+        attention.mixture(ABMIL(6, 5, 4), data, "P")
+
+
+@pytest.mark.parametrize(
+    ("corners", "size"),
+    [
+        ([(0, 0), (512, 0), (1024, 0), (0, 512)], 512),
+        ([(0, 0), (768, 0), (1024, 0), (1280, 0), (0, 512)], 256),  # with holes
+        ([(0, 0), (256, 0), (512, 0), (103, 97), (359, 97), (615, 97)], 256),  # two grids, nothing in common
+        ([(0, 0), (256, 0), (512, 0), (600, 0), (856, 0), (1112, 0)], 256),  # two grids in one row
+        ([(0, 0), (100, 200)], None),
+        ([(7, 7)], None),
+    ],
+)
+def test_the_size_of_a_patch_follows_from_where_they_lie(corners, size):
+    x, y = np.array(corners).T
+    assert attention.patch_size(x, y) == size
+
+
+# ------------------------------------------------------------------------------------------------ known tissue
+
+
+def test_zones_of_a_drawn_slide():
+    drawn = ["..oo", ".oTT", "ooTT", "oooT"]  # a dot is no tissue
+    cells = [(x, y, c) for y, row in enumerate(drawn) for x, c in enumerate(row) if c != "."]
+    x, y = (256 * np.array([cell[i] for cell in cells]) + 1000 for i in (0, 1))
+    zone = attention.zones(x, y, np.array([c == "T" for *_, c in cells]))
+    short = {"inside": "I", "edge": "E", "beside": "B", "away": "a"}
+    found = {(cx, cy): short[z] for (cx, cy, _), z in zip(cells, zone, strict=True)}
+    lines = ["".join(found.get((i, j), ".") for i in range(4)) for j in range(4)]
+    assert lines == ["..BB", ".BEE", "aBEI", "aaBE"]
+
+
+def test_the_tumour_is_the_one_that_was_planted(tiny):
+    data, known = tiny.dataset("SARC"), attention.planted(tiny.study, "SARC")
+    everything = truth(tiny.study, "SARC")
+    for patient in data.splits.test(1)[:5]:
+        table = attention.with_planted(attention.places(data, patient), known)
+        own = everything[everything["patient_id"] == patient]
+        assert table["tumour"].tolist() == own["tumour"].tolist()
+        assert (table["zone"].isin(["inside", "edge"]) == table["tumour"]).all()
+    moved = table.assign(x=table["x"] + 1)
+    with pytest.raises(Refused, match="do not lie where they were drawn"):
+        attention.with_planted(moved, known)
+
+
+def test_a_real_study_knows_no_tumour():
+    from steph.data.manifest import load_study
+
+    assert attention.planted(load_study("tcga"), "COADREAD") is None
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def test_effective_patches():
+    assert attention.effective_patches(np.full(8, 1 / 8)) == pytest.approx(8)
+    assert attention.effective_patches(np.array([1.0, 0, 0])) == 1
+    assert attention.effective_patches(np.array([0.5, 0.5, 0])) == pytest.approx(2)
+
+
+def test_auc_counts_pairs():
+    rng = np.random.default_rng(0)
+    values, positive = rng.integers(0, 6, 40).astype(float), rng.random(40) < 0.4
+    pairs = [(a > b) + (a == b) / 2 for a in values[positive] for b in values[~positive]]
+    assert attention.auc(values, positive) == pytest.approx(np.mean(pairs))
+    assert np.isnan(attention.auc(values, np.ones(40, bool)))
+
+
+def test_the_most_attended_in_common():
+    first, second = np.arange(20.0), np.arange(20.0)
+    assert attention.top_overlap(first, second) == 1
+    assert attention.top_overlap(first, -second) == 0
+    second[19] = -1  # of the two most attended, one is left
+    assert attention.top_overlap(first, second) == 0.5
+    assert attention.top_overlap(np.array([1.0, 2]), np.array([1.0, 2])) == 1
+
+
+def test_numbers_of_a_patient():
+    patches = pd.DataFrame({"tumour": [True, True, False, False], "zone": ["inside", "edge", "beside", "away"]})
+    found = attention.numbers(
+        {"vanilla": np.array([0.1, 0.2, 0.3, 0.4]), "steph": np.array([0.6, 0.2, 0.15, 0.05])}, patches
+    ).set_index("method")
+    assert found["auc"].tolist() == [0, 1]
+    assert found["attention_tumour"].tolist() == pytest.approx([0.3, 0.8]) and set(found["patches_tumour"]) == {0.5}
+    assert found["attention_border"].tolist() == pytest.approx([0.5, 0.35])
+    assert found["correlation"].tolist() == pytest.approx([1, -1])
+    assert found["overlap"].tolist() == [1, 0] and set(found["chance"]) == {0.25}
+    assert attention.times_even(found, "tumour").tolist() == pytest.approx([0.6, 1.6])
+    assert found.loc["vanilla", "entropy"] == pytest.approx(np.log(found.loc["vanilla", "effective"]))
+
+
+def made(dataset="SARC"):
+    """Four patients under two models; the second is ahead by 0.1 on average."""
+    rows = [
+        {"dataset": dataset, "fold": 0, "patient_id": f"P{i}", "method": m, "auc": a}
+        for i, pair in enumerate([(0.5, 0.6), (0.6, 0.6), (0.7, 0.9), (0.8, 0.9)])
+        for m, a in zip(("vanilla", "steph"), pair, strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_means_and_gains_over_patients():
+    from scipy.stats import ttest_1samp
+
+    table = made()
+    expected = ttest_1samp([0.1, 0, 0.2, 0.1], 0).confidence_interval(0.95)
+    found = attention.gain(table, table["auc"])
+    assert (found.value, found.low, found.high) == pytest.approx((0.1, expected.low, expected.high))
+    rows = attention.by_method(table, table["auc"]).set_index("method")
+    assert rows.loc["steph", ["gain", "gain_low", "gain_high"]].tolist() == pytest.approx(
+        [found.value, found.low, found.high]
+    )
+    assert rows["mean"].to_dict() == pytest.approx({"vanilla": 0.65, "steph": 0.75}) and set(rows["n"]) == {4}
+    with pytest.raises(Refused, match="model_average was not measured"):
+        attention.gain(table, table["auc"], second="model_average")
+
+
+def test_an_undefined_value_is_left_out_and_counted():
+    table = made()
+    table.loc[(table["patient_id"] == "P0") & (table["method"] == "steph"), "auc"] = np.nan
+    rows = attention.by_method(table, table["auc"]).set_index("method")
+    assert rows["n"].to_dict() == {"vanilla": 4, "steph": 3} and rows.loc["steph", "gain"] == pytest.approx(0.1)
+    assert np.isnan(attention.mean_of([np.nan]).value)
+    assert np.isnan(attention.mean_of([0.3]).low)
+
+
+def test_over_data_sets_each_counts_once():
+    table = pd.concat([made(), made("LIHC").iloc[:2]], ignore_index=True)
+    rows = attention.by_method(table, table["auc"], ["dataset"]).set_index("method")
+    assert rows["mean"].to_dict() == pytest.approx({"vanilla": (0.65 + 0.5) / 2, "steph": (0.75 + 0.6) / 2})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "answer"),
+    [(0.01, 0.2, "yes"), (-0.1, -0.01, "no, the reverse"), (-0.1, 0.1, "not shown"), (np.nan, np.nan, "no interval")],
+)
+def test_a_gain_is_answered_by_its_interval(low, high, answer):
+    assert answer in attention.answered(attention.Estimate((low + high) / 2, low, high))
+
+
+# ------------------------------------------------------------------------------------------------ studies
+
+
+def test_the_own_model_is_the_one_that_was_merged(tiny):
+    chosen = attention.runs(tiny.study, "SARC", [1, 0], 7, others=["model_average"])
+    assert [(r.method, r.fold, r.seed) for r in chosen] == [
+        ("vanilla", 0, 42), ("steph", 0, 7), ("model_average", 0, 7),
+        ("vanilla", 1, 42), ("steph", 1, 7), ("model_average", 1, 7),
+    ]  # fmt: skip
+    assert tiny.upstream(chosen[1])["(target)"] == chosen[0]
+    assert attention.finished(tiny, "SARC", [0], 7) == [] and "joint" in attention.finished(tiny, "SARC", [0, 1], 42)
+    with pytest.raises(Refused, match="unknown data set 'COADREAD'"):
+        attention.runs(tiny.study, "COADREAD", [0], 42)
+
+
+def test_patients_are_chosen_by_risk_or_by_name(tiny):
+    data, chosen = tiny.dataset("SARC"), attention.runs(tiny.study, "SARC", [0], 42)
+    predicted = pd.read_csv(tiny.record(chosen[1]).file("predictions.csv")).set_index("patient_id")["risk"]
+    table = attention.patients_to_show(tiny, chosen)
+    assert table["patient_id"].tolist() == [predicted.idxmax(), predicted.idxmin()]
+    assert table["place"].tolist() == [1, len(predicted)] and set(table["of"]) == {len(predicted)}
+    one, elsewhere = data.splits.test(0)[1], data.splits.test(1)[0]
+    row = attention.patients_to_show(tiny, chosen, [one]).iloc[0]
+    assert (row["risk_steph"], row["n_patches"]) == (predicted[one], data.n_patches([one])[0])
+    with pytest.raises(Refused, match=r"fold 1 tests it: give folds = \[1\]"):
+        attention.patients_to_show(tiny, chosen, [elsewhere])
+    with pytest.raises(Refused, match="SARC has no such patient"):
+        attention.patients_to_show(tiny, chosen, ["Elvis"])
+    with pytest.raises(Refused, match="seed7 is not finished"):
+        attention.patients_to_show(tiny, attention.runs(tiny.study, "SARC", [0], 7))
+
+
+def test_every_test_patient_is_measured_once_and_the_table_kept(tiny, monkeypatch):
+    chosen = attention.runs(tiny.study, "SARC", [0, 1], 42, others=["joint"])
+    table = attention.measured(tiny, chosen)
+    data = tiny.dataset("SARC")
+    assert list(table["method"].unique()) == ["vanilla", "steph", "joint", "untrained"]
+    for fold in (0, 1):
+        part = table[(table["fold"] == fold) & (table["method"] == "steph")]
+        assert part["patient_id"].tolist() == data.splits.test(fold)
+    own = table[table["method"] == "vanilla"]
+    assert (own["overlap"] == 1).all() and own["correlation"].to_numpy() == pytest.approx(1)
+    parts = [f"attention_{zone}" for zone in attention.ZONES]
+    assert table[parts].sum(axis=1).to_numpy() == pytest.approx(1)
+    # One patient by hand, under the model of the fold that tests them.
+    patient = data.splits.test(1)[3]
+    known = attention.planted(tiny.study, "SARC")
+    found = attention.attention_map(tiny.model(Run("SARC", "steph", 1, 42)), data, patient)
+    found = attention.with_planted(found, known)
+    row = table[(table["patient_id"] == patient) & (table["method"] == "steph")].iloc[0]
+    assert row["auc"] == pytest.approx(attention.auc(found["attention"].to_numpy(), found["tumour"].to_numpy()))
+    monkeypatch.setattr(attention, "attention_of", lambda *_: pytest.fail("computed again"))
+    pd.testing.assert_frame_equal(attention.measured(tiny, chosen), table)
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        attention.measured(tiny, chosen[:4])
+
+
+def test_every_data_set_that_is_finished(tiny):
+    chosen = attention.finished_everywhere(tiny, [0], 42)
+    over = attention.over_datasets(tiny, chosen)
+    assert set(over["dataset"]) == set(tiny.study.datasets)
+    assert set(over["method"]) == {"vanilla", "steph", *attention.OTHERS, "untrained"}
+    wide = attention.tumour_table(over, ["dataset"])
+    assert wide["method"].tolist()[:2] == ["Vanilla", "STEPH"] and wide["AUC − Vanilla"][0] == ""
+    assert len(attention.over_datasets(tiny, attention.finished_everywhere(tiny, [0], 7))) == 0
+
+
+def test_maps_of_patients(tiny):
+    chosen = attention.runs(tiny.study, "SARC", [0, 1], 42)
+    data = tiny.dataset("SARC")
+    patients = attention.patients_to_show(tiny, chosen, [data.splits.test(1)[0], data.splits.test(0)[0]])
+    maps, mixtures = attention.of_patients(tiny, chosen, patients)
+    assert list(maps) == patients["patient_id"].tolist() and set(mixtures["patient_id"]) == set(maps)
+    for row in patients.itertuples():
+        model = tiny.model(Run("SARC", "steph", row.fold, 42))
+        expected = attention.attention_map(model, data, row.patient_id)["attention"]
+        np.testing.assert_array_equal(maps[row.patient_id]["attention_steph"], expected)
+    assert len(attention.top_of_patients(maps, 3)) >= 6
+
+
+# ------------------------------------------------------------------------------------------------ real files
+
+
+@pytest.fixture
+def real(rehearsal, monkeypatch):
+    """The workbench of `rehearsal`."""
+    monkeypatch.setenv("STEPH_BUILD", str(rehearsal / "build"))
+    monkeypatch.delenv("STEPH_DATA", raising=False)
+    return Workbench(rehearsal / "rehearsal.yaml")
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """A study of real layout: SARC with coordinates, LIHC from bare tensors without, large bags sampled."""
+    folder = tmp_path_factory.mktemp("real")
+    manifest = {
+        "extends": "tcga", "name": "rehearsal", "data_root": str(folder / "data"), "folds": 2,
+        "features": {"dim": 12, "folders": ["features/{dataset}"]}, "network": {"dim_emb": 8, "dim_attn": 6},
+        "recipe": {"epochs": 1, "max_patches": 40}, "steph": {"dim_hidden": 8, "top_k": 1},
+        "datasets": {name: {"projects": [name]} for name in ("SARC", "LIHC")},
+    }  # fmt: skip
+    (folder / "rehearsal.yaml").write_text(yaml.safe_dump(manifest))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEPH_BUILD", str(folder / "build"))
+        patch.delenv("STEPH_DATA", raising=False)
+        bench = Workbench(folder / "rehearsal.yaml")
+        rng = np.random.default_rng(0)
+        for name in ("SARC", "LIHC"):
+            rows = [
+                [f"TCGA-{name}-{i:02}", f"TCGA-{name}-{i:02}-DX{k}", name, int(rng.integers(30, 3000)), i % 2]
+                for i in range(40)
+                for k in range(1 + i % 2)
+            ]
+            table = pd.DataFrame(rows, columns=COLUMNS)
+            first = table.groupby("patient_id")["time_days"].transform("first")
+            cohort = cohort_from(table.assign(time_days=first), name, "made")
+            write_cohort(cohort, folder / "data" / "labels" / f"{name}.csv")
+            files = fabricate(cohort, folder / "data" / "features" / name, "clam", dim=12, mean_patches=40, seed=1)
+            for path in files.values() if name == "LIHC" else []:
+                path.unlink()
+            pack_dataset(bench.study, name, progress=False)
+        run_all(
+            bench, [run for name in ("SARC", "LIHC") for run in attention.runs(bench.study, name, [0], 42)], workers=1
+        )
+    return folder
+
+
+def test_maps_of_packed_slides(real):
+    chosen = attention.runs(real.study, "SARC", [0], 42)
+    data = real.dataset("SARC")
+    patients = attention.patients_to_show(real, chosen)
+    maps, _ = attention.of_patients(real, chosen, patients)
+    for table in maps.values():
+        assert "tumour" not in table and len(table) <= 40
+        for slide, part in table.groupby("slide_id", observed=True):
+            stored = {tuple(pair) for pair in np.asarray(data.store.coords_of([slide])).tolist()}
+            assert {tuple(pair) for pair in part[["x", "y"]].to_numpy(int).tolist()} <= stored
+    fig = plots.attention_maps([maps[patient] for patient in patients["patient_id"]])
+    assert fig.axes
+    plt.close(fig)
+    table = attention.measured(real, chosen)
+    assert "auc" not in table and len(table) == 3 * len(data.splits.test(0))
+    assert attention.finished_everywhere(real, [0], 42) == [] and attention.over_datasets(real, []).empty
+
+
+def test_without_coordinates_there_are_numbers_and_a_clear_sentence_in_place_of_a_map(real):
+    chosen = attention.runs(real.study, "LIHC", [0], 42)
+    assert len(attention.measured(real, chosen)) == 3 * len(real.dataset("LIHC").splits.test(0))
+    maps, _ = attention.of_patients(real, chosen, attention.patients_to_show(real, chosen))
+    table = next(iter(maps.values()))
+    assert table["x"].isna().all() and table["attention_steph"].sum() == pytest.approx(1)
+    for draw in (lambda: plots.attention_maps([table]), lambda: attention.refuse_without_places(table)):
+        with pytest.raises(
+            Refused, match=r"no attention map of patient TCGA-LIHC.* no coordinates of [12] of the [12]"
+        ):
+            draw()
+    assert attention.top_patches(table)["x"].isna().all()
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+@pytest.fixture
+def drawn(tiny):
+    """The map of one patient of two slides, and its figure."""
+    chosen = attention.runs(tiny.study, "SARC", [0], 42)
+    data = tiny.dataset("SARC")
+    name = next(p for p in data.splits.test(0) if len(data.slides(p)) == 2)
+    maps, _ = attention.of_patients(tiny, chosen, attention.patients_to_show(tiny, chosen, [name]))
+    plots.set_style()
+    fig = plots.attention_maps([maps[name]], [name])
+    fig.canvas.draw()
+    yield SimpleNamespace(table=maps[name], fig=fig, slides=data.slides(name))
+    plt.close("all")
+
+
+def test_patches_are_drawn_where_they_lie_in_their_size_and_colour(drawn):
+    from matplotlib.collections import PolyCollection
+
+    panels = [ax for ax in drawn.fig.axes if any(isinstance(c, PolyCollection) for c in ax.collections)][:6]
+    columns = ["percentile_vanilla", "percentile_steph", "difference"]
+    for i, slide in enumerate(drawn.slides):
+        part = drawn.table[drawn.table["slide_id"] == slide]
+        for ax, column in zip(panels[3 * i : 3 * i + 3], columns, strict=True):
+            squares = next(c for c in ax.collections if isinstance(c, PolyCollection))
+            np.testing.assert_allclose(squares.get_array(), part[column])
+            boxes = np.array([path.vertices for path in squares.get_paths()])
+            np.testing.assert_array_equal(boxes.min(axis=1), part[["x", "y"]].to_numpy(int))
+            assert (np.ptp(boxes, axis=1) == 256).all()
+            low, high = ax.get_ylim()
+            assert low > high  # y points down, as on the slide
+
+
+def test_the_map_names_its_patient_rings_the_top_and_outlines_the_tumour(drawn):
+    words = [text.get_text() for text in drawn.fig.findobj(matplotlib.text.Text)]
+    for rank in "12345":
+        assert words.count(rank) == 2  # once under each model
+    assert any("slide 2 of 2" in word for word in words) and any("px" in word for word in words)
+    from matplotlib.collections import LineCollection
+
+    lines = next(c for c in drawn.fig.axes[0].collections if isinstance(c, LineCollection) and len(c.get_segments()))
+    part = drawn.table[(drawn.table["slide_id"] == drawn.slides[0]) & drawn.table["tumour"]]
+    cells = {(int(x), int(y)) for x, y in part[["x", "y"]].to_numpy(int)}
+    shared = sum((x + 256, y) in cells for x, y in cells) + sum((x, y + 256) in cells for x, y in cells)
+    assert len(lines.get_segments()) == 4 * len(cells) - 2 * shared
+
+
+def test_figures_of_all_patients(tiny):
+    over = attention.over_datasets(tiny, attention.finished_everywhere(tiny, [0], 42))
+    one = over[over["dataset"] == "SARC"]
+    for draw, table in (
+        (plots.attention_agreement, one), (plots.attention_on_tumour, one), (plots.attention_by_dataset, over),
+    ):  # fmt: skip
+        fig = draw(table)
+        fig.canvas.draw()
+        plt.close(fig)
+    labels = [text.get_text() for text in plots.attention_by_dataset(over).axes[0].get_yticklabels()]
+    assert labels == list(over["dataset"].unique())
+    plt.close("all")

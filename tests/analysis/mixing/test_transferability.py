@@ -1,0 +1,112 @@
+"""Transferability: other cancers' models on a cancer's patients, and what it goes with."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from steph.analysis.mixing import transferability
+from steph.analysis.performance.discrimination import c_index
+from steph.analysis.performance.predictions import out_of_fold
+from steph.study.runs import Run, plan
+from steph.survival import concordance_index
+from steph.training.engine import predict
+
+NAMES = ["LIHC", "CESC", "SARC"]
+
+
+@pytest.fixture
+def table(tiny):
+    return transferability.transferred(tiny, NAMES)
+
+
+def test_each_cell_is_the_c_index_of_another_cancers_model(tiny, table, monkeypatch):
+    assert len(table) == 6 and (table["source"] != table["target"]).all() and (table["problem"] == "").all()
+    data = tiny.dataset("SARC")
+    known = predict(tiny.model(Run("LIHC", "vanilla", 0, 42)), data, list(data.cohort.patients["patient_id"]))
+    cell = table[(table["source"] == "LIHC") & (table["target"] == "SARC")].iloc[0]
+    assert cell["c_index"] == concordance_index(known["time_days"], known["event"], known["risk"])
+    assert (cell["n"], cell["events"]) == (len(known), known["event"].sum())
+    monkeypatch.setattr(transferability, "risks_of", None)  # kept: not computed again
+    pd.testing.assert_frame_equal(transferability.transferred(tiny, NAMES), table)
+
+
+def test_the_diagonal_is_of_patients_that_the_own_models_were_not_trained_on(tiny, table):
+    own = out_of_fold(tiny, plan(tiny.study, None, ["vanilla"]))
+    matrix = transferability.matrix(table, own, NAMES)
+    assert matrix.loc["SARC", "SARC"] == c_index(own[own["dataset"] == "SARC"])
+    row = table.iloc[0]
+    assert matrix.loc[row["source"], row["target"]] == row["c_index"]
+    one = transferability.matrix(table[table["target"] == "SARC"], own, NAMES)
+    assert one.shape == (3, 1) and one["SARC"].tolist() == matrix["SARC"].tolist()
+
+
+def test_an_undefined_cell_keeps_its_reason(tiny, monkeypatch):
+    data = tiny.dataset("SARC")
+    monkeypatch.setattr(type(data), "labels", lambda *_: pd.DataFrame({"time_days": [1.0], "event": [False]}))
+    monkeypatch.setattr(transferability, "risks_of", lambda *_: pd.DataFrame({"LIHC": [0.0]}))
+    found = transferability._on_target(data, {"LIHC": None}, tiny, "fp32", "cpu")
+    assert found["c_index"].isna().all() and "no comparable pair" in found["problem"][0]
+
+
+def test_cosines_of_task_vectors(tiny):
+    cosine = transferability.task_vector_cosine(tiny)
+    assert np.allclose(np.diag(cosine), 1) and np.allclose(cosine, cosine.T)
+    null = tiny.null_state("abmil")
+    first, second = (
+        np.concatenate([(state[k] - null[k]).numpy().ravel() for k in null if "head" not in k])
+        for state in (tiny.state(Run(n, "vanilla", 0, 42)) for n in ("LIHC", "SARC"))
+    )  # fmt: skip
+    expected = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
+    assert cosine.loc["LIHC", "SARC"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_weights_stand_under_their_target():
+    course = pd.DataFrame(
+        {"seed": [1, 1, 2, 2], "epoch": 3, "source": ["LIHC", "CESC"] * 2, "w": [1.0, 0.0, 3.0, 1.0], "lambda": 0.5}
+    )
+    weights = transferability.final_weights({"SARC": course}, NAMES)
+    assert weights["SARC"].tolist()[:2] == [2.0, 0.5] and np.isnan(weights.loc["SARC", "SARC"])
+
+
+def square(values):
+    names = [f"C{i}" for i in range(len(values))]
+    return pd.DataFrame(values, index=names, columns=names)
+
+
+def test_what_goes_together_is_found_and_what_does_not_is_not():
+    rng = np.random.default_rng(0)
+    values = rng.random((8, 8))
+    seen, p, n = transferability.goes_with(square(values), square(np.exp(values)))
+    assert (seen, n) == (pytest.approx(1), 8) and p == pytest.approx(1 / 2000)
+    assert transferability.goes_with(square(values), square(-values))[0] == pytest.approx(-1)
+    ps = [transferability.goes_with(square(values), square(rng.random((8, 8))), 199)[1] for _ in range(20)]
+    assert min(ps) > 0.005 and max(ps) > 0.5
+    other = square(values.copy())
+    np.fill_diagonal(other.values, 99)
+    assert transferability.goes_with(square(values), other)[0] == pytest.approx(1)  # the diagonal does not count
+
+
+def test_one_target_or_a_missing_column_has_a_correlation_without_a_p_value():
+    table = square(np.random.default_rng(0).random((5, 5)))
+    seen, p, n = transferability.goes_with(table[["C1"]], table)
+    assert (seen, n) == (pytest.approx(1), 1) and np.isnan(p)
+    gap = table.copy()
+    gap.loc["C0", "C1"] = np.nan
+    assert transferability.goes_with(table, gap)[2] == 4
+    seen, p, n = transferability.goes_with(table, table * 0)
+    assert np.isnan(seen) and np.isnan(p) and n == 0
+    related = transferability.relations(table, {"itself": table})
+    assert related.loc[0, ["with", "targets", "problem"]].tolist() == ["itself", 5, ""]
+    assert transferability.relations(table, {"zero": table * 0})["problem"][0].startswith("no target whose sources")
+
+
+def test_asymmetry_and_better_models_elsewhere():
+    table = square([[0.6, 0.5, 0.7], [0.6, 0.5, 0.5], [0.4, 0.55, 0.65]])
+    difference, _ = transferability.asymmetry(table)
+    assert difference == pytest.approx((0.1 + 0.3 + 0.05) / 3)
+    even = square([[1, 0.5, 0.6], [0.5, 1, 0.7], [0.6, 0.7, 1]])
+    assert transferability.asymmetry(even) == (0, pytest.approx(1))
+    best = transferability.better_elsewhere(table).set_index("target")
+    assert best.loc["C1"].tolist() == [0.5, 0.55, "C2", pytest.approx(0.525)]

@@ -1,0 +1,29 @@
+"""Tables of the cohort, its folds and its true risk."""
+
+from __future__ import annotations
+
+from steph.analysis.performance import cohort_tables
+from steph.data.manifest import load_study
+from steph.study.tables import steadiest
+from tests.helpers.made_results import shifted
+
+
+def test_cohort_and_splits_of_a_small_study(tmp_path, monkeypatch):
+    from steph.data.dataset import open_dataset
+
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path))
+    study = load_study("tiny")
+    data = [open_dataset(study, "SARC")]
+    numbers = cohort_tables.cohort_numbers(data)
+    assert numbers.loc["SARC", ["patients", "paper_patients"]].tolist() == [50, 248]
+    assert not numbers.loc["SARC", "match"]
+    table = cohort_tables.cohort_table(numbers, synthetic=False)
+    assert table.loc["SARC", ("agrees", "")] == "no"
+    assert cohort_tables.split_table(data)["test patients"].tolist() == ["25"]
+    oracle = cohort_tables.oracle_table(data, [0, 1])
+    assert (oracle["c_index"] > 0.6).all() and oracle["external_c_index"].nunique() == 1
+    shown = cohort_tables.oracle_wide(oracle)
+    assert (
+        list(shown.columns) == ["test folds", "external patients"] and "±" not in shown.loc["SARC", "external patients"]
+    )
+    assert steadiest(oracle) == "external_c_index" and steadiest(shifted(0)) == "c_index"

@@ -1,0 +1,190 @@
+import os
+import shutil
+from io import StringIO
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from steph import PROJECT, Refused
+from steph.book import build as book
+from steph.book import notebooks, pages
+from steph.book.build import Chapter, build_pages, chapters, executed_path, linked_files, needed_runs, outdated, shelve
+from steph.book.notebooks import completion_path
+from steph.data.manifest import load_study
+from steph.files.records import file_sha256, read_sealed, write_sealed
+from steph.plots import show_link
+from steph.study.runs import results
+from tests.conftest import REFERENCE, in_copy
+
+
+@pytest.fixture
+def shelf(tiny, monkeypatch, tmp_path):
+    """A finished study whose chapters count as executed, and an empty shelf."""
+    monkeypatch.setattr(book, "SHELF", tmp_path / "book")
+    tables = tiny.study.build / "tables"
+    tables.mkdir(exist_ok=True)
+    pd.DataFrame({"verdict": ["x"], "points": ["open"]}).to_csv(tables / "scorecard.csv")
+    link = {"data": {"text/html": '<p class="to-file"><a href="../tables/scorecard.csv" download>CSV</a></p>'}}
+    cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", **link)])
+    for chapter in chapters(tiny.study):
+        executed = executed_path(tiny.study, chapter)
+        executed.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), executed)
+        info = {"status": "complete", "notebook": file_sha256(executed), "seconds": 1.0, "device": "cpu"}
+        write_sealed(completion_path(executed), info)
+    yield tmp_path / "book"
+    shutil.rmtree(tiny.study.build / "notebooks")
+    shutil.rmtree(tables)
+
+
+def test_finished_notebooks_pass_the_gate(tiny, shelf):
+    shelve(tiny)
+    assert {path.stem for path in (shelf / "notebooks").iterdir()} == {c.name for c in chapters(tiny.study)}
+    assert "cpu" in (shelf / "status.md").read_text()
+    shown = shelf / "files" / "build" / "book" / "tables" / "scorecard.csv"
+    assert shown.read_bytes() == (tiny.study.build / "tables" / "scorecard.csv").read_bytes()
+
+
+def test_a_notebook_whose_files_are_gone_is_refused(tiny, shelf):
+    (tiny.study.build / "tables" / "scorecard.csv").unlink()
+    with pytest.raises(Refused, match=r"00_data\.ipynb links to .*scorecard\.csv, which is not there"):
+        shelve(tiny)
+
+
+@pytest.mark.parametrize("damage", ["no record", "changed", "half"])
+def test_a_notebook_that_is_not_finished_is_refused(tiny, shelf, damage):
+    shelve(tiny)
+    executed = executed_path(tiny.study, Chapter("01_baselines", "01_baselines"))
+    if damage == "no record":
+        completion_path(executed).unlink()
+    elif damage == "changed":
+        executed.write_text('{"cells": [1]}')
+    else:
+        completion_path(executed).write_text('{"status": "running"}')
+    with pytest.raises(Refused, match=r"01_baselines\.ipynb: .*Run it again: steph run 01_baselines"):
+        shelve(tiny)
+    assert not (shelf / "notebooks" / "01_baselines.ipynb").exists()  # an old copy does not stand in for it
+
+
+def test_status_page_tells_what_stands_behind_the_book(tiny, shelf):
+    infos = {"00_data": {"status": "complete", "seconds": 1.5, "device": "cpu"}}
+    page = pages.status(tiny, infos, results(tiny))
+    assert "**synthetic**" in page and "| 00_data | complete | 1.5 | cpu |" in page
+    assert pages.code_state() in page and "## Analyses kept\n" in page
+    for method in ("vanilla", "steph", "model_average", "hypernetwork_only"):
+        assert f"| {method} | 6 |" in page
+
+
+def test_the_book_needs_every_method_and_every_start(tiny):
+    runs = needed_runs(tiny.study)
+    assert {r.method for r in runs} >= {"vanilla", "steph"} and len({r.seed for r in runs}) >= 3
+    assert len(runs) == len(set(runs))
+
+
+def test_what_is_not_current_is_executed_again(tiny, shelf):
+    assert {c.name for c in outdated(tiny)} == {c.name for c in chapters(tiny.study)}  # nobody executed them
+    for chapter in chapters(tiny.study):
+        record = completion_path(executed_path(tiny.study, chapter))
+        given = book._given(chapter, "cpu")
+        state = notebooks.state(chapter.source, given, tiny)
+        write_sealed(record, {**read_sealed(record), "state": state})
+    assert outdated(tiny) == []
+    (tiny.study.build / "tables" / "scorecard.csv").unlink()
+    assert len(outdated(tiny)) == len(chapters(tiny.study))
+
+
+def test_a_builder_that_fails_is_an_error(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(book, "SHELF", tmp_path)
+    monkeypatch.setattr(book, "BUILDER", "import sys; sys.exit('WARNING: no such page')")
+    with pytest.raises(Refused, match=r"the book was not built:\nWARNING: no such page"):
+        build_pages(tiny.study)
+
+
+def test_chapters_are_the_notebooks_and_the_scorecard_is_last():
+    names = [chapter.name for chapter in chapters(load_study("demo"))]
+    assert {name.partition("-")[0] for name in names} == {p.stem for p in (PROJECT / "notebooks").glob("*.ipynb")}
+    assert names[0] == "00_data" and names[-1] == "10_scorecard"
+    assert [n for n in names if n.startswith("06")] == ["06_dynamics", "06_dynamics-KIPAN", "06_dynamics-LUNG"]
+
+
+def test_a_study_without_the_papers_cancers_takes_its_first():
+    (own,) = [chapter for chapter in chapters(load_study("tiny")) if chapter.notebook == "06_dynamics"]
+    assert own.name == "06_dynamics" and own.parameters["dataset"] == "LIHC"
+
+
+def test_links_hold_where_the_notebook_lies(tiny, tmp_path, monkeypatch):
+    """In the executed copy, in one written elsewhere, and in a notebook that is open for editing."""
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data["text/html"]))
+    path = tmp_path / "build" / "s p" / "tables" / "a.csv"
+    for folder in (tmp_path / "build" / "s p" / "notebooks", tmp_path / "out"):
+        with notebooks._kernels_know(folder):
+            show_link(path)
+    monkeypatch.chdir(tmp_path)
+    show_link(path)
+    cells = [nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", data={"text/html": html})])
+             for html in shown]  # fmt: skip
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    assert linked_files(tmp_path / "a.ipynb") == [
+        "../tables/a.csv",
+        "../build/s p/tables/a.csv",
+        "build/s p/tables/a.csv",
+    ]
+    assert "FOLDER" not in "".join(os.environ.get(name, "") for name in ("STEPH_NOTEBOOK_FOLDER",))
+
+
+# ------------------------------------------------------------------------------------------- the whole of it
+
+
+@pytest.mark.xdist_group("book")
+def test_the_whole_book_is_built_and_not_done_twice(tiny_book):
+    """What `make book` does, in a copy of the project."""
+    names = [chapter.name for chapter in chapters(load_study("tiny"))]
+    html = tiny_book / "build" / "book" / "_build" / "html"
+    for name in names:
+        assert "Synthetic demo cohort" in (html / "build" / "book" / "notebooks" / f"{name}.html").read_text()
+    said = (tiny_book / "build" / "errors.txt").read_text()
+    assert all(f"{name}: executed" in said for name in names)
+    code = "from steph.book.build import *; print([c.name for c in outdated(Workbench('tiny'))])"
+    done = in_copy(tiny_book, "-c", code)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+EXPECTED = REFERENCE / "tiny_results.csv"
+
+
+SHOWN = """
+import sys
+from dataclasses import asdict
+import pandas as pd
+from steph.book.build import needed_runs
+from steph.study.runs import Workbench, results
+bench = Workbench("tiny")
+results(bench).merge(pd.DataFrame([asdict(run) for run in needed_runs(bench.study)])).to_csv(sys.stdout, index=False)
+"""
+
+
+def tiny_results(copy: Path) -> pd.DataFrame:
+    """What the runs of the book on `tiny` gave: C-index and loss by data set, method, fold and seed. Runs that other
+    tests have made in the same folder, of other precision or of code that they changed, are left out."""
+    table = pd.read_csv(StringIO(in_copy(copy, "-c", SHOWN).stdout))
+    keys = ["dataset", "method", "fold", "seed"]
+    return table.set_index(keys)[["c_index", "external_c_index", "loss"]].sort_index()
+
+
+@pytest.mark.xdist_group("book")
+def test_the_books_runs_on_tiny_give_the_numbers_they_gave(tiny_book):
+    """The same numbers, but for what another processor's rounding does in two epochs. After a change that is meant to
+    change them: STEPH_EXPECT=1 make test TESTS=tests/book/test_build.py, and look at the difference."""
+    found = tiny_results(tiny_book)
+    if "STEPH_EXPECT" in os.environ:
+        found.to_csv(EXPECTED, float_format="%.6g")
+    expected = pd.read_csv(EXPECTED, index_col=[0, 1, 2, 3])
+    assert list(found.index) == list(expected.index)
+    difference = (found - expected).abs()
+    assert (found.isna() == expected.isna()).all(axis=None)
+    assert (difference["loss"] <= 1e-3 * expected["loss"]).all(), difference["loss"].nlargest(5)
+    assert (difference[["c_index", "external_c_index"]].fillna(0) <= 0.02).all(axis=None), difference.max()
+    assert (found - expected).mean().abs().max() < 0.001

@@ -1,0 +1,524 @@
+"""steph doctor: every check made to fail on purpose; its fixes are commands that exist; nothing is changed by it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+
+import nbformat
+import pytest
+import torch
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from steph import PROJECT, Refused
+from steph.book import doctor
+from steph.book.doctor import as_json, as_text, examine
+from steph.cli import app
+from steph.data.cohort import read_cohort, write_cohort
+from steph.data.dataset import pack_dataset
+from steph.data.manifest import load_study
+from steph.files.records import read_record
+from steph.study.runs import plan
+from tests.helpers.fabricate import fabricate
+
+WORDS = {"check", "status", "found", "fix"}
+
+
+@pytest.fixture(autouse=True)
+def steady(tmp_path, monkeypatch):
+    """No book, and one thread, whatever the machine has."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("steph.book.build.SHELF", tmp_path / "book")
+
+
+def found(check, study="tiny", device="cpu", status=None):
+    """The findings of one check, their fixes looked at."""
+    case = doctor.Case(str(study), device)
+    chosen = next(each for each in (*doctor.MACHINE, *doctor.STUDY) if each.__name__ == check)
+    findings = doctor._carried_out(chosen, case)
+    assert findings and all(finding.check == check.replace("_", " ") for finding in findings)
+    for finding in findings:
+        assert finding.status in ("PASS", "WARN", "FAIL") and finding.found and "Traceback" not in finding.found
+        assert finding.fix or finding.status == "PASS", finding
+        assert_fix_is_real(finding.fix)
+    return [finding for finding in findings if status in (None, finding.status)]
+
+
+def one(check, status, *more, **options):
+    """The only finding of a check with this status."""
+    (finding,) = found(check, *more, status=status, **options)
+    return finding
+
+
+def assert_fix_is_real(fix):
+    """What a fix names exists: commands with their options, make's targets and variables, variables that we read."""
+    sources = "".join(path.read_text(encoding="utf-8") for path in (PROJECT / "steph").rglob("*.py"))
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    for line in re.findall(r"`([^`]+)`", fix):
+        words = shlex.split(line)
+        if words[0].startswith("--"):
+            assert {name for name in words if name.startswith("--")} <= options_of_doctor(), line
+        elif words[0] == "steph":
+            parse_command(words[1:])
+        elif words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.M), line
+            assert all(re.search(rf"^{word.split('=')[0]} \?=", makefile, re.M) for word in words[2:]), line
+        elif words[0] == "export":
+            name = words[1].split("=")[0]
+            assert name == "OMP_NUM_THREADS" or f'"{name}"' in sources, line
+        elif line.startswith(("recipe.", "folders")):
+            assert line.split(".")[-1] in sources
+        else:
+            assert words[0] in ("pip", "python", "git", "nbstripout", "rm", "find", "nvidia-smi"), line
+
+
+def options_of_doctor():
+    command = typer.main.get_command(app).commands["doctor"]
+    return {name for parameter in command.params for name in parameter.opts}
+
+
+def parse_command(words):
+    """Let the command line read a command without carrying it out; raises for an unknown command or option."""
+    command, name = typer.main.get_command(app), "steph"
+    while hasattr(command, "commands"):
+        name = words.pop(0)
+        command = command.commands[name]
+    command.make_context(name, words)
+
+
+def test_a_fix_that_does_not_exist_is_noticed():
+    for fix in ("`steph study ran --study tiny`", "`steph doctor --studdy x`", "`make soup`", "`export STEPH_NOPE=1`"):
+        with pytest.raises((KeyError, AssertionError, Exception)) as reason:
+            assert_fix_is_real(fix)
+        assert not isinstance(reason.value, SystemExit)
+    assert_fix_is_real("`steph doctor --study tiny --device cuda`")
+
+
+# ------------------------------------------------------------------------------------------------ as a whole
+
+
+def content(folder):
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_healthy_study_passes_and_nothing_is_touched(build):
+    before = content(build.parent)
+    findings = examine("tiny")
+    assert [f for f in findings if f.status == "FAIL"] == []
+    assert {f.check for f in findings} == {
+        "python", "packages", "device", "threads", "kernel", "notebooks", "manifest", "build folder", "data", "disk",
+        "memory", "runs", "book",
+    }  # fmt: skip
+    for finding in findings:
+        assert_fix_is_real(finding.fix)
+    assert content(build.parent) == before
+    assert "3 data sets can be used: LIHC, CESC, SARC" in as_text(findings)
+
+
+def test_a_study_of_which_nothing_is_made_passes(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "deep" / "build"))
+    assert not [f for f in examine("tiny") if f.status == "FAIL"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_has_its_form(build):
+    findings = examine("tiny")
+    report = json.loads(as_json(findings, "tiny", "cpu"))
+    assert set(report) == {"version", "steph", "study", "device", "findings"} and report["version"] == 1
+    assert all(set(f) == WORDS and all(isinstance(v, str) for v in f.values()) for f in report["findings"])
+    assert len(report["findings"]) == len(findings)
+
+
+def steph(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_the_exit_code_tells(build):
+    done = steph("doctor", "--study", "tiny")
+    assert done.exit_code == 0 and ", 0 FAIL" in done.output
+    done = steph("doctor", "--study", "tiny", "--format", "json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["findings"]
+    next(build.glob("runs/*/*/*/run.json")).write_text("{")
+    done = steph("doctor", "--study", "tiny", "--format", "json")
+    assert done.exit_code == 1 and "Traceback" not in done.output
+    assert [f["check"] for f in json.loads(done.stdout)["findings"] if f["status"] == "FAIL"] == ["runs"]
+    assert steph("doctor", "--study", "tiny", "--format", "xml").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ZeroDivisionError("by nothing"), "the check itself failed: ZeroDivisionError: by nothing"),
+        (ModuleNotFoundError("no", name="papermill"), "the package papermill is not installed"),
+        (Refused("no such thing"), "no such thing"),
+    ],
+)
+def test_a_check_that_fails_is_a_finding_and_the_others_go_on(build, monkeypatch, error, words):
+    def data(case):
+        yield doctor.Finding("data", "PASS", "so far")
+        raise error
+
+    monkeypatch.setattr(doctor, "STUDY", tuple(data if c is doctor.data else c for c in doctor.STUDY))
+    findings = examine("tiny")
+    assert [(f.status, f.found) for f in findings if f.check == "data"] == [("PASS", "so far"), ("FAIL", words)]
+    assert findings[-1].check == "book"
+
+
+def test_a_package_that_is_missing_is_a_sentence_for_every_command(build, monkeypatch):
+    def broken(*_):
+        raise ModuleNotFoundError("No module named 'h5py'", name="h5py")
+
+    monkeypatch.setattr(doctor, "examine", broken)
+    done = steph("doctor", "--study", "tiny")
+    assert done.exit_code == 1 and "h5py is not installed. `make env`" in done.output
+
+
+# ------------------------------------------------------------------------------------------------ the machine
+
+
+def test_an_old_python_fails(monkeypatch):
+    monkeypatch.setattr(doctor, "_pyproject", lambda: {"requires-python": ">=3.99"})
+    assert "needed: >=3.99" in one("python", "FAIL").found
+
+
+@pytest.mark.parametrize(
+    ("name", "installed", "status", "words"),
+    [
+        ("lifelines", None, "FAIL", "lifelines is not installed; needed: >=0.30.3"),
+        ("pandas", "3.0.1", "FAIL", "pandas 3.0.1; needed: <3,>=2.2"),
+        ("papermill", None, "WARN", "papermill is not installed; needed: >=2.6 (for notebooks and the book)"),
+        ("numpy", "2.3.0", "WARN", "numpy 2.3.0 (pinned 2.4.6); the last digits"),
+    ],
+)
+def test_packages_are_compared(monkeypatch, name, installed, status, words):
+    real = doctor._installed
+    monkeypatch.setattr(doctor, "_installed", lambda n: installed if n == name else real(n))
+    assert any(words in f.found for f in found("packages", status=status))
+
+
+def test_a_build_of_pytorch_is_no_other_version():
+    assert not doctor._differs("2.13.0+cpu", "2.13.0") and doctor._differs("2.12.0+cpu", "2.13.0")
+
+
+def no_gpu(monkeypatch, driver="", cuda=None):
+    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+
+
+def test_an_absent_gpu_fails_and_the_reason_is_told(monkeypatch):
+    no_gpu(monkeypatch)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "driver" in one("device", "FAIL", device="cuda").fix
+    no_gpu(monkeypatch, driver="NVIDIA X, 570")
+    assert one("device", "FAIL", device="cuda").fix == "`make env TORCH=cuda`"
+    assert "lies idle" in one("device", "WARN").found
+    no_gpu(monkeypatch, driver="NVIDIA X, 570", cuda="12.8")
+    assert "fits the driver" in one("device", "FAIL", device="cuda").fix
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "CUDA_VISIBLE_DEVICES is ''" in one("device", "FAIL", device="cuda:0").fix
+    assert "expected cpu, cuda" in one("device", "FAIL", device="tpu").found
+    assert one("device", "PASS").found
+
+
+def test_a_gpu_that_does_not_compute_fails(monkeypatch):
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("CUDA error: no kernel image is available\nmore")
+
+    monkeypatch.setattr(doctor, "check_device", lambda _: None)
+    monkeypatch.setattr(torch, "ones", broken)
+    assert (
+        "cuda does not compute: CUDA error: no kernel image is available;" in one("device", "FAIL", device="cuda").found
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_that_is_there_passes():
+    assert torch.cuda.get_device_name(0) in found("device", device="cuda")[0].found
+
+
+@pytest.mark.parametrize("given", ["64", "0", "many"])
+def test_threads_that_do_not_fit_are_a_warning(monkeypatch, given):
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 4)
+    assert given in one("threads", "WARN").found
+
+
+@pytest.mark.parametrize(("affinity", "share", "usable"), [({0}, None, 1), (set(range(16)), 2.5, 2)])
+def test_fewer_cores_than_the_machine_has_are_a_warning(monkeypatch, affinity, share, usable):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: affinity, raising=False)
+    monkeypatch.setattr(doctor, "_cgroup", lambda _: share)
+    assert f"--workers {usable}`" in one("threads", "WARN").fix
+
+
+def test_a_kernel_of_another_environment_fails(tmp_path, monkeypatch):
+    spec = tmp_path / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    spec.write_text(json.dumps({"argv": ["/opt/elsewhere/python", "-m", "ipykernel_launcher"], "display_name": "P"}))
+    assert "starts /opt/elsewhere/python" in one("kernel", "FAIL").found
+    spec.write_text(json.dumps({"argv": ["python", "-m", "ipykernel_launcher"], "display_name": "P"}))
+    assert one("kernel", "PASS")
+
+
+def test_kept_notebooks_with_outputs_or_without_parameters_are_told(tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(doctor, "NOTEBOOKS", folder)
+    cell = nbformat.v4.new_code_cell("# Parameters\nstudy = 'tiny'", metadata={"tags": ["parameters"]})
+    write = lambda name, *cells: nbformat.write(nbformat.v4.new_notebook(cells=list(cells)), folder / name)  # noqa: E731
+    write("good.ipynb", cell)
+    write(".ipynb_checkpoints/bad.ipynb", nbformat.v4.new_code_cell("1", execution_count=3))
+    assert "1 kept notebooks are valid" in one("notebooks", "PASS").found
+    write("shown.ipynb", cell, nbformat.v4.new_code_cell("1", execution_count=3))
+    assert ["shown.ipynb has outputs" in finding.found for finding in found("notebooks")] == [True]
+    write("plain.ipynb", nbformat.v4.new_code_cell("1"))
+    (folder / "cut.ipynb").write_text('{"cells": [')
+    (folder / "other.ipynb").write_text('{"cells": [{"cell_type": "soup"}], "nbformat": 4, "nbformat_minor": 5}')
+    said = [f.found for f in found("notebooks", status="FAIL")]
+    assert [text.split(":")[0] for text in said] == [f"notebooks/{n}.ipynb" for n in ("cut", "other", "plain")]
+    assert "no cell tagged 'parameters'" in said[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", "not readable YAML"),
+        ("extends: tiny\nname: x\nfoldz: 3", "foldz: Extra inputs are not permitted"),
+        ("extends: tiny\nname: x\nbook_folds: { stef: 1 }", "unknown group or method 'stef'"),
+        ("extends: tiny\nname: x\nsteph: { top_k: 0 }", "steph.top_k"),
+    ],
+)
+def test_a_broken_manifest_is_the_last_finding(tmp_path, text, words):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    findings = examine(str(path))
+    assert [f.check for f in findings if f.status == "FAIL"] == ["manifest"] and findings[-1].check == "manifest"
+    assert words in findings[-1].found
+    assert_fix_is_real(findings[-1].fix)
+
+
+def test_an_unknown_study_names_its_neighbours():
+    assert "Did you mean tiny" in one("manifest", "FAIL", "tinny").found
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux only")  # noqa: PTH112
+def test_a_build_folder_that_cannot_be_written_fails(monkeypatch):
+    monkeypatch.setenv("STEPH_BUILD", "/proc/self/build")
+    assert "cannot be written" in one("build_folder", "FAIL").found
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_build_folder_fails(build):
+    build.chmod(0o500)
+    try:
+        assert "Permission denied" in one("build_folder", "FAIL").found
+    finally:
+        build.chmod(0o700)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("nfs4", "slow with many small files"), ("tmpfs", "in memory")])
+def test_file_systems_that_serve_badly_are_a_warning(build, monkeypatch, kind, words):
+    monkeypatch.setattr(doctor, "_file_system", lambda _: kind)
+    assert words in one("build_folder", "WARN").found
+
+
+def test_the_file_system_is_that_of_the_longest_mount(tmp_path, monkeypatch):
+    table = ["/dev/a / ext4 rw 0 0", f"server:/x {tmp_path}/a\\040b nfs4 rw 0 0", f"tmpfs {tmp_path}/a tmpfs rw 0 0"]
+    monkeypatch.setattr(doctor, "_lines", lambda _: table)
+    for name, kind in (("a b", "nfs4"), ("a", "tmpfs"), ("c", "ext4")):
+        assert doctor._file_system(tmp_path / name) == kind
+
+
+def test_a_full_disk_fails(build, monkeypatch):
+    usage = shutil.disk_usage(build)._replace(free=1000)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
+    assert "0.0 GB free" in one("disk", "FAIL").found
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage._replace(free=5 * 10**8))
+    assert one("disk", "WARN")
+
+
+def test_stores_that_are_not_packed_count_for_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPH_DATA", str(tmp_path))
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "build"))
+    usage = shutil.disk_usage(tmp_path)._replace(free=100 * 10**9)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
+    finding = one("disk", "FAIL", "tcga")
+    needs = float(re.search(r"about ([\d.]+) GB", finding.found)[1])
+    patches = sum(e.patients * e.mean_patches for e in load_study("tcga").datasets.values())
+    assert needs >= patches * (1536 * 2 + 8) / 1e9 and "STEPH_DATA" in finding.fix
+
+
+def test_memory_is_compared(build, monkeypatch):
+    monkeypatch.setattr(doctor, "available_memory", lambda: 10**6)
+    assert "0.0 GB free" in one("memory", "FAIL").found
+    monkeypatch.setattr(doctor, "available_memory", lambda: 3 * 10**9)
+    monkeypatch.setattr(doctor, "_cgroup", lambda _: None)
+    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 16)
+    assert "--workers 2`" in one("memory", "WARN").fix
+    monkeypatch.setattr(doctor, "_cgroup", lambda _: 1e6)
+    assert "0.0 GB free" in one("memory", "FAIL").found
+    monkeypatch.setattr(doctor, "_cgroup", lambda _: None)
+    monkeypatch.setattr(doctor, "available_memory", lambda: None)
+    assert "does not say" in one("memory", "PASS").found
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def test_synthetic_data_of_other_settings_fail(build, tmp_path):
+    changed = tmp_path / "changed.yaml"
+    changed.write_text("extends: tiny\nname: tiny\nsynthetic: { seed: 7 }")
+    said = found("data", changed, status="FAIL")
+    assert len(said) == 3 and all("was made with other settings" in f.found for f in said)
+    assert all("records" in f.found for f in found("runs", changed)), "keys are not known without data"
+
+
+@pytest.fixture
+def real(build, tmp_path):
+    """A study of real data, in miniature: labels there, nothing else. Its manifest and its data folder."""
+    data = tmp_path / "data"
+    for name in ("LIHC", "SARC"):
+        cohort = read_cohort(build / "data" / "labels" / f"{name}.csv", name)
+        write_cohort(cohort, data / "labels" / f"{name}.csv")
+    values = {
+        "extends": "tcga", "name": "small", "data_root": str(data), "folds": 2, "features": {"dim": 4},
+        "datasets": {"LIHC": {"projects": ["LIHC"]}, "SARC": {"projects": ["SARC"]}},
+    }  # fmt: skip
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "small.yaml", data
+
+
+def test_data_that_is_missing_is_told_step_by_step(real):
+    manifest, data = real
+    study = load_study(manifest)
+    said = found("data", manifest, status="FAIL")
+    assert [f.found.split(":")[0] for f in said] == ["LIHC", "SARC"] and "0 of the slides have" in said[0].found
+
+    for name in study.datasets:
+        cohort = read_cohort(data / "labels" / f"{name}.csv", name)
+        cohort.slides["project"] = name
+        files = fabricate(cohort, data / "features", "mahmoodlab", dim=4, mean_patches=5)
+    one_slide = next(iter(files.values()))
+    hidden = one_slide.rename(one_slide.with_suffix(".gone"))
+    fixes = [f.fix for f in found("data", manifest, status="FAIL")]
+    assert "data pack" in fixes[0] and "data check" not in fixes[0] and "data check" in fixes[1]
+    hidden.rename(one_slide)
+
+    for name in study.datasets:
+        pack_dataset(study, name, progress=False)
+    before = content(data)
+    assert "2 data sets can be used: LIHC, SARC" in one("data", "PASS", manifest).found
+    assert content(data) == before, "splits are not made by looking"
+
+    (data / "stores" / "LIHC.h5").write_bytes((data / "stores" / "LIHC.h5").read_bytes()[:5000])
+    assert "LIHC.h5 is not a whole feature store" in one("data", "FAIL", manifest).found
+    (data / "labels" / "LIHC.csv").write_text("patient_id,time_days\nA,1\n")
+    (data / "labels" / "LIHC.csv.sha256").unlink()
+    (data / "labels" / "SARC.csv").unlink()
+    said = [f.found for f in found("data", manifest, status="FAIL")]
+    assert "no column slide_id" in said[0] and "no label table of SARC" in said[1]
+
+
+# ------------------------------------------------------------------------------------------------ runs and book
+
+
+def record_of(build):
+    return next(build.glob("runs/SARC/vanilla/*"))
+
+
+def test_finished_runs_are_counted(build):
+    assert found("runs")[-1].found == f"3 of {len(plan(load_study('tiny')))} runs of the study are finished"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"status": "complete", "files": {}}', '{"status": "complete"}'])
+def test_a_damaged_completion_record_fails_with_its_path(build, text):
+    folder = record_of(build)
+    (folder / "run.json").write_text(text)
+    finding = one("runs", "FAIL")
+    assert str(folder / "run.json") in finding.found and f"rm -r {folder}" in finding.fix
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "bit", "edited"])
+@pytest.mark.parametrize("kind", ["runs/SARC/vanilla", "null_models"])
+def test_a_damaged_file_of_a_record_fails_with_its_path(build, damage, kind):
+    folder = next((build / kind).iterdir())
+    name = "predictions.csv" if damage == "edited" else "model.safetensors"
+    if name not in read_record(folder).info["files"]:
+        pytest.skip("null models have no predictions")
+    path = folder / name
+    whole = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(
+            {"cut": whole[:-1], "bit": whole[:-1] + bytes([whole[-1] ^ 1]), "edited": whole + b"\n"}[damage]
+        )
+    finding = one("runs", "FAIL")
+    assert str(path) in finding.found and "rm -r" in finding.fix
+
+
+def test_records_of_another_configuration_are_a_warning(build, tmp_path):
+    changed = tmp_path / "changed.yaml"
+    changed.write_text("extends: tiny\nname: tiny\nrecipe: { epochs: 3 }")
+    assert one("runs", "WARN", changed).found.startswith("3 of 3 records")
+    assert found("runs", changed)[-1].found.startswith("0 of ")
+    moved = record_of(build)
+    moved.rename(moved.with_name("fold0-seed42-0123456789ab"))
+    assert one("runs", "WARN").found.startswith("1 of 3 records")
+
+
+def test_what_killed_processes_left_is_a_warning(build):
+    folder = record_of(build)
+    (folder / "run.json").unlink()
+    (folder / ".model.safetensors.0a1b2c3d.tmp").write_bytes(bytes(2_000_000))
+    unfinished, left = found("runs", status="WARN")
+    assert "1 run(s) were begun and not finished" in unfinished.found
+    assert "1 temporary file(s) or folder(s), 2.0 MB" in left.found and str(folder) in left.found
+    assert f"find {build} -name" in left.fix
+    aside = folder.with_name(f".{folder.name}.0a1b2c3d.tmp") / folder.name
+    aside.parent.mkdir()
+    folder.rename(aside)
+    assert "2 temporary" in one("runs", "WARN").found, "a record that was being written is no unfinished run"
+
+
+def test_executed_notebooks_that_are_stale_or_failed_are_a_warning(build):
+    folder = build / "notebooks"
+    folder.mkdir()
+    assert "not built yet" in one("book", "PASS").found
+    nbformat.write(nbformat.v4.new_notebook(), folder / "00_data.ipynb")
+    (folder / "01_baselines.failed.ipynb").touch()
+    failed, stale = found("book", status="WARN")
+    assert str(folder / "01_baselines.failed.ipynb") in failed.found
+    assert "1 of 1 executed notebooks" in stale.found and "00_data" in stale.found
+
+
+def test_the_book_is_told_with_its_study_and_code(build, tmp_path, monkeypatch):
+    page = tmp_path / "book" / "_build" / "html" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.touch()
+
+    def built(study, code):
+        text = f"# Status\n\nStudy `{study}`, title. Its data.\nBuilt with the code of {code} on Linux (x86_64).\n"
+        (tmp_path / "book" / "status.md").write_text(text)
+
+    monkeypatch.setattr(doctor.pages, "code_state", lambda: "commit aaa")
+    built("tiny", "commit aaa")
+    assert "of the code of commit aaa" in one("book", "PASS").found
+    built("tiny", "commit bbb, with changes that are not committed")
+    assert "commit bbb, with changes that are not committed; now it is commit aaa" in one("book", "WARN").found
+    built("demo", "commit aaa")
+    assert "is of demo" in one("book", "PASS").found
+    (tmp_path / "book" / "status.md").write_text("nothing")
+    assert one("book", "PASS")

@@ -1,0 +1,297 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from steph import PROJECT, Refused
+from steph.book import notebooks
+from steph.book.notebooks import check, completion, completion_path, declared, execute, find, start, state, up_to_date
+
+PARAMETERS = '# Parameters\nstudy = "tiny"\ndataset = "all"\nfolds = "all"\nseed = 42\ndevice = "cpu"\n'
+
+
+def made(path, *cells, parameters=PARAMETERS):
+    """A notebook on disk with a parameters cell, `start`, and the cells given."""
+    notebook = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    )
+    first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    begin = nbformat.v4.new_code_cell("from steph.book.notebooks import start\np = start(globals())")
+    notebook.cells = [first, begin, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
+    nbformat.write(notebook, path)
+    return path
+
+
+@pytest.fixture
+def notebook(tmp_path, build_folder):
+    return made(tmp_path / "a.ipynb", "print('folds', p.folds, 'of', p.datasets)")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"datset": "SARC"}, r"unknown notebook parameter 'datset'.* Did you mean dataset"),
+        ({"dataset": "SARK"}, r"unknown data set 'SARK' in study tiny\. Did you mean SARC\?"),
+        ({"study": "dem"}, r"unknown study 'dem'.* Did you mean demo"),
+        ({"folds": [0, 2]}, "fold .2. of study tiny: its folds are 0 to 1"),
+        ({"folds": "1,x"}, "expected all, or folds such as"),
+        ({"folds": []}, "its folds are 0 to 1"),
+        ({"seed": "42"}, "seed = '42' is of type str; expected int or none"),
+        ({"seed": True}, "seed = True is of type bool"),
+        ({"seed": -1}, "expected seed >= 0"),
+        ({"n_seeds": 0}, "n_seeds >= 1"),
+        ({"precision": "fp8"}, "precision 'fp8'; expected auto, fp32"),
+        ({"device": "tpu"}, "expected cpu, cuda"),
+        ({"dataset": 3}, "dataset = 3 is of type int; expected str"),
+        ({"dataset": "SARC", "sources": "SARC"}, "unknown source 'SARC' in study tiny, target SARC"),
+        ({"dataset": "SARC", "sources": ["CESC", "LIHK"]}, r"unknown source 'LIHK'.* Did you mean LIHC\?"),
+    ],
+)
+def test_parameters_that_cannot_be_are_refused(given, message):
+    with pytest.raises(Refused, match=message):
+        check({"study": "tiny", **given})
+
+
+@pytest.mark.parametrize(
+    ("folds", "expected"), [("all", [0, 1]), (1, [1]), ("1", [1]), ([1, 0], [1, 0]), ("[0, 1]", [0, 1]), ("1,1", [1])]
+)
+def test_folds_can_be_said_in_many_ways(folds, expected):
+    assert check({"study": "tiny", "folds": folds}).folds == expected
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ("auto", None),
+        ("all", ["CESC", "LIHC"]),
+        ("LIHC", ["LIHC"]),
+        ("LIHC, CESC", ["LIHC", "CESC"]),
+        (["CESC"], ["CESC"]),
+    ],
+)
+def test_sources_can_be_named_or_left_to_the_analysis(sources, expected):
+    assert check({"study": "tiny", "dataset": "SARC", "sources": sources}).sources == expected
+
+
+def test_defaults_come_from_the_study():
+    checked = check({"study": "tiny"})
+    assert checked.seed == checked.study.seed and checked.datasets == ["LIHC", "CESC", "SARC"]
+    assert check({"study": "tiny", "dataset": "SARC"}).datasets == ["SARC"]
+
+
+def test_start_refuses_what_papermill_injects_beside_the_declared():
+    own, injected = PARAMETERS, '# Parameters\ncancr = "LUAD"\n'
+    names = {"study": "tiny", "dataset": "all", "folds": "all", "seed": 42, "device": "cpu", "cancr": "LUAD"}
+    with pytest.raises(Refused, match="unknown parameter 'cancr' in this notebook"):
+        start({"In": ["", own, injected], **names})
+    later = "cancr = 'a variable of a later cell'"
+    assert start({"In": ["", own, "", later], **names, "dataset": "SARC"}).datasets == ["SARC"]
+
+
+def test_declared_parameters(notebook, tmp_path):
+    assert declared(notebook)["dataset"] == "all"
+    untagged = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("a = 1")])
+    nbformat.write(untagged, tmp_path / "b.ipynb")
+    with pytest.raises(Refused, match="no cell tagged 'parameters'"):
+        declared(tmp_path / "b.ipynb")
+    with pytest.raises(Refused, match="must begin with the line"):
+        declared(made(tmp_path / "c.ipynb", parameters="study = 'tiny'"))
+    (tmp_path / "d.ipynb").write_text("{")
+    with pytest.raises(Refused, match=r"d\.ipynb is not a notebook"):
+        declared(tmp_path / "d.ipynb")
+
+
+def test_notebooks_are_found_by_name():
+    assert find("baselines") == find("01_baselines") == notebooks.NOTEBOOKS / "01_baselines.ipynb"
+    with pytest.raises(Refused, match=r"unknown notebook '01_baseline'.* Did you mean 01_baselines"):
+        find("01_baseline")
+    template = notebooks.NOTEBOOKS / "templates" / "new_method.ipynb"
+    assert find("templates/new_method") == find("templates/new_method.ipynb") == find(template) == template
+
+
+def test_execution_leaves_a_copy_with_its_completion(notebook):
+    executed = execute(notebook, {"folds": "1", "dataset": "SARC"}, progress=False)
+    assert executed.name == "a-SARC.ipynb" and "folds [1] of ['SARC']" in executed.read_text()
+    info = completion(executed)
+    assert info["parameters"] == {"folds": "1", "dataset": "SARC"} and info["synthetic"] is True
+    bench = check({"study": "tiny"}).bench
+    assert up_to_date(executed, notebook, {"folds": "1", "dataset": "SARC"}, bench)
+    assert not up_to_date(executed, notebook, {"folds": "0", "dataset": "SARC"}, bench)
+    made(notebook, "print('changed')")
+    assert not up_to_date(executed, notebook, {"folds": "1", "dataset": "SARC"}, bench)
+    executed.write_text(executed.read_text() + "\n")
+    with pytest.raises(Refused, match="not the one that was completed"):
+        completion(executed)
+
+
+def test_unknown_parameters_are_refused_before_a_kernel_starts(notebook, monkeypatch):
+    monkeypatch.setattr("papermill.execute_notebook", lambda *a, **k: pytest.fail("a kernel was started"))
+    with pytest.raises(Refused, match=r"unknown parameter 'cancr' in notebook a\.ipynb"):
+        execute(notebook, {"cancr": "LUAD"})
+    with pytest.raises(Refused, match="unknown data set"):
+        execute(notebook, {"dataset": "LUAD"})
+
+
+def test_plain_papermill_is_as_strict(notebook, tmp_path):
+    command = [sys.executable, "-m", "papermill", str(notebook), str(tmp_path / "out.ipynb"), "-p", "cancr", "LUAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "unknown parameter 'cancr' in this notebook" in done.stderr
+
+
+def test_an_error_in_a_cell_is_told_and_kept_for_reading(tmp_path, build_folder):
+    broken = made(tmp_path / "broken.ipynb", "1 / 0")
+    with pytest.raises(Refused, match=r"broken\.ipynb stopped: ZeroDivisionError: division by zero\nSee .*failed"):
+        execute(broken, {}, tmp_path / "out.ipynb", progress=False)
+    assert "ZeroDivisionError" in (tmp_path / "out.failed.ipynb").read_text()
+    assert not (tmp_path / "out.ipynb").exists() and not completion_path(tmp_path / "out.ipynb").exists()
+
+
+def test_a_kernel_that_dies_is_an_error_and_its_notebook_is_not_finished(tmp_path, build_folder):
+    dying = made(tmp_path / "dying.ipynb", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(Refused, match=r"the kernel of dying\.ipynb died; most often .* memory"):
+        execute(dying, {}, tmp_path / "out.ipynb", progress=False)
+    with pytest.raises(Refused, match="no readable completion record"):
+        completion(tmp_path / "out.ipynb")
+
+
+def test_parameters_are_data_not_code(tmp_path, build_folder):
+    echo = made(tmp_path / "echo.ipynb", "print(repr(word))", parameters="# Parameters\nstudy = 'tiny'\n")
+    quote = "tiny'\nraise SystemExit(1)\n'"
+    with pytest.raises(Refused, match="unknown study"):
+        execute(echo, {"study": quote}, tmp_path / "out.ipynb", progress=False)
+
+
+def test_the_projects_notebooks_declare_known_parameters():
+    found = sorted(notebooks.NOTEBOOKS.rglob("*.ipynb"))
+    assert len(found) > 12
+    for path in found:
+        takes = declared(path)
+        assert set(takes) <= set(notebooks.DEFAULTS) and "study" in takes, path.name
+        check(takes)
+        cells = json.loads(path.read_text())["cells"]
+        assert any("start(globals())" in "".join(cell["source"]) for cell in cells), path.name
+
+
+def test_the_state_of_a_notebook_follows_runs_of_the_study_and_of_its_twin(notebook, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "build"))
+    states = [state(notebook, {}, tiny)]
+    for study in ("tiny", "tiny_twin"):
+        for name in ("a", "b"):
+            record = tmp_path / "build" / study / "runs" / "SARC" / "steph" / name / "run.json"
+            record.parent.mkdir(parents=True)
+            states.append(state(notebook, {}, tiny))  # a folder without a record is nothing
+            record.touch()
+            states.append(state(notebook, {}, tiny))
+    assert [a == b for a, b in pairwise(states)] == [True, False] * 4
+
+
+def test_the_state_follows_the_papers_tables_and_the_labels_of_real_patients(notebook, tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("STEPH_DATA", raising=False)
+    before = state(notebook, {}, tiny)
+    shutil.copytree(notebooks.MANIFESTS, tmp_path / "manifests")
+    monkeypatch.setattr(notebooks, "MANIFESTS", tmp_path / "manifests")
+    assert state(notebook, {}, tiny) == before
+    with (tmp_path / "manifests" / "paper" / "table1_baselines.csv").open("a") as file:
+        file.write("\n")
+    assert state(notebook, {}, tiny) != before
+    real = tiny.study.model_copy(update={"synthetic": None, "data_root": str(tmp_path)})
+    (real.data / "labels").mkdir()
+    empty = notebooks._data_state(real)
+    (real.data / "labels" / "SARC.csv").write_text("patient_id")
+    assert notebooks._data_state(real) != empty
+
+
+# ------------------------------------------------------------------------------------------- to edit and to extend
+
+
+@pytest.fixture
+def own_build(tiny, tmp_path, monkeypatch):
+    """A build folder in which the runs of `tiny` are finished and new ones disturb nobody."""
+    shutil.copytree(tiny.study.build, tmp_path / "build" / "tiny", copy_function=os.link)
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "build"))
+    return tmp_path / "build" / "tiny"
+
+
+@pytest.mark.parametrize(("name", "runs"), [("new_section", 0), ("new_method", 6)])
+def test_templates_run_as_they_stand(own_build, name, runs):
+    executed = execute(find(f"templates/{name}"), {}, progress=False)
+    assert executed == own_build / "notebooks" / f"{name}.ipynb"
+    assert (own_build / "tables" / f"{name}.csv").is_file() and (own_build / "figures" / f"{name}.svg").is_file()
+    text = executed.read_text()
+    assert f"../tables/{name}.csv" in text and f"../figures/{name}.svg" in text and "Stands on: 18 finished" in text
+    assert len(list(own_build.glob("runs/*/stepped/*/run.json"))) == runs
+
+
+METHOD = """
+from steph.methods.registry import METHODS, Ingredients, Method
+from steph.study.runs import Run, Workbench
+def built(x: Ingredients, scale):
+    {body}
+METHODS["own"] = Method("Own", "own", built, "", options={{"scale": {scale}}})
+try:
+    print("key", Workbench("tiny").key(Run("SARC", "own", 0, 42)))
+except Exception as error:
+    print("key", type(error).__name__, error)
+"""
+
+
+def test_runs_of_a_method_defined_in_a_notebook_have_the_key_of_its_code(tmp_path, own_build):
+    """What decides its numbers decides the key; what would not be seen is refused."""
+    cells = [
+        METHOD.format(body="return x.network()", scale=1),
+        METHOD.format(body='"A docstring."\n    return x.network()  # a comment', scale=1),
+        METHOD.format(body="return x.network(x.null_state)", scale=1),
+        METHOD.format(body="return x.network()", scale=2),
+        "def helper(x): return x.network()\n" + METHOD.format(body="return helper(x)", scale=1),
+        "def helper(x): return x.network(None)\n" + METHOD.format(body="return helper(x)", scale=1),
+        "class Net: pass\n" + METHOD.format(body="return Net()", scale=1),
+        "step = 3\n" + METHOD.format(body="return [step for _ in range(2)]", scale=1),
+        METHOD.format(body="step = 4\n    return step", scale=1),
+    ]
+    executed = execute(made(tmp_path / "own.ipynb", *cells), {}, tmp_path / "out.ipynb", progress=False)
+    outputs = [cell.get("outputs", []) for cell in nbformat.read(executed, 4).cells[2:]]
+    keys = ["".join(o.get("text", "") for o in output).partition("key ")[2].strip() for output in outputs]
+    first, commented, changed, scaled, helped, helped_otherwise, a_class, a_value, local = keys
+    assert first == commented and len({first, changed, scaled, helped, helped_otherwise, local}) == 6
+    assert a_class == "Refused built uses the class Net of this notebook: define it inside built."
+    assert a_value.startswith("Refused built uses step, a value of this notebook: hand it over as an option")
+
+
+def test_a_change_to_the_library_shows_in_the_next_cell_and_in_the_keys_of_runs(tmp_path, own_build):
+    """In a kernel that a person works with, on a copy of the project."""
+    copy = tmp_path / "project"
+    skip = shutil.ignore_patterns("build", ".*", "__pycache__", "*.egg-info", "tests", "book")
+    shutil.copytree(PROJECT, copy, ignore=skip)
+    begin = (
+        "from steph.analysis.performance.statistics import Estimate, interval\nfrom steph.book.notebooks import start\n"
+    )
+    first = PARAMETERS, begin + "from steph.study.runs import Run\np = start(globals())"
+    look = "print(interval(Estimate(1.0, 0.5, 1.5)), p.bench.key(Run('SARC', 'vanilla', 0, 42)))"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (*first, *[look] * 4)])
+    client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(copy)}})
+
+    def change(name, old, new):
+        text = (copy / "steph" / name).read_text()
+        assert old in text
+        (copy / "steph" / name).write_text(text.replace(old, new))
+
+    def run(index):
+        client.execute_cell(notebook.cells[index], index)
+        return "".join(o.get("text", "") for o in notebook.cells[index].outputs).strip().rsplit(maxsplit=1)
+
+    with client.setup_kernel(env={**os.environ, "PYTHONPATH": str(copy)}):
+        run(0), run(1)
+        before = run(2)
+        change("analysis/statistics.py", "95 % interval", "95 percent")
+        said = run(3)
+        change("survival.py", "from __future__ import annotations\n", "from __future__ import annotations\n\nNEW = 1\n")
+        keyed = run(4)
+        again = run(5)
+    assert before[0] == "95 % interval +0.500 to +1.500" and said[0] == "95 percent +0.500 to +1.500"
+    assert said[1] == before[1] and keyed[1] != before[1] and again == keyed

@@ -1,0 +1,301 @@
+"""Pages that a program writes, and the built book as a reader meets it: every link, and a visit by a browser."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from functools import cache
+from html.parser import HTMLParser
+from importlib import import_module
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pandas as pd
+import pytest
+import yaml
+
+from steph import PROJECT, Refused
+from steph.book import pages
+from steph.book.build import chapters
+from steph.data.manifest import load_study
+from steph.methods.registry import METHODS
+from steph.study.runs import results
+from tests.helpers.devtools import Browser, find_browser
+
+sys.path.append(str(PROJECT / "book" / "_ext"))
+book_parts = import_module("book_parts")
+
+# With `--dist loadgroup` the tests of the book share one process, and so one browser.
+pytestmark = pytest.mark.xdist_group("book")
+
+
+# ------------------------------------------------------------------------------------------- made by `pages`
+
+
+def test_every_module_stands_on_one_page_of_the_reference():
+    files = [path.relative_to(PROJECT).with_suffix("") for path in (PROJECT / "steph").rglob("*.py")]
+    modules = sorted(".".join(f.parent.parts if f.name == "__init__" else f.parts) for f in files)
+    listed = [module for _, roots in pages.REFERENCE.values() for module in pages.modules_of(roots)]
+    assert sorted(listed) == modules
+
+
+def test_the_registry_page_has_a_row_for_every_method():
+    page = pages.methods_page()
+    assert all(f"| `{name}` | {entry.title} |" in page for name, entry in METHODS.items())
+    assert "| Tables 1, S2, S5, S6" not in page.split("`vanilla`")[1].split("\n")[0]
+    assert "| Tables 1, S2, S4 |" in page.split("`vanilla`")[1].split("\n")[0]
+
+
+def test_the_command_page_tells_every_option():
+    page = pages.command_page()
+    for text in ("# The command `steph`", "## `steph run`", "`--workers", "`steph data labels`", "--allow-missing"):
+        assert text in page
+
+
+def test_contents_follow_the_study_and_the_project_lists_those_of_the_demo():
+    listed = pages.contents([("00_data", "00_data", None), ("06_x", "06_x", None), ("06_x-KIPAN", "06_x", "X: KIPAN")])
+    part = next(p for p in yaml.safe_load(listed)["parts"] if p["caption"] == pages.ANALYSES)
+    assert [chapter["file"] for chapter in part["chapters"]] == [
+        f"build/book/notebooks/{n}" for n in ("00_data", "06_x")
+    ]
+    assert part["chapters"][1]["sections"] == [{"file": "build/book/notebooks/06_x-KIPAN", "title": "X: KIPAN"}]
+    toc = yaml.safe_load((PROJECT / "_toc.yml").read_text(encoding="utf-8"))
+    part = next(p for p in toc["parts"] if p["caption"] == pages.ANALYSES)
+    in_project = [e["file"] for chapter in part["chapters"] for e in (chapter, *chapter.get("sections", []))]
+    assert [Path(file).name for file in in_project] == [chapter.name for chapter in chapters(load_study("demo"))]
+
+
+def test_every_page_of_the_book_folder_is_in_the_contents():
+    listed = (PROJECT / "_toc.yml").read_text(encoding="utf-8")
+    for path in (PROJECT / "book").glob("*.md"):
+        assert f"book/{path.stem}\n" in listed, f"{path.name} is not in _toc.yml"
+
+
+def test_what_was_found_is_made_of_records(tiny, tmp_path, monkeypatch):
+    table = results(tiny)
+    with pytest.raises(Refused, match=r"scorecard\.csv is not there; .*steph run 10_scorecard"):
+        pages.found(tiny.study, table)
+    written = tiny.study.build / "tables" / "scorecard.csv"
+    written.parent.mkdir(exist_ok=True)
+    pd.DataFrame({"verdict": ["reproduced", "x", "x"], "points": ["open"] * 3}).to_csv(written)
+    try:
+        text = pages.found(tiny.study, table)
+        assert "**synthetic**" in text and "Of 3 claims of the paper: 2 x, 1 reproduced." in text
+        assert re.search(r"better than the cancer's own model\? \| \+0\.03\d \| [+-]0\.\d{3} \| [+-]0\.\d{3} to", text)
+        lacking = pages.found(tiny.study, table[table["method"] != "roupkt"])
+        assert "better than ROUPKT, which runs all models? | +0.014 | — |  | no answer" in lacking
+    finally:
+        written.unlink()
+
+
+def test_code_state_names_the_commit_and_whether_it_was_changed(tmp_path):
+    def git(*command):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *command], cwd=tmp_path, check=True,
+                       capture_output=True)  # fmt: skip
+
+    assert pages.code_state(tmp_path).endswith("outside a git repository")
+    git("init")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-m", "a")
+    clean = pages.code_state(tmp_path)
+    assert re.fullmatch("commit [0-9a-f]{12}", clean)
+    (tmp_path / "a").write_text("2")
+    assert pages.code_state(tmp_path) == f"{clean}, with changes that are not committed"
+
+
+# ------------------------------------------------------------------------------------------- parts of the builder
+
+
+@pytest.mark.parametrize(
+    ("prose", "expected"),
+    [
+        ("M* and w_ of a|b, C:\\x", r"M\* and w\_ of a\|b, C:\\x"),
+        ("`steph.survival` and ``x * y``", ":py:obj:`steph.survival` and ``x * y``"),
+        ("`a * b`s", r"``a * b``\ s"),
+        ("steph@KIPAN", r"steph\@KIPAN"),
+        ("One:\n- `a`;\n- b\n  more\nend", "One:\n\n- :py:obj:`a`;\n\n- b\n  more\n\nend"),
+        ("Eq.:\n\n    M* = M_0\n\nEnd.", "Eq.:\n\n::\n\n      M* = M_0\n\nEnd."),
+    ],
+)
+def test_docstrings_are_prose(prose, expected):
+    lines = prose.split("\n")
+    book_parts.plain_docstring(None, "function", "f", None, None, lines)
+    assert "\n".join(lines).rstrip("\n") == expected
+
+
+@pytest.mark.parametrize(
+    ("remote", "expected"),
+    [
+        ("https://github.com/a-b/c.d.git", ("a-b/c.d", "trunk")),
+        ("git@github.com:a/b.git", ("a/b", "trunk")),
+        ("https://example.org/github.com/a/b", None),
+        ("https://github.com.example.org/a/b", None),
+        (None, None),
+    ],
+)
+def test_colab_opens_only_what_is_on_github(tmp_path, remote, expected):
+    def git(*command):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init", "-b", "trunk")
+    if remote:
+        git("remote", "add", "origin", remote)
+    where = book_parts.repository(tmp_path)
+    assert where == expected
+    html = book_parts.launch("build/book/notebooks/04_landscapes-BLCA", "../x.ipynb", where)
+    assert 'href="http://localhost:8888/lab/tree/notebooks/04_landscapes.ipynb"' in html and 'href="../x.ipynb"' in html
+    address = "https://colab.research.google.com/github/a/b/blob/trunk/notebooks/04_landscapes.ipynb"
+    assert (address in html) == (expected == ("a/b", "trunk")) and ("colab" in html) == (expected is not None)
+
+
+# ------------------------------------------------------------------------------------------- the built book
+
+
+class Page(HTMLParser):
+    """What a page offers (ids) and what it points to (attribute, address)."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[tuple[str, str]] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        for name, value in attributes:
+            if name == "id" or (tag == "a" and name == "name"):
+                self.ids.add(value)
+            elif name in ("href", "src") and value:
+                self.links.append((f"{tag} {name}", value))
+
+
+@cache
+def page(path: Path) -> Page:
+    return Page(path)
+
+
+@pytest.fixture(scope="module")
+def html(tiny_book):
+    return tiny_book / "build" / "book" / "_build" / "html"
+
+
+def test_every_link_leads_to_something_in_the_book(html):
+    broken = []
+    for path in html.rglob("*.html"):
+        if "_static" in path.relative_to(html).parts:
+            continue  # the theme's templates
+        for kind, address in page(path).links:
+            parts = urlsplit(address)
+            if parts.scheme or parts.netloc:
+                if kind != "a href":
+                    broken.append(f"{path.name} loads {address}")
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            if not target.is_file() or not target.is_relative_to(html):
+                broken.append(f"{path.name}: {address}")
+            elif parts.fragment and target.suffix == ".html" and unquote(parts.fragment) not in page(target).ids:
+                broken.append(f"{path.name}: no anchor {address}")
+    assert not broken, "\n".join(sorted(set(broken))[:30])
+
+
+def test_every_notebook_has_its_buttons_and_offers_files_to_take_away(html):
+    found = sorted((html / "build" / "book" / "notebooks").glob("*.html"))
+    assert [path.stem for path in found] == sorted(c.name for c in chapters(load_study("tiny")))
+    for path in found:
+        addresses = [address for _, address in page(path).links]
+        assert any(address.endswith(f"_sources/build/book/notebooks/{path.stem}.ipynb") for address in addresses)
+        assert any("localhost:8888/lab/tree/notebooks/" in address for address in addresses)
+        assert any(re.match(r"\.\./(tables|figures)/", address) for address in addresses), f"{path.name}: no file"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    command = find_browser()
+    if command is None:
+        pytest.skip("no Chromium here (on Debian: apt install chromium)")
+    browser = Browser(command, tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
+
+
+CONTRAST = Path(__file__).with_name("contrast.js").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def visits(browser, html):
+    """Every page visited once: what went wrong, what was asked for, formulas, widths, contrasts."""
+    found = {}
+    for path in sorted(html.rglob("*.html")):
+        if "_static" in path.relative_to(html).parts or (path.name == "index.html" and path.parent == html):
+            continue
+        browser.width(1200)
+        browser.visit(path.as_uri())
+        seen = {
+            "asked": [event["request"]["url"] for event in browser.found("Network.requestWillBeSent")],
+            "math": browser.evaluate("document.querySelectorAll('.math:not(:has(mjx-container)), mjx-merror').length"),
+            "formulas": browser.evaluate("document.querySelectorAll('mjx-container').length"),
+        }
+        for theme in ("light", "dark"):
+            browser.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+            seen[theme] = browser.evaluate(CONTRAST)
+        browser.width(400)
+        seen["width"] = browser.evaluate("document.scrollingElement.scrollWidth")
+        seen["problems"] = browser.problems()
+        found[path.relative_to(html).as_posix()] = seen
+    return found
+
+
+def test_nothing_fails_and_nothing_is_asked_of_a_network(visits):
+    assert len(visits) > 30
+    assert {page: seen["problems"] for page, seen in visits.items() if seen["problems"]} == {}
+    outside = {u for seen in visits.values() for u in seen["asked"] if not u.startswith(("file://", "data:"))}
+    assert not outside
+
+
+def test_formulas_are_rendered(visits):
+    assert {page: seen["math"] for page, seen in visits.items() if seen["math"]} == {}
+    assert visits["book/method.html"]["formulas"] > 10
+
+
+def test_pages_fit_a_telephone(visits):
+    assert {page: seen["width"] for page, seen in visits.items() if seen["width"] > 404} == {}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_can_be_read(visits, theme):
+    poor = {page: seen[theme][:3] for page, seen in visits.items() if seen[theme]}
+    assert poor == {}
+
+
+def test_search_finds_what_the_book_is_about(browser, html):
+    word = "SAR" if (PROJECT / "notebooks" / "05_sar.ipynb").is_file() else "STEPH"
+    browser.width(1200)
+    browser.visit(f"{(html / 'search.html').as_uri()}?q={word}")
+    browser.wait("document.querySelectorAll('#search-results li').length > 0")
+    browser.wait("!/Searching/.test(document.querySelector('#search-results h2').textContent)")
+    assert browser.evaluate("document.querySelector('#search-results li a').getAttribute('href')")
+    assert browser.problems() == []
+
+
+def test_a_citation_shows_its_reference_on_hover_and_on_focus(browser, html):
+    browser.visit((html / "book" / "method.html").as_uri())
+    link = "document.querySelector('article a[data-reference]')"
+    for event in ("mouseenter", "focus"):
+        browser.evaluate(f"{link}.dispatchEvent(new Event('{event}'))")
+        assert len(browser.evaluate("document.querySelector('#reference-box:not([hidden])')?.textContent ?? ''")) > 40
+        browser.evaluate("document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}))")
+        assert browser.evaluate("document.querySelector('#reference-box').hidden")
+
+
+def test_a_table_downloads(browser, html, tiny_book, tmp_path):
+    browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    browser.visit((html / "build" / "book" / "notebooks" / "01_baselines.html").as_uri())
+    name = browser.evaluate("document.querySelector('p.to-file a[href$=\".csv\"]').getAttribute('href')").split("/")[-1]
+    browser.evaluate("document.querySelector('p.to-file a[href$=\".csv\"]').click()")
+    end = time.monotonic() + 30
+    while not (tmp_path / name).is_file():
+        assert time.monotonic() < end, f"{name} did not arrive; there is {list(tmp_path.iterdir())}"
+        time.sleep(0.05)
+    assert (tmp_path / name).read_bytes() == (tiny_book / "build" / "tiny" / "tables" / name).read_bytes()

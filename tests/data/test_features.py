@@ -1,0 +1,246 @@
+"""steph.data.features: every layout in the wild is read, every bad file is named, and nothing in a file is run."""
+
+import pickle
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from steph import Refused
+from steph.data import features
+from steph.data.cohort import cohort_from
+from steph.data.features import blocks, check_slides, find_slides, inspect, match_slides, problems_message, read
+from steph.data.manifest import Features
+from tests.helpers.fabricate import LAYOUTS, fabricate
+
+DIM = 8
+
+
+def cohort_of(n_patients=3, slides_each=2, name="LUNG", project="LUAD"):
+    rows = [
+        (f"P{p}", f"P{p}-DX{s}.AB-{p}{s}", project, 100 * (p + 1), p % 2)
+        for p in range(n_patients)
+        for s in range(slides_each)
+    ]
+    return cohort_from(
+        pd.DataFrame(rows, columns=["patient_id", "slide_id", "project", "time_days", "event"]), name, ""
+    )
+
+
+def write_h5(path, n=5, dim=DIM, dtype="f4", **more):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {"features": np.ones((n, dim), dtype), "coords": np.zeros((n, 2), int)} | more
+    with h5py.File(path, "w") as file:
+        for name, value in arrays.items():
+            if value is not None:
+                file[name] = value
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ finding
+
+
+def test_hidden_files_locks_and_other_files_are_passed_over_and_links_followed(tmp_path):
+    write_h5(tmp_path / "in/deep/A.h5")
+    write_h5(tmp_path / "elsewhere/B.h5")
+    for junk in ("._A.h5", ".C.h5", "D.h5.lock", "E.csv", ".hidden/F.h5"):
+        (tmp_path / "in" / junk).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / junk).touch()
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/loop").symlink_to(tmp_path / "in")
+    assert sorted(find_slides([tmp_path / "in"])) == ["A", "B"]
+    assert sorted(find_slides([tmp_path / "in", tmp_path / "in/deep"])) == ["A", "B"], "a folder named twice is one"
+    assert find_slides([tmp_path / "nowhere"]) == {}
+
+
+def test_clam_output_gives_its_h5_and_a_pt_alone_counts(tmp_path):
+    fabricate(cohort_of(), tmp_path, "clam", DIM, 4)
+    found = find_slides([tmp_path])
+    assert len(found) == 6 and {p.suffix for p in found.values()} == {".h5"}
+    found["P0-DX0.AB-00"].unlink()
+    assert find_slides([tmp_path])["P0-DX0.AB-00"].suffix == ".pt"
+
+
+def test_one_slide_in_two_places_is_refused_naming_both(tmp_path):
+    first, second = write_h5(tmp_path / "a/S.h5"), write_h5(tmp_path / "b/S.h5")
+    with pytest.raises(Refused) as refused:
+        find_slides([tmp_path])
+    assert str(first) in str(refused.value) and str(second) in str(refused.value)
+
+
+def test_uuid_may_be_left_out_on_either_side_but_not_contradict(tmp_path):
+    found = {name: Path(name) for name in ("A-DX1.U1", "B-DX1", "C-DX1.U1", "D-DX1.U1", "D-DX1.U2")}
+    matched = match_slides(["A-DX1", "B-DX1.U9", "C-DX1.OTHER", "D-DX1", "D-DX1.U2"], found)
+    assert [[p.name for p in paths] for paths in matched.values()] == [
+        ["A-DX1.U1"], ["B-DX1"], [], ["D-DX1.U1", "D-DX1.U2"], ["D-DX1.U2"],
+    ]  # fmt: skip
+
+
+def test_a_file_that_would_serve_two_slides_or_a_slide_with_two_files_is_a_problem(tmp_path):
+    found = {n: write_h5(tmp_path / f"{n}.h5") for n in ("A", "B.U1", "B.U2")}
+    problems = check_slides(["A.U1", "A.U2", "B"], found, DIM)["problem"].tolist()
+    assert problems[:2] == ["", "the file is also that of slide A.U1"]
+    assert "B.U1.h5" in problems[2] and "B.U2.h5" in problems[2]
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_read_the_same(tmp_path, layout):
+    cohort = cohort_of()
+    slide, path = next(iter(fabricate(cohort, tmp_path, layout, DIM, 50, seed=3).items()))
+    reference = fabricate(cohort, tmp_path / "other", "trident", DIM, 50, seed=3)[slide]
+    values, coords = read(path)
+    with h5py.File(reference) as file:
+        assert np.array_equal(values, file["features"][:]) and np.array_equal(coords, file["coords"][:])
+    info = inspect(path, DIM)
+    assert (info.n_patches, info.dim, info.has_coords) == (len(values), DIM, True)
+    assert info.attributes.get("target_magnification") == (20 if layout == "trident" else None)
+    assert np.array_equal(read(path, slice(2, 5))[0], values[2:5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pt_tensors(tmp_path, dtype, legacy):
+    tensor = torch.randn(1, 7, DIM).to(dtype)
+    torch.save(tensor, tmp_path / "A.pt", _use_new_zipfile_serialization=not legacy)
+    values, coords = read(tmp_path / "A.pt", slice(1, 4))
+    assert coords is None and values.shape == (3, DIM)
+    assert torch.equal(torch.from_numpy(values.copy()).double(), tensor[0, 1:4].double())
+
+
+def test_blocks_are_bounded_whole_chunks_and_cover_the_file_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "BLOCK_BYTES", 10 * DIM * 4)
+    values = np.arange(101 * DIM, dtype="f4").reshape(101, DIM)
+    with h5py.File(tmp_path / "A.h5", "w") as file:
+        file.create_dataset("features", data=values, chunks=(4, DIM), compression="gzip")
+    pieces = [piece for piece, _ in blocks(tmp_path / "A.h5")]
+    assert [len(p) for p in pieces] == [8] * 12 + [5], "as many whole chunks of 4 rows as fit into 10 rows"
+    assert np.array_equal(np.concatenate(pieces), values)
+
+
+# ------------------------------------------------------------------------------------------------ bad files
+
+
+class Trap:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def bad_files(folder):
+    """One file of every bad kind: slide id -> words its problem must have."""
+    folder.mkdir(exist_ok=True)
+    whole = write_h5(folder / "good.h5").read_bytes()
+    (folder / "cut.h5").write_bytes(whole[:-9])
+    (folder / "nothing.h5").touch()
+    (folder / "text.h5").write_text("not found (404)")
+    write_h5(folder / "empty.h5", n=0)
+    write_h5(folder / "emptybatch.h5", features=np.ones((1, 0, DIM), "f4"), coords=np.ones((1, 0, 2), int))
+    write_h5(folder / "wide.h5", dim=DIM + 1)
+    write_h5(folder / "nokey.h5", features=None, feats=np.ones((5, DIM)))
+    write_h5(folder / "integers.h5", dtype="i4")
+    write_h5(folder / "shortcoords.h5", coords=np.ones((4, 2), int))
+    write_h5(folder / "floatcoords.h5", coords=np.ones((5, 2)))
+    write_h5(folder / "fourdim.h5", features=np.ones((2, 5, DIM), "f4"))
+    with h5py.File(folder / "unwritten.h5", "w") as file:
+        file.create_dataset("features", (5, DIM), "f4", chunks=(2, DIM))[:2] = 1
+    with (folder / "pickled.pt").open("wb") as file:
+        pickle.dump(Trap(folder / "RAN"), file)
+    torch.save(Trap(folder / "RAN"), folder / "object.pt")
+    torch.save({"features": torch.ones(5, DIM)}, folder / "dict.pt")
+    torch.save([torch.ones(5, DIM)], folder / "list.pt")
+    torch.save(torch.empty(5, DIM, device="meta"), folder / "hollow.pt")
+    torch.save(torch.ones(5, DIM, dtype=torch.int32), folder / "integerspt.pt")
+    torch.save(torch.ones(5, DIM).to(torch.float8_e4m3fn), folder / "eightbits.pt")
+    torch.save(torch.ones(5, DIM), folder / "cutpt.pt")
+    (folder / "cutpt.pt").write_bytes((folder / "cutpt.pt").read_bytes()[:-50])
+    (folder / "nothingpt.pt").touch()
+    return {
+        "absent": "missing",
+        "cut": "truncated",
+        "nothing": "truncated or not an HDF5",
+        "text": "not an HDF5",
+        "empty": "empty (0 patches)",
+        "emptybatch": "empty (0 patches)",
+        "wide": "9 wide, expected 8",
+        "nokey": "no dataset 'features'; the file holds: coords, feats",
+        "integers": "not floating point",
+        "shortcoords": "(4, 2) do not fit",
+        "floatcoords": "expected integers",
+        "fourdim": "(2, 5, 8)",
+        "unwritten": "never fully written",
+        "pickled": "Pickles run code",
+        "object": "Pickles run code",
+        "dict": "holds a dict",
+        "list": "holds a list",
+        "integerspt": "not floating point",
+        "eightbits": "float8_e4m3fn, not floating point of 16 to 64 bits",
+        "hollow": "without values",
+        "cutpt": "truncated",
+        "nothingpt": "truncated",
+    }
+
+
+def test_every_bad_file_is_in_one_table_and_one_message(tmp_path):
+    expected = bad_files(tmp_path / "f")
+    table = check_slides(["good", *expected], find_slides([tmp_path / "f"]), DIM).set_index("slide_id")
+    assert table.loc["good", "problem"] == "" and table.loc["good", "n_patches"] == 5
+    for slide, words in expected.items():
+        assert words in table.loc[slide, "problem"], slide
+    message = problems_message(table.reset_index())
+    assert f"{len(expected)} of {len(expected) + 1} slides" in message
+    for slide, words in expected.items():
+        assert slide in message and words in message
+    assert "good" not in message.replace("not a", "")
+    assert not (tmp_path / "f/RAN").exists(), "code of a pickle was run"
+
+
+def test_good_slides_give_no_message(tmp_path):
+    write_h5(tmp_path / "A.h5")
+    assert problems_message(check_slides(["A"], find_slides([tmp_path]), DIM)) == ""
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "chunked"])
+def test_an_h5_cut_anywhere_is_refused(tmp_path, layout):
+    with h5py.File(tmp_path / "A.h5", "w") as file:
+        file.create_dataset("features", data=np.ones((64, DIM), "f4"), chunks=(8, DIM) if layout == "chunked" else None)
+        file["coords"] = np.ones((64, 2), int)
+    whole = (tmp_path / "A.h5").read_bytes()
+    for share in (0, 0.001, 0.01, 0.1, 0.3, 0.5, 0.8, 0.99, 1):
+        (tmp_path / "A.h5").write_bytes(whole[: min(int(len(whole) * share), len(whole) - 1)])
+        with pytest.raises(Refused, match="truncated"):
+            inspect(tmp_path / "A.h5", DIM)
+
+
+def test_damage_inside_a_compressed_file_is_refused_when_read(tmp_path):
+    with h5py.File(tmp_path / "A.h5", "w") as file:
+        data = np.random.default_rng(0).normal(size=(64, DIM))
+        chunk = file.create_dataset("features", data=data, chunks=(64, DIM), compression="gzip").id.get_chunk_info(0)
+    content = bytearray((tmp_path / "A.h5").read_bytes())
+    content[chunk.byte_offset + 100 : chunk.byte_offset + 200] = bytes(100)
+    (tmp_path / "A.h5").write_bytes(content)
+    with pytest.raises(Refused, match=r"A\.h5: not readable"):
+        read(tmp_path / "A.h5")
+
+
+def test_patches_of_another_size_than_the_studys_are_a_problem(tmp_path):
+    cohort = cohort_of()
+    fabricate(cohort, tmp_path, "trident", DIM, 5)
+    slides, found = cohort.slides["slide_id"], find_slides([tmp_path])
+    same, other = (Features(encoder="e", dim=DIM, magnification=m) for m in (20, 10))
+    assert (check_slides(slides, found, DIM, same)["problem"] == "").all()
+    assert check_slides(slides, found, DIM, other)["problem"].str.contains("target_magnification 20, expected 10").all()
+
+
+def test_long_lists_are_cut_but_counted(tmp_path):
+    message = problems_message(check_slides([f"S{i}" for i in range(300)], {}, DIM))
+    assert "300 of 300" in message and "and 280 more" in message

@@ -1,0 +1,104 @@
+"""Joint learning: the union of data sets is each of them, patient by patient, and nobody's test patient."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from steph import Refused
+from steph.data.dataset import Dataset
+from steph.data.joint import JointDataset
+from steph.data.splits import Splits
+
+
+@pytest.fixture
+def parts(tiny_data):
+    return [tiny_data.dataset(name) for name in ("SARC", "CESC", "LIHC")]
+
+
+@pytest.fixture
+def joint(parts):
+    return JointDataset(parts)
+
+
+@pytest.fixture(scope="module")
+def tiny_data(build_folder):
+    """The study `tiny`, opened; nothing is run."""
+    from steph.study.execute import Workbench
+
+    return Workbench("tiny")
+
+
+def named(data: Dataset, patients):
+    return [f"{data.name}/{patient}" for patient in patients]
+
+
+def test_bags_and_labels_are_those_of_each_data_set(joint, parts):
+    sarc, cesc, _ = parts
+    chosen = [sarc.splits.train(0)[3], cesc.splits.train(0)[1], sarc.splits.train(0)[0]]
+    names = [f"SARC/{chosen[0]}", f"CESC/{chosen[1]}", f"SARC/{chosen[2]}"]
+    batch, owners = joint.batch(names, coords=True, dtype=torch.float64), (sarc, cesc, sarc)
+    slides = []
+    for i, (data, patient) in enumerate(zip(owners, chosen, strict=True)):
+        own, found = data.batch([patient], coords=True, dtype=torch.float64), batch.alone(i)
+        assert torch.equal(found.features, own.features) and torch.equal(found.coords, own.coords)
+        assert found.slide_offsets == own.slide_offsets
+        slides.append(data.labels([patient]).assign(patient_id=names[i]))
+    pd.testing.assert_frame_equal(joint.labels(names), pd.concat(slides, ignore_index=True))
+    assert joint.n_patches(names).tolist() == batch.sizes
+    assert joint.batch(names, max_patches=5).sizes == [min(5, n) for n in batch.sizes]
+    joint.check_coords(names, "Patch-GCN")
+
+
+def test_one_data_set_is_itself(parts):
+    data = parts[0]
+    alone, patients = JointDataset([data]), data.splits.train(1)
+    assert alone.train(1) == named(data, patients)
+    pd.testing.assert_frame_equal(
+        alone.labels(alone.train(1)).drop(columns="patient_id"), data.labels(patients).drop(columns="patient_id")
+    )
+    found, own = alone.batch(alone.train(1)[:9]), data.batch(patients[:9])
+    assert torch.equal(found.features, own.features) and found.offsets == own.offsets
+
+
+@pytest.mark.parametrize("fold", [0, 1])
+def test_training_patients_are_everybodys_and_nobodys_test_patients(joint, parts, fold):
+    training = joint.train(fold)
+    assert training == [name for data in parts for name in named(data, data.splits.train(fold))]
+    assert len(set(training)) == len(training)
+    tested = {name for data in parts for name in named(data, data.splits.test(fold))}
+    assert tested and not tested & set(training)
+
+
+def test_a_patient_who_trains_here_and_tests_there_is_refused(parts):
+    """Two overlapping cohorts, such as one cancer and a group of cancers that holds it."""
+    data = parts[0]
+    turned = Splits(tuple(reversed(data.splits.folds)), "file")
+    other = replace(data, name="SARC2", splits=turned)
+    with pytest.raises(Refused, match=r"one data set test another: .* \(trains SARC, tests SARC2\).*share no"):
+        JointDataset([data, other]).train(0)
+    same = JointDataset([data, replace(data, name="SARC2")])  # the same patients in the same folds leak nothing
+    assert len(same.train(0)) == 2 * len(data.splits.train(0))
+
+
+@pytest.mark.parametrize(
+    ("patients", "message"),
+    [
+        (["P1"], r"no patient P1; patients are named <data set>/<patient_id>"),
+        (["BRCA/P1"], r"no patient BRCA/P1"),
+        (["SARC/nobody"], r"SARC: no patient nobody"),
+        ([], r"no patient given"),
+    ],
+)
+def test_unknown_patients_are_refused(joint, patients, message):
+    for ask in (joint.labels, joint.batch, joint.n_patches):
+        with pytest.raises(Refused, match=message):
+            ask(patients)
+
+
+def test_no_data_set_and_no_splits_are_refused(parts):
+    with pytest.raises(Refused, match="none was given"):
+        JointDataset([])
+    with pytest.raises(Refused, match="external set"):
+        JointDataset([parts[0].external]).train(0)

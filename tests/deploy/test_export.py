@@ -1,0 +1,230 @@
+"""Export: a model folder says to the last bit what the study said, and its card says what it is."""
+
+import json
+import re
+import shutil
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from steph import PROJECT, Refused
+from steph.analysis.mixing.attention import attention_map, mixture
+from steph.cli import app
+from steph.deploy import export
+from steph.deploy.model_folder import read_config
+from steph.deploy.predict import load_model
+from steph.study.runs import Run
+
+METHODS = [
+    "vanilla", "finetuned_head", "finetuned_representation", "roupkt", "model_average", "adamerging", "ties_am",
+    "surgery_am", "iso_c_am", "steph", "steph_param_w", "steph_dense", "steph_subsampled", "steph_random_sources",
+    "steph_lambda0_with_target", "joint", "hypernetwork_only", "transmil", "steph_patch_gcn", "steph_free_cosine",
+]  # fmt: skip
+
+
+def run_of(method, fold=0):
+    return Run("SARC", method, fold, 42)
+
+
+def slide_files(data, patient, folder):
+    """The patient's slides as files, in the cohort table's order."""
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{slide}.h5" for slide in data.slides(patient)]
+    for slide, path in zip(data.slides(patient), files, strict=True):
+        with h5py.File(path, "w") as file:
+            file["features"] = data.store.bag([slide])
+            file["coords"] = data.store.coords_of([slide]).astype(np.int64)
+    return files
+
+
+@pytest.fixture(scope="module")
+def patients(tiny, tmp_path_factory):
+    """Slide files of some test patients, among them the one with most slides."""
+    data, folder = tiny.dataset("SARC"), tmp_path_factory.mktemp("slides")
+    test = data.splits.test(0)
+    chosen = [*test[:3], max(test, key=lambda patient: len(data.slides(patient)))]
+    assert len(data.slides(chosen[-1])) > 1
+    return {patient: slide_files(data, patient, folder) for patient in chosen}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    """STEPH, exported."""
+    path = tmp_path_factory.mktemp("models") / "steph"
+    export.export(tiny, run_of("steph"), path)
+    return path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_numbers_as_in_the_study(method, tiny, patients, tmp_path):
+    run = run_of(method)
+    config = export.export(tiny, run, tmp_path / "m")
+    assert config.differs == 0
+    recorded = pd.read_csv(tiny.record(run).file("predictions.csv"), float_precision="round_trip")
+    recorded = recorded.set_index("patient_id")
+    model = load_model(tmp_path / "m")
+    for patient, files in patients.items():
+        found = model.predict(files, patient_id=patient)
+        expected = recorded.loc[patient]
+        assert found.risk == expected["risk"]
+        np.testing.assert_array_equal(found.survival, expected.filter(regex=r"^survival_").to_numpy(float))
+
+
+def test_attention_and_mixture_are_the_studys(tiny, patients, folder):
+    data, original, model = tiny.dataset("SARC"), tiny.model(run_of("steph")), load_model(folder)
+    for patient, files in patients.items():
+        found, expected = model.predict(files, patient_id=patient), attention_map(original, data, patient)
+        columns = ["slide_id", "patch", "x", "y", "attention", "rank", "percentile"]
+        pd.testing.assert_frame_equal(found.patches[columns], expected[columns], check_dtype=False)
+        pd.testing.assert_frame_equal(found.mixture, mixture(original, data, patient), check_dtype=False)
+
+
+def test_the_folder_stands_alone(patients, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "nowhere"))
+    monkeypatch.setattr("steph.data.manifest.MANIFESTS", tmp_path)
+    shutil.copytree(folder, tmp_path / "copy")
+    patient, files = next(iter(patients.items()))
+    assert load_model(tmp_path / "copy").predict(files).risk == load_model(folder).predict(files, patient).risk
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_what_the_configuration_says_is_so(tiny, folder):
+    config, data = read_config(folder), tiny.dataset("SARC")
+    train = data.labels(data.splits.train(0))
+    assert (config.training.patients, config.training.events) == (len(train), int(train["event"].sum()))
+    assert len(config.training.risks) == len(train) and config.training.risks == sorted(config.training.risks)
+    ends = np.arange(1, len(config.training.observed) + 1) * 365
+    assert ends[-1] <= config.training.longest_follow_up_days == train["time_days"].max() < ends[-1] + 365
+    assert np.all(np.diff([1.0, *config.training.observed]) <= 0)
+    own, several = config.scores
+    assert own.c_index == pytest.approx(tiny.record(run_of("steph")).info["metrics"]["c_index"])
+    assert own.low < own.c_index < own.high and several.folds == [0, 1] and several.patients == len(data.cohort)
+    assert config.sources == ["CESC", "LIHC"] and config.synthetic and config.inputs.encoder == "synthetic"
+
+
+def test_the_card_says_what_a_reader_must_know(folder):
+    card, config = (folder / "README.md").read_text(), read_config(folder)
+    for said in (
+        "Synthetic", "Research only. Not a medical device", "trained on made-up patients", "CESC, LIHC",
+        f"{config.training.patients} patients of SARC", f"{config.training.events} with an event", "to the last bit",
+        f"{config.scores[0].c_index:.3f} ({config.scores[0].low:.3f} to {config.scores[0].high:.3f})", "32 numbers",
+        "simulated death of the disease", "## Limits",
+    ):  # fmt: skip
+        assert said in card
+    assert all(len(line) <= 200 for line in card.splitlines())
+
+
+def test_sources_that_nobody_uses_are_dropped(tiny, patients, tmp_path):
+    run = run_of("steph")
+    data, original = tiny.dataset("SARC"), tiny.model(run)
+    everyone = [*data.splits.train(0), *data.splits.test(0)]
+    tables = [mixture(original, data, patient).iloc[1:] for patient in everyone]
+    used = {source for table in tables for source in table.loc[table["kept"] & (table["w"] > 0), "source"]}
+    config = export.export(tiny, run, tmp_path / "m", drop_unused=True)
+    names = ["CESC", "LIHC"]
+    kept = [name for name in names if name in used] or names[:1]
+    assert config.dropped.sources == [name for name in names if name not in kept]
+    assert config.architecture["sources"] == kept and config.dropped.patients == len(everyone)
+    recorded = pd.read_csv(tiny.record(run).file("predictions.csv")).set_index("patient_id")["risk"]
+    model = load_model(tmp_path / "m")
+    for patient, files in patients.items():
+        change = abs(model.predict(files, patient).risk - recorded[patient])
+        assert change <= config.dropped.max_change_in_risk + 1e-12 < 1e-5
+    assert export.told(config.dropped) in (tmp_path / "m" / "README.md").read_text()
+
+
+def test_what_dropping_changed_is_measured_and_told(tiny, tmp_path, monkeypatch):
+    """A source that is in use, left out all the same: the card tells how far the risks moved."""
+    real = export._asked
+
+    def forgetful(*given):
+        said = real(*given)
+        return export._Said(said.risk, said.used - {"LIHC"})
+
+    monkeypatch.setattr(export, "_asked", forgetful)
+    config = export.export(tiny, run_of("steph_param_w"), tmp_path / "m", drop_unused=True)
+    assert config.dropped.sources == ["LIHC"] and config.dropped.max_change_in_risk > 1e-4
+    said = export.told(config.dropped)
+    assert f"at most {config.dropped.max_change_in_risk:.2g}" in said and "LIHC" in said
+
+
+@pytest.mark.parametrize(
+    ("run", "options", "message"),
+    [
+        (Run("SARC", "steph", 0, 43), {}, "is not finished. Run it: steph study run --study tiny"),
+        (Run("SARK", "steph", 0, 42), {}, "Did you mean SARC"),
+        (Run("SARC", "stef", 0, 42), {}, "Did you mean steph"),
+        (run_of("vanilla"), {"drop_unused": True}, "Vanilla weighs no sources"),
+        (run_of("steph"), {"device": "cuda:9"}, "cuda:9"),
+    ],
+)
+def test_what_cannot_be_exported_is_told(tiny, tmp_path, run, options, message):
+    with pytest.raises(Refused, match=message):
+        export.export(tiny, run, tmp_path / "m", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_says_something_else_is_not_written(tiny, tmp_path, monkeypatch):
+    real = export.predict
+
+    def other(*given, **options):
+        return real(*given, **options).assign(risk=lambda table: table["risk"] + 0.01)
+
+    monkeypatch.setattr(export, "predict", other)
+    with pytest.raises(Refused, match=r"a risk that is 0\.01 from the one in"):
+        export.export(tiny, run_of("vanilla"), tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(tiny, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("x")
+    with pytest.raises(Refused, match="is there already"):
+        export.export(tiny, run_of("vanilla"), tmp_path / "mine")
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes"]
+
+
+# ------------------------------------------------------------------------------------------------ commands and the page
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_export_and_predict_as_commands(tiny, patients, tmp_path):
+    done = call("export", "--study", "tiny", "--dataset", "SARC", "--out", tmp_path / "m", "--drop-unused")
+    assert done.exit_code == 0 and "STEPH for SARC" in done.output and "source" in done.output
+    files = max(patients.values(), key=len)
+    done = call("predict", "--model", tmp_path / "m", "--features", *files, "--patient", "P1", "--out", tmp_path / "r")
+    assert done.exit_code == 0 and f"P1: {len(files)} slide(s)" in done.output and "Research only" in done.output
+    assert json.loads((tmp_path / "r" / "prediction.json").read_text())["patient_id"] == "P1"
+    rows = [f"{patient},{path}" for patient, own in patients.items() for path in own]
+    (tmp_path / "t.csv").write_text("\n".join(["patient_id,path", *rows]))
+    done = call("predict", "--model", tmp_path / "m", "--table", tmp_path / "t.csv", "--out", tmp_path / "risks.csv")
+    assert done.exit_code == 0 and list(pd.read_csv(tmp_path / "risks.csv")["patient_id"]) == list(patients)
+    for wrong, message in (
+        (["--features", *files, "--out", tmp_path / "r"], "is there already"),
+        ([], "give either --features"),
+        (["--table", tmp_path / "t.csv"], "--table needs --out"),
+        (["--features", tmp_path / "none.h5"], "no feature file at"),
+    ):
+        done = call("predict", "--model", tmp_path / "m", *wrong)
+        assert done.exit_code == 1 and message in done.output and "Traceback" not in done.output
+
+
+def test_the_pages_code_works(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (PROJECT / "book" / "using_a_model.md").read_text(encoding="utf-8").replace("demo", "tiny")
+    for line in re.findall(r"^steph export .*$", page, re.MULTILINE):
+        done = call(*line.split()[1:])
+        assert done.exit_code == 0, done.output
+    write, use = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    scope = {}
+    exec(write, scope)
+    written = [f"slides/{slide}.h5" for slide in scope["data"].slides(scope["patient"])]
+    use = use.replace('["slides/P1-DX1.h5", "slides/P1-DX2.h5"]', repr(written))
+    exec(use, scope)
+    assert scope["found"].patient_id == "P1" and scope["found"].coords is not None

@@ -1,0 +1,220 @@
+"""Using a model folder: the right patient's numbers, and a sentence for whatever cannot be used."""
+
+import time
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from steph import Refused
+from steph.analysis.mixing.attention import attention_of
+from steph.data.bags import RaggedBatch
+from steph.data.manifest import Features, Network
+from steph.data.packing import write_store
+from steph.deploy.model_folder import tensors_of, write_model
+from steph.deploy.predict import Bag, load_model, read_slide
+from steph.mil import NETWORKS, MeanMIL
+from steph.survival import risk_score, survival_curve
+from tests.helpers.made_model import DIM, SETTINGS, made_config, made_folder, made_steph, patches, write_slide
+
+
+@pytest.fixture
+def model(tmp_path):
+    return load_model(made_folder(tmp_path / "model"))
+
+
+@pytest.fixture
+def slides(tmp_path):
+    """Two slides of one patient."""
+    return [write_slide(tmp_path / f"P1-DX{i}.h5", patches(12 + i, seed=i)) for i in (1, 2)]
+
+
+def test_three_lines(tmp_path, slides):
+    made_folder(tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    found = model.predict(slides)
+
+    own, bag = made_steph(), torch.from_numpy(np.concatenate([patches(13, seed=1), patches(14, seed=2)]))
+    hazards = torch.sigmoid(own([bag])).double()
+    assert found.risk == risk_score(hazards).item() and found.patient_id == "P1-DX1"
+    np.testing.assert_array_equal(found.survival, survival_curve(hazards)[0])
+    assert list(found.survival.index) == [365.0 * t for t in range(1, 9)] and found.unit == "days"
+    w, lam, selected = own.coefficients(bag)
+    np.testing.assert_allclose(list(found.w.values()), w, rtol=1e-6)
+    np.testing.assert_allclose(list(found.lam.values()), lam, rtol=1e-6)
+    kept = found.mixture.set_index("source")["kept"]
+    assert set(kept.index[1:][kept[1:]]) == {own.source_names[i] for i in selected}
+    attention = attention_of(own, RaggedBatch.from_bags([bag]))
+    np.testing.assert_allclose(found.attention, attention, rtol=1e-6)
+    assert found.coords.shape == (27, 2) and found.edges == {"P1-DX1": 512, "P1-DX2": 512} and not found.notes
+    assert found.patches["slide_id"].value_counts().to_dict() == {"P1-DX1": 13, "P1-DX2": 14}
+    assert found.patches["rank"].tolist() == (-attention).argsort().argsort().__add__(1).tolist()
+    of_first = found.patches[found.patches["slide_id"] == "P1-DX1"]
+    assert of_first["percentile"].max() == pytest.approx(12.5 / 13) and of_first["patch"].tolist() == list(range(13))
+
+
+def test_a_percentile_counts_those_with_a_lower_risk(model):
+    assert [model.percentile(r) for r in (-9, -6, -5.5, -1, 0)] == [0, 12.5, 25, 87.5, 100]
+
+
+def test_what_merges_nothing_has_no_w(tmp_path, slides):
+    torch.manual_seed(0)
+    found = load_model(made_folder(tmp_path / "m", NETWORKS["abmil"](DIM, SETTINGS))).predict(slides)
+    assert found.w is None and found.lam is None and found.attention.sum() == pytest.approx(1)
+
+
+def test_what_pools_without_attention_says_so(tmp_path, slides):
+    found = load_model(made_folder(tmp_path / "m", MeanMIL(DIM, 5, SETTINGS.n_bins))).predict(slides)
+    assert found.attention is None and np.isfinite(found.risk) and "does not pool patches" in found.notes[0]
+
+
+def test_without_coordinates_all_but_the_map(model, tmp_path):
+    whole = model.predict([write_slide(tmp_path / "a.h5", patches())])
+    found = model.predict([write_slide(tmp_path / "b.h5", patches(), coords=None)])
+    assert found.coords is None and found.risk == whole.risk and "No map can be drawn: b has no" in found.notes[0]
+    np.testing.assert_array_equal(found.attention, whole.attention)
+    torch.save(torch.from_numpy(patches()), tmp_path / "c.pt")
+    assert model.predict([tmp_path / "c.pt"]).risk == whole.risk
+
+
+def test_a_network_that_needs_coordinates_asks_for_them(tmp_path, slides):
+    model = load_model(made_folder(tmp_path / "m", NETWORKS["patch_gcn"](DIM, SETTINGS)))
+    assert np.isfinite(model.predict(slides).risk)
+    with pytest.raises(Refused, match="PatchGCN needs patches' coordinates, and b has none"):
+        model.predict([write_slide(tmp_path / "b.h5", patches(), coords=None)])
+
+
+def test_features_are_brought_into_the_stores_format(tmp_path):
+    features = np.random.default_rng(0).standard_normal((30, DIM)) / 3
+    slide = write_slide(tmp_path / "a.h5", features)
+    for precision in ("float16", "float32"):
+        kind = Features(encoder="UNI2-h", dim=DIM, precision=precision)
+        store = write_store(tmp_path / f"{precision}.h5", kind, [("a", features, None)], [30], {})
+        inputs = made_config(made_steph(), inputs={"precision": precision}).inputs
+        np.testing.assert_array_equal(read_slide(slide, inputs).features, store.bag(["a"]))
+
+
+def test_large_bags_are_sampled_as_in_the_study(tmp_path, slides):
+    model = load_model(made_folder(tmp_path / "m", inputs={"max_patches": 9, "sample_seed": 4}))
+    found, again, other = (model.predict(slides, patient_id=who) for who in ("P1", "P1", "P2"))
+    assert len(found.patches) == 9 and found.risk == again.risk and found.risk != other.risk
+    assert "9 of 27 patches were read" in found.notes[0]
+    where = found.patches.set_index(["slide_id", "patch"])[["x", "y"]]
+    whole = load_model(made_folder(tmp_path / "all")).predict(slides).patches.set_index(["slide_id", "patch"])
+    pd.testing.assert_frame_equal(where, whole.loc[where.index, ["x", "y"]])
+    batch = Bag.read(slides, model.config, "P1").batch(["P1"], coords=True, max_patches=9)
+    assert batch.slide_offsets[-1] == 9 and len(batch.slide_offsets) == where.index.get_level_values(0).nunique() + 1
+
+
+def test_the_edge_of_a_patch(model, tmp_path):
+    def edge(**options):
+        path = tmp_path / "a.h5"
+        path.unlink(missing_ok=True)
+        given = options.pop("patch_px", None)
+        return model.predict([write_slide(path, patches(9), **options)], patch_px=given).edges["a"]
+
+    assert edge() == 512
+    assert edge(coords_attributes={"patch_size_level0": 1024}) == 1024
+    assert edge(coords=np.arange(18).reshape(9, 2) * 1000) == 256  # no two in a row or column: the study's
+    assert edge(patch_px=300) == 300
+
+
+def test_a_table_of_patients(model, tmp_path):
+    (tmp_path / "slides").mkdir()
+    files = {
+        name: write_slide(tmp_path / "slides" / f"{name}.h5", patches(9 + i, seed=i)) for i, name in enumerate("abc")
+    }
+    rows = "patient_id,path\nP2,slides/c.h5\nP1,slides/a.h5\nP1,slides/b.h5\n"
+    (tmp_path / "t.csv").write_text(rows)
+    table = model.predict_table(tmp_path / "t.csv")
+    assert list(table.columns) == ["patient_id", "risk", "percentile", *(f"survival_{t}" for t in range(1, 9))]
+    assert table["patient_id"].tolist() == ["P2", "P1"]
+    assert table["risk"].tolist() == [model.predict([files["c"]]).risk, model.predict([files["a"], files["b"]]).risk]
+    (tmp_path / "t.csv").write_text("patient,path\nP1,slides/a.h5\n")
+    with pytest.raises(Refused, match="lacks patient_id"):
+        model.predict_table(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text("patient_id,path\n")
+    with pytest.raises(Refused, match="lacks rows"):
+        model.predict_table(tmp_path / "t.csv")
+    with pytest.raises(Refused, match="no table at"):
+        model.predict_table(tmp_path / "none.csv")
+
+
+def with_value(value):
+    features = patches()
+    features[7, 2] = value
+    return features
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda p: None, r"no feature file at .*a\.h5"),
+        (lambda p: p.mkdir(), r"a\.h5 is a folder"),
+        (lambda p: p.write_text("hello"), r"a\.h5: truncated or not an HDF5 file"),
+        (lambda p: p.write_bytes(b""), r"a\.h5: truncated or not an HDF5 file"),
+        (lambda p: write_slide(p, patches(dim=DIM + 1)), r"a\.h5: 7 wide, expected 6: features of another encoder"),
+        (lambda p: write_slide(p, np.zeros((0, DIM), np.float32), None), r"a\.h5: empty \(0 patches\)"),
+        (lambda p: write_slide(p, with_value(np.nan)), r"1 of 20 patches hold values that are not finite .*patch 7"),
+        (lambda p: write_slide(p, with_value(np.inf)), r"1 of 20 patches hold values that are not finite"),
+        (lambda p: write_slide(p, patches().astype(int)), r"a\.h5: features of type int64, not floating point"),
+        (
+            lambda p: write_slide(p, patches(), encoder="conch_v1"),
+            r"its features are conch_v1's, the model reads UNI2-h",
+        ),
+        (lambda p: write_slide(p, patches(), encoder=np.bytes_("uni_v1")), r"its features are uni_v1's"),
+        (lambda p: write_slide(p, patches(), coords_attributes={"patch_size": 512}), r"other patches than the study's"),
+        (lambda p: write_slide(p, patches(), coords=np.zeros((3, 2))), r"coords of shape \(3, 2\) do not fit"),
+        (lambda p: h5py.File(p, "w").close(), r"a\.h5: no dataset 'features'"),
+        (lambda p: write_slide(p, patches() * 1e37), r"the risk is nan|not finite"),
+    ],
+)
+def test_what_cannot_be_read_is_told(model, tmp_path, write, message):
+    path = tmp_path / "a.h5"
+    write(path)
+    with pytest.raises(Refused, match=message):
+        model.predict([path])
+
+
+@pytest.mark.parametrize("name", ["UNI2-h", "uni_v2", "uni2-h", "MahmoodLab/UNI2-h", "None", ""])
+def test_names_of_the_same_encoder_are_taken(model, tmp_path, name):
+    assert np.isfinite(model.predict([write_slide(tmp_path / "a.h5", patches(), encoder=name)]).risk)
+
+
+def test_values_too_large_for_the_stores_format_are_refused(tmp_path):
+    model = load_model(made_folder(tmp_path / "m", inputs={"precision": "float16"}))
+    with pytest.raises(Refused, match="not finite in float16"):
+        model.predict([write_slide(tmp_path / "a.h5", with_value(1e6))])
+
+
+def test_no_slide_and_a_slide_twice(model, slides):
+    with pytest.raises(Refused, match="no slide given"):
+        model.predict([])
+    with pytest.raises(Refused, match="slide P1-DX1 is given twice"):
+        model.predict([slides[0], slides[0]])
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    made_folder(tmp_path / "m")
+    with pytest.raises(Refused, match="cuda:9"):
+        load_model(tmp_path / "m", device="cuda:9")
+
+
+def test_a_gpus_model_on_the_cpu_says_that_numbers_agree_up_to_rounding(tmp_path, slides):
+    folder = made_folder(tmp_path / "m", device="cuda (NVIDIA H200)", precision="bf16")
+    model = load_model(folder)
+    found = model.predict(slides)
+    assert model.precision == "fp32" and "numbers agree up to rounding" in found.notes[0]
+    assert load_model(made_folder(tmp_path / "own", precision="bf16")).precision == "bf16"
+
+
+def test_ten_thousand_patches_take_seconds(tmp_path):
+    settings = Network()
+    whole = made_steph(12, dim=1536, settings=settings, top_k=5, dim_hidden=512)
+    write_model(tmp_path / "m", made_config(whole, dim=1536, settings=settings), tensors_of(whole), "")
+    slide = write_slide(tmp_path / "a.h5", patches(10_000, dim=1536))
+    start = time.process_time()
+    found = load_model(tmp_path / "m").predict([slide])
+    assert len(found.attention) == 10_000 and time.process_time() - start < 6  # 1.2 s where it was written

@@ -1,0 +1,161 @@
+"""The report of one patient: files that other tools open, and a page that needs nothing and trusts nothing."""
+
+import io
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from steph import Refused
+from steph.deploy.predict import load_model
+from steph.deploy.report import (
+    RESEARCH,
+    SYNTHETIC,
+    as_data,
+    attention_png,
+    geojson,
+    html_report,
+    summary,
+    write_report,
+)
+from tests.helpers.devtools import Browser, find_browser
+from tests.helpers.made_model import made_folder, patches, write_slide
+
+NASTY = "<script>alert('x')</script>\"&'"
+
+
+@pytest.fixture
+def model(tmp_path):
+    return load_model(made_folder(tmp_path / "model"))
+
+
+@pytest.fixture
+def found(model, tmp_path):
+    slides = [write_slide(tmp_path / f"P1-DX{i}.h5", patches(40, seed=i)) for i in (1, 2)]
+    return model.predict([*slides, write_slide(tmp_path / "P1-DX3.h5", patches(5), coords=None)], patient_id="P1")
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its tags, and the text of it."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.addresses = [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_all_files_and_what_is_in_them(found, model, tmp_path):
+    write_report(found, model, tmp_path / "out")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"report.html", "prediction.json", "attention.csv", "P1-DX1.geojson", "P1-DX2.geojson"}
+    said = json.loads((tmp_path / "out" / "prediction.json").read_text())
+    assert said == json.loads(json.dumps(as_data(found, model)))
+    assert said["risk"] == found.risk and said["survival"][0] == {"end": 365.0, "probability": found.survival.iloc[0]}
+    assert RESEARCH in said["notes"] and said["unit"] == "days" and len(said["mixture"]) == 5
+    table = pd.read_csv(tmp_path / "out" / "attention.csv", float_precision="round_trip")
+    np.testing.assert_array_equal(table["attention"], found.attention)
+    assert table["x"].isna().sum() == 5 and table["attention"].sum() == pytest.approx(1)
+    with pytest.raises(Refused, match="is there already"):
+        write_report(found, model, tmp_path / "out")
+
+
+def test_the_map_is_a_square_for_each_patch(found):
+    own = found.patches[found.patches["slide_id"] == "P1-DX2"]
+    collection = geojson(own, 512, len(found.patches))
+    assert collection["type"] == "FeatureCollection" and len(collection["features"]) == 40
+    for feature, row in zip(collection["features"], own.itertuples(), strict=True):
+        (ring,) = feature["geometry"]["coordinates"]
+        assert ring[0] == ring[-1] == [row.x, row.y] and ring[2] == [row.x + 512, row.y + 512] and len(ring) == 5
+        said = feature["properties"]
+        assert said["objectType"] == "detection" and said["measurements"]["Attention"] == row.attention
+        assert said["measurements"]["Attention, times an even share"] == pytest.approx(row.attention * 85)
+        assert all(0 <= c <= 255 and isinstance(c, int) for c in said["classification"]["color"])
+    classes = [f["properties"]["classification"]["name"] for f in collection["features"]]
+    top = own["percentile"].to_numpy() >= 0.9
+    assert [name == "Attention: top 10 %" for name in classes] == top.tolist() and 4 <= top.sum() <= 5
+    assert classes.count("Attention: lower half") == 20
+    light = {f["properties"]["classification"]["name"]: sum(f["properties"]["classification"]["color"]) for f in
+             collection["features"]}  # fmt: skip
+    assert light["Attention: top 10 %"] == max(light.values())
+    json.dumps(collection)
+
+
+def test_a_pixel_of_the_map_lies_where_its_patch_does():
+    from matplotlib.image import imread
+
+    table = pd.DataFrame({"x": [1000, 1512, 1000], "y": [2000, 2000, 3024], "percentile": [0.0, 1.0, 0.5]})
+    data, shape = attention_png(table, 512)
+    pixels = imread(io.BytesIO(data))
+    assert shape == (3, 2) and pixels.shape == (3, 2, 4)
+    assert (pixels[..., 3] > 0).tolist() == [[True, True], [False, False], [True, False]]
+    assert np.allclose(pixels[0, 1, :3] * 255, (253, 231, 37)) and np.allclose(pixels[0, 0, :3] * 255, (68, 1, 84))
+
+
+def test_patches_far_apart_make_no_endless_picture():
+    table = pd.DataFrame({"x": [0, 10**9], "y": [0, 10**9], "percentile": [0.1, 0.9]})
+    _, (rows, columns) = attention_png(table, 1)
+    assert 1000 <= rows <= 1501 and 1000 <= columns <= 1501
+
+
+def test_the_page_needs_nothing_and_says_what_it_must(found, model):
+    page = Page(html_report(found, model))
+    assert not {"script", "link", "iframe", "object", "form", "base"} & set(page.tags)
+    assert len(page.addresses) == 2 and all(a.startswith("data:image/png;base64,") for a in page.addresses)
+    for said in (RESEARCH, "P1", f"{found.risk:.3f}", "S3", "P1-DX3: its file has no coordinates", "0.610"):
+        assert said in page.text
+    assert "prefers-color-scheme: dark" in page.text and SYNTHETIC not in page.text
+    assert f"{found.percentile:.0f} %" in page.text and f"{found.survival.iloc[2]:.1%}" in page.text
+
+
+def test_a_synthetic_model_is_stamped_everywhere(found, tmp_path):
+    model = load_model(made_folder(tmp_path / "s", synthetic=True))
+    assert SYNTHETIC in Page(html_report(found, model)).text
+    assert SYNTHETIC in as_data(found, model)["notes"] and SYNTHETIC in summary(found, model)
+
+
+def test_names_are_text_never_markup(tmp_path):
+    model = load_model(made_folder(tmp_path / "m", title=NASTY, dataset=NASTY, description=NASTY, study=NASTY))
+    object.__setattr__(model.network, "source_names", [NASTY, "\0<b>", "S2", "S3"])
+    slide = write_slide(tmp_path / "<img src=x onerror=alert(1)>.h5", patches())
+    page = Page(text := html_report(model.predict([slide], patient_id=NASTY), model))
+    assert "script" not in page.tags and page.tags.count("img") == 1 and "b" not in page.tags
+    assert NASTY in page.text and "<script" not in text
+
+
+def test_one_patch_and_one_training_patient_are_enough(tmp_path):
+    training = {"patients": 1, "events": 0, "longest_follow_up_days": 10, "risks": [-3.0], "observed": []}
+    model = load_model(made_folder(tmp_path / "m", training=training))
+    found = model.predict([write_slide(tmp_path / "a.h5", patches(1))])
+    write_report(found, model, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.geojson"))) == 1
+
+
+def test_the_summary_is_short(found, model):
+    lines = summary(found, model).splitlines()
+    assert len(lines) == 6 and lines[0].startswith("P1: 3 slide(s), 85 patches") and lines[-1] == RESEARCH
+    assert f"risk {found.risk:.4f} (higher is worse)" in lines[1] and "365: " in lines[2]
+
+
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium here")
+def test_a_browser_shows_it_without_a_network(found, model, tmp_path):
+    write_report(found, model, tmp_path / "out")
+    browser = Browser(find_browser(), tmp_path / "profile")
+    try:
+        for width in (400, 1000):
+            browser.width(width)
+            browser.visit((tmp_path / "out" / "report.html").as_uri())
+            asked = [e["request"]["url"].split(":")[0] for e in browser.found("Network.requestWillBeSent")]
+            assert not browser.problems() and set(asked) <= {"file", "data"}
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            assert browser.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    finally:
+        browser.close()

@@ -1,0 +1,75 @@
+"""Tables that people give."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from steph import Refused
+from steph.files.tables import first, read_csv, write_csv
+
+
+def test_cells_stay_text_and_blanks_stay_blank(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,b\n007,NA\n,1.50\n")
+    assert read_csv(tmp_path / "t.csv").to_numpy().tolist() == [["007", "NA"], ["", "1.50"]]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89HDF\r\n\x1a\n\xff\xfe", b"a,b\n1,2,3,4\n1\n1,2,3,4,5\n"])
+def test_what_is_no_table_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(Refused, match=r"t\.csv is not a readable CSV table"):
+        read_csv(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("content", ["a,b\n1,2,3\n4,5,6\n", "a,b\nrow1,x,2,3\n"])
+def test_cells_without_a_column_are_refused_not_shifted(content: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(Refused, match=r"t\.csv: its rows have more cells than its first line has names \(a, b\)"):
+        read_csv(tmp_path / "t.csv")
+
+
+def test_a_table_without_rows_is_one(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,b\n")
+    assert read_csv(tmp_path / "t.csv").empty
+
+
+def test_a_long_list_is_cut_and_counted() -> None:
+    assert first(["a", "b"]) == "a, b"
+    assert first(list("abcdefg"), most=3) == "a, b, c, and 4 more"
+
+
+def test_a_table_of_ours_has_a_checksum_that_any_tool_reads(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "t.csv"
+    write_csv(pd.DataFrame({"a": [1], "b": [0.5]}), path)
+    assert read_csv(path).to_numpy().tolist() == [["1", "0.5"]]
+    assert subprocess.run(["sha256sum", "-c", "t.csv.sha256"], cwd=path.parent, capture_output=True).returncode == 0
+    path.write_text(path.read_text().replace("0.5", "0.6"))
+    with pytest.raises(Refused, match=r"t\.csv is not the table that was written.*Delete it.*t\.csv\.sha256"):
+        read_csv(path)
+    write_csv(pd.DataFrame({"a": [2]}), path)
+    assert read_csv(path)["a"].tolist() == ["2"]
+
+
+@pytest.mark.parametrize("seal", [b"", b"\xff\xfe", b"0" * 64])
+def test_a_damaged_checksum_vouches_for_nothing(seal: bytes, tmp_path: Path) -> None:
+    write_csv(pd.DataFrame({"a": [1]}), tmp_path / "t.csv")
+    (tmp_path / "t.csv.sha256").write_bytes(seal)
+    with pytest.raises(Refused, match=r"t\.csv\.sha256"):
+        read_csv(tmp_path / "t.csv")
+
+
+def test_a_table_that_is_not_written_leaves_the_old_one_with_its_checksum(tmp_path: Path, monkeypatch) -> None:
+    write_csv(pd.DataFrame({"a": [1]}), tmp_path / "t.csv")
+
+    def full(*_args: object, **_more: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    with pytest.raises(Refused, match="no space left"):
+        write_csv(pd.DataFrame({"a": [2]}), tmp_path / "t.csv")
+    assert read_csv(tmp_path / "t.csv")["a"].tolist() == ["1"]
+    assert len(list(tmp_path.iterdir())) == 2

@@ -1,0 +1,25 @@
+import itertools
+
+import pytest
+import torch
+
+from steph.merging import model_average
+from steph.mil import ABMIL, convert_released
+from steph.mil.state import load_into
+from tests.conftest import assert_states_close
+
+READINGS = list(itertools.product(["incl", "excl"], ["null", "target"], ["enc", "all"]))
+
+
+@pytest.mark.parametrize(("pool", "base", "part"), READINGS)
+def test_all_eight_readings_are_the_releases(reference, float64, pool, base, part):
+    numbers = reference("f_model_avg")
+    null, target = (convert_released(numbers.state(name)) for name in ("theta0", "theta_t"))
+    sources = {f"s{i}": convert_released(numbers.state(f"theta_s{i}")) for i in range(5)}
+    found = model_average(null, target, sources, include_target=pool == "incl", base=base, merge_head=part == "all")
+    tag = f"avg_{pool}_{base}_{part}"
+    assert_states_close(found, convert_released(numbers.state(f"exact_{tag}")), rtol=1e-12)
+    network = ABMIL(24, 16, 12, 8).eval()
+    load_into(network, found)
+    logits = network([numbers.tensor("X")])[0]
+    torch.testing.assert_close(logits, numbers.tensor(f"{tag}_logits"), rtol=1e-6, atol=1e-8)  # 1/n in float32 there

@@ -1,0 +1,234 @@
+import numpy as np
+import pytest
+import torch
+
+from steph import Refused
+from steph.merging.steph import STEPH, convert_released, mixture_coefficients
+from steph.mil import MeanMIL
+from steph.mil import convert_released as convert_network
+from steph.mil.state import ModelState, load_into, state_fingerprint, state_of
+from steph.survival import nll_loss
+
+EXACT = {"rtol": 1e-10, "atol": 1e-13}
+
+
+class Problem:
+    """The reference file's models, and STEPH on them with the release's trained parameters."""
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+        self.null, self.target = (convert_network(numbers.state(name)) for name in ("theta0", "theta_t"))
+        self.sources = {f"s{i}": convert_network(numbers.state(f"theta_s{i}")) for i in range(5)}
+        self.trained = convert_released({**numbers.state("hyper"), **numbers.state("head")})
+
+    def model(self, **options):
+        options = {"top_k": 3, "dim_hidden": 16, "dropout": 0.0, "beta": 0.05, "gamma": 0.005, **options}
+        return STEPH(self.null, self.target, options.pop("sources", self.sources), **options)
+
+    def released(self, **options):
+        model = self.model(**options)
+        own = {name for name, p in model.named_parameters() if p.requires_grad}
+        load_into(model, {k: v for k, v in self.trained.items() if k in own})
+        return model
+
+
+@pytest.fixture
+def problem(reference, float64):
+    return Problem(reference("e_steph"))
+
+
+def tag(k):
+    return "Knone" if k is None else f"K{k}"
+
+
+@pytest.mark.parametrize("bag", ["A", "B"])
+@pytest.mark.parametrize("k", [1, 3, 5, None])
+def test_forward_merging_and_losses_are_the_releases(problem, bag, k):
+    numbers, model = problem.numbers, problem.released(top_k=k)
+    patches = numbers.tensor(f"X_{bag}")
+    w, lam, selected = model.coefficients(patches)
+    torch.testing.assert_close(w, numbers.tensor(f"w_{bag}"), **EXACT)
+    torch.testing.assert_close(lam, numbers.tensor(f"lambda_{bag}"), **EXACT)
+    ties = bag == "B" and k == 3  # only two w are positive: which zeros are kept, and the lambda penalty, are free
+    if k and not (bag == "B" and k > 2):
+        assert selected.tolist() == numbers[f"sel_idx_{bag}_{tag(k)}"].tolist()
+    logits = model([patches])[0]
+    torch.testing.assert_close(logits, numbers.tensor(f"logits_{bag}_{tag(k)}"), **EXACT)
+    merged = convert_network(numbers.state(f"merged_{bag}_{tag(k)}"))
+    for name, value in model.merged_state(patches).items():
+        torch.testing.assert_close(value, merged[name], **EXACT)
+    if ties:
+        expected = 0.05 * numbers["mix_loss_B_K3_if_ties_lowest_index"] + 0.005 * numbers["zloss_B_K3"]
+        assert model.auxiliary_loss(balance_term=False).item() == pytest.approx(float(expected), rel=1e-10)
+        return
+    released, paper = (float(numbers[f"aux_{name}_{bag}_{tag(k)}"]) for name in ("released", "paper_eq7"))
+    assert model.auxiliary_loss().item() == pytest.approx(released, rel=1e-10)
+    assert model.auxiliary_loss(balance_term=False).item() == pytest.approx(paper, rel=1e-10)
+
+
+@pytest.mark.parametrize(("bag", "k"), [("A", 3), ("A", None), ("B", None)])
+@pytest.mark.parametrize("kind", ["released", "paper"])
+def test_gradients_are_the_releases(problem, bag, k, kind):
+    numbers, model = problem.numbers, problem.released(top_k=k)
+    logits = model([numbers.tensor(f"X_{bag}")])
+    bins, event = (torch.tensor([int(numbers[f"{name}_{bag}"])]) for name in ("t_bin", "event"))
+    total = nll_loss(torch.sigmoid(logits), bins, event) + model.auxiliary_loss(balance_term=kind == "released")
+    total.backward()
+    expected = convert_released(numbers.state(f"grad_total_{kind}_{bag}_{tag(k)}"))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected.pop(name), rtol=1e-8, atol=1e-12)
+        else:
+            assert parameter.grad is None
+    assert not expected
+
+
+def test_parameter_lambda_is_the_releases(problem):
+    numbers, model = problem.numbers, problem.model(mix="parameter", top_k=None)
+    trained = {k: v for k, v in problem.trained.items() if "mix_head" not in k}
+    load_into(model, {**trained, "ratio_vector": numbers.tensor("param_z")})
+    bag = numbers.tensor("X_A")
+    torch.testing.assert_close(model.coefficients(bag)[1], numbers.tensor("param_lambda"), **EXACT)
+    torch.testing.assert_close(model([bag])[0], numbers.tensor("param_logits_A"), **EXACT)
+    bounded = problem.model(mix="parameter", bounded_lambda=True)
+    load_into(bounded, {**trained, "ratio_vector": torch.tensor([-2.0, -0.5, 0.0, 1.0, 3.0])})
+    assert bounded.coefficients(bag)[1].tolist() == [1, 1, 1, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(("name", "value"), [("lam0", 0.0), ("lam1", 1.0), ("lam03", 0.3)])
+@pytest.mark.parametrize("k", [3, None])
+def test_fixed_lambda_is_the_releases(problem, name, value, k):
+    model = problem.released(mix=value, top_k=k)
+    logits = model([problem.numbers.tensor("X_A")])[0]
+    # The release rounds the ratio to float32 and lambda = 0 to 1e-9.
+    torch.testing.assert_close(logits, problem.numbers.tensor(f"fix_{name}_logits_A_{tag(k)}"), rtol=1e-6, atol=1e-7)
+
+
+def test_target_in_the_pool_is_the_releases(problem):
+    numbers = problem.numbers
+    model = problem.model(mix=0.0, top_k=None, sources={"t": problem.target, **problem.sources})
+    trained = {k: v for k, v in problem.trained.items() if "mix_head" not in k}
+    trained["hyper.weight_head.3.weight"] = numbers.tensor("incl_target_prj3_weight")
+    trained["hyper.weight_head.3.bias"] = numbers.tensor("incl_target_prj3_bias")
+    load_into(model, trained)
+    bag = numbers.tensor("X_A")
+    torch.testing.assert_close(model.coefficients(bag)[0], numbers.tensor("incl_target_w"), **EXACT)
+    torch.testing.assert_close(model([bag])[0], numbers.tensor("incl_target_logits_A"), rtol=1e-6, atol=1e-7)
+
+
+def test_learnable_parameters_at_the_papers_size():
+    sizes = {"mlp": 1_340_984, "linear": 815_672}  # Table S4: 1.34 M; difference D1
+    shapes = {
+        "embed.weight": (512, 1536),
+        "embed.bias": (512,),
+        "gate_tanh.weight": (384, 512),
+        "gate_tanh.bias": (384,),
+    }
+    shapes |= {"gate_sigmoid.weight": (384, 512), "gate_sigmoid.bias": (384,), "score.weight": (1, 384)}
+    shapes |= {"score.bias": (1,), "head.weight": (32, 512), "head.bias": (32,)}
+    null = {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}
+    for head, expected in sizes.items():
+        model = STEPH(null, null, dict.fromkeys("abcdefghijkl", null), hyper_head=head)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+
+
+def test_paper_readings(problem):
+    bag = problem.numbers.tensor("X_A")
+    keeps = problem.model(fresh_head=False)
+    assert not keeps.head.weight.requires_grad and torch.equal(keeps.head.weight, problem.target["head.weight"])
+    whole = problem.model(merge_head=True)
+    merged = whole.merged_state(bag)
+    assert set(merged) == set(problem.null)
+    network = whole.encoder.network
+    expected = torch.func.functional_call(network, merged, ([bag],))
+    torch.testing.assert_close(whole([bag]), expected, **EXACT)
+    assert not whole.head.weight.requires_grad
+    onto_target = problem.model(base="target")
+    c = mixture_coefficients(*onto_target.batch_coefficients([bag]))[0]
+    start = {k: problem.target[k] - problem.null[k] for k in problem.null}
+    value = problem.target["embed.weight"] + c[0] * start["embed.weight"]
+    for weight, source in zip(c[1:], problem.sources.values(), strict=True):
+        value = value + weight * (source["embed.weight"] - problem.null["embed.weight"])
+    torch.testing.assert_close(onto_target.merged_state(bag)["embed.weight"], value, **EXACT)
+
+
+def test_order_of_sources_does_not_matter(problem):
+    """With the heads' rows turned alike."""
+    turned = list(reversed(problem.sources))
+    model, other = problem.released(), problem.model(sources={name: problem.sources[name] for name in turned})
+    flipped = {k: v.flip(0) if ".3." in k else v for k, v in problem.trained.items()}
+    load_into(other, flipped)
+    bag = problem.numbers.tensor("X_A")
+    torch.testing.assert_close(other([bag]), model([bag]), **EXACT)
+
+
+def test_invariants_of_mixing(problem):
+    bag = problem.numbers.tensor("X_A")
+    all_kept, dense = problem.released(top_k=5), problem.released(top_k=None)
+    torch.testing.assert_close(all_kept([bag]), dense([bag]), **EXACT)  # K = m is no sparsity
+    scaled = problem.released(mix=1.0)
+    w, _, selected = scaled.coefficients(bag)
+    embed = problem.null["embed.weight"] + w[selected].sum() * (
+        problem.target["embed.weight"] - problem.null["embed.weight"]
+    )
+    torch.testing.assert_close(scaled.merged_state(bag)["embed.weight"], embed, **EXACT)  # lambda = 1: only tau_t
+    none = problem.model(sources=dict.fromkeys(problem.sources, problem.null), mix=0.0)
+    torch.testing.assert_close(none.merged_state(bag)["embed.weight"], problem.null["embed.weight"], **EXACT)
+
+
+def test_a_batch_is_its_bags(problem):
+    model = problem.released()
+    bags = [problem.numbers.tensor("X_A"), problem.numbers.tensor("X_B"), problem.numbers.tensor("X_A")[:1]]
+    torch.testing.assert_close(model(bags), torch.cat([model([bag]) for bag in bags]), **EXACT)
+    model(bags)
+    seen = dict(zip(model.monitored, model.monitor().tolist(), strict=True))
+    w = torch.stack([model.coefficients(bag)[0] for bag in bags]).mean(0)
+    assert [seen[f"w_s{i}"] for i in range(5)] == pytest.approx(w.tolist())
+    assert set(seen) == {f"{kind}_s{i}" for kind in ("w", "lambda") for i in range(5)}
+
+
+def test_lambda_and_w_stay_in_their_ranges(problem):
+    model = problem.model()
+    for seed in range(5):
+        w, lam, _ = model.coefficients(torch.randn(7, 24, generator=torch.Generator().manual_seed(seed)) * 20)
+        assert (w >= 0).all() and (lam > 0).all() and (lam <= 1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 6}, "top_k = 6 of a pool of 5"),
+        ({"top_k": 0}, "choose 1 to 5"),
+        ({"sources": {}}, "the pool is empty"),
+        ({"mix": 1.5}, "mix = 1.5"),
+        ({"mix": "magic"}, "mix = 'magic'"),
+        ({"weight": "magic"}, "weight = 'magic'"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(problem, options, message):
+    with pytest.raises(Refused, match=message):
+        problem.model(**options)
+
+
+def test_models_that_share_no_null_model_are_refused(problem):
+    null = ModelState(problem.null)
+    null.origin = state_fingerprint(null)
+    stranger = ModelState(problem.target, origin="another")
+    with pytest.raises(Refused, match="another null model"):
+        STEPH(null, stranger, problem.sources, dim_hidden=16)
+
+
+def test_another_network_needs_naming(problem):
+    other = state_of(MeanMIL(24, 16, 8))
+    with pytest.raises(Refused, match="not ABMIL's"):
+        STEPH(other, other, {"a": other}, top_k=1)
+    named = STEPH(other, other, {"a": other}, top_k=1, network=MeanMIL(24, 16, 8), dim_hidden=4)
+    assert named([torch.randn(3, 24)]).shape == (1, 8)
+
+
+def test_same_seed_same_model(problem):
+    def logits():
+        torch.manual_seed(3)
+        return problem.model()([problem.numbers.tensor("X_A")]).detach().numpy()
+
+    np.testing.assert_array_equal(logits(), logits())

@@ -1,0 +1,84 @@
+import torch
+
+from steph.data import RaggedBatch
+from steph.mil import ABMIL, convert_released, to_released
+from steph.mil.state import load_into
+from tests.conftest import assert_states_close
+
+
+def released_network(numbers):
+    network = ABMIL(24, 16, 12, 8)
+    load_into(network, convert_released(numbers.state("theta")))
+    return network.eval()
+
+
+def test_forward_is_the_releases(reference, float64):
+    numbers = reference("a_abmil")
+    network = released_network(numbers)
+    bags = [numbers.tensor("X_n37"), numbers.tensor("X_n1")]
+    for tag, bag, logits, feature in zip(["n37", "n1"], bags, network(bags), network.encode(bags), strict=True):
+        torch.testing.assert_close(logits, numbers.tensor(f"logits_{tag}"), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(feature, numbers.tensor(f"bag_feat_{tag}"), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(network.attention(bag), numbers.tensor(f"attention_{tag}"), rtol=1e-12, atol=1e-14)
+
+
+def test_single_precision_is_close(reference):
+    numbers = reference("a_abmil")
+    network = released_network(numbers).float()
+    found = network([numbers.tensor("X_n37").float()])[0]
+    torch.testing.assert_close(found, numbers.tensor("logits_f32_n37"), rtol=1e-5, atol=1e-6)
+
+
+def test_names_go_there_and_back(reference):
+    state = reference("a_abmil").state("theta")
+    assert_states_close(to_released(convert_released(state)), state)
+
+
+def test_parameters_at_the_papers_size():
+    network = ABMIL()
+    assert sum(p.numel() for p in network.parameters()) == 1_197_729  # Table S4: 1.20 M
+    assert sum(p.numel() for n, p in network.named_parameters() if not n.startswith("head.")) == 1_181_313
+
+
+def test_dropout_sits_on_the_gate_alone():
+    torch.manual_seed(0)
+    network = ABMIL(6, 5, 4, 3, dropout=0.5).train()
+    assert not any(isinstance(m, torch.nn.Dropout) for m in network.modules())
+    bag = torch.randn(9, 6)
+    assert not torch.equal(network.attention(bag), network.attention(bag))
+    one = torch.randn(1, 6)  # one patch has attention 1 whatever is dropped
+    torch.testing.assert_close(network([one]), network([one]))
+
+
+def test_each_bag_under_its_own_weights(float64):
+    """`encode_each` and its hand-written gradient are those of autograd, padding and all."""
+    torch.manual_seed(0)
+    sizes, network = [3, 7, 5], ABMIL(6, 5, 4, 3).eval()
+    names = [n for n, _ in network.named_parameters() if not n.startswith("head.")]
+    own = {n: torch.randn(3, *network.get_parameter(n).shape, requires_grad=True) for n in names}
+    bags = [torch.randn(n, 6) for n in sizes]
+    weighting = torch.randn(3, 5)
+    expected = torch.stack(
+        [
+            torch.func.functional_call(_Encode(network), {f"network.{n}": own[n][i] for n in names}, (bag,))
+            for i, bag in enumerate(bags)
+        ]
+    )
+    (expected * weighting).sum().backward()
+    padded = torch.nn.utils.rnn.pad_sequence(bags, batch_first=True)
+    absent = torch.arange(7) >= torch.tensor(sizes).view(-1, 1)
+    with torch.no_grad():
+        features, saved = network.encode_each({n: v.detach() for n, v in own.items()}, padded, absent)
+        out = {n: torch.full_like(v, torch.nan) for n, v in own.items()}
+        network.encode_each_backward(saved, weighting, out)
+    torch.testing.assert_close(features, expected.detach(), rtol=1e-12, atol=1e-14)
+    assert_states_close(out, {n: v.grad for n, v in own.items()}, rtol=1e-10)
+
+
+class _Encode(torch.nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, bag):
+        return self.network.encode(RaggedBatch.from_bags([bag]))[0]

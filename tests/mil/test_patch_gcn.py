@@ -1,0 +1,253 @@
+"""steph.mil.patch_gcn: the paper's numbers, the graph, and training on a data set with and without coordinates."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from steph import Refused
+from steph.data import RaggedBatch
+from steph.data.cohort import write_cohort
+from steph.data.dataset import feature_folders, open_dataset, pack_dataset
+from steph.data.features import find_slides, read
+from steph.data.manifest import Network, Study
+from steph.merging import merged_encoder
+from steph.merging.merged_encoder import MergedEncoder
+from steph.merging.steph import STEPH
+from steph.mil import NETWORKS, patch_gcn
+from steph.mil.patch_gcn import PatchGCN, graph_of, neighbours
+from steph.mil.state import state_of
+from steph.training.engine import fit, needs_coords, predict, seed_everything
+from tests.data.test_features import DIM, cohort_of, write_h5
+from tests.helpers.fabricate import fabricate
+
+PAPER = Network()
+
+
+def grid(n, width=10):
+    return torch.stack([torch.arange(n) % width, torch.arange(n) // width], dim=1).to(torch.int32) * 256
+
+
+@pytest.fixture
+def network(float64):
+    torch.manual_seed(0)
+    return PatchGCN(6, 12, 8, 4).eval()
+
+
+def test_parameters_and_work_are_the_papers():
+    with torch.device("meta"):
+        network = NETWORKS["patch_gcn"](1536, PAPER).eval()
+        features = torch.empty(10_000, 1536)
+    assert sum(p.numel() for p in network.parameters()) == 1_687_330
+    batch = RaggedBatch.from_bags([features], [grid(10_000, 100)])
+    with FlopCounterMode(display=False) as counter:
+        network(batch)
+    assert counter.get_total_flops() / 1e9 == pytest.approx(33.4, rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------------ graph
+
+
+def test_small_bags_under_weights_of_their_own_go_together_with_the_numbers_and_gradients_of_each_alone(network):
+    draw = torch.Generator().manual_seed(1)
+    states = [
+        {k: torch.randn(v.shape, generator=draw) * 0.3 for k, v in network.state_dict().items()} for _ in range(3)
+    ]
+    states[0] |= {k: v.clone() for k, v in network.state_dict().items()}
+    encoder = MergedEncoder(network, states[0], states[1:])
+    sizes = [
+        12,
+        1,
+        5,
+        30,
+    ]  # the first of two slides, on one of which a patch is alone; fewer neighbours than 8 in others
+    features = torch.randn(sum(sizes), 6, generator=draw)
+    coords = torch.cat([grid(11), grid(1), grid(1), grid(5, 3), grid(30, 7)])
+    batch = RaggedBatch(features, (0, 12, 13, 18, 48), coords, (0, 11, 12, 13, 18, 48))
+    c = torch.rand(4, 2, generator=draw).requires_grad_()
+    out_of = torch.randn(4, 12, generator=draw)
+    together = encoder(c, batch)
+    [d_together] = torch.autograd.grad((together * out_of).sum(), c)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merged_encoder, "SMALL", 0)
+        alone = encoder(c, batch)
+    [d_alone] = torch.autograd.grad((alone * out_of).sum(), c)
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(d_together, d_alone, rtol=1e-9, atol=1e-11)
+    assert d_alone.abs().min() > 1e-3
+    network.train()
+    torch.manual_seed(3)
+    dropped = encoder(c, batch)
+    assert not torch.allclose(dropped, together) and torch.isfinite(dropped).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 9, 10, 200])
+def test_neighbours_are_the_nearest(n):
+    coords = np.random.default_rng(n).permutation(100_000)[: 2 * n].reshape(n, 2)
+    found = neighbours(coords)
+    distance = np.linalg.norm(coords[:, None] - coords[None], axis=2)
+    np.fill_diagonal(distance, np.inf)
+    k = min(8, n - 1)
+    assert found.shape == (n, k)
+    chosen = np.take_along_axis(distance, found.astype(int), axis=1)
+    np.testing.assert_allclose(chosen, np.sort(distance, axis=1)[:, :k])
+    assert all(len(set(row)) == k and i not in row for i, row in enumerate(found.tolist()))
+
+
+def test_inside_a_grid_they_are_the_eight_around():
+    found = neighbours(grid(100).numpy())
+    assert set(found[44].tolist()) == {33, 34, 35, 43, 45, 53, 54, 55}
+
+
+def test_patches_at_one_place_never_choose_themselves():
+    coords = np.zeros((30, 2), dtype=np.int32)
+    found = neighbours(coords)
+    assert all(len(set(row)) == 8 and i not in row for i, row in enumerate(found.tolist()))
+
+
+def test_the_graph_does_not_depend_on_the_order_of_patches():
+    coords = grid(95).numpy()
+    order = np.random.default_rng(0).permutation(95)
+    turned = neighbours(coords[order])
+    straight = neighbours(coords)
+    for i, at in enumerate(order):
+        assert set(order[turned[i]]) == set(straight[at])
+
+
+def test_slides_are_graphs_of_their_own():
+    batch = RaggedBatch(torch.zeros(25, 6), (0, 20, 25), grid(25), (0, 12, 13, 20, 25))
+    source, target = graph_of(batch)
+    slide = np.repeat([0, 1, 2, 3], [12, 1, 7, 5])
+    assert (slide[source] == slide[target]).all() and (source != target).all()
+    degree = np.bincount(target, minlength=25)
+    assert degree.tolist() == [8] * 12 + [0] + [6] * 7 + [4] * 5
+    for i in range(2):
+        part = batch.alone(i)
+        inside = (target >= batch.offsets[i]) & (target < batch.offsets[i + 1])
+        assert torch.equal(graph_of(part), torch.stack([source, target])[:, inside] - batch.offsets[i])
+
+
+def test_graphs_are_kept_by_content_and_forgotten_when_too_many(monkeypatch):
+    monkeypatch.setattr(patch_gcn, "_graphs", {})
+    monkeypatch.setattr(patch_gcn, "CACHED_PATCHES", 50)
+    calls = []
+    monkeypatch.setattr(patch_gcn, "neighbours", lambda coords: calls.append(len(coords)) or neighbours(coords))
+
+    def ask(coords):
+        return graph_of(RaggedBatch.from_bags([torch.zeros(len(coords), 1)], [coords]))
+
+    assert torch.equal(ask(grid(30)), ask(grid(30).clone())) and calls == [30]
+    assert not torch.equal(ask(grid(30)), ask(grid(30, 5))) and calls == [30, 30]  # other places, other graph
+    ask(grid(30))
+    assert calls == [30, 30, 30]
+
+
+# ------------------------------------------------------------------------------------------------ network
+
+
+def test_agrees_with_a_straight_line_computation(network):
+    n = 23
+    batch = RaggedBatch(torch.randn(n, 6), (0, n), grid(n), (0, 15, n))
+    with torch.no_grad():
+        network.graph.conv.aggr_module.t.fill_(1.7)
+    source, target = graph_of(batch)
+    x = F.relu(network.embed(batch.features))
+    gathered = torch.zeros_like(x)
+    for i in range(n):
+        messages = F.relu(x[source[target == i]]) + 1e-7
+        gathered[i] = (torch.softmax(1.7 * messages, dim=0) * messages).sum(0)
+    first, norm, _, _, second = network.graph.conv.mlp
+    hidden = F.relu(F.layer_norm((x + gathered) @ first.weight.T, (24,), norm.weight, norm.bias))
+    outer = network.graph.norm
+    convolved = x + F.relu(F.layer_norm(hidden @ second.weight.T, (12,), outer.weight, outer.bias))
+    patches = F.relu(network.join(torch.cat([x, convolved], 1)))
+    gate = torch.tanh(network.gate_tanh(patches)) * torch.sigmoid(network.gate_sigmoid(patches))
+    attention = torch.softmax(network.score(gate).squeeze(1), 0)
+    torch.testing.assert_close(network.attention(batch), attention, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(network.encode(batch)[0], attention @ patches, rtol=1e-10, atol=1e-12)
+
+
+def test_every_parameter_learns(network):
+    batch = RaggedBatch.from_bags([torch.randn(30, 6), torch.randn(12, 6)], [grid(30), grid(12)])
+    (network(batch) * torch.randn(2, 4)).sum().backward()
+    idle = {name for name, p in network.named_parameters() if p.grad.abs().max() < 1e-12}
+    assert idle <= {"score.bias"}  # a softmax does not see it
+
+
+def test_bags_without_coordinates_are_refused(network):
+    with pytest.raises(Refused, match=r"Patch-GCN needs the coordinates.*coords=True"):
+        network([torch.randn(5, 6)])
+    with pytest.raises(Refused, match="takes one bag; this batch has 2"):
+        network.attention(RaggedBatch.from_bags([torch.randn(5, 6)] * 2, [grid(5)] * 2))
+
+
+def test_works_at_the_demos_size():
+    network = NETWORKS["patch_gcn"](32, Network(dim_emb=32)).eval()
+    sizes = range(1, 41)
+    batch = RaggedBatch.from_bags([torch.randn(n, 32) for n in sizes], [grid(n) for n in sizes])
+    assert network(batch).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A real study in miniature: 12 patients of one data set, two slides each."""
+    monkeypatch.setenv("STEPH_DATA", str(tmp_path))
+    cohort = cohort_of(12, 2)
+    write_cohort(cohort, tmp_path / "labels/LUNG.csv")
+    fabricate(cohort, tmp_path / "features", "trident", DIM, 20)
+    return Study.model_validate(
+        {
+            "name": "mini",
+            "title": "in miniature",
+            "folds": 2,
+            "features": {"encoder": "UNI2-h", "dim": DIM, "folders": ["features"]},
+            "datasets": {"LUNG": {"projects": ["LUAD"]}},
+            "network": {"dim_emb": 16, "n_bins": 4},
+            "recipe": {"epochs": 2, "bags_per_step": 4, "lr": 0.01, "max_patches": 25},
+        }
+    )
+
+
+def trained(study, network):
+    dataset = open_dataset(study, "LUNG")
+    everyone = list(dataset.cohort.slides_of)
+    seed_everything(0)
+    model = NETWORKS[network](DIM, study.network)
+    fit(model, dataset, everyone, study.recipe, study.network, seed=0)
+    return model, predict(model, dataset, everyone, max_patches=study.recipe.max_patches)
+
+
+def test_trains_on_a_data_set_with_coordinates_and_sampled_bags(study):
+    pack_dataset(study, "LUNG", progress=False)
+    model, predictions = trained(study, "patch_gcn")
+    dataset = open_dataset(study, "LUNG")
+    assert dataset.n_patches(predictions["patient_id"]).max() > 25
+    batch = dataset.batch(predictions["patient_id"], coords=True, max_patches=25)
+    with torch.no_grad():
+        survival = torch.cumprod(1 - torch.sigmoid(model(batch).double()), dim=1)
+    np.testing.assert_allclose(predictions["risk"], -survival.sum(1), rtol=1e-5)
+    again, repeated = trained(study, "patch_gcn")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    pd.testing.assert_frame_equal(repeated, predictions)
+
+
+def test_a_data_set_without_coordinates_is_refused_before_training(study):
+    for path in find_slides(feature_folders(study, "LUNG")).values():
+        features, _ = read(path)
+        write_h5(path, features=features, coords=None)
+    pack_dataset(study, "LUNG", progress=False)
+    with pytest.raises(Refused, match=r"PatchGCN needs patches' coordinates, and 24 of 24 slides of LUNG have none"):
+        trained(study, "patch_gcn")
+    assert len(trained(study, "ilra")[1]) == 12
+
+
+def test_a_model_that_holds_such_a_network_asks_for_coordinates_too(network):
+    null = state_of(network)
+    model = STEPH(null, null, {"a": null, "b": null}, top_k=1, dim_hidden=3, network=network)
+    assert needs_coords(model) == needs_coords(network) == "PatchGCN"
+    assert needs_coords(NETWORKS["abmil"](6, PAPER)) is None

@@ -1,0 +1,507 @@
+"""Figures: files come out, look alike, and never hide that a cohort is synthetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from steph import plots
+from steph.analysis.mixing import attention, sar, vicinal
+from steph.analysis.mixing.dynamics import at_the_end
+from steph.analysis.mixing.landscape import grid
+from steph.data.cohort import cohort_from
+from steph.data.manifest import load_study
+from steph.methods.registry import METHODS
+from steph.study.tables import paper_table
+
+DATASETS = list(paper_table("table_s1_datasets")["dataset"])
+
+
+@pytest.fixture(autouse=True)
+def _style(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path))
+    plots.set_style()
+    yield
+    plt.close("all")
+
+
+def parameters(study: str = "tiny", **changed: object) -> SimpleNamespace:
+    found = load_study(study)
+    given = {
+        "study": found,
+        "dataset": "all",
+        "folds": list(range(found.folds)),
+        "seed": found.seed,
+        "precision": "fp32",
+        "device": "cpu",
+    }
+    return SimpleNamespace(**{**given, **changed})
+
+
+def cohort(name: str, n: int = 30):
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(
+        {
+            "patient_id": [f"P{i}" for i in range(n)],
+            "slide_id": [f"S{i}" for i in range(n)],
+            "project": name,
+            "time_days": rng.integers(30, 3000, n),
+            "event": rng.integers(0, 2, n),
+        }
+    )
+    return cohort_from(table, name, "test")
+
+
+def c_indices(undefined: bool = False) -> pd.DataFrame:
+    rows = [
+        {"dataset": d, "method": m, "fold": k, "c_index": 0.5 + 0.01 * k, "external_c_index": 0.6}
+        for d, m, k in product(["SARC", "LIHC"], ["vanilla", "steph", "hypernetwork_only"], range(3))
+    ]
+    table = pd.DataFrame(rows)
+    if undefined:
+        table.loc[(table["dataset"] == "SARC") & (table["method"] == "steph") & (table["fold"] == 2), "c_index"] = None
+    return table
+
+
+def course(seeds: int = 3, sources: list[str] = DATASETS[1:]) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"seed": s, "epoch": e, "source": name, "w": rng.random(), "lambda": rng.random()}
+        for s, e, name in product(range(seeds), range(1, 5), sources)
+    ]
+    return pd.DataFrame(rows)
+
+
+def differences() -> pd.DataFrame:
+    return pd.DataFrame(
+        {"label": ["a", "b"], "difference": [0.1, 0], "low": [0, -0.1], "high": [0.2, 0.1], "paper": [0.1, np.nan]}
+    )
+
+
+def gained() -> pd.DataFrame:
+    values = [[0.1, -0.2, np.nan], [0.0, 0.01, 0.02]]
+    return pd.DataFrame(values, index=["STEPH", "ROUPKT"], columns=["SARC", "LIHC", "Avg."])
+
+
+def swept() -> pd.DataFrame:
+    """Three values of a setting: the default in the middle, the last without a mean."""
+    return pd.DataFrame(
+        {
+            "row": ["0", "0.05", "0.1"], "mean": [0.6, 0.7, np.nan], "gain": [-0.1, np.nan, np.nan],
+            "low": [-0.2, np.nan, np.nan], "high": [0.0, np.nan, np.nan], "paper_gain": [-0.02, np.nan, -0.04],
+        }
+    )  # fmt: skip
+
+
+def controlled(external: bool = True) -> pd.DataFrame:
+    """Two comparisons in two places; one has no answer."""
+    kinds = ["test folds", "external patients"] if external else ["test folds"]
+    rows = [
+        {
+            "where": where, "rival": rival, "comparison": name, "on": on,
+            "difference": value, "low": value - 0.02, "high": value + 0.02,
+        }
+        for where, (rival, name, value), on in product(
+            ["study", "its twin"], [(False, "A − B", 0.05), (True, "B − C", np.nan)], kinds
+        )
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def started(targets: list[str], seeds: int = 3) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    rows = [{"target": t, "seed": s, "gain": rng.normal(0, 0.05)} for t, s in product(targets, range(seeds))]
+    return pd.DataFrame(rows)
+
+
+def chosen(targets: list[str], columns: int = 3) -> pd.DataFrame:
+    names = ["same target, other start", "same start, other target", "what was planted"][:columns]
+    return pd.DataFrame(0.3, index=[*targets, "Mean"], columns=names)
+
+
+def epoch_rounds() -> pd.DataFrame:
+    names = ["vanilla", "model_average", "adamerging", "steph", "steph_m6", "steph_m12"]
+    rows = [(m, i, 0.0 if m == "model_average" else 1 + 0.1 * i, 0.0, "x") for m, i in product(names, range(3))]
+    return pd.DataFrame(rows, columns=["method", "round", "seconds", "once", "device"])
+
+
+def costs() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "method": ["vanilla", "steph", "roupkt"], "c_index": [0.6, 0.65, 0.65], "gflops": [20, 40, 300],
+            "networks": [1, 2, 14], "products": [20, 40, 300], "patches": 100, "seconds": [1.0, 2.0, 14.0],
+            "memory": 1e6,
+        }
+    )  # fmt: skip
+
+
+def sampled() -> pd.DataFrame:
+    rows = [(n, reads, 1.2, 1.3) for n in (200, 1000) for reads in (256, n) if reads <= n]
+    return pd.DataFrame(rows, columns=["patches", "reads", "× Vanilla (operations)", "× Vanilla"])
+
+
+def judged(problem: str = "") -> pd.DataFrame:
+    """Two methods on two data sets, looked at in every way that the evidence has; the last possibly undefined."""
+    numbers = {"auc": 0.6, "skill": -0.1, "low": 0.05, "high": 0.9, "hazard_ratio": 0.5, "p": 0.01, "gain": 0.1}
+    rows = [
+        {**numbers, "dataset": d, "method": m, "against": m, "year": y, "predicted": 0.2 * y, "observed": 0.25 * y}
+        for d, m, y in product(["SARC", "LIHC"], ["vanilla", "steph"], [1, 2])
+    ]
+    table = pd.DataFrame(rows).assign(problem="")
+    if problem:
+        table.loc[len(table) - 1, [*numbers, "observed", "problem"]] = [*[np.nan] * (len(numbers) + 1), problem]
+    return table
+
+
+def last_judged(problem: str = "") -> pd.DataFrame:
+    return judged(problem).drop_duplicates(["dataset", "method"], keep="last")
+
+
+def groups(high: bool | None = None) -> pd.DataFrame:
+    patients = cohort("SARC").patients
+    split = patients.index % 2 == 0 if high is None else high
+    return pd.concat(
+        [patients.assign(dataset=d, method=m, high=split) for d, m in product(["SARC", "LIHC"], ["vanilla", "steph"])]
+    )
+
+
+def transferred(columns: int = 13) -> pd.DataFrame:
+    values = np.random.default_rng(0).random((13, columns))
+    return pd.DataFrame(values, index=DATASETS, columns=DATASETS[:columns])
+
+
+def aligned(sources: list[str], kinds: tuple[str, ...] = sar.KINDS) -> pd.DataFrame:
+    """Curves of subspace alignment as `steph.analysis.mixing.sar.curves` gives them, made up."""
+    rng = np.random.default_rng(0)
+    rows = [
+        ("BRCA", name, layer, kind, draw, share, rule, 0.5 + 0.4 * share + 0.1 * rng.random(), 4, 16)
+        for name, layer, kind, draw, share, rule in product(
+            sources, sar.LAYERS, kinds, (0, 1), (0, 0.5, 1), sar.RANK_RULES
+        )
+        if kind != "source" or draw == 0
+    ]
+    columns = ["target", "source", "layer", "kind", "draw", "lambda", "rule", "sar", "rank", "rows"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def spectra(models: list[str]) -> pd.DataFrame:
+    kept = [(direction + 1, 0.5**direction, 1 - 0.3 * 0.5**direction, 8) for direction in range(8)]
+    rows = [(model, layer, *row) for model, layer, row in product(models, sar.LAYERS, kept)]
+    return pd.DataFrame(rows, columns=["model", "layer", "direction", "value", "kept", "rows"])
+
+
+def mixed_training(seeds: int = 3) -> pd.DataFrame:
+    """Comparisons as `steph.analysis.mixing.vicinal.compare` gives them, made up; with one seed, no other batches."""
+    candidates = vicinal.CANDIDATES if seeds > 1 else vicinal.CANDIDATES[:3]
+    values = {"ratio": 1.0, "moved": 0.1, "nll_reference": 0.7, "c_index": 0.6, "c_index_reference": 0.6}
+    rows = [
+        {"seed": s, "steps": n, "lambda": share, "reference": reference, "candidate": candidate, **values}
+        | {"cosine": 1 - 0.01 * s - 0.001 * n, "distance": 0.01 * n, "nll": 1 / n}
+        for s, n, share, reference, candidate in product(
+            range(seeds), (1, 10, 100), (0.25, 0.5), (vicinal.LOSSES, vicinal.FEATURES), candidates
+        )
+    ]
+    return vicinal.summary(pd.DataFrame(rows))
+
+
+def inequalities() -> pd.DataFrame:
+    statements = (vicinal.CONVEX, vicinal.EQ_9, vicinal.EQ_10)
+    rows = [(place, statement, 0.6) for place, statement in product(["M_0", "random logits"], statements)][:-1]
+    return pd.DataFrame(rows, columns=["place", "statement", "holds"])
+
+
+def attended(n: int = 6) -> pd.DataFrame:
+    """Attention of n patients of two data sets, measured against known tissue."""
+    rng = np.random.default_rng(0)
+    tumour, zone = np.arange(20) < 8, np.repeat(list(attention.ZONES), [3, 5, 5, 7])
+    methods = ["vanilla", "steph", "model_average", "untrained"]
+    patches = pd.DataFrame({"tumour": tumour, "zone": zone})
+    parts = [
+        attention.numbers({m: rng.dirichlet(np.ones(20)) for m in methods}, patches).assign(
+            dataset=DATASETS[i % 2], fold=0, patient_id=f"P{i}"
+        )
+        for i in range(n)
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def attention_map(n: int, tumour: bool = False) -> pd.DataFrame:
+    """A patient's two maps: n patches on each of two slides."""
+    rng, places = np.random.default_rng(0), np.arange(n)
+    maps = {}
+    for name in ("vanilla", "steph"):
+        maps[name] = pd.DataFrame(
+            {
+                "patient_id": "P", "slide_id": pd.Categorical(np.repeat(["S1", "S2"], n)), "patch": np.tile(places, 2),
+                "x": np.tile(places % 40 * 256, 2), "y": np.tile(places // 40 * 256, 2),
+                "attention": rng.dirichlet(np.ones(2 * n)), "rank": 1 + rng.permutation(2 * n),
+                "percentile": rng.random(2 * n),
+            }
+        )  # fmt: skip
+    table = attention.beside(maps)
+    return table.assign(tumour=table["patch"] < n // 3) if tumour else table
+
+
+def plane(best_s: float = 0.3, best_t: float = 0.6) -> pd.DataFrame:
+    """A landscape of a pair with its least loss at one point, on training patients at M_t."""
+    table = pd.DataFrame(grid(), columns=["c_s", "c_t"])
+    for which, s, t in (("train", 0, 1), ("test", best_s, best_t), ("external", 0.2, 0.8)):
+        table[f"loss_{which}"] = 1 + (table["c_s"] - s) ** 2 + (table["c_t"] - t) ** 2
+    return table
+
+
+def paths(seeds: int = 1, sources: Sequence[str] = ("SARC",), reach: float = 0.9) -> pd.DataFrame:
+    found = pd.DataFrame(product(sources, range(seeds), range(1, 5)), columns=["source", "seed", "epoch"])
+    return found.assign(c_s=reach * found["epoch"] / 4, c_t=reach * found["epoch"] / 8)
+
+
+FIGURES = {
+    "landscape of a pair": lambda: plots.loss_planes(plane(), "BRCA", "SARC"),
+    "landscapes of one pair": lambda: plots.loss_planes_of_pairs({"SARC": plane()}, "BRCA"),
+    "landscapes of pairs": lambda: plots.loss_planes_of_pairs(dict.fromkeys(DATASETS[1:6], plane()), "BRCA"),
+    "trajectories": lambda: plots.trajectories(
+        paths(1, DATASETS[1:4], reach=1.5), dict.fromkeys(DATASETS, plane()), "BRCA"
+    ),
+    "trajectories of starts": lambda: plots.trajectories(paths(5), {"SARC": plane()}, "BRCA"),
+    "trajectory of one": lambda: plots.trajectories(paths(), {"SARC": plane()}, "BRCA"),
+    "alignment": lambda: plots.alignment(aligned(DATASETS[1:6])),
+    "alignment of one pair, gates": lambda: plots.alignment(aligned(["SARC"]), tuple(sar.LAYERS)[2:]),
+    "alignment, no baseline": lambda: plots.alignment(aligned(["SARC", "LIHC"], ("source",))),
+    "against rotated": lambda: plots.against_rotated(sar.reading(aligned(DATASETS[1:]))),
+    "dominant directions": lambda: plots.dominant_directions(spectra(DATASETS[:7])),
+    "nearness": lambda: plots.nearness(mixed_training()),
+    "nearness, one seed": lambda: plots.nearness(mixed_training(1), "distance"),
+    "tested mixtures": lambda: plots.tested_mixtures(mixed_training()),
+    "tested mixtures, C-index": lambda: plots.tested_mixtures(mixed_training(), c_index=True),
+    "convexity": lambda: plots.convexity(inequalities()),
+    "follow_up": lambda: plots.follow_up([cohort("SARC"), cohort("LIHC")]),
+    "kaplan_meier": lambda: plots.kaplan_meier([cohort(name) for name in DATASETS[:5]]),
+    "kaplan_meier of one": lambda: plots.kaplan_meier([cohort("SARC")]),
+    "similarity": lambda: plots.similarity(pd.DataFrame(np.eye(3), index=DATASETS[:3], columns=DATASETS[:3])),
+    "c_index": lambda: plots.c_index(c_indices()),
+    "c_index, undefined": lambda: plots.c_index(c_indices(undefined=True)),
+    "c_index, external": lambda: plots.c_index(c_indices(), value="external_c_index"),
+    "intervals": lambda: plots.intervals(differences(), 0.025),
+    "gains": lambda: plots.gains({"here": gained(), "paper": gained().iloc[:1, :2]}, "Vanilla"),
+    "gains on one data set": lambda: plots.gains({"here": gained().iloc[:, :1]}, "Vanilla"),
+    "sweeps": lambda: plots.sweeps({"β": swept(), "K": swept()}),
+    "dynamics": lambda: plots.course(course(1), "BRCA"),
+    "dynamics of starts": lambda: plots.courses(course(5)),
+    "dynamics of one start": lambda: plots.courses(course(1, ["SARC", "LIHC"])),
+    "attention maps": lambda: plots.attention_maps([attention_map(60, tumour=True)], ["P, risk 1 of 9"]),
+    "attention maps of real slides": lambda: plots.attention_maps([attention_map(900), attention_map(1)]),
+    "attention agreement": lambda: plots.attention_agreement(attended()),
+    "attention on the tumour": lambda: plots.attention_on_tumour(attended()),
+    "attention on the tumour of one patient": lambda: plots.attention_on_tumour(attended(1)),
+    "attention by data set": lambda: plots.attention_by_dataset(attended()),
+    "starts": lambda: plots.starts(at_the_end(course())),
+    "performance and cost": lambda: plots.performance_and_cost(costs(), costs().iloc[:2]),
+    "epochs": lambda: plots.epochs(epoch_rounds()),
+    "epochs by sources": lambda: plots.epochs_by_sources(epoch_rounds()),
+    "predictions": lambda: plots.predictions(costs(), costs()),
+    "sampling": lambda: plots.sampling(sampled()),
+    "starts, planted": lambda: plots.starts(at_the_end(course()), pd.Series(0.5, index=DATASETS[1:])),
+    "controls": lambda: plots.transfer_controls(controlled(), {"study": "here", "its twin": "twin"}),
+    "controls, one place": lambda: plots.transfer_controls(controlled(external=False), {"study": "here"}),
+    "starts of all": lambda: plots.starts_of_all(chosen(DATASETS), started(DATASETS)),
+    "starts of all, no correlation": lambda: plots.starts_of_all(chosen(DATASETS[:3], 0), started(DATASETS[:3], 1)),
+    "gains by data set": lambda: plots.gains_by_dataset(last_judged(), last_judged(), "steph"),
+    "AUC by year": lambda: plots.auc_by_year(judged("no pair")),
+    "accuracy": lambda: plots.accuracy(last_judged("no pair")),
+    "calibration": lambda: plots.calibration(judged("nobody")),
+    "calibration on one data set": lambda: plots.calibration(judged().query("dataset == 'SARC'")),
+    "risk groups": lambda: plots.risk_groups(groups(), last_judged(), ["SARC", "LIHC"]),
+    "risk groups, one empty": lambda: plots.risk_groups(groups(high=True), last_judged("no event"), ["SARC", "LIHC"]),
+    "hazard ratios": lambda: plots.hazard_ratios(last_judged("no event")),
+    "transferability": lambda: plots.transferability(transferred(), transferred()),
+    "transferability to one": lambda: plots.transferability(transferred(1), transferred()),
+}
+
+
+def texts(fig) -> str:
+    return "\n".join(text.get_text() for text in fig.findobj(matplotlib.text.Text))
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_fits_the_page_and_is_opaque(name):
+    fig = FIGURES[name]()
+    fig.canvas.draw()
+    assert fig.get_size_inches()[0] <= plots.WIDTH + 0.01
+    assert fig.get_facecolor() == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(("study", "stamped"), [("tiny", True), ("demo_twin", True), ("tcga", False)])
+def test_the_stamp_is_on_every_synthetic_figure_and_on_no_other(study, stamped):
+    fig = plots.intervals(differences(), 0.025)
+    plots.stamp(fig, load_study(study))
+    plots.stamp(fig, load_study(study))
+    found = [text for text in fig.texts if text.get_gid() == "stamp"]
+    assert len(found) == stamped
+    if stamped:
+        assert "Synthetic demo cohort" in found[0].get_text() and "not TCGA" in found[0].get_text()
+
+
+def test_show_figure_writes_both_kinds_with_the_stamp_and_the_same_each_time(tmp_path):
+    paths = []
+    for name in ("a", "b"):
+        png = plots.show_figure(plots.intervals(differences(), 0.025), name, parameters())
+        assert png == tmp_path / "tiny" / "figures" / f"{name}.png" and png.read_bytes()[:4] == b"\x89PNG"
+        paths.append(png.with_suffix(".svg"))
+    first, second = (path.read_bytes() for path in paths)
+    assert b'id="stamp"' in first
+    assert first == second
+    assert not plt.get_fignums()
+    assert sorted(path.name for path in png.parent.iterdir()) == ["a.png", "a.svg", "b.png", "b.svg"]
+
+
+def test_show_table_writes_what_it_shows_unrounded(tmp_path):
+    table = pd.DataFrame({"method": ["STEPH <b>"], "mean": [1 / 3], "n": [1234]})
+    path = plots.show_table(table, "means", parameters(), index=False)
+    read = pd.read_csv(path)
+    assert path == tmp_path / "tiny" / "tables" / "means.csv"
+    assert read["mean"][0] == pytest.approx(1 / 3, abs=1e-15)
+    assert read["cohort"][0] == "synthetic (tiny)"
+    assert "cohort" not in pd.read_csv(plots.show_table(table, "means", parameters("tcga"), index=False))
+
+
+def test_wide_tables_are_one_file_in_blocks_that_fit(monkeypatch):
+    shown = []
+    keep = lambda given, raw=False: None if raw else shown.append(given.data)  # noqa: E731 - raw: the link to the file
+    monkeypatch.setattr("IPython.display.display", keep)
+    table = pd.DataFrame([range(14)], index=["STEPH"], columns=[*DATASETS, "Avg."])
+    path = plots.show_blocks(table, "wide", parameters("tcga"))
+    assert [block.shape[1] for block in shown] == [7, 7]
+    assert pd.concat(shown, axis=1).equals(table)
+    assert list(pd.read_csv(path).columns[1:]) == list(table.columns)
+    plots.show_blocks(table.iloc[:, :7], "narrow", parameters("tcga"))
+    assert len(shown) == 3
+
+
+def test_cells_of_a_map_are_hundredths_and_a_missing_one_is_blank():
+    fig = plots.gains({"here": gained()}, "Vanilla")
+    assert [text.get_text() for text in fig.axes[0].texts] == ["+10.0", "-20.0", "+0.0", "+1.0", "+2.0"]
+
+
+def test_a_sweep_is_drawn_around_its_default_and_leaves_out_what_is_undefined():
+    ax = plots.sweeps({"β": swept()}).axes[0]
+    here, paper = ax.lines[-2].get_ydata(), ax.lines[-1].get_ydata()
+    assert here[:2].tolist() == [-0.1, 0] and np.isnan(here[2])
+    assert paper.tolist() == [-0.02, 0, -0.04]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.05", "0.1"]
+
+
+def test_controls_are_drawn_where_they_have_an_answer_and_beside_their_heading():
+    fig = plots.transfer_controls(controlled(), {"study": "here", "its twin": "twin"})
+    ax = fig.axes[0]
+    rows = [label.get_text() for label in ax.get_yticklabels()]
+    assert rows == ["If it is transfer, beyond the band:", "A − B", "Gains without any source:", "B − C"]
+    drawn = {line.get_label(): line.get_xydata() for line in ax.lines if line.get_label() in texts(fig)}
+    assert drawn["test folds"] == pytest.approx(np.array([[0.05, 0.85]]))
+    assert drawn["external patients"] == pytest.approx(np.array([[0.05, 1.15]]))
+
+
+def test_the_mean_gain_of_a_start_is_that_over_all_targets():
+    gains = started(["SARC", "LIHC"], 1).assign(gain=[0.1, 0.2])
+    for values, mean in (([0.1, 0.2], 0.15), ([0.1, np.nan], np.nan)):
+        ax = plots.starts_of_all(chosen(["SARC", "LIHC"]), gains.assign(gain=values)).axes[1]
+        dots = [line.get_xdata() for line in ax.lines if line.get_marker() == "o"]
+        assert dots[0].tolist() == pytest.approx([*values, mean], nan_ok=True)
+
+
+def test_tables_are_shown_rounded_and_escaped():
+    table = pd.DataFrame(
+        {("method", "x"): ["<b>"], ("mean", "x"): [1 / 3], ("n", "x"): [1234], ("none", "x"): [np.nan]}
+    )
+    html = plots.styled(table, {"mean": "{:.1f}"}).to_html()
+    assert "&lt;b&gt;" in html and ">0.3<" in html and ">1,234<" in html and "nan" not in html
+
+
+def test_short_brackets_of_a_cell_stay_on_one_line():
+    text = "0.6648 (± 0.032) (a remark that is rather long)"
+    html = plots.styled(pd.DataFrame({"c": [text]})).to_html()
+    assert "0.6648 (±\u00a00.032) (a remark that is rather long)" in html
+
+
+def test_file_names_tell_the_choice_of_parameters():
+    assert plots.file_name("table1", parameters()) == "table1"
+    narrowed = parameters(dataset="SARC", folds=[1], seed=7, precision="fp64")
+    assert plots.file_name("table1", narrowed) == "table1-SARC-fold1-seed7-fp64"
+
+
+def test_an_undefined_mean_is_written_where_its_bar_would_be():
+    assert "STEPH: undefined (fold 2)" in texts(plots.c_index(c_indices(undefined=True)))
+
+
+def test_the_papers_means_stand_beside_test_folds_only():
+    assert "the paper's mean" in texts(plots.c_index(c_indices()))
+    assert "the paper's mean" not in texts(plots.c_index(c_indices(), value="external_c_index"))
+
+
+def test_groups_of_risk_have_their_patients_at_risk_and_their_test_written():
+    fig = plots.risk_groups(groups(), last_judged("no event in one group"), ["SARC", "LIHC"])
+    own = groups().query("dataset == 'SARC' and method == 'steph'")
+    counts = [t.get_text() for t in fig.axes[1].texts if t.get_text().isdigit()]
+    assert counts[0] == str((~own["high"]).sum()) and counts[len(counts) // 2] == str(own["high"].sum())
+    assert "HR 0.50 (0.05 to 0.90)" in texts(fig) and "no event in one group" in texts(fig)
+
+
+def test_a_map_of_transfer_frames_the_own_models_only():
+    frames = [patch for ax in plots.transferability(transferred(1), transferred()).axes[:2] for patch in ax.patches]
+    assert [patch.get_xy() for patch in frames] == [(-0.5, -0.5)] * 2
+
+
+def test_at_risk_counts_are_the_patients_still_followed():
+    own = cohort("SARC")
+    fig = plots.kaplan_meier([own])
+    years = own.patients["time_days"] / plots.DAYS_PER_YEAR
+    for label in fig.axes[0].get_xticklabels():
+        year, at_risk = label.get_text().split("\n")
+        assert int(at_risk) == (years >= float(year)).sum()
+
+
+def test_the_paper_data_sets_look_different_and_always_the_same():
+    looks = [(plots.colour_of_dataset(name), str(plots.line_of_dataset(name))) for name in DATASETS]
+    assert len(set(looks)) == len(DATASETS)
+    assert plots.colour_of_dataset("MY_COHORT") == plots.colour_of_dataset("MY_COHORT")
+
+
+def test_methods_have_colours_and_those_of_the_first_chapters_differ():
+    assert len({plots.colour_of(name) for name in ("vanilla", "model_average", "steph", "hypernetwork_only")}) == 4
+    assert all(matplotlib.colors.is_color_like(plots.colour_of(name)) for name in METHODS)
+
+
+def test_labels_at_line_ends_do_not_overlap_and_move_little():
+    _, ax = plt.subplots()
+    ax.set_ylim(0, 1)
+    ends = pd.Series(dict.fromkeys(DATASETS[:6], 0.0) | {"SARC": 1.0, "CESC": 0.5})
+    plots.label_ends(ax, ends, 1.0)
+    places = {a.get_text(): a.xyann[1] for a in ax.texts}
+    ordered = sorted(places.values())
+    assert min(np.diff(ordered)) > 1 / 17 and ordered[0] >= 0 and ordered[-1] <= 1
+    assert places["CESC"] == pytest.approx(0.5) and places["SARC"] == pytest.approx(1.0)
+
+
+def test_red_arrows_stand_where_mixtures_have_less_loss_than_the_target_and_nowhere_else():
+    axes = plots.loss_planes(plane(), "BRCA", "SARC").axes
+    arrows = [[text for text in ax.texts if text.arrow_patch is not None] for ax in axes[:2]]
+    assert not arrows[0]  # training patients want M_t
+    ends = [arrow.xy for arrow in arrows[1]]
+    assert len(ends) == 2 and all(sum(end) == pytest.approx(1) for end in ends)
+    # Below M_t for lambda from 0.3 on, of (C_s, C_t) = (1 - lambda, lambda); at 0.32 and 0.96 on the grid.
+    assert sorted(end[1] for end in ends) == pytest.approx([0.32, 0.96])
+
+
+def test_a_trajectory_that_leaves_the_landscape_is_shown_whole_and_told_by_source_or_start():
+    fig = plots.trajectories(paths(2, reach=1.5), {"SARC": plane()}, "BRCA")
+    assert fig.axes[0].get_xlim()[1] > 1.5 and "SARC, start 1" in texts(fig)
+    assert "SARC → BRCA" in texts(plots.trajectories(paths(), {"SARC": plane()}, "BRCA"))

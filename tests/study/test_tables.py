@@ -1,0 +1,189 @@
+"""Tables of records, and the paper's numbers beside them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from steph import Refused
+from steph.data.manifest import load_study
+from steph.methods.registry import METHODS
+from steph.study import tables as results
+from tests.helpers.made_results import DATASETS, frame
+
+
+def test_every_paper_row_averages_to_what_is_printed():
+    table = results.paper_table("table1_baselines")
+    for method in table["method"].unique():
+        own = results.paper_c_index(method)
+        assert len(own) == 14
+        assert own.drop(results.AVERAGE).mean() == pytest.approx(own[results.AVERAGE], abs=3e-4), method
+
+
+def test_an_unknown_paper_table_is_refused_with_the_nearest():
+    with pytest.raises(Refused, match="Did you mean table1_baselines"):
+        results.paper_table("table1_baseline")
+
+
+@pytest.mark.parametrize("table", results.TABLES)
+def test_every_row_of_the_paper_is_a_method_of_the_registry(table):
+    found = results.table_methods(table)
+    rows = list(results.paper_values(table).index)
+    places = [rows.index(METHODS[name].table[table]) for name in found]
+    assert all(a < b for a, b in pairwise(places))
+    # Table 2 names STEPH twice, once for each of its two parts.
+    assert set(rows) - {METHODS[name].table[table] for name in found} <= {"sparse_hypernetwork_w"}
+
+
+def test_a_small_study_has_the_rows_that_it_can_have():
+    assert results.table_methods("table_s3", load_study("tiny")) == ["steph_k1", "steph", "steph_dense"]
+    assert len(results.table_methods("table_s3", load_study("demo"))) == 7
+
+
+def test_methods_beyond_the_paper_have_no_row_in_it():
+    found = results.methods_beyond()
+    assert "hypernetwork_only" in found
+    assert not set(found) & {m for table in results.TABLES for m in results.table_methods(table)}
+
+
+def test_values_of_the_paper_by_row_and_data_set():
+    assert results.paper_values("table_s5").loc["param_w", "SARC"] == 0.5299
+    assert results.paper_values("table3").loc["ties/hypernetwork_w"].to_dict() == {results.AVERAGE: 0.6802}
+    assert list(results.paper_values("table5").index) == ["0", "0.0025", "0.005", "0.01", "0.05"]
+    assert results.paper_c_index("steph_k11", "table_s3")[results.AVERAGE] == 0.6926
+    assert results.paper_c_index("hypernetwork_only").empty and results.paper_c_index("steph_k11").empty
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "won"),
+    [
+        ("steph", "vanilla", 12), ("steph", "roupkt", 9), ("vanilla", "model_average", 13),  # 5.2
+        ("steph", "steph_param_lambda", 11), ("steph", "steph_param_w", 12),  # D.5
+        ("steph", "steph_lambda1", 8), ("steph", "steph_dense", 11), ("roupkt", "steph", 4),  # D.5, E
+    ],
+)  # fmt: skip
+def test_the_papers_counts_of_data_sets_are_those_of_its_text(first, second, won):
+    assert results.paper_wins(first, second) == (won, 13)
+
+
+def test_the_papers_percentages_are_those_of_its_text():
+    # The abstract's 5.14 % stands on the printed average .6609; the printed rows average to .66068, which gives 5.18 %.
+    printed = {m: results.paper_c_index(m)[results.AVERAGE] for m in ("steph", "vanilla")}
+    assert round(100 * (printed["steph"] / printed["vanilla"] - 1), 2) == 5.14
+    gain, percent = results.paper_gain("steph", "vanilla")
+    assert (round(gain, 4), round(percent, 2)) == (0.0342, 5.18)
+    assert round(results.paper_gain("steph", "roupkt")[1], 1) == 2.0  # printed averages give 2.01
+    assert round(results.paper_gain("steph", "patch_gcn")[1], 1) == 3.5
+    table3 = results.table_methods("table3")
+    percents = [results.paper_gain(hyper, own)[1] for own, hyper in zip(table3[::2], table3[1::2], strict=True)]
+    assert round(sum(percents) / 4, 1) == 14.5
+    brca = results.paper_pair("steph", "vanilla").loc["BRCA"]
+    assert round(100 * (brca["first"] / brca["second"] - 1), 1) == 11.4
+
+
+def test_methods_of_no_common_table_cannot_be_paired():
+    with pytest.raises(Refused, match="no table of the paper has both STEPH, K = 1 and ROUPKT"):
+        results.paper_gain("steph_k1", "roupkt")
+
+
+def test_mean_and_sample_standard_deviation():
+    table = frame({("SARC", "vanilla"): [0.5, 0.6, 0.7], ("LIHC", "vanilla"): [0.8, 0.8, 0.8]})
+    text = results.c_index_table(table)
+    assert text.loc["SARC", "Vanilla"] == "0.6000 (± 0.100)"
+    assert text.loc["LIHC", "Vanilla"] == "0.8000 (± 0.000)"
+    assert text.loc[results.AVERAGE, "Vanilla"] == "0.7000"
+    assert list(text.index) == ["SARC", "LIHC", results.AVERAGE]
+
+
+def test_an_undefined_fold_is_shown_and_never_averaged_away():
+    table = frame({("SARC", "vanilla"): [0.5, 0.6, 0.7, None, 0.6], ("LIHC", "vanilla"): [0.8] * 5})
+    text = results.c_index_table(table)
+    assert text.loc["SARC", "Vanilla"] == "undefined (fold 3)"
+    assert text.loc[results.AVERAGE, "Vanilla"] == "undefined (SARC)"
+    assert "nan" not in text.to_string().lower()
+    assert results.summary(table)["mean"].isna().tolist() == [True, False, True]
+    folds = results.fold_table(table)
+    assert folds.loc[0, "fold 3"] == "undefined" and folds.loc[0, "fold 2"] == "0.7000"
+    reasons = results.undefined_folds(table)
+    assert reasons[["dataset", "fold", "problem"]].to_numpy().tolist() == [
+        ["SARC", 3, "no comparable pair among 9 patients"]
+    ]
+
+
+def test_one_data_set_has_no_average_over_data_sets():
+    assert list(results.summary(frame({("SARC", "vanilla"): [0.5, 0.6]}))["dataset"]) == ["SARC"]
+
+
+def test_two_seeds_in_one_table_are_refused():
+    table = frame({("SARC", "vanilla"): [0.5]})
+    with pytest.raises(Refused, match="choose one seed"):
+        results.summary(pd.concat([table, table.assign(seed=43)]))
+
+
+def test_missing_method_or_data_set_is_refused():
+    table = frame({("SARC", "vanilla"): [0.5]})
+    for choice in ({"methods": ["steph"]}, {"datasets": ["LIHC"]}):
+        with pytest.raises(Refused, match="no results of"):
+            results.c_index_table(table, **choice)
+
+
+def test_beside_paper_takes_the_right_cells():
+    table = frame({("SARC", "steph"): [0.5, 0.7], ("SARC", "vanilla"): [0.5, 0.5]})
+    beside = results.beside_paper(table, methods=["vanilla", "steph"])
+    one = beside.set_index("method")
+    assert list(one.index) == ["vanilla", "steph"]
+    assert one.loc["steph", "paper"] == 0.6024 and one.loc["steph", "difference"] == pytest.approx(0.6 - 0.6024)
+    shown = results.as_the_paper(beside)
+    assert shown.loc["STEPH"].to_dict() == {"here": "0.6000", "paper": "0.6024", "here − paper": "-0.0024"}
+    undefined = results.as_the_paper(results.beside_paper(frame({("SARC", "steph"): [0.5, None]})))
+    assert undefined.loc["STEPH"].to_dict() == {"here": "undefined (fold 1)", "paper": "0.6024"}
+
+
+def test_several_data_sets_are_laid_out_as_in_the_paper():
+    table = frame({(d, m): [0.5, 0.7] for m in ("vanilla", "steph_param_w") for d in ("SARC", "LIHC")})
+    wide = results.as_the_paper(results.beside_paper(table, table="table_s5"))
+    assert list(wide.columns) == ["SARC", "LIHC", results.AVERAGE]
+    assert wide.loc[("param. w", "paper")].tolist() == ["0.5299", "0.7035", ""]
+    assert wide.loc[("param. w", "here")].tolist() == ["0.6000"] * 3
+    assert ("Vanilla", "paper") not in wide.index  # Table S5 has no such row
+
+
+def test_gains_over_one_method_here_and_in_the_paper():
+    values = {
+        ("SARC", "vanilla"): [0.5, 0.5],
+        ("SARC", "steph"): [0.6, 0.7],
+        ("SARC", "hypernetwork_only"): [0.5, None],
+    }
+    found = results.gains_over(results.beside_paper(frame(values)), "vanilla")
+    assert found["here"].loc["STEPH", "SARC"] == pytest.approx(0.15)
+    assert found["paper"].loc["STEPH", "SARC"] == pytest.approx(0.6024 - 0.5312)
+    assert list(found["here"].index) == list(found["paper"].index) == ["STEPH"]  # what is undefined has no gain
+
+
+def test_the_papers_average_stands_only_beside_all_its_data_sets():
+    def paper_average(table: pd.DataFrame) -> float:
+        return results.beside_paper(table).set_index("dataset").loc[results.AVERAGE, "paper"]
+
+    everything = {(d, "vanilla"): [0.6, 0.6] for d in DATASETS}
+    assert paper_average(frame(everything)) == 0.6609
+    del everything["SARC", "vanilla"]
+    assert np.isnan(paper_average(frame(everything)))
+
+
+def test_a_control_has_no_row_of_the_paper():
+    table = frame({(d, m): [0.5, 0.7] for m in ("vanilla", "hypernetwork_only") for d in ("SARC", "LIHC")})
+    wide = results.as_the_paper(results.beside_paper(table))
+    assert ("Hypernetwork only", "here") in wide.index and ("Hypernetwork only", "paper") not in wide.index
+
+
+def test_means_are_compared_on_folds_that_all_methods_have():
+    values = {("SARC", "steph"): [0.5, 0.6, 0.9], ("SARC", "vanilla"): [0.5, 0.5, 0.5], ("SARC", "ilra"): [0.5, 0.7]}
+    table = frame(values)
+    own = results.on_common_folds(table, ["steph", "ilra"])
+    assert own.groupby("method")["fold"].max().to_dict() == {"ilra": 1, "steph": 1}
+    assert len(results.on_common_folds(table, ["steph", "vanilla"])) == 6
+    assert results.folds_line(own) == "All methods stand on 2 fold(s)."
+    assert results.folds_line(table).startswith("3 fold(s): STEPH, Vanilla; 2 fold(s): ILRA. Differences")

@@ -1,0 +1,375 @@
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from steph import Refused
+from steph.data import RaggedBatch
+from steph.data.manifest import Network, Recipe
+from steph.merging.steph import STEPH
+from steph.merging.steph import convert_released as convert_steph
+from steph.mil import ABMIL, convert_released
+from steph.mil.abmil import RELEASED_NAMES
+from steph.mil.state import load_into, state_of
+from steph.training import memory
+from steph.training.engine import (
+    AdamW,
+    Trainer,
+    fit,
+    learning_rate_factor,
+    parameter_groups,
+    predict,
+    seed_everything,
+    single_thread,
+)
+from tests.conftest import assert_states_close
+
+
+@pytest.mark.parametrize(
+    ("case", "steps", "warmup"), [("S7_warm1", 7, 1), ("S1_warm1", 1, 1), ("S51_warm1", 51, 1), ("S7_warm0", 7, 0)]
+)
+def test_schedule_is_the_releases(reference, case, steps, warmup):
+    numbers = reference("i_lr_groups")
+    expected = numbers[f"lr_{case}"]
+    recipe = Recipe(epochs=int(numbers["epochs"]), warmup_epochs=warmup)
+    found = [learning_rate_factor(update, steps, recipe) for update in range(len(expected) + 1)]
+    np.testing.assert_allclose(np.array(found[:-1]) * float(numbers["base_lr"]), expected, rtol=1e-12, atol=1e-20)
+    assert found[-1] == pytest.approx(0, abs=1e-15)
+
+
+def test_steps_per_epoch_drop_the_remainder(reference):
+    numbers = reference("i_lr_groups")
+    np.testing.assert_array_equal(numbers["n_train"] // Recipe().bags_per_step, numbers["steps_per_epoch"])
+
+
+def groups_of(model):
+    names = {id(p): n for n, p in model.named_parameters()}
+    plain, decayed = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 1e-5))
+    return plain, decayed
+
+
+def released_names(numbers, which, table):
+    layers = {**{theirs: ours for ours, theirs in RELEASED_NAMES.items()}, **table}
+    return {
+        f"{layers[layer]}.{kind}" if layer else layers[kind]
+        for name in numbers[which].tolist()
+        for layer, _, kind in [name.rpartition(".")]
+    }
+
+
+def test_weight_decay_groups_are_the_releases(reference):
+    from steph.merging.steph import RELEASED_NAMES as STEPH_NAMES
+
+    numbers = reference("i_lr_groups")
+    null = state_of(ABMIL(4, 3, 2, 2))
+    pool = {"a": null, "b": null}
+    models = {
+        "abmil": ABMIL(4, 3, 2, 2),
+        "steph_nn": STEPH(null, null, pool, top_k=1, dim_hidden=3),
+        "steph_param": STEPH(null, null, pool, top_k=1, dim_hidden=3, mix="parameter"),
+        "steph_fix": STEPH(null, null, pool, top_k=1, dim_hidden=3, mix=0.5),
+    }
+    for name, model in models.items():
+        table = {**STEPH_NAMES, "vecmix_layer": "ratio_vector"} if name != "abmil" else {}
+        plain, decayed = groups_of(model)
+        assert plain == released_names(numbers, f"group_nodecay__{name}", table), name
+        assert decayed == released_names(numbers, f"group_decay__{name}", table), name
+        assert [g["weight_decay"] for g in parameter_groups(model, 1e-5)] == numbers[f"group_wd__{name}"].tolist()
+
+
+@pytest.mark.parametrize("name", ["abmil", "steph"])
+def test_five_updates_land_on_the_releases_weights(reference, float64, name):
+    numbers = reference("k_train_steps")
+    states = {k: convert_released(numbers.state(k)) for k in ("theta0", "theta_t", *(f"theta_s{i}" for i in range(5)))}
+    if name == "abmil":
+        model, convert = ABMIL(24, 16, 12, 8, dropout=0.0), convert_released
+    else:
+        pool = {f"s{i}": states[f"theta_s{i}"] for i in range(5)}
+        model = STEPH(
+            states["theta0"], states["theta_t"], pool, top_k=int(numbers["K"]), dim_hidden=16, dropout=0.0,
+            beta=float(numbers["beta"]), gamma=float(numbers["gamma"]),
+        )  # fmt: skip
+        convert = convert_steph
+    load_into(model, convert(numbers.state(f"{name}_init")))
+    trainer = Trainer(model.train(), Recipe(), int(numbers["steps_per_epoch"]))
+    for step in range(5):
+        bags = [numbers.tensor(f"bag_{i}") for i in range(4 * step, 4 * step + 4)]
+        bins, event = numbers.tensor("labels")[4 * step : 4 * step + 4].T
+        used, seen = trainer.step(RaggedBatch.from_bags(bags), bins, event)
+        nll, _, _, total, rate = numbers[f"{name}_record_nll_merge_mix_total_lr"][step]
+        assert seen[0].item() == pytest.approx(nll, rel=1e-10)
+        assert (seen[0] + seen[1]).item() == pytest.approx(total, rel=1e-10)
+        assert used == pytest.approx(rate, rel=1e-10, abs=1e-20)
+        if step + 1 in (1, 2, 5):
+            trained = state_of(model, trainable_only=True)
+            assert_states_close(trained, convert(numbers.state(f"{name}_after{step + 1}")), rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_optimizer_is_pytorchs_bit_for_bit_and_leaves_alone_what_has_no_gradient(dtype):
+    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, 77, dtype=dtype).view(7, 11).clone()) for _ in range(3)]
+                    + [nn.Parameter(torch.ones(5, dtype=dtype))] for _ in range(2))  # fmt: skip
+    groups = [[{"params": p[3:], "weight_decay": 0.0}, {"params": p[:3], "weight_decay": 0.1}] for p in (ours, theirs)]
+    optimizer, reference = AdamW(groups[0]), torch.optim.AdamW(groups[1], lr=0.0, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    for update in range(6):
+        rate = 0.01 * update
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            skipped = i == update % 4
+            grad = None if skipped else torch.randn(pair[0].shape, generator=generator, dtype=dtype)
+            pair[0].grad = pair[1].grad = grad
+        for group in reference.param_groups:
+            group["lr"] = rate
+        optimizer.step(rate)
+        reference.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), update
+    optimizer.forget_gradients()
+    assert all(p.grad is None for p in ours) and not torch.equal(ours[0], ours[1])
+
+
+def test_training_does_not_import_a_compiler():
+    """PyTorch's own optimizers do, which takes every process more than a second."""
+    code = (
+        "import sys, torch; from steph.mil import ABMIL; from steph.training.engine import Trainer; "
+        "from steph.data import RaggedBatch; from steph.data.manifest import Recipe\n"
+        "batch = RaggedBatch.from_bags([torch.ones(3, 5), torch.ones(2, 5)])\n"
+        "Trainer(ABMIL(5, 4, 3, 8), Recipe(), 3).step(batch, torch.tensor([1, 2]), torch.tensor([True, False]))\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+class Patients:
+    """A data set in memory: what the engine asks of `Dataset`."""
+
+    name, dim = "made", 5
+
+    def __init__(self, n=40, events=True):
+        generator = torch.Generator().manual_seed(0)
+        self.risk = torch.randn(n, generator=generator)
+        self.bags = [torch.randn(3 + i % 4, 5, generator=generator) + r for i, r in enumerate(self.risk)]
+        self.ids = [f"P{i:02}" for i in range(n)]
+        days = 800 * torch.exp(-self.risk) + 1
+        self.table = pd.DataFrame({"patient_id": self.ids, "time_days": days.numpy(), "event": events})
+
+    def labels(self, patients):
+        return self.table.set_index("patient_id", drop=False).loc[list(patients)].reset_index(drop=True)
+
+    def n_patches(self, patients):
+        return np.array([len(self.bags[self.ids.index(p)]) for p in patients])
+
+    def expect(self, patients):
+        pass
+
+    def batch(self, patients, device="cpu", dtype=torch.float32):
+        return RaggedBatch.from_bags([self.bags[self.ids.index(p)] for p in patients]).to(device, dtype)
+
+
+NETWORK = Network(dim_emb=8, dim_attn=4, n_bins=8)
+
+
+def trained(data, seed=0, **recipe):
+    seed_everything(1)
+    model = ABMIL(5, 8, 4, 8)
+    history = fit(model, data, data.ids, Recipe(**{"lr": 0.02, "epochs": 8, **recipe}), NETWORK, seed)
+    return model, history
+
+
+def test_training_learns_what_is_there():
+    from steph.survival import concordance_index
+
+    data = Patients()
+    model, history = trained(data, epochs=60)
+    assert history["loss"].iloc[-1] < 0.7 * history["loss"].iloc[0]
+    assert history["epoch"].tolist() == list(range(1, 61)) and not model.training
+    found = predict(model, data, data.ids)
+    assert concordance_index(found["time_days"], found["event"], found["risk"]) > 0.8
+
+
+def test_same_seed_same_bits_and_another_seed_others():
+    data = Patients()
+    one, other, different = (state_of(trained(data, seed=seed)[0]) for seed in (0, 0, 1))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert not all(torch.equal(one[k], different[k]) for k in one)
+
+
+def test_predictions_are_aligned_by_patient_whatever_the_order():
+    data = Patients()
+    model, _ = trained(data, epochs=1)
+    straight = predict(model, data, data.ids).set_index("patient_id")
+    turned = predict(model, data, data.ids[::-1]).set_index("patient_id")
+    pd.testing.assert_frame_equal(turned.loc[data.ids], straight)
+    curves = straight.filter(like="survival_").to_numpy()
+    assert curves.shape == (40, 8) and (np.diff(curves) <= 0).all() and (curves <= 1).all()
+    np.testing.assert_allclose(straight["risk"], -curves.sum(1), rtol=1e-12)
+
+
+def test_only_the_last_epochs_model_is_kept_and_frozen_parts_stay():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = ABMIL(5, 8, 4, 8).requires_grad_(False)
+            self.inner.head.requires_grad_(True)
+
+        def forward(self, bags):
+            return self.inner(bags)
+
+    data = Patients()
+    model = Frozen()
+    before = state_of(model)
+    fit(model, data, data.ids, Recipe(lr=0.02, epochs=2), NETWORK, 0)
+    after = state_of(model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"inner.head.weight", "inner.head.bias"}
+
+
+def test_what_cannot_be_trained_is_refused():
+    with pytest.raises(Refused, match="15 training patients and an update takes 16"):
+        trained(Patients(15))
+    with pytest.raises(Refused, match="no event among 40 training patients"):
+        trained(Patients(events=False))
+    with pytest.raises(Refused, match=r"training loss is nan .* lower recipe\.lr"):
+        data = Patients()
+        data.bags[3][0] = torch.nan
+        trained(data, epochs=1, bags_per_step=40)
+
+
+def test_single_thread_gives_the_threads_back():
+    torch.set_num_threads(2)
+    with single_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+
+
+def test_patients_predicted_together_get_what_they_get_alone():
+    data = Patients()
+    torch.manual_seed(0)
+    model = ABMIL(5, 8, 4, 8)
+    alone = predict(model, data, data.ids)
+    for together in (4, len(data.ids) + 1):
+        found = predict(model, data, data.ids, together=together)
+        assert found["patient_id"].tolist() == alone["patient_id"].tolist()
+        np.testing.assert_allclose(found.filter(regex="risk|survival"), alone.filter(regex="risk|survival"), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["vanilla", "steph", "adamerging", "roupkt", "transmil", "ilra", "r2t_mil", "patch_gcn"]
+)
+def test_half_precision_predicts_nearly_the_same(tiny, name):
+    from steph.study.runs import Run
+
+    model = tiny.model(Run("SARC", name, 0, tiny.study.seed))
+    data = tiny.dataset("SARC")
+    patients = data.splits.test(0)
+    single, half = (predict(model, data, patients, precision=precision) for precision in ("fp32", "bf16"))
+    difference = (single.filter(like="survival_") - half.filter(like="survival_")).abs().to_numpy()
+    assert 0 < difference.max() < 0.03
+    assert next(model.parameters()).dtype == torch.float32  # products in half precision, parameters not
+
+
+@pytest.mark.parametrize("name", ["vanilla", "steph", "patch_gcn", "surgery_am"])
+def test_training_in_half_precision_is_a_run_of_its_own(tiny, name):
+    from steph.study.execute import run_all
+    from steph.study.runs import Run
+
+    table = run_all(tiny, [Run("SARC", name, 0, tiny.study.seed, p) for p in ("fp32", "bf16")], workers=1)
+    assert table["key"].nunique() == 2
+    assert table["loss"].astype(float).diff().abs().iloc[1] < 0.1 * float(table["loss"].iloc[0])
+
+
+def test_what_is_loaded_ahead_comes_in_order():
+    from steph.training.engine import ahead
+
+    assert (
+        list(ahead(lambda x: 2 * x, range(5), "cpu"))
+        == list(ahead(lambda x: 2 * x, range(5), "cuda"))
+        == [0, 2, 4, 6, 8]
+    )
+
+
+def test_a_step_without_memory_is_repeated_without_the_held_features(monkeypatch):
+    from steph.training import engine as training
+
+    calls = []
+
+    def step(batch):
+        calls.append(batch)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("full")
+        return "done"
+
+    monkeypatch.setattr(training, "release", lambda device, refuse: True)
+    assert training._with_memory(step, "batch", "cuda", "SARC") == "done" and calls == ["batch", "batch"]
+    calls.clear()
+    monkeypatch.setattr(training, "release", lambda device, refuse: False)
+    with pytest.raises(Refused, match="cuda has too little memory for a step with a bag of 7 patches"):
+        training._with_memory(step, RaggedBatch.from_bags([torch.ones(7, 2), torch.ones(3, 2)]), "cuda", "SARC")
+
+
+def test_what_does_not_fit_is_refused_before_it_is_tried(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 10)
+    data = Patients()
+    with pytest.raises(Refused, match=r"an update by ABMIL takes about .* recipe.max_patches"):
+        fit(ABMIL(5, 8, 4, 8), data, data.ids, Recipe(epochs=1), NETWORK, 0)
+    with pytest.raises(Refused, match="a prediction by ABMIL takes"):
+        predict(ABMIL(5, 8, 4, 8), data, data.ids)
+
+
+def stepped(make, batch, part, monkeypatch):
+    """What is seen of an update, and the parameters after it, where so many patches go through together."""
+    monkeypatch.setitem(memory.PART, "cpu", part)
+    torch.manual_seed(0)
+    model = make().double().train()
+    trainer = Trainer(model, Recipe(lr=0.1, warmup_epochs=0), 10)
+    frozen = model.frozen(batch) if hasattr(model, "frozen") else None
+    seen = trainer.step(batch, torch.tensor([0, 1, 2, 3, 1]), torch.tensor([1, 0, 1, 0, 1]).bool(), frozen)[1]
+    return seen, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def abmil_of_some(dropout=0.0):
+    return ABMIL(6, 5, 4, 8, dropout)
+
+
+def steph_of_some():
+    null = state_of(abmil_of_some())
+    states = [{k: v + 0.3 * torch.randn_like(v) for k, v in null.items()} for _ in range(4)]
+    return STEPH(null, states[0], {f"s{i}": s for i, s in enumerate(states[1:])}, top_k=2, dim_hidden=7, dropout=0.0)
+
+
+@pytest.mark.parametrize("make", [abmil_of_some, steph_of_some])
+@pytest.mark.parametrize("part", [1, 40])
+def test_an_update_in_parts_has_the_gradient_of_the_whole(make, part, monkeypatch):
+    batch = RaggedBatch.from_bags([torch.randn(n, 6, dtype=torch.float64) for n in (4, 60, 5, 1, 30)])
+    seen, gradients = stepped(make, batch, 10**6, monkeypatch)
+    in_parts, others = stepped(make, batch, part, monkeypatch)
+    torch.testing.assert_close(in_parts, seen, rtol=1e-12, atol=1e-14)
+    assert sum(g.abs().sum() for g in gradients.values()) > 0
+    assert_states_close(others, gradients, rtol=1e-9)
+
+
+def test_only_a_part_of_an_update_is_in_memory(monkeypatch):
+    """Bags of 40 patches, two at a time: no layer ever sees more."""
+    batch = RaggedBatch.from_bags([torch.randn(40, 6, dtype=torch.float64) for _ in range(5)])
+    seen = []
+    monkeypatch.setattr(
+        ABMIL, "encode", lambda self, bags, encode=ABMIL.encode: seen.append(len(bags.features)) or encode(self, bags)
+    )
+    stepped(abmil_of_some, batch, 80, monkeypatch)
+    assert seen == [80, 80, 40]
+
+
+def test_the_next_batch_is_announced_while_one_is_worked_on(monkeypatch):
+    data, said = Patients(40), []
+    monkeypatch.setattr(data, "expect", lambda patients: said.append(("expect", patients)))
+    batch = data.batch
+    monkeypatch.setattr(
+        data, "batch", lambda patients, *a, **k: said.append(("batch", patients)) or batch(patients, *a, **k)
+    )
+    fit(ABMIL(5, 8, 4, 8), data, data.ids, Recipe(epochs=1), NETWORK, 0)
+    first, second = (patients for what, patients in said if what == "batch")
+    assert said == [("expect", second), ("batch", first), ("batch", second)]
