@@ -21,7 +21,8 @@ from packaging.utils import canonicalize_name
 import steph
 from steph import PROJECT
 
-PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+WHOLE = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
+PYPROJECT, TOOLS = WHOLE["project"], WHOLE["tool"]
 EXTRAS = PYPROJECT["optional-dependencies"]
 DIRECT = [Requirement(line) for group in (PYPROJECT["dependencies"], *EXTRAS.values()) for line in group]
 TEXT_SUFFIXES = {".py", ".md", ".yml", ".yaml", ".toml", ".ipynb", ".cff", ".txt", ".bib", ".css", ".csv", ""}
