@@ -24,6 +24,7 @@ from steph.data.dataset import Dataset
 from steph.data.manifest import Features, Network, Recipe
 from steph.data.packing import write_store
 from steph.data.resident import held_bytes, release
+from steph.data.splits import EXTERNAL
 from steph.data.store import Store
 from steph.training.engine import fit
 
@@ -67,7 +68,7 @@ def open_data(path: Path) -> Dataset:
         "patient_id": [f"p{i}" for i in range(n)], "slide_id": list(store.slide_ids), "project": "random",
         "time_days": random.integers(1, 4000, n).astype(float), "event": (random.random(n) < 0.3).astype(int),
     })  # fmt: skip
-    return Dataset("random", cohort_from(table, "random", str(path)), None, store)
+    return Dataset("random", cohort_from(table, "random", str(path)), EXTERNAL, store)
 
 
 def epochs(

@@ -31,6 +31,7 @@ from steph.data.cohort import cohort_from
 from steph.data.dataset import Dataset
 from steph.data.manifest import Features
 from steph.data.packing import write_store
+from steph.data.splits import EXTERNAL
 from steph.data.store import Store
 
 GROUP = 16
@@ -103,7 +104,7 @@ def from_store(files: Files, order: Sequence[int], deliver: Deliver, together: i
 def _open(files: Files) -> Dataset:
     table = {"patient_id": [f"p{i}" for i in range(files.n)], "slide_id": [f"s{i}" for i in range(files.n)]}
     cohort = cohort_from(pd.DataFrame({**table, "project": "random", "time_days": 1.0, "event": 1}), "random", "random")
-    return Dataset("random", cohort, None, Store.open(files.store))
+    return Dataset("random", cohort, EXTERNAL, Store.open(files.store))
 
 
 def from_slides(files: Files, order: Sequence[int], deliver: Deliver) -> None:

@@ -181,9 +181,10 @@ def _folds(value: str | int | list, study: Study) -> list[int]:
         folds = [int(str(part)) for part in parts]
     except ValueError:
         raise Refused(f"notebook parameter folds = {value!r}; expected all, or folds such as 0,1,2.") from None
-    wrong = [fold for fold in folds if not 0 <= fold < study.n_folds]
-    if wrong or not folds:
-        raise Refused(f"fold {wrong[:1] or value} of study {study.name}: its folds are 0 to {study.n_folds - 1}.")
+    if not folds:
+        raise Refused(f"folds = {value!r} names no fold of study {study.name}: its folds are 0 to {study.n_folds - 1}.")
+    for fold in folds:
+        study.check_fold(fold)
     return list(dict.fromkeys(folds))
 
 

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from steph import Refused
+from steph.data import synthetic
 from steph.data.bags import RaggedBatch, sampled
 from steph.data.cohort import COLUMNS, Cohort, read_cohort
 from steph.data.features import check_slides, find_slides
 from steph.data.manifest import Study, at_home
 from steph.data.packing import pack
 from steph.data.resident import resident
-from steph.data.splits import Splits, load_splits
-from steph.data.store import Store
+from steph.data.splits import EXTERNAL, Splits, load_splits
+from steph.data.store import Store, describe
 from steph.files.records import fingerprint
 from steph.files.tables import read_csv
 
@@ -41,14 +42,14 @@ class Dataset:
     """One data set of a study. A patient is the sample; the bag holds the patches of all the patient's slides, in table
     order.
 
-    splits: None for an external set. external: patients of the same population whom nothing is trained on (synthetic
-    studies). oracle: each patient's true log-risk, higher = worse, where it is known (synthetic studies). seed: the
-    study's; it draws the patches of a bag that is sampled.
+    splits: `steph.data.splits.EXTERNAL` for an external set. external: patients of the same population whom nothing is
+    trained on (synthetic studies). oracle: each patient's true log-risk, higher = worse, where it is known (synthetic
+    studies). seed: the study's; it draws the patches of a bag that is sampled.
     """
 
     name: str
     cohort: Cohort
-    splits: Splits | None
+    splits: Splits
     store: Store
     external: Dataset | None = None
     oracle: pd.Series | None = None
@@ -56,9 +57,13 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of labels, splits and features."""
-        splits = self.splits.fingerprint if self.splits else None
-        return fingerprint({"cohort": self.cohort.fingerprint, "splits": splits, "store": self.store.fingerprint}, 64)
+        """Hash of labels, splits and features, and of the external set; `dataset_fingerprint` gives the same."""
+        store = self.store
+        if store.provenance.get("source") == synthetic.SOURCE:
+            features = synthetic.made_fingerprint(store.provenance, {**store.description, "dtype": store.dtype.name})
+        else:
+            features = store.fingerprint
+        return _fingerprint(self.cohort, self.splits, features, self.external.fingerprint if self.external else None)
 
     @cached_property
     def _slides(self) -> dict[str, list[str]]:
@@ -218,15 +223,13 @@ def open_dataset(study: Study, name: str) -> Dataset:
     study.entry(name)
     if study.synthetic is None:
         return _open(study, name, study.data)
-    from steph.data.synthetic import make_dataset, provenance
-
     parts = [study.data] + [study.data / "external"] * bool(study.synthetic.external_patients)
     if not all(file.is_file() for part in parts for file in _files(part, name)):
-        make_dataset(study, name)
-    external = _open(study, name, parts[1], splits=False) if len(parts) > 1 else None
+        synthetic.make_dataset(study, name)
+    external = _open(study, name, parts[1], EXTERNAL) if len(parts) > 1 else None
     dataset = _open(study, name, study.data, external=external)
     for part, is_external in ((dataset, False), (external, True)):
-        if part is not None and part.store.provenance != provenance(study, name, is_external):
+        if part is not None and part.store.provenance != synthetic.provenance(study, name, is_external):
             raise Refused(
                 f"{part.store.path} was made with other settings than those of study {study.name} now (scale, seed, "
                 f"sharing, size). Delete {study.data} and it is made again, or give the changed study another name."
@@ -234,11 +237,51 @@ def open_dataset(study: Study, name: str) -> Dataset:
     return dataset
 
 
+def dataset_fingerprint(study: Study, name: str) -> str:
+    """`Dataset.fingerprint` of a data set, without making or writing anything.
+
+    Of a synthetic one it follows from the manifest and the code that makes it, and from labels and splits where they
+    are there already; of a real one from labels, splits (those that would be drawn, where none are written) and store.
+    Raises `Refused` as `open_dataset` does for files that are missing or cannot be used.
+    """
+    study.entry(name)
+    if study.synthetic is None:
+        return _open(study, name, study.data, write_splits=False).fingerprint
+    external = _made_fingerprint(study, name, external=True) if study.synthetic.external_patients else None
+    return _made_fingerprint(study, name, external=False, of_external=external)
+
+
+def _made_fingerprint(study: Study, name: str, external: bool, of_external: str | None = None) -> str:
+    root = study.data / "external" if external else study.data
+    labels, _, _ = _files(root, name)
+    cohort = read_cohort(labels, name) if labels.is_file() else synthetic.made_cohort(study, name, external)
+    description = {**describe(study.features), "dtype": study.features.precision}
+    features = synthetic.made_fingerprint(synthetic.provenance(study, name, external), description)
+    splits = EXTERNAL if external else _splits(study, cohort, root, write=False)
+    return _fingerprint(cohort, splits, features, of_external)
+
+
+def _fingerprint(cohort: Cohort, splits: Splits, features: str, external: str | None) -> str:
+    parts = {"cohort": cohort.fingerprint, "splits": splits.fingerprint, "store": features, "external": external}
+    return fingerprint(parts, 64)
+
+
+def _splits(study: Study, cohort: Cohort, root: Path, write: bool) -> Splits:
+    return load_splits(cohort, root / "splits", study.folds, study.seed, study.repeats, write)
+
+
 def _files(root: Path, name: str) -> tuple[Path, Path, Path]:
     return root / "labels" / f"{name}.csv", root / "stores" / f"{name}.h5", root / "oracle" / f"{name}.csv"
 
 
-def _open(study: Study, name: str, root: Path, splits: bool = True, external: Dataset | None = None) -> Dataset:
+def _open(
+    study: Study,
+    name: str,
+    root: Path,
+    splits: Splits | None = None,
+    external: Dataset | None = None,
+    write_splits: bool = True,
+) -> Dataset:
     labels, stored, oracle = _files(root, name)
     cohort = _cohort(study, name, labels)
     if not stored.is_file():
@@ -248,7 +291,7 @@ def _open(study: Study, name: str, root: Path, splits: bool = True, external: Da
     return Dataset(
         name=name,
         cohort=cohort,
-        splits=load_splits(cohort, root / "splits", study.folds, study.seed, study.repeats) if splits else None,
+        splits=splits or _splits(study, cohort, root, write_splits),
         store=store,
         external=external,
         oracle=_oracle(oracle, cohort) if study.synthetic else None,

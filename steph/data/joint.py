@@ -13,7 +13,6 @@ import torch
 from steph import Refused
 from steph.data.bags import RaggedBatch
 from steph.data.dataset import Dataset
-from steph.data.splits import Splits
 from steph.files.tables import first
 
 
@@ -43,8 +42,8 @@ class JointDataset:
         """
         tests: dict[str, str] = {}
         for name, data in self.parts.items():
-            tests |= dict.fromkeys(_splits(data).test(fold), name)
-        training = [(name, patient) for name, data in self.parts.items() for patient in _splits(data).train(fold)]
+            tests |= dict.fromkeys(data.splits.test(fold), name)
+        training = [(name, patient) for name, data in self.parts.items() for patient in data.splits.train(fold)]
         shared = [
             f"{patient} (trains {name}, tests {tests[patient]})" for name, patient in training if patient in tests
         ]
@@ -101,12 +100,6 @@ class JointDataset:
             what = f"no patient {', '.join(map(str, unknown[:5]))}" if unknown else "no patient given"
             raise Refused(f"{self.name}: {what}; patients are named <data set>/<patient_id>.")
         return [(name, self.parts[of], patient) for name, of, patient in named]
-
-
-def _splits(data: Dataset) -> Splits:
-    if data.splits is None:
-        raise Refused(f"{data.name} has no splits: it is an external set, and nothing is trained on it.")
-    return data.splits
 
 
 def _joined(batches: Sequence[RaggedBatch]) -> RaggedBatch:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from steph import PROJECT, Refused
+from steph.data.splits import check_fold
 
 MANIFESTS = PROJECT / "data_manifest"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][-._A-Za-z0-9]*$", max_length=100)]
@@ -211,6 +212,10 @@ class Study(_Strict):
     def n_folds(self) -> int:
         """Folds in all, of every repeat of the cross-validation; numbered from 0."""
         return self.folds * self.repeats
+
+    def check_fold(self, fold: int) -> None:
+        """Raise `Refused` for a fold that the study does not have."""
+        check_fold(fold, self.n_folds, f"study {self.name}")
 
     def entry(self, dataset: str) -> DatasetEntry:
         """A data set by name. Raises `Refused`, with the nearest names, for an unknown one."""

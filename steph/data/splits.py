@@ -17,7 +17,7 @@ from steph.files.records import fingerprint
 from steph.files.tables import first, read_csv, write_csv
 
 Fold = tuple[tuple[str, ...], tuple[str, ...]]
-"""Who trains, who tests."""
+"""The patients who train, and those who test."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Splits:
     """Cross-validation of a cohort. folds: per fold, the patients who train and who test, both in cohort table order;
     where it is repeated, the folds of the first repeat come first, then those of the second, and so on.
 
-    origin: "authors" (their files), "file" (ours, found) or "made" (ours, just written).
+    origin: "authors" (their files), "file" (ours, from disk), "made" (ours, new) or "external" (`EXTERNAL`).
     """
 
     folds: tuple[Fold, ...]
-    origin: Literal["authors", "file", "made"]
+    origin: Literal["authors", "file", "made", "external"]
 
     @property
     def n_folds(self) -> int:
@@ -50,9 +50,20 @@ class Splits:
         return fingerprint([[list(train), list(test)] for train, test in self.folds])
 
     def _fold(self, fold: int) -> Fold:
-        if fold not in range(self.n_folds):
-            raise Refused(f"there is no fold {fold!r}; the folds are 0 to {self.n_folds - 1}.")
+        if self.origin == "external":
+            raise Refused("an external set has no splits: nothing is trained on it, and all of its patients test.")
+        check_fold(fold, self.n_folds)
         return self.folds[fold]
+
+
+EXTERNAL = Splits((), "external")
+"""The splits of an external set: none. Asking for a fold's patients raises `Refused`."""
+
+
+def check_fold(fold: int, n_folds: int, where: str = "these splits") -> None:
+    """Raise `Refused` for a fold that is not one of 0 to n_folds - 1."""
+    if fold not in range(n_folds):
+        raise Refused(f"there is no fold {fold!r} in {where}: its folds are 0 to {n_folds - 1}.")
 
 
 def make_splits(cohort: Cohort, n_folds: int, seed: int) -> pd.DataFrame:
@@ -79,11 +90,11 @@ def make_splits(cohort: Cohort, n_folds: int, seed: int) -> pd.DataFrame:
     return table.sort_values("patient_id", ignore_index=True)
 
 
-def load_splits(cohort: Cohort, folder: Path, n_folds: int, seed: int, repeats: int = 1) -> Splits:
+def load_splits(cohort: Cohort, folder: Path, n_folds: int, seed: int, repeats: int = 1, write: bool = True) -> Splits:
     """The splits of a cohort: the authors' files, else ours, else made now and written.
 
     n_folds: folds of one cross-validation; it is repeated `repeats` times. Fold f belongs to repeat f // n_folds, whose
-    folds are made from seed + repeat.
+    folds are made from seed + repeat. write: False leaves the disk as it is: the splits are those that would be written.
 
     Authors' files: ``<folder>/<data set>/splits_<k>.csv`` (or ``<folder>/tcga_<data set in small letters>/``, as they
     are published): columns train, test and val with patient ids; blank cells are left out. Without a test column val is
@@ -109,11 +120,15 @@ def load_splits(cohort: Cohort, folder: Path, n_folds: int, seed: int, repeats: 
     made = False
     for repeat in range(repeats):
         path = folder / f"{cohort.dataset}{f'.repeat{repeat}' if repeat else ''}.csv"
-        if not path.is_file():
-            table = make_splits(cohort, n_folds, seed + repeat)
-            write_csv(table.assign(fold=table["fold"] + repeat * n_folds), path)
+        if path.is_file():
+            table = read_csv(path)
+        else:
             made = True
-        folds += _read_ours(cohort, path, range(repeat * n_folds, (repeat + 1) * n_folds))
+            table = make_splits(cohort, n_folds, seed + repeat)
+            table = table.assign(fold=table["fold"] + repeat * n_folds).astype(str)
+            if write:
+                write_csv(table, path)
+        folds += _our_folds(cohort, path, table, range(repeat * n_folds, (repeat + 1) * n_folds))
     return Splits(tuple(folds), "made" if made else "file")
 
 
@@ -143,8 +158,7 @@ def _read_released(cohort: Cohort, folder: Path, n_folds: int) -> Iterable[Fold]
         yield _fold(cohort, path, set(parts["train"]), set(parts[test]))
 
 
-def _read_ours(cohort: Cohort, path: Path, numbers: range) -> Iterable[Fold]:
-    table = read_csv(path)
+def _our_folds(cohort: Cohort, path: Path, table: pd.DataFrame, numbers: range) -> Iterable[Fold]:
     missing = [name for name in ("patient_id", "fold") if name not in table.columns]
     if missing:
         raise Refused(f"{path}: no column {', '.join(missing)}; found {', '.join(table.columns)}.")

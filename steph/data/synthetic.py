@@ -16,9 +16,12 @@ patients do not change the cohort; and the twin has the very slides of the demo,
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import heapq
-from collections.abc import Collection
+import inspect
+import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,9 +31,10 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.data.cohort import cohort_from, write_cohort
+from steph.data.cohort import Cohort, cohort_from, write_cohort
 from steph.data.manifest import DatasetEntry, Study, Synthetic, unknown
 from steph.data.packing import write_store
+from steph.files.records import fingerprint
 from steph.files.tables import write_csv
 
 GROUPS = ("squamous", "gut", "gynaecological", "vascular", "mesenchymal")
@@ -63,6 +67,7 @@ GRID = 17  # cells along the side of the square in which a slide's tissue grows
 MIN_PATIENTS = 10
 RECIPE = 1
 """To be raised whenever the numbers that are made change: stores of an older recipe are then refused."""
+SOURCE = "synthetic: made by steph.data.synthetic, not patients"
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,13 +100,8 @@ def make_dataset(study: Study, dataset: str) -> None:
 
 
 def _write(study: Study, dataset: str, folder: Path, external: bool) -> None:
-    drawn, entry = draw(study, dataset, external), study.entry(dataset)
-    table = drawn.slides.merge(drawn.patients, on="patient_id", validate="many_to_one")
-    table["project"] = table["patient_id"].map(
-        dict(zip(drawn.patients["patient_id"], np.resize(entry.projects, len(drawn.patients)), strict=True))
-    )
-    cohort = cohort_from(table, dataset, f"the synthetic cohort {dataset}")
-    write_cohort(cohort, folder / "labels" / f"{dataset}.csv")
+    drawn = draw(study, dataset, external)
+    write_cohort(_cohort(study, dataset, drawn.patients, drawn.slides), folder / "labels" / f"{dataset}.csv")
     write_csv(drawn.patients[["patient_id", "log_risk"]], folder / "oracle" / f"{dataset}.csv")
     ends = np.cumsum(drawn.slides["n_patches"])[:-1]
     slides = zip(drawn.slides["slide_id"], np.split(drawn.features, ends), np.split(drawn.coords, ends), strict=True)
@@ -110,10 +110,35 @@ def _write(study: Study, dataset: str, folder: Path, external: bool) -> None:
     write_store(folder / "stores" / f"{dataset}.h5", study.features, slides, sizes, made_from)
 
 
+def made_cohort(study: Study, dataset: str, external: bool = False) -> Cohort:
+    """The cohort that `make_dataset` writes, or its external patients, without drawing a patch."""
+    patients, slides, _ = _patients_and_slides(study, dataset, external)
+    return _cohort(study, dataset, patients, slides)
+
+
+def _cohort(study: Study, dataset: str, patients: pd.DataFrame, slides: pd.DataFrame) -> Cohort:
+    table = slides.merge(patients, on="patient_id", validate="many_to_one")
+    projects = np.resize(study.entry(dataset).projects, len(patients))
+    table["project"] = table["patient_id"].map(dict(zip(patients["patient_id"], projects, strict=True)))
+    return cohort_from(table, dataset, f"the synthetic cohort {dataset}")
+
+
+def made_fingerprint(provenance: Mapping[str, Any], features: Mapping[str, Any]) -> str:
+    """Hash of what decides a made store's content. provenance: as `provenance` gives it; features: what the store says
+    of them (`steph.data.store.describe`), with the precision."""
+    return fingerprint({"provenance": provenance, "features": features, "code": _code()}, 64)
+
+
+@cache
+def _code() -> str:
+    """Hash of this module's code; comments do not count."""
+    return fingerprint(ast.dump(ast.parse(inspect.getsource(sys.modules[__name__]))))
+
+
 def provenance(study: Study, dataset: str, external: bool = False) -> dict[str, Any]:
     """What a made store says it was made from: a store that says something else is of another demo."""
     return {
-        "source": "synthetic: made by steph.data.synthetic, not patients",
+        "source": SOURCE,
         "recipe": RECIPE,
         "dataset": dataset,
         "external": external,
@@ -149,6 +174,21 @@ def planted_similarity(study: Study) -> pd.DataFrame:
 
 def draw(study: Study, dataset: str, external: bool = False) -> Drawn:
     """Draw a data set's cohort, or its external patients. The same arguments give the same numbers, bit for bit."""
+    patients, slides, latent = _patients_and_slides(study, dataset, external)
+    stream = (_synthetic(study).seed, dataset, _group(external))
+    n_patches = slides["n_patches"].to_numpy()
+    of_slide = np.repeat(np.arange(len(patients)), latent.n_slides)
+    fraction = latent.composition[of_slide, 0]
+    n_tumour = np.clip(np.round(fraction * n_patches), 1, n_patches - 1).astype(int)
+    coords, tumour = _lay_out(stream, n_patches, n_tumour)
+    of_patch = np.repeat(of_slide, n_patches)
+    phenotype = np.where(tumour, 0, _background(stream, latent.composition[of_patch]))
+    features = _patches(stream, study.features.dim, latent, phenotype, of_patch, n_patches)
+    return Drawn(patients, slides, features, coords, phenotype)
+
+
+def _patients_and_slides(study: Study, dataset: str, external: bool) -> tuple[pd.DataFrame, pd.DataFrame, _Patients]:
+    """The tables of `Drawn`, and what patients' patches follow from."""
     synthetic, entry = _synthetic(study), study.entry(dataset)
     in_cohort = _n_patients(synthetic, entry, dataset)
     n = synthetic.external_patients if external else in_cohort
@@ -174,14 +214,7 @@ def draw(study: Study, dataset: str, external: bool = False) -> Drawn:
             "n_patches": n_patches,
         }
     )
-    stream = (synthetic.seed, dataset, _group(external))
-    fraction = latent.composition[of_slide, 0]
-    n_tumour = np.clip(np.round(fraction * n_patches), 1, n_patches - 1).astype(int)
-    coords, tumour = _lay_out(stream, n_patches, n_tumour)
-    of_patch = np.repeat(of_slide, n_patches)
-    phenotype = np.where(tumour, 0, _background(stream, latent.composition[of_patch]))
-    features = _patches(stream, study.features.dim, latent, phenotype, of_patch, n_patches)
-    return Drawn(patients, slides, features, coords, phenotype)
+    return patients, slides, latent
 
 
 @dataclass(frozen=True, eq=False)

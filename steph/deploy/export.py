@@ -103,7 +103,6 @@ def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False, dev
 @torch.no_grad()
 def _asked(model: nn.Module, data: Dataset, run: Run, device: str, max_patches: int | None, label: str) -> _Said:
     """What a model says of the patients that train and test a run, one by one."""
-    assert data.splits is not None
     risks, used = {}, set()
     with single_thread():
         for patient in track([*data.splits.train(run.fold), *data.splits.test(run.fold)], f"{run}: {label}"):
@@ -172,7 +171,6 @@ def _config(
 def _training(data: Dataset, fold: int, risk: pd.Series, network: Network) -> Training:
     from lifelines import KaplanMeierFitter
 
-    assert data.splits is not None
     labels = data.labels(data.splits.train(fold))
     longest = float(labels["time_days"].max())
     ends = network.bin_width_days * np.arange(1, network.n_bins + 1)

@@ -92,10 +92,7 @@ def _check(study: Study, wanted: Run, device: str) -> None:
     """Refuse a run that cannot be, before anything is done."""
     study.entry(wanted.dataset)
     entry = method(wanted.method)
-    if not 0 <= wanted.fold < study.n_folds:
-        raise Refused(
-            f"fold {wanted.fold} of study {study.name}: it has {study.n_folds} folds, 0 to {study.n_folds - 1}."
-        )
+    study.check_fold(wanted.fold)
     if precision_for(wanted.precision, device) != wanted.precision:
         raise Refused(f"{wanted}: a run has one precision; say which, or ask `steph.training.device.precision_for`.")
     refusal = entry.refusal(study, wanted.dataset)
@@ -290,7 +287,6 @@ class _Begun:
         """Predict, measure, record."""
         bench, wanted, device, model, study = self.bench, self.wanted, self.device, self.model, self.bench.study
         data = bench.dataset(wanted.dataset)
-        assert data.splits is not None
         started = time.perf_counter()
         with single_thread():
             how = (device, wanted.precision, study.recipe.max_patches)

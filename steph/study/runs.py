@@ -117,7 +117,6 @@ class Workbench:
             union = JointDataset([self.dataset(name) for name in self.study.datasets])
             return union, union.train(run.fold)
         data = self.dataset(run.dataset)
-        assert data.splits is not None
         return data, data.splits.train(run.fold)
 
     def _data_fingerprint(self, name: str) -> list[str]:
@@ -164,7 +163,6 @@ class Workbench:
     def untrained(self, run: Run, device: str = "cpu") -> nn.Module:
         """The model of a run as its method builds it, before training, on the models it merges."""
         wanted, data, done = method(run.method), self.dataset(run.dataset), self.record(run)
-        assert data.splits is not None
         states = {name: self.state(first) for name, first in self.upstream(run).items()}
         ingredients = Ingredients(
             study=self.study,

@@ -39,7 +39,7 @@ def notebook(tmp_path, build_folder):
         ({"datset": "SARC"}, r"unknown notebook parameter 'datset'.* Did you mean dataset"),
         ({"dataset": "SARK"}, r"unknown data set 'SARK' in study tiny\. Did you mean SARC\?"),
         ({"study": "dem"}, r"unknown study 'dem'.* Did you mean demo"),
-        ({"folds": [0, 2]}, "fold .2. of study tiny: its folds are 0 to 1"),
+        ({"folds": [0, 2]}, "no fold 2 in study tiny: its folds are 0 to 1"),
         ({"folds": "1,x"}, "expected all, or folds such as"),
         ({"folds": []}, "its folds are 0 to 1"),
         ({"seed": "42"}, "seed = '42' is of type str; expected int or none"),

@@ -9,7 +9,7 @@ from steph import Refused
 from steph.data import dataset as datasets
 from steph.data.bags import sampled
 from steph.data.cohort import read_cohort, write_cohort
-from steph.data.dataset import check_dataset, feature_folders, open_dataset, pack_dataset
+from steph.data.dataset import check_dataset, dataset_fingerprint, feature_folders, open_dataset, pack_dataset
 from steph.data.features import find_slides, read
 from steph.data.manifest import Study
 from tests.data.test_features import DIM, cohort_of, write_h5
@@ -176,7 +176,10 @@ def test_slides_without_coordinates_are_refused_by_name(study, dataset):
 def test_splits_labels_and_fingerprint(study, dataset, tmp_path):
     assert sorted(dataset.splits.train(0) + dataset.splits.test(0)) == sorted(dataset.cohort.slides_of)
     assert dataset.external is None and dataset.oracle is None
-    assert open_dataset(study, "LUNG").fingerprint == dataset.fingerprint
+    assert open_dataset(study, "LUNG").fingerprint == dataset_fingerprint(study, "LUNG") == dataset.fingerprint
+    written = [path.rename(path.with_suffix(".away")) for path in (tmp_path / "splits").iterdir()]
+    assert dataset_fingerprint(study, "LUNG") == dataset.fingerprint
+    assert sorted((tmp_path / "splits").iterdir()) == sorted(written), "asking for the fingerprint has written splits"
     table = pd.read_csv(tmp_path / "labels/LUNG.csv")
     table.loc[table["patient_id"] == "P4", "time_days"] += 1
     table.to_csv(tmp_path / "labels/LUNG.csv", index=False)
@@ -255,21 +258,31 @@ def test_folders_may_be_absolute_named_per_data_set_and_without_wildcards(study,
 # ------------------------------------------------------------------------------------------------ synthetic
 
 
-def test_a_synthetic_data_set_is_made_on_first_use(tmp_path):
+def made_study(folder, **update):
     blca = {"projects": ["BLCA"], "patients": 376, "slides": 442, "survival_rate_pct": 67.6, "mean_patches": 15000}
-    study = Study.model_validate(
+    return Study.model_validate(
         {
             "name": "made",
             "title": "made",
-            "data_root": str(tmp_path),
+            "data_root": str(folder),
             "folds": 3,
             "synthetic": {"scale": 0.1, "external_patients": 20},
             "features": {"encoder": "synthetic", "dim": 32},
             "datasets": {"BLCA": blca},
         }
-    )  # fmt: skip
+        | update
+    )
+
+
+def test_a_synthetic_data_set_is_made_on_first_use(tmp_path):
+    study = made_study(tmp_path)
+    expected = dataset_fingerprint(study, "BLCA")
+    assert not list(tmp_path.iterdir()), "asking for the fingerprint has made something"
     dataset = open_dataset(study, "BLCA")
-    assert dataset.splits is not None and dataset.external.splits is None
+    assert dataset.fingerprint == dataset_fingerprint(study, "BLCA") == expected
+    assert dataset.splits.n_folds == 3 and dataset.external.splits.n_folds == 0
+    with pytest.raises(Refused, match="an external set has no splits"):
+        dataset.external.splits.test(0)
     for part in (dataset, dataset.external):
         assert part.oracle.index.tolist() == list(part.cohort.slides_of)
         assert part.batch(part.labels(list(part.cohort.slides_of))["patient_id"][:2]).features.shape[1] == 32
@@ -282,8 +295,27 @@ def test_a_synthetic_data_set_is_made_on_first_use(tmp_path):
     changed = study.model_copy(update={"synthetic": study.synthetic.model_copy(update={"seed": 1})})
     with pytest.raises(Refused, match="other settings"):
         open_dataset(changed, "BLCA")
+    assert dataset_fingerprint(changed, "BLCA") != dataset.fingerprint
     dataset.store.path.unlink()
     assert open_dataset(study, "BLCA").fingerprint == dataset.fingerprint
+    splits = tmp_path / "splits/BLCA.csv"
+    splits.with_name("BLCA.csv.sha256").unlink()
+    splits.write_text(splits.read_text().replace(",0\n", ",9\n").replace(",1\n", ",0\n").replace(",9\n", ",1\n"))
+    assert open_dataset(study, "BLCA").fingerprint == dataset_fingerprint(study, "BLCA") != dataset.fingerprint
+
+
+def test_the_fingerprint_of_a_made_data_set_follows_from_what_decides_its_data(tmp_path):
+    study = made_study(tmp_path)
+    expected = dataset_fingerprint(study, "BLCA")
+    for update in (
+        {"synthetic": {"scale": 0.1, "seed": 1, "external_patients": 20}},
+        {"synthetic": {"scale": 0.1, "external_patients": 21}},
+        {"features": {"encoder": "synthetic", "dim": 33}},
+        {"features": {"encoder": "synthetic", "dim": 32, "precision": "float16"}},
+        {"folds": 4},
+    ):
+        assert dataset_fingerprint(made_study(tmp_path, **update), "BLCA") != expected, update
+    assert dataset_fingerprint(made_study(tmp_path, title="another"), "BLCA") == expected
 
 
 # ------------------------------------------------------------------------------------------------ memory

@@ -100,7 +100,7 @@ def test_every_patient_tests_once_and_trains_otherwise_in_table_order(cohort: Co
 def test_a_fold_outside_the_range_is_refused(fold: object, cohort: Cohort, tmp_path: Path) -> None:
     splits = load_splits(cohort, tmp_path, 5, 42)
     for of in (splits.train, splits.test):
-        with pytest.raises(Refused, match=r"there is no fold .*; the folds are 0 to 4"):
+        with pytest.raises(Refused, match=r"there is no fold .*: its folds are 0 to 4"):
             of(fold)  # type: ignore[arg-type]
 
 

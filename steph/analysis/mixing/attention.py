@@ -311,7 +311,6 @@ def _predicted(bench: Workbench, of_fold: list[Run]) -> pd.DataFrame:
 
 
 def _not_tested(data: Dataset, name: str, folds: list[int], some: str) -> str:
-    assert data.splits is not None
     where = [fold for fold in range(data.splits.n_folds) if name in data.splits.test(fold)]
     said = f"fold {where[0]} tests it: give folds = [{where[0]}]" if where else f"{data.name} has no such patient"
     return f"patient {name} is not tested in fold(s) {', '.join(map(str, folds))}: {said}. One that is: {some}."
@@ -441,7 +440,6 @@ def measured(bench: Workbench, chosen: Iterable[Run], device: str = "cpu") -> pd
 def _measured(bench: Workbench, chosen: list[Run], device: str) -> pd.DataFrame:
     study, name = bench.study, chosen[0].dataset
     data, known, parts = bench.dataset(name), planted(bench.study, name), []
-    assert data.splits is not None
     precision = chosen[0].precision
     with single_thread() if device == "cpu" else nullcontext():
         for fold in dict.fromkeys(run.fold for run in chosen):

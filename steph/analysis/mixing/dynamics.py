@@ -27,8 +27,7 @@ def runs(study: Study, dataset: str, fold: int, seeds: Sequence[int], precision:
     Raises `Refused` for a fold that the study does not have, seeds that repeat, or no seed.
     """
     study.entry(dataset)
-    if not 0 <= fold < study.n_folds:
-        raise Refused(f"fold {fold} of study {study.name}: it has {study.n_folds} folds, 0 to {study.n_folds - 1}.")
+    study.check_fold(fold)
     if not seeds or len(set(seeds)) < len(seeds):
         raise Refused(f"seeds {list(seeds)}: give at least one, and each once.")
     return plan(study, [dataset], ["steph"], [fold], list(seeds), precision)

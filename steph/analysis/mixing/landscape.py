@@ -52,8 +52,7 @@ def pair(study: Study, target: str, source: str, fold: int, precision: str = "fp
     refusal = method(wanted.method).refusal(study, target)
     if refusal:
         raise Refused(refusal)
-    if not 0 <= fold < study.n_folds:
-        raise Refused(f"fold {fold} of study {study.name}: it has {study.n_folds} folds, 0 to {study.n_folds - 1}.")
+    study.check_fold(fold)
     return wanted
 
 
@@ -112,7 +111,6 @@ def grid() -> np.ndarray:
 
 def _losses(bench: Workbench, wanted: Run, points: np.ndarray, device: str, head: str | Run) -> pd.DataFrame:
     study, data = bench.study, bench.dataset(wanted.dataset)
-    assert data.splits is not None
     sets = {"train": (data, data.splits.train(wanted.fold)), "test": (data, data.splits.test(wanted.fold))}
     if data.external is not None:
         sets["external"] = data.external, list(data.external.cohort.patients["patient_id"])

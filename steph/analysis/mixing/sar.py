@@ -188,8 +188,7 @@ def turned(matrix: Tensor, key: str) -> Tensor:
 def runs(bench: Workbench, target: str, sources: Sequence[str], fold: int, precision: str = "fp32") -> dict[str, Run]:
     """The runs whose models are mixed, by role: the target's of the fold (`TARGET`) and the sources', as STEPH takes
     them. Raises `Refused` for a source that the target does not have, for none, and a fold out of range."""
-    if not 0 <= fold < bench.study.n_folds:
-        raise Refused(f"fold {fold} of study {bench.study.name}: its folds are 0 to {bench.study.n_folds - 1}.")
+    bench.study.check_fold(fold)
     known = bench.study.sources_of(target) if bench.study.entry(target) else []
     for name in sources:
         if name not in known:

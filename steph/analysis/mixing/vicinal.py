@@ -403,10 +403,8 @@ def small_problem(bench: Workbench, target: str, source: str, fold: int, device:
     study.entry(target)
     if source not in study.sources_of(target):
         raise Refused(unknown("source", source, study.sources_of(target), f"study {study.name}, target {target}"))
-    if not 0 <= fold < study.n_folds:
-        raise Refused(f"fold {fold} of study {study.name}: its folds are 0 to {study.n_folds - 1}.")
+    study.check_fold(fold)
     data, other = bench.dataset(target), bench.dataset(source)
-    assert data.splits is not None and other.splits is not None
     tested, everyone = (data, data.splits.test(fold))
     if data.external is not None:
         tested, everyone = data.external, list(data.external.cohort.patients["patient_id"])

@@ -60,7 +60,6 @@ def split_table(datasets: Iterable[Dataset]) -> pd.DataFrame:
     each from the least to the largest, and where the splits come from."""
     rows = []
     for data in datasets:
-        assert data.splits is not None
         tests = [data.labels(data.splits.test(fold)) for fold in range(data.splits.n_folds)]
         sizes: dict[str, Sequence[float]] = {
             "test patients": [len(t) for t in tests],
@@ -84,7 +83,7 @@ def oracle_table(datasets: Iterable[Dataset], folds: Sequence[int]) -> pd.DataFr
     external_c_index, as `summary` takes them. For data sets of a synthetic study; others have no rows."""
     rows = []
     for data in datasets:
-        if data.oracle is None or data.splits is None:
+        if data.oracle is None:
             continue
         outside = data.external
         of_all = (

@@ -42,7 +42,6 @@ def _medians(bench: Workbench, runs: list[Run], device: str) -> pd.DataFrame:
     rows, recipe = [], bench.study.recipe
     for run in runs:
         data = bench.dataset(run.dataset)
-        assert data.splits is not None
         with single_thread():
             known = predict(
                 bench.model(run), data, data.splits.train(run.fold), device, run.precision, recipe.max_patches,

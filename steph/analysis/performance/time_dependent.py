@@ -160,7 +160,6 @@ def by_year(bench: Workbench, predictions: pd.DataFrame) -> pd.DataFrame:
 def _years_of(bench: Workbench, dataset: str, own: pd.DataFrame, width: float) -> pd.DataFrame:
     """`by_year` of one data set and method."""
     data = bench.dataset(dataset)
-    assert data.splits is not None
     everyone = data.cohort.patients
     try:
         years = horizons(everyone["time_days"], everyone["event"], width)
