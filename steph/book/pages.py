@@ -17,8 +17,9 @@ from steph.analysis.performance.statistics import compare, read
 from steph.data.manifest import Study
 from steph.files.records import read_record, versions
 from steph.methods.registry import METHODS
+from steph.study.paper import paper_gain, tables_of_methods
 from steph.study.runs import Workbench
-from steph.study.tables import VALUES, paper_gain, steadiest
+from steph.study.tables import VALUES, steadiest
 
 ANALYSES = "The analyses"
 """The part of the contents that holds the notebooks."""
@@ -239,12 +240,13 @@ Beside it: [the registry of methods](registry.md) and [the command `steph`](comm
 
 def methods_page() -> str:
     """The registry of methods as a table."""
+    tables = tables_of_methods()
     rows = [
         {
             "name": f"`{name}`",
             "title": entry.title,
             "kind": entry.group.replace("_", " "),
-            "in the paper": _tables(list(entry.table)),
+            "in the paper": _tables(tables.get(name, [])),
             "what it is": entry.description,
         }
         for name, entry in METHODS.items()

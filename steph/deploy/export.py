@@ -39,10 +39,9 @@ from steph.deploy.model_folder import (
 from steph.files.progress import track
 from steph.files.records import Record
 from steph.merging.steph import STEPH
-from steph.methods.registry import method
+from steph.methods.registry import method, title
 from steph.mil.state import load_into
 from steph.study.runs import STAGE, TARGET, Run, Workbench
-from steph.study.tables import title
 from steph.training.device import check_device
 from steph.training.engine import parameter_dtype, predict, single_thread
 

@@ -34,8 +34,7 @@ class Method:
     first; `base` is the method that trains them. after: a method that comes first on the same data set, fold and seed.
     sparse: it keeps only the K sources of largest weight (option top_k, or the study's).
     code: modules whose code decides its numbers, beyond those that its builder names.
-    table: where the paper has it: table (as in `data_manifest/paper`) -> the name of its row there; Table 3's rows are
-    "method/weights". sweep: the one setting in which it differs from STEPH, and its value in the paper's table.
+    sweep: the one setting in which it differs from STEPH, and its value in the paper's table.
     in_book: it belongs to a study's default plan; others run when they are named.
     only: the one source it may use (a name such as "steph@KIPAN", see `method`).
     """
@@ -53,15 +52,9 @@ class Method:
     joint: bool = False
     sparse: bool = False
     code: tuple[str, ...] = ()
-    table: Mapping[str, str] = field(default_factory=dict)
     sweep: tuple[str, float] | None = None
     in_book: bool = True
     only: str | None = None
-
-    @property
-    def paper(self) -> str | None:
-        """The name of its row in Table 1; None where it has none."""
-        return self.table.get("table1")
 
     def refusal(self, study: Study, dataset: str) -> str:
         """Why a study cannot have it, "" where it can: it has too few other cancers."""
@@ -99,16 +92,14 @@ def _variant(title: str, description: str, **rest: Any) -> Method:
     return _merging(title, description, **{"build": builders.steph, "group": "ablation", "sparse": True, **rest})
 
 
-def _hyper(title: str, description: str, row: str, **rest: Any) -> Method:
+def _hyper(title: str, description: str, **rest: Any) -> Method:
     """A row of Table 3: a merging method whose weights the hypernetwork gives."""
     options = {"weight": "hypernetwork", **rest.pop("options", {})}
-    table = {"table3": f"{row}/hypernetwork_w"}
-    return _merging(title, description, group="hypernetwork_weights", options=options, table=table, **rest)
+    return _merging(title, description, group="hypernetwork_weights", options=options, **rest)
 
 
 def _sweep(
     parameter: str,
-    table: str,
     values: tuple[float, ...],
     label: str,
     more: Callable[[float], dict[str, Any]] = lambda _: {},
@@ -123,7 +114,6 @@ def _sweep(
             f"STEPH with {names[parameter]} = {value} on every data set",
             group="sweep",
             options={parameter: value, **more(value)},
-            table={table: str(value)},
             sweep=(parameter, value),
             **rest,
         )
@@ -134,8 +124,7 @@ def _sweep(
 def _network(title: str, network: str) -> Method:
     """A row of Table S2."""
     description = f"{title} in place of ABMIL, trained on the target cancer alone"
-    table = {"table_s2": network, "table_s4": network}
-    return Method(title, "mil_network", builders.vanilla, description, network=network, table=table)
+    return Method(title, "mil_network", builders.vanilla, description, network=network)
 
 
 METHODS: dict[str, Method] = {
@@ -144,7 +133,6 @@ METHODS: dict[str, Method] = {
         group="cancer_specific",
         build=builders.vanilla,
         description="ABMIL trained on the target cancer alone",
-        table={"table1": "vanilla", "table_s2": "abmil", "table_s4": "abmil"},
     ),
     "finetuned_head": Method(
         title="Fine-tuned head",
@@ -152,7 +140,6 @@ METHODS: dict[str, Method] = {
         build=builders.finetuned_head,
         description="the target's own model, its encoder frozen, its head trained on",
         needs_target=True,
-        table={"table1": "finetuned_head"},
     ),
     "finetuned_representation": Method(
         title="Fine-tuned repr.",
@@ -160,7 +147,6 @@ METHODS: dict[str, Method] = {
         build=builders.finetuned_representation,
         description="a new head on the frozen encoder of the source that does best on the fold's training patients",
         needs_sources=True,
-        table={"table1": "finetuned_representation"},
     ),
     "finetuned_representation_nearest": Method(
         title="Fine-tuned repr. (nearest)",
@@ -178,37 +164,31 @@ METHODS: dict[str, Method] = {
         description="a trained router over experts on the features of all models, 5 of them for each patient",
         needs_target=True,
         needs_sources=True,
-        table={"table1": "roupkt"},
     ),
     "model_average": _merging(
         "Model Avg.",
         "plain mean of the target's and all sources' encoders under the target's head; no training",
         build=builders.averaged,
-        table={"table1": "model_average", "table_s6": "model_average"},
     ),
     "adamerging": _merging(
         "AdaMerging",
         "one trained weight for each task vector, the target's among them, and a new head",
-        table={"table1": "adamerging", "table3": "adamerging/param_w", "table_s6": "adamerging"},
     ),
     "ties_am": _merging(
         "TIES AM",
         "AdaMerging of the TIES merges of the target with each source",
         options={"merge": "ties"},
-        table={"table1": "ties_am", "table3": "ties/adamerging_w", "table_s6": "ties_am"},
     ),
     "surgery_am": _merging(
         "Surgery AM",
         "an adapter that moves the AdaMerging model's features towards the target's own",
         build=builders.surgery,
         after="adamerging",
-        table={"table1": "surgery_am", "table3": "surgery/adamerging_w", "table_s6": "surgery_am"},
     ),
     "iso_c_am": _merging(
         "Iso-C AM",
         "AdaMerging of the Iso-C merges of the target with each source",
         options={"merge": "iso_c"},
-        table={"table1": "iso_c_am", "table3": "iso_c/adamerging_w", "table_s6": "iso_c_am"},
     ),
     "iso_cts_am": _merging(
         "Iso-CTS AM",
@@ -219,32 +199,23 @@ METHODS: dict[str, Method] = {
         "STEPH",
         "sparse task vector mixup with hypernetworks",
         group="model_merging",
-        table={
-            **dict.fromkeys(("table1", "table_s2", "table_s4", "table_s5", "table_s6"), "steph"),
-            "table2": "hypernetwork_lambda",
-            "table4": "0.05",
-            "table_s3": "5",
-        },
     ),
     # Table 3
-    "adamerging_hyper": _hyper("AdaMerging, hypernet w", "AdaMerging, its weights the hypernetwork's", "adamerging"),
+    "adamerging_hyper": _hyper("AdaMerging, hypernet w", "AdaMerging, its weights the hypernetwork's"),
     "ties_hyper": _hyper(
         "TIES, hypernet w",
         "TIES merges of the target with each source, their weights the hypernetwork's",
-        "ties",
         options={"merge": "ties"},
     ),
     "surgery_hyper": _hyper(
         "Surgery, hypernet w",
         "an adapter that moves the features of AdaMerging with hypernetwork weights towards the target's own",
-        "surgery",
         build=builders.surgery,
         after="adamerging_hyper",
     ),
     "iso_c_hyper": _hyper(
         "Iso-C, hypernet w",
         "Iso-C merges of the target with each source, their weights the hypernetwork's",
-        "iso_c",
         options={"merge": "iso_c"},
     ),
     # Tables 2 and S5
@@ -252,43 +223,37 @@ METHODS: dict[str, Method] = {
         "λ = 0",
         "no mixup: the sources' task vectors alone",
         options={"mix": 0.0},
-        table={"table2": "lambda0_sources_only"},
     ),
     "steph_lambda0_with_target": _variant(
         "λ = 0, τₜ in the pool",
         "no mixup: the target's task vector is one more in the pool",
         options={"mix": 0.0, "with_target": True},
-        table={"table2": "lambda0_target_among_sources"},
     ),
     "steph_lambda1": _variant(
         "λ = 1",
         "no mixup: the target's task vector alone, its length chosen for each patient",
         options={"mix": 1.0},
-        table={"table2": "lambda1_target_only", "table_s5": "no_mixup_lambda1"},
     ),
     "steph_param_lambda": _variant(
         "param. λ",
         "λ is one trained vector, the same for every patient",
         options={"mix": "parameter"},
-        table={"table2": "param_lambda", "table_s5": "param_lambda"},
     ),
     "steph_dense": _variant(
         "w/o sparsity",
         "all mixtures are merged, not the K of largest weight; the balance term goes with K",
         options={"top_k": None},
         sparse=False,
-        table={"table2": "no_sparsity_hypernetwork_w", "table_s3": "13", "table_s5": "no_sparsity"},
         sweep=("top_k", 13),  # Table S3's last row: 12 sources cannot be 13, and its average is this one's
     ),
     "steph_param_w": _variant(
         "param. w",
         "w is one trained vector, the same for every patient",
         options={"weight": "parameter"},
-        table={"table2": "sparse_param_w", "table_s5": "param_w"},
     ),
     # Tables 4, 5 and S3: STEPH itself is beta 0.05 and K 5; its gamma follows the size of the data set
-    **_sweep("beta", "table4", (0, 0.01, 0.1), "beta"),
-    **_sweep("gamma", "table5", GAMMAS, "gamma"),
+    **_sweep("beta", (0, 0.01, 0.1), "beta"),
+    **_sweep("gamma", GAMMAS, "gamma"),
     "steph_gamma_search": _variant(
         "STEPH, γ searched",
         "STEPH, its γ found by cross-validation inside each fold's training patients (about 13 times STEPH's training)",
@@ -296,9 +261,9 @@ METHODS: dict[str, Method] = {
         options={"values": GAMMAS},
         in_book=False,
     ),
-    **_sweep("top_k", "table_s3", (1, 3, 7, 9, 11), "k"),
+    **_sweep("top_k", (1, 3, 7, 9, 11), "k"),
     # Table S7 keeps all m sources; it is a table of seconds, not of C-index
-    **_sweep("sources", "table_s7", (6, 7, 8, 9, 10, 11, 12), "m", more=lambda m: {"top_k": m}, in_book=False),
+    **_sweep("sources", (6, 7, 8, 9, 10, 11, 12), "m", more=lambda m: {"top_k": m}, in_book=False),
     # Table S2
     "transmil": _network("TransMIL", "transmil"),
     "ilra": _network("ILRA", "ilra"),
@@ -385,7 +350,7 @@ def method(name: str) -> Method:
         raise Refused(f"method {name!r}: {found.title} cannot be given one source; write {base!r}.")
     options = {**found.options, **({"top_k": 1} if found.sparse else {})}
     title = f"{found.title}, {source} only"
-    return replace(found, title=title, options=options, table={}, sweep=None, in_book=False, only=source)
+    return replace(found, title=title, options=options, sweep=None, in_book=False, only=source)
 
 
 def known_method(name: str) -> bool:
@@ -395,3 +360,8 @@ def known_method(name: str) -> bool:
     except Refused:
         return False
     return True
+
+
+def title(name: str) -> str:
+    """A method's name as tables and figures show it; a name without an entry as it is."""
+    return method(name).title if known_method(name) else name

@@ -9,8 +9,10 @@ import numpy as np
 import pandas as pd
 
 from steph.analysis.performance.statistics import NOISE
+from steph.methods.registry import title
 from steph.plots.style import MUTED, WIDTH, colour_of, write_cell
-from steph.study.tables import AVERAGE, beside_paper, summary, title
+from steph.study.paper import AVERAGE
+from steph.study.tables import beside_paper, summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from steph.analysis.cost.timing import epoch_ratios, of_both_stages, paper_seconds
+from steph.methods.registry import title
 from steph.plots.style import MUTED, WIDTH, colour_of
-from steph.study.tables import title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,9 @@ import pandas as pd
 
 from steph.analysis.performance.significance import p_text
 from steph.analysis.performance.statistics import NOISE
+from steph.methods.registry import title
 from steph.plots.style import DAYS_PER_YEAR, EVENT, MUTED, WIDTH, colour_of, marker_of, write_cell
-from steph.study.tables import AVERAGE, title
+from steph.study.paper import AVERAGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

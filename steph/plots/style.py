@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from steph.data.manifest import Study
-from steph.study.tables import paper_table
+from steph.study.paper import paper_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,6 +11,7 @@ import pandas as pd
 
 from steph import Refused
 from steph.analysis.performance.statistics import compare
+from steph.methods.registry import title
 from steph.scorecard.analyses import MARGINAL as MARGINAL
 from steph.scorecard.analyses import OF_ANALYSES
 from steph.scorecard.claims import HYPERNETWORK as HYPERNETWORK
@@ -25,7 +26,7 @@ from steph.scorecard.rules import Finding as Finding
 from steph.scorecard.rules import judge_gain as judge_gain
 from steph.scorecard.rules import judge_wins as judge_wins
 from steph.scorecard.rules import verdict as verdict
-from steph.study.tables import paper_gain, title
+from steph.study.paper import paper_gain
 
 CLAIMS: list[Claim] = [*OF_RESULTS, *OF_ANALYSES]
 """The paper's claims, each one entry."""

@@ -10,9 +10,9 @@ import pandas as pd
 from steph import Refused
 from steph.analysis.cost import operations, timing
 from steph.analysis.mixing import attention, landscape
-from steph.methods.registry import METHODS
+from steph.methods.registry import title
 from steph.scorecard.rules import Claim, Evidence, Finding
-from steph.study.tables import paper_table, title
+from steph.study.paper import paper_table
 
 MARGINAL, MUCH = 1.10, 1.25
 """What takes up to this many times as long as another costs marginally, or clearly, more. The paper gives no border;
@@ -207,9 +207,7 @@ def _slower(id: str, section: str, text: str, table: str, slow: str, fast: str) 
     """The claim that an epoch of one method takes hardly longer than another's."""
 
     def paper() -> str:
-        printed = paper_table(table)
-        rows = printed.set_index(printed[printed.columns[0]].astype(str))["seconds_mean"].to_dict()
-        own, base = (rows[METHODS[m].table[table]] for m in (slow, fast))
+        own, base = paper_table(table).set_index("method")["seconds_mean"][[slow, fast]]
         return f"× {own / base:.3f} ({own:.2f} s against {base:.2f} s)"
 
     def check(evidence: Evidence) -> Finding:

@@ -11,20 +11,20 @@ from steph import Refused
 from steph.analysis.cost.operations import learnable_parameters
 from steph.analysis.mixing.dynamics import USED_BELOW
 from steph.analysis.performance.statistics import NOISE, compare, interval
-from steph.methods.registry import METHODS
+from steph.methods.registry import title
 from steph.scorecard.rules import POINTS, Claim, Evidence, Finding, judge_gain, judge_wins
-from steph.study.tables import (
+from steph.study.paper import (
     AVERAGE,
-    on_common_folds,
     paper_c_index,
     paper_gain,
+    paper_labels,
     paper_pair,
     paper_table,
     paper_values,
     paper_wins,
     table_methods,
-    title,
 )
+from steph.study.tables import on_common_folds
 
 
 def _gain_text(gain: float, percent: float) -> str:
@@ -114,10 +114,10 @@ def _paper_cohort() -> str:
 
 def _check_parameters(_: Evidence) -> Finding:
     printed = paper_table("table_s4").set_index("method")["learnable_params_m"]
-    counts = {METHODS[name].table["table_s4"]: n for name, n in learnable_parameters().items()}
-    same = sum(round(n / 1e6, 2) == printed[row] for row, n in counts.items())
+    counts = learnable_parameters()
+    same = sum(round(n / 1e6, 2) == printed[name] for name, n in counts.items())
     return Finding(
-        f"{same} of {len(printed)} counts; ABMIL {counts['abmil'] / 1e6:.2f} M, STEPH {counts['steph'] / 1e6:.2f} M",
+        f"{same} of {len(printed)} counts; ABMIL {counts['vanilla'] / 1e6:.2f} M, STEPH {counts['steph'] / 1e6:.2f} M",
         "agrees" if same == len(printed) else "disagrees",
         "counted on our models at the paper's dimensions; no patients are involved",
     )
@@ -125,7 +125,7 @@ def _check_parameters(_: Evidence) -> Finding:
 
 def _paper_parameters() -> str:
     printed = paper_table("table_s4").set_index("method")["learnable_params_m"]
-    return f"{len(printed)} counts; ABMIL {printed['abmil']:.2f} M, STEPH {printed['steph']:.2f} M"
+    return f"{len(printed)} counts; ABMIL {printed['vanilla']:.2f} M, STEPH {printed['steph']:.2f} M"
 
 
 def sources_used(figure: str, target: str, sources: Sequence[str], below: float = USED_BELOW) -> Claim:
@@ -224,8 +224,8 @@ def _mild(id: str, table: str, symbol: str, mild: str) -> Claim:
         return [values[0] - other for other in values[1:]]
 
     def best(means: pd.Series) -> str:
-        top = means[means == means.max()]
-        return f"best at {symbol} = {' and '.join(map(str, top.index))}"
+        top = means[means == means.max()].rename(paper_labels(table))
+        return f"best at {symbol} = {' and '.join(top.index)}"
 
     def paper() -> str:
         none, strong = paper_gains()
@@ -241,7 +241,7 @@ def _mild(id: str, table: str, symbol: str, mild: str) -> Claim:
         none, strong = (f"{found.gain.value:+.4f} ({interval(found.gain)})" for found in gains)
         because = next(because for given, because in answers if given == answer)
         return Finding(
-            f"{best(means.rename(lambda m: METHODS[m].table[table]))}; {none} over none, {strong} over the strongest",
+            f"{best(means)}; {none} over none, {strong} over the strongest",
             answer,
             because,
         )
@@ -258,7 +258,7 @@ def _beta_on_blca() -> Claim:
         own = evidence.results[evidence.results["dataset"] == "BLCA"]
         if own.empty:
             raise Refused("BLCA is not in this study.")
-        smaller = [m for m in table_methods("table4") if float(METHODS[m].table["table4"]) < 0.05]
+        smaller = [name for name, beta in paper_labels("table4").items() if float(beta) < 0.05]
         gains = {m: compare(own, m, "steph").gain for m in smaller}
         ours = "; ".join(f"{title(m)}: {gain.value:+.4f}, {interval(gain)}" for m, gain in gains.items())
         if any(gain.low > 0 and gain.value >= NOISE for gain in gains.values()):

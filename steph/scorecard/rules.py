@@ -11,7 +11,7 @@ import pandas as pd
 from steph import Refused
 from steph.analysis.performance.statistics import NOISE, Estimate
 from steph.data.manifest import Study
-from steph.study.tables import paper_table
+from steph.study.paper import paper_table
 
 PAPER_FOLDS = 5
 

@@ -1,4 +1,4 @@
-"""Results: tables made of records, and the paper's numbers beside them.
+"""Results: tables made of records, with the paper's numbers beside them.
 
 Tables are tidy and hold numbers; `c_index_table`, `fold_table` and `beside_paper_wide` make text of them. A test fold
 without a C-index keeps its reason: it is never averaged away, and neither is what stands on it.
@@ -12,91 +12,17 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.data.manifest import MANIFESTS, Study, unknown
-from steph.methods.registry import METHODS, known_method
-from steph.methods.registry import method as method_named
-
-PAPER = MANIFESTS / "paper"
-
-AVERAGE = "Avg."
-TABLES = ("table1", "table_s2", "table_s5", "table2", "table3", "table4", "table5", "table_s3")
-"""The paper's tables of C-indices, as `Method.table` names them; those with a number for each data set first."""
+from steph.data.manifest import Study
+from steph.methods.registry import METHODS, title
+from steph.study.paper import AVERAGE, paper_table, paper_values
 
 VALUES = {"c_index": "test folds", "external_c_index": "external patients"}
 """What a result's C-indices are of."""
 
 
-def paper_table(name: str) -> pd.DataFrame:
-    """A table of the paper as tidy data, by its file ("table1_baselines") or its number ("table1", "table_s2").
-    Raises `Refused` for one that is not there."""
-    path = PAPER / f"{name}.csv"
-    numbered = list(PAPER.glob(f"{name}_*.csv"))
-    if not path.is_file() and len(numbered) != 1:
-        raise Refused(unknown("table", name, sorted(p.stem for p in PAPER.glob("*.csv")), str(PAPER)))
-    return pd.read_csv(path if path.is_file() else numbered[0])
-
-
-def paper_values(table: str) -> pd.DataFrame:
-    """C-indices of a table of the paper: its rows, named as in `Method.table`; data sets in columns and `AVERAGE`, as
-    printed, last. A table without data sets has that column alone."""
-    printed = paper_table(table)
-    keys = [c for c in printed.columns if c not in {"group", "component", "dataset"} and not c.startswith("c_index")]
-    names = printed[keys].map(lambda x: x if isinstance(x, str) else f"{x:g}").agg("/".join, axis=1)
-    if "dataset" not in printed:
-        return pd.DataFrame({AVERAGE: printed["c_index_avg"].to_numpy()}, index=pd.Index(names, name="row"))
-    wide = printed.assign(row=names).pivot(index="row", columns="dataset", values="c_index_mean")
-    return wide.loc[list(names.unique()), list(printed["dataset"].unique())].rename(columns={"Avg": AVERAGE})
-
-
-def paper_c_index(method: str, table: str = "table1") -> pd.Series:
-    """C-index of a method in a table of the paper by data set, and `AVERAGE` as printed; empty where it has no row."""
-    row = METHODS[method].table.get(table) if method in METHODS else None
-    return pd.Series(dtype=float) if row is None else paper_values(table).T[row]
-
-
-def paper_pair(first: str, second: str) -> pd.DataFrame:
-    """C-indices of two methods from the first of `TABLES` that has both: columns first, second; a row per data set, or
-    the printed `AVERAGE` alone where the table has no data sets. Raises `Refused` where no table has both."""
-    for table in TABLES:
-        if all(m in METHODS and table in METHODS[m].table for m in (first, second)):
-            pair = pd.DataFrame({"first": paper_c_index(first, table), "second": paper_c_index(second, table)})
-            return pair.drop(index=AVERAGE) if len(pair) > 1 else pair
-    raise Refused(f"no table of the paper has both {title(first)} and {title(second)}.")
-
-
-def paper_gain(first: str, second: str) -> tuple[float, float]:
-    """The paper's mean gain in C-index of one method over another, and the same in percent of the other's mean."""
-    pair = paper_pair(first, second).mean()
-    gain = float(pair["first"] - pair["second"])
-    return gain, 100 * gain / float(pair["second"])
-
-
-def paper_wins(first: str, second: str) -> tuple[int, int]:
-    """On how many of the paper's data sets the first method is better than the second, and how many there are."""
-    pair = paper_pair(first, second)
-    return int((pair["first"] > pair["second"]).sum()), len(pair)
-
-
-def table_methods(table: str, study: Study | None = None) -> list[str]:
-    """The methods of the registry that have a row in a table of the paper, in its order; with a study, those of them
-    that it can have (a small one has too few cancers for a large K)."""
-    order = list(paper_values(table).index)
-    found = [name for name, m in METHODS.items() if table in m.table and _can(study, name)]
-    return sorted(found, key=lambda name: order.index(METHODS[name].table[table]))
-
-
-def methods_beyond(study: Study | None = None) -> list[str]:
-    """The methods of the book that no table of the paper has: controls and ideas of our own."""
-    return [name for name, m in METHODS.items() if m.in_book and not m.table and _can(study, name)]
-
-
 def described(methods: Sequence[str]) -> pd.DataFrame:
     """Methods of the registry in words: method, what it is."""
     return pd.DataFrame([(title(m), METHODS[m].description) for m in methods], columns=["method", "what it is"])
-
-
-def _can(study: Study | None, method: str) -> bool:
-    return study is None or not any(METHODS[method].refusal(study, dataset) for dataset in study.datasets)
 
 
 def summary(results: pd.DataFrame, value: str = "c_index") -> pd.DataFrame:
@@ -198,9 +124,8 @@ def beside_paper(
     printed = paper_values(table)
     if set(own["dataset"]) - {AVERAGE} != set(paper_table("table_s1")["dataset"]):
         printed = printed.drop(columns=AVERAGE)
-    rows = [METHODS[m].table.get(table) if m in METHODS else None for m in own["method"]]
-    cells = {(row, d): value for d, column in printed.items() for row, value in column.items()}
-    own = own.assign(paper=[cells.get((row, d), np.nan) for row, d in zip(rows, own["dataset"], strict=True)])
+    cells = {(method, d): value for d, column in printed.items() for method, value in column.items()}
+    own = own.assign(paper=[cells.get(key, np.nan) for key in zip(own["method"], own["dataset"], strict=True)])
     return own.assign(difference=own["mean"] - own["paper"])
 
 
@@ -238,11 +163,6 @@ def gains_over(table: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
 def steadiest(results: pd.DataFrame) -> str:
     """The value with the least noise: that of external patients where all results have it, else of the test folds."""
     return "external_c_index" if results["external_c_index"].notna().all() else "c_index"
-
-
-def title(method: str) -> str:
-    """A method's name as tables show it."""
-    return method_named(method).title if known_method(method) else method
 
 
 def sources_line(results: pd.DataFrame, study: Study) -> str:

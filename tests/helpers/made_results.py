@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from steph.study.tables import paper_table
+from steph.study.paper import paper_table
 
 DATASETS = list(paper_table("table_s1_datasets")["dataset"])
 

@@ -14,6 +14,7 @@ from steph.methods import builders
 from steph.methods.registry import METHODS, Method, method
 from steph.mil.state import load_state, state_of
 from steph.study.execute import Run, _execute, run, run_all
+from steph.study.paper import paper_labels, tables_of_methods
 from steph.study.runs import SOURCE_FOLD, TARGET, code_of, plan, results
 from steph.training.engine import predict, single_thread
 from steph.training.selection import INNER_FOLDS, best_value, grid_search
@@ -33,36 +34,11 @@ EVERY = sorted(filter(possible, METHODS))
 # ------------------------------------------------------------------------------------------------ complete
 
 
-def table_of(prefix):
-    (path,) = PAPER.glob(f"{prefix}_*.csv")
-    return pd.read_csv(path, dtype=str)
-
-
-ROWS = {
-    "table1": lambda t: t["method"],
-    "table2": lambda t: t["variant"],
-    "table3": lambda t: t["method"] + "/" + t["weights"],
-    "table4": lambda t: t["beta"],
-    "table5": lambda t: t["gamma"],
-    "table_s2": lambda t: t["method"],
-    "table_s3": lambda t: t["k"],
-    "table_s4": lambda t: t["method"],
-    "table_s5": lambda t: t["method"],
-    "table_s6": lambda t: t["method"],
-    "table_s7": lambda t: t["m"],
-}
-"""The names of a table's rows."""
-
-
-@pytest.mark.parametrize("table", ROWS)
-def test_every_row_of_a_table_is_an_entry_and_every_entry_a_row(table):
-    rows = set(ROWS[table](table_of(table))) - {"sparse_hypernetwork_w"}  # STEPH stands in Table 2 twice
-    entries = [m.table[table] for m in METHODS.values() if table in m.table]
-    assert set(entries) == rows and len(entries) == len(set(entries))
-
-
-def test_entries_are_in_no_other_table():
-    assert {table for m in METHODS.values() for table in m.table} == set(ROWS)
+def test_every_row_of_the_papers_tables_is_an_entry():
+    tables = {path.stem: pd.read_csv(path) for path in PAPER.glob("*.csv")}
+    assert {name for name, table in tables.items() if "method" not in table} == {"table_s1_datasets"}
+    for name, table in tables.items():
+        assert set(table.get("method", ())) <= set(METHODS), name
 
 
 def test_names_and_titles_are_unique_and_described():
@@ -77,7 +53,8 @@ def test_a_sweep_changes_one_setting_of_steph(name):
     entry, parameter, value = METHODS[name], *METHODS[name].sweep
     changed = {parameter: value, **({"top_k": value} if parameter == "sources" else {})}  # Table S7: K = m
     assert entry.options == changed and entry.build is METHODS["steph"].build
-    assert entry.sparse and float(next(iter(entry.table.values()))) == value
+    (table,) = tables_of_methods()[name]
+    assert entry.sparse and float(paper_labels(table)[name]) == value
     assert name.endswith(f"{value}")
 
 

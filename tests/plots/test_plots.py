@@ -22,7 +22,7 @@ from steph.analysis.mixing.landscape import grid
 from steph.data.cohort import cohort_from
 from steph.data.manifest import load_study
 from steph.methods.registry import METHODS
-from steph.study.tables import paper_table
+from steph.study.paper import paper_table
 
 DATASETS = list(paper_table("table_s1_datasets")["dataset"])
 

@@ -12,7 +12,7 @@ from steph.analysis.mixing.landscape import grid
 from steph.analysis.performance.statistics import Estimate
 from steph.data.manifest import load_study
 from steph.scorecard import NOT_REPRODUCED, REPRODUCED, UNDECIDED, Evidence
-from steph.study import tables as results
+from steph.study import paper
 from tests.helpers.made_results import DATASETS, frame, shifted
 
 
@@ -58,15 +58,15 @@ def test_on_tcga_the_numbers_decide():
 @pytest.fixture(scope="module")
 def as_printed():
     """Results that are the paper's own numbers with a little noise between folds, and with each gain reversed."""
-    steph = results.paper_c_index("steph").drop(results.AVERAGE)
+    steph = paper.paper_c_index("steph").drop(paper.AVERAGE)
     noise = np.random.default_rng(0).normal(0, 0.002, 5)
     noise -= noise.mean()
     values, mirrored = {}, {}
-    for table in reversed(results.TABLES):  # so that numbers of each data set replace an average
-        for name in results.table_methods(table):
-            printed = results.paper_c_index(name, table)
+    for table in reversed(paper.TABLES):  # so that numbers of each data set replace an average
+        for name in paper.table_methods(table):
+            printed = paper.paper_c_index(name, table)
             for dataset, own in steph.items():
-                gain = printed.get(dataset, own - 0.6949 + printed[results.AVERAGE]) - own
+                gain = printed.get(dataset, own - 0.6949 + printed[paper.AVERAGE]) - own
                 sign = (-1) ** len(values)
                 values[dataset, name] = list(own + gain + sign * noise)
                 mirrored[dataset, name] = list(own - gain + sign * noise)
@@ -175,7 +175,7 @@ def test_an_undefined_fold_decides_nothing_and_says_so():
 
 
 def test_the_cohort_claim_compares_all_39_numbers():
-    printed = results.paper_table("table_s1_datasets").set_index("dataset")
+    printed = paper.paper_table("table_s1_datasets").set_index("dataset")
     own = pd.DataFrame(
         {
             "patients": printed["patients"],

@@ -2,91 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pandas as pd
 import pytest
 
 from steph import Refused
-from steph.data.manifest import load_study
-from steph.methods.registry import METHODS
 from steph.study import tables as results
 from tests.helpers.made_results import DATASETS, frame
-
-
-def test_every_paper_row_averages_to_what_is_printed():
-    table = results.paper_table("table1_baselines")
-    for method in table["method"].unique():
-        own = results.paper_c_index(method)
-        assert len(own) == 14
-        assert own.drop(results.AVERAGE).mean() == pytest.approx(own[results.AVERAGE], abs=3e-4), method
-
-
-def test_an_unknown_paper_table_is_refused_with_the_nearest():
-    with pytest.raises(Refused, match="Did you mean table1_baselines"):
-        results.paper_table("table1_baseline")
-
-
-@pytest.mark.parametrize("table", results.TABLES)
-def test_every_row_of_the_paper_is_a_method_of_the_registry(table):
-    found = results.table_methods(table)
-    rows = list(results.paper_values(table).index)
-    places = [rows.index(METHODS[name].table[table]) for name in found]
-    assert all(a < b for a, b in pairwise(places))
-    # Table 2 names STEPH twice, once for each of its two parts.
-    assert set(rows) - {METHODS[name].table[table] for name in found} <= {"sparse_hypernetwork_w"}
-
-
-def test_a_small_study_has_the_rows_that_it_can_have():
-    assert results.table_methods("table_s3", load_study("tiny")) == ["steph_k1", "steph", "steph_dense"]
-    assert len(results.table_methods("table_s3", load_study("demo"))) == 7
-
-
-def test_methods_beyond_the_paper_have_no_row_in_it():
-    found = results.methods_beyond()
-    assert "hypernetwork_only" in found
-    assert not set(found) & {m for table in results.TABLES for m in results.table_methods(table)}
-
-
-def test_values_of_the_paper_by_row_and_data_set():
-    assert results.paper_values("table_s5").loc["param_w", "SARC"] == 0.5299
-    assert results.paper_values("table3").loc["ties/hypernetwork_w"].to_dict() == {results.AVERAGE: 0.6802}
-    assert list(results.paper_values("table5").index) == ["0", "0.0025", "0.005", "0.01", "0.05"]
-    assert results.paper_c_index("steph_k11", "table_s3")[results.AVERAGE] == 0.6926
-    assert results.paper_c_index("hypernetwork_only").empty and results.paper_c_index("steph_k11").empty
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "won"),
-    [
-        ("steph", "vanilla", 12), ("steph", "roupkt", 9), ("vanilla", "model_average", 13),  # 5.2
-        ("steph", "steph_param_lambda", 11), ("steph", "steph_param_w", 12),  # D.5
-        ("steph", "steph_lambda1", 8), ("steph", "steph_dense", 11), ("roupkt", "steph", 4),  # D.5, E
-    ],
-)  # fmt: skip
-def test_the_papers_counts_of_data_sets_are_those_of_its_text(first, second, won):
-    assert results.paper_wins(first, second) == (won, 13)
-
-
-def test_the_papers_percentages_are_those_of_its_text():
-    # The abstract's 5.14 % stands on the printed average .6609; the printed rows average to .66068, which gives 5.18 %.
-    printed = {m: results.paper_c_index(m)[results.AVERAGE] for m in ("steph", "vanilla")}
-    assert round(100 * (printed["steph"] / printed["vanilla"] - 1), 2) == 5.14
-    gain, percent = results.paper_gain("steph", "vanilla")
-    assert (round(gain, 4), round(percent, 2)) == (0.0342, 5.18)
-    assert round(results.paper_gain("steph", "roupkt")[1], 1) == 2.0  # printed averages give 2.01
-    assert round(results.paper_gain("steph", "patch_gcn")[1], 1) == 3.5
-    table3 = results.table_methods("table3")
-    percents = [results.paper_gain(hyper, own)[1] for own, hyper in zip(table3[::2], table3[1::2], strict=True)]
-    assert round(sum(percents) / 4, 1) == 14.5
-    brca = results.paper_pair("steph", "vanilla").loc["BRCA"]
-    assert round(100 * (brca["first"] / brca["second"] - 1), 1) == 11.4
-
-
-def test_methods_of_no_common_table_cannot_be_paired():
-    with pytest.raises(Refused, match="no table of the paper has both STEPH, K = 1 and ROUPKT"):
-        results.paper_gain("steph_k1", "roupkt")
 
 
 def test_mean_and_sample_standard_deviation():

@@ -10,9 +10,10 @@ from steph.analysis.cost.operations import counts, printed_gflops, reads
 from steph.analysis.performance.statistics import Estimate, compare
 from steph.data.manifest import Study
 from steph.methods import builders
-from steph.methods.registry import METHODS
+from steph.methods.registry import METHODS, title
+from steph.study.paper import AVERAGE, paper_c_index
 from steph.study.runs import Workbench
-from steph.study.tables import AVERAGE, on_common_folds, paper_c_index, steadiest, title
+from steph.study.tables import on_common_folds, steadiest
 
 PARADIGMS = ("vanilla", "roupkt", "steph")
 """The learning paradigms that Fig. 2 compares: cancer-specific, transfer of representations, merging."""

@@ -32,14 +32,14 @@ from steph.merging.steph import STEPH
 from steph.merging.surgery import Surgery
 from steph.methods import builders
 from steph.methods.builders import Ingredients
-from steph.methods.registry import METHODS, method
+from steph.methods.registry import method, title
 from steph.mil.gated_attention import layer_by_layer
 from steph.mil.state import ModelState
 from steph.mil.transfer import ROUPKT
 from steph.mil.transmil import PositionEncoding
 from steph.study.cache import kept
+from steph.study.paper import paper_table, table_methods
 from steph.study.runs import Workbench
-from steph.study.tables import paper_table, title
 from steph.training.engine import PRECISIONS, parameter_dtype
 from steph.training.memory import live_bytes
 
@@ -146,8 +146,7 @@ def bag(n: int, dim: int, device: str = "meta", dtype: torch.dtype = torch.float
 
 def learnable_parameters(study: Study | None = None) -> dict[str, int]:
     """Trained numbers of each method of Table S4, counted on the models: at the paper's dimensions, or at a study's."""
-    names = [name for name, entry in METHODS.items() if "table_s4" in entry.table]
-    return {name: trained_numbers(built(name, study)) for name in names}
+    return {name: trained_numbers(built(name, study)) for name in table_methods("table_s4")}
 
 
 def trained_numbers(model: nn.Module) -> int:
@@ -320,7 +319,7 @@ def predicting(study: Study) -> list[str]:
     """The methods whose predictions are counted, where a study can have them: Table S4's, ROUPKT, Table S6's, and of
     those beyond the paper the ones that cost something of their own."""
     beyond = ["joint", "hypernetwork_only", "steph_subsampled", "steph_patch_gcn"]
-    names = dict.fromkeys([*methods_of("table_s4"), "roupkt", *methods_of("table_s6"), *beyond])
+    names = dict.fromkeys([*table_methods("table_s4"), "roupkt", *table_methods("table_s6"), *beyond])
     return [name for name in names if not method(name).refusal(study, next(iter(study.datasets)))]
 
 
@@ -348,7 +347,7 @@ def parameter_table(study: Study) -> pd.DataFrame:
         {
             "method": title(name),
             "counted (M)": n / 1e6,
-            "Table S4 (M)": printed[METHODS[name].table["table_s4"]],
+            "Table S4 (M)": printed[name],
             "in this study": here[name],
         }
         for name, n in counted.items()
@@ -356,17 +355,10 @@ def parameter_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def methods_of(table: str) -> list[str]:
-    """The methods of a table of costs ("table_s4", "table_s6", "table_s7"), in its order."""
-    order = list(paper_table(table).iloc[:, 0].astype(str))
-    found = [name for name, entry in METHODS.items() if table in entry.table]
-    return sorted(found, key=lambda name: order.index(METHODS[name].table[table]))
-
-
 def printed_gflops() -> dict[str, float]:
     """GFLOPs of a prediction that Table S4 prints, by method."""
-    printed = paper_table("table_s4").set_index("method")["inference_gflops_10k_patches"]
-    return {name: float(printed[METHODS[name].table["table_s4"]]) for name in methods_of("table_s4")}
+    printed = paper_table("table_s4")
+    return dict(zip(printed["method"], printed["inference_gflops_10k_patches"].astype(float), strict=True))
 
 
 def table_s4(counted: pd.DataFrame) -> pd.DataFrame:

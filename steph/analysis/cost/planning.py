@@ -27,11 +27,10 @@ from steph.data.bags import RaggedBatch
 from steph.data.manifest import Study
 from steph.files.progress import track
 from steph.methods import builders
-from steph.methods.registry import Method, method
+from steph.methods.registry import Method, method, title
 from steph.mil.transfer import ROUPKT
 from steph.study.cache import kept
 from steph.study.runs import Run, Workbench, stages
-from steph.study.tables import title
 from steph.training.engine import PRECISIONS, Trainer, parameter_dtype, single_thread
 from steph.training.memory import available, heaviest, needed
 

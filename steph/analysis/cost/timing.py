@@ -20,7 +20,6 @@ from steph.analysis.cost.operations import (
     bag,
     counts,
     deployed,
-    methods_of,
     of_sample,
     paper_study,
     trained_numbers,
@@ -28,10 +27,10 @@ from steph.analysis.cost.operations import (
 from steph.data.bags import RaggedBatch
 from steph.data.manifest import Study
 from steph.merging.steph import STEPH
-from steph.methods.registry import METHODS, method
+from steph.methods.registry import method, title
 from steph.study.cache import kept
+from steph.study.paper import paper_table, table_methods
 from steph.study.runs import Run, Workbench
-from steph.study.tables import paper_table, title
 from steph.training.device import check_device
 from steph.training.engine import PRECISIONS, fit, parameter_dtype, single_thread
 
@@ -46,7 +45,7 @@ LEAST, MOST = 3, 25
 def epoch_runs(study: Study, dataset: str, fold: int, seed: int, precision: str = "fp32") -> list[Run]:
     """The runs whose epochs are timed, where a study can have them: the cancer's own model, the methods of Table S6,
     STEPH with the numbers of sources of Table S7."""
-    names = ["vanilla", *methods_of("table_s6"), *methods_of("table_s7")]
+    names = ["vanilla", *table_methods("table_s6"), *table_methods("table_s7")]
     return [Run(dataset, name, fold, seed, precision) for name in names if not method(name).refusal(study, dataset)]
 
 
@@ -158,9 +157,7 @@ def epoch_ratios(times: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 def paper_seconds(table: str) -> pd.Series:
     """Seconds of an epoch that a table of the paper ("table_s6", "table_s7") prints, by method."""
-    printed = paper_table(table)
-    seconds = dict(zip(printed.iloc[:, 0].astype(str), printed["seconds_mean"], strict=True))
-    return pd.Series({name: float(seconds[METHODS[name].table[table]]) for name in methods_of(table)})
+    return paper_table(table).set_index("method")["seconds_mean"].astype(float).rename(None)
 
 
 def epoch_table(times: pd.DataFrame, table: str, reference: str, counted: dict[str, int] | None = None) -> pd.DataFrame:

@@ -30,13 +30,13 @@ from steph.data.synthetic import truth
 from steph.files.progress import track
 from steph.merging.steph import STEPH
 from steph.merging.surgery import Surgery
+from steph.methods.registry import title as title_of_method
 from steph.mil import NETWORKS
 from steph.mil.mean_mil import MeanMIL
 from steph.mil.state import load_into
 from steph.mil.transfer import ROUPKT, FineTuned
 from steph.study.cache import kept
 from steph.study.runs import Run, Workbench, plan
-from steph.study.tables import title as title_of_method
 from steph.training.engine import needs_coords, parameter_dtype, single_thread
 
 OWN, MERGED = "vanilla", "steph"

@@ -19,8 +19,9 @@ from steph import Refused
 from steph.analysis.mixing import dynamics
 from steph.analysis.performance.statistics import NOISE, Comparison, Estimate, ceiling, compare, interval, read
 from steph.data.manifest import MANIFESTS, Study, load_study
+from steph.methods.registry import title
 from steph.study.runs import Run, Workbench, plan
-from steph.study.tables import VALUES, refuse_repeats, steadiest, title
+from steph.study.tables import VALUES, refuse_repeats, steadiest
 
 START_FOLD = 0
 """The fold on which starts are compared."""

@@ -15,7 +15,7 @@ from steph import Refused
 from steph.analysis.performance.predictions import curves, once, one_seed
 from steph.analysis.performance.significance import p_text
 from steph.analysis.performance.time_dependent import end_of_year
-from steph.study.tables import title
+from steph.methods.registry import title
 
 GROUPS, BINS = 4, 10
 

@@ -8,7 +8,8 @@ import pandas as pd
 
 from steph import Refused
 from steph.data.dataset import Dataset
-from steph.study.tables import VALUES, c_index_table, paper_table, steadiest, summary
+from steph.study.paper import paper_table
+from steph.study.tables import VALUES, c_index_table, steadiest, summary
 from steph.survival import concordance_index
 
 

@@ -17,7 +17,8 @@ import pandas as pd
 
 from steph import Refused
 from steph.analysis.performance.predictions import one_seed
-from steph.study.tables import AVERAGE, title
+from steph.methods.registry import title
+from steph.study.paper import AVERAGE
 
 TIED = 1e-8
 """Risks this near count as tied, as in `steph.survival.concordance_index`."""

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
+from steph.methods.registry import title
 from steph.study.runs import Run, Workbench
-from steph.study.tables import title
 
 CURVE = r"^survival_\d+$"
 WHICH = ["dataset", "method", "seed"]

@@ -17,9 +17,9 @@ import pandas as pd
 from steph import Refused
 from steph.analysis.performance.predictions import once, one_seed
 from steph.analysis.performance.significance import p_text
+from steph.methods.registry import title
 from steph.study.cache import kept
 from steph.study.runs import Run, Workbench
-from steph.study.tables import title
 from steph.training.engine import predict, single_thread
 
 

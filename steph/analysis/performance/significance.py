@@ -10,7 +10,7 @@ import pandas as pd
 
 from steph import Refused
 from steph.analysis.performance.statistics import Comparison, compare
-from steph.study.tables import title
+from steph.methods.registry import title
 
 LEVEL = 0.05
 CORRECTED = {"p": "p", "Holm": "holm", "Benjamini-Hochberg": "bh"}

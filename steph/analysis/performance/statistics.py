@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.methods.registry import METHODS
-from steph.study.tables import AVERAGE, TABLES, paper_c_index, paper_wins, refuse_repeats, summary, title
+from steph.methods.registry import title
+from steph.study.paper import AVERAGE, paper_average, paper_c_index, paper_labels, paper_wins
+from steph.study.tables import refuse_repeats, summary
 
 NOISE = 0.025
 """Differences of two C-indices below this are not read: a mean over 13 x 5 test folds varies by .010 to .014 from one
@@ -148,26 +149,28 @@ def ceiling(results: pd.DataFrame, oracle: pd.DataFrame, value: str = "c_index")
 
 
 def compared(
-    results: pd.DataFrame, methods: Sequence[str], table: str, reference: str | Mapping[str, str] = "steph"
+    results: pd.DataFrame,
+    methods: Sequence[str],
+    table: str | None = None,
+    reference: str | Mapping[str, str] = "steph",
 ) -> pd.DataFrame:
-    """Methods beside one of them (the same for all, or by method), a row each: method, row (its name in the paper's
+    """Methods beside one of them (the same for all, or by method), a row each: method, row (its label in the paper's
     table), mean over data sets, paper (its mean over all 13), gain over the reference with low and high, paper_gain,
-    problem (why there is no mean or no comparison; then the numbers are NaN)."""
-    rows = []
+    problem (why there is no mean or no comparison; then the numbers are NaN). Without a table nothing of the paper."""
+    rows, labels = [], paper_labels(table) if table else {}
     for name in methods:
         other = reference if isinstance(reference, str) else reference.get(name, name)
         own = summary(results[results["method"] == name])
         mean, problem = (np.nan, "no results") if own.empty else (own["mean"].iloc[-1], own["undefined"].iloc[-1])
-        printed = float(paper_c_index(name, table).get(AVERAGE, np.nan))
+        printed = float(paper_c_index(name, table).get(AVERAGE, np.nan)) if table else np.nan
         gain, paper = Estimate(np.nan), np.nan
         if other != name:
             try:
                 gain = compare(results, name, other).gain
             except Refused as reason:
                 problem = problem or str(reason)
-            paper = printed - _paper_average(other, table)
-        row = METHODS[name].table.get(table, "") if name in METHODS else ""
-        rows.append((name, row, mean, printed, gain.value, gain.low, gain.high, paper, problem))
+            paper = printed - paper_average(other, table) if table else np.nan
+        rows.append((name, labels.get(name, ""), mean, printed, gain.value, gain.low, gain.high, paper, problem))
     columns = ["method", "row", "mean", "paper", "gain", "low", "high", "paper_gain", "problem"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -194,7 +197,7 @@ def compared_wide(table: pd.DataFrame, reference: str = "STEPH") -> pd.DataFrame
 
 def beside_two(results: pd.DataFrame, methods: Sequence[str], references: tuple[str, str]) -> pd.DataFrame:
     """Methods that the paper lacks, to look at: C-index here and the difference to each of two methods."""
-    parts = [compared_wide(compared(results, methods, "none", each), title(each)) for each in references]
+    parts = [compared_wide(compared(results, methods, reference=each), title(each)) for each in references]
     differences = [part.drop(columns=["", "here"]) for part in parts]
     return pd.concat([parts[0][["", "here"]], *differences], axis=1).fillna("")
 
@@ -219,12 +222,3 @@ def said(results: pd.DataFrame, first: str, second: str, value: str = "c_index")
     except Refused as reason:
         return f"no answer: {str(reason).rstrip('.')}"
     return f"{gain.value:+.3f} ({interval(gain)}); better? {read(gain)}"
-
-
-def _paper_average(method: str, table: str) -> float:
-    """The average that the paper prints for a method: in a table, or in the first of the others that has it."""
-    for each in (table, *TABLES):
-        printed = paper_c_index(method, each)
-        if AVERAGE in printed:
-            return float(printed[AVERAGE])
-    return np.nan

@@ -19,8 +19,9 @@ import pandas as pd
 from steph import Refused
 from steph.analysis.performance.discrimination import TIED
 from steph.analysis.performance.predictions import curves, one_seed
+from steph.methods.registry import title
+from steph.study.paper import AVERAGE
 from steph.study.runs import Workbench
-from steph.study.tables import AVERAGE, title
 
 LEAST_FOLLOWED, LEAST_EVENTS = 0.10, 5
 """Horizons of a data set are the years by which at least so many patients had an event, and past which at least this

@@ -8,7 +8,7 @@ import pytest
 
 from steph import Refused
 from steph.analysis.performance import discrimination
-from steph.study.tables import AVERAGE
+from steph.study.paper import AVERAGE
 from steph.survival import concordance_index
 
 

@@ -9,8 +9,8 @@ import pytest
 from steph import Refused
 from steph.analysis.performance import time_dependent as td
 from steph.analysis.performance.predictions import out_of_fold
+from steph.study.paper import AVERAGE
 from steph.study.runs import plan
-from steph.study.tables import AVERAGE
 
 DAYS = np.array([4.0, 7.0, 10.0, 13.0])
 
