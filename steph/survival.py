@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -33,6 +34,15 @@ def bin_index(days: Any, n_bins: int = 32, width_days: float = 365) -> np.ndarra
             f"(first: {days[bad][0]}); expected days >= 0. Remove or correct these rows."
         )
     return np.minimum(days // width_days, n_bins - 1).astype(np.int64)
+
+
+def targets(
+    labels: pd.DataFrame, n_bins: int, width_days: float, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """What a loss compares hazards with, from a table with time_days and event: the interval of each patient's time
+    (`bin_index`), (N,) int64, and whether it ends in an event, (N,) bool."""
+    bins = torch.from_numpy(bin_index(labels["time_days"], n_bins, width_days))
+    return bins.to(device), torch.from_numpy(labels["event"].to_numpy(dtype=bool)).to(device)
 
 
 def _numbers(values: Any, what: str) -> np.ndarray:

@@ -31,10 +31,10 @@ from steph.files.tables import read_csv
 
 NO_COORDS = -1
 """What a store holds for both coordinates of a patch whose file had none."""
-SMALL = 1 << 20
-"""Numbers of a batch up to which nobody is told that it comes: asking costs more than waiting for it."""
-HUGE = 32 << 20
-"""Bytes of a batch from which it lies in huge pages: what the C library does not keep for reuse."""
+PREFETCH_MIN_VALUES = 1 << 20
+"""Smaller batches are not prefetched: asking for them costs more than waiting."""
+HUGE_PAGES_MIN_BYTES = 32 << 20
+"""Larger batches lie in huge pages: the C library does not keep their memory for reuse."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,10 +122,10 @@ class Dataset:
         places = torch.from_numpy(np.concatenate([self.store.coords[rows] for rows in flat]))
         return RaggedBatch(features, offsets, places, (0, *accumulate(map(_length, flat))))
 
-    def expect(self, patient_ids: Sequence[str]) -> None:
+    def prefetch(self, patient_ids: Sequence[str]) -> None:
         """Have the system read these patients' features from the disk meanwhile, for a `batch` that follows soon."""
-        if self.n_patches(patient_ids).sum() * self.store.dim > SMALL:
-            self.store.expect(slide for patient in patient_ids for slide in self._slides[patient])
+        if self.n_patches(patient_ids).sum() * self.store.dim > PREFETCH_MIN_VALUES:
+            self.store.prefetch(slide for patient in patient_ids for slide in self._slides[patient])
 
     def _rows(self, patient_id: str, max_patches: int | None) -> list[slice | np.ndarray]:
         """The store's rows that a patient's bag takes, a piece for each slide that has any."""
@@ -190,7 +190,7 @@ def _new(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor. A large one is memory that the system hands out anew for every batch: in huge pages that
     costs a fifth of filling it, in small ones more than filling it."""
     size = shape[0] * shape[1] * dtype.itemsize
-    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if size < HUGE_PAGES_MIN_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
     memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):

@@ -78,10 +78,10 @@ class JointDataset:
         options: dict[str, Any] = {"device": device, "dtype": dtype, "coords": coords, "max_patches": max_patches}
         return _joined([data.batch([patient], **options) for _, data, patient in self._found(patient_ids)])
 
-    def expect(self, patient_ids: Sequence[str]) -> None:
-        """See `Dataset.expect`."""
+    def prefetch(self, patient_ids: Sequence[str]) -> None:
+        """See `Dataset.prefetch`."""
         for _, data, patient in self._found(patient_ids):
-            data.expect([patient])
+            data.prefetch([patient])
 
     def n_patches(self, patient_ids: Sequence[str]) -> np.ndarray:
         """Patches in each patient's bag, (B,) int64."""

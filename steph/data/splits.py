@@ -94,7 +94,7 @@ def load_splits(cohort: Cohort, folder: Path, n_folds: int, seed: int, repeats: 
     """The splits of a cohort: the authors' files, else ours, else made now and written.
 
     n_folds: folds of one cross-validation; it is repeated `repeats` times. Fold f belongs to repeat f // n_folds, whose
-    folds are made from seed + repeat. write: False leaves the disk as it is: the splits are those that would be written.
+    folds are made from seed + repeat. write: False writes nothing: the splits are those that would be written.
 
     Authors' files: ``<folder>/<data set>/splits_<k>.csv`` (or ``<folder>/tcga_<data set in small letters>/``, as they
     are published): columns train, test and val with patient ids; blank cells are left out. Without a test column val is

@@ -181,7 +181,7 @@ class Store:
             joined.append((start, stop))
         return joined
 
-    def expect(self, slide_ids: Iterable[str]) -> None:
+    def prefetch(self, slide_ids: Iterable[str]) -> None:
         """Have the system read these slides from the disk meanwhile, as they are asked for soon. A hint: where there is
         no such thing, nothing happens."""
         width = self.dim * self.dtype.itemsize

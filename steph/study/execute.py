@@ -33,7 +33,7 @@ from steph.files.records import Record, alone, write_record
 from steph.methods.registry import method
 from steph.mil.state import save_state, state_of
 from steph.study.runs import Run, Workbench, plan, results, row_of, stages
-from steph.survival import bin_index, concordance_index, nll_loss
+from steph.survival import concordance_index, nll_loss, targets
 from steph.training import memory
 from steph.training.device import check_device, device_name, precision_for
 from steph.training.engine import Training, fit_together, predict, single_thread
@@ -334,11 +334,11 @@ def _train(begun: Sequence[_Begun]) -> list[pd.DataFrame | Refused]:
 def _metrics(predictions: pd.DataFrame, study: Study) -> dict[str, Any]:
     """C-index (or why there is none) and loss (alpha = 0, as the release reports it) of a test fold."""
     found = c_index(predictions)
-    bins = torch.from_numpy(bin_index(predictions["time_days"], study.network.n_bins, study.network.bin_width_days))
+    bins, event = targets(predictions, study.network.n_bins, study.network.bin_width_days)
     curve = torch.from_numpy(predictions.filter(regex=r"^survival_\d+$").to_numpy())
     before = torch.cat([torch.ones_like(curve[:, :1]), curve[:, :-1]], dim=1)
     hazards = 1 - curve / before.clamp(min=1e-12)
-    loss = nll_loss(hazards, bins, torch.from_numpy(predictions["event"].to_numpy()), alpha=0.0)
+    loss = nll_loss(hazards, bins, event, alpha=0.0)
     return {
         **found, "loss": loss.item(), "n_test": len(predictions), "events_test": int(predictions["event"].sum())
     }  # fmt: skip

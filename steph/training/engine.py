@@ -367,7 +367,7 @@ def fit_together(trainings: Sequence[Training]) -> list[pd.DataFrame | Refused]:
         reader = max(readers, key=lambda training: training.reads_coords)
         chosen, *after = ([reader.patients[i] for i in group] for group in groups[step : step + 2])
         if after and first.device == "cpu":
-            first.dataset.expect(after[0])
+            first.dataset.prefetch(after[0])
         return reader.batch_of(chosen)
 
     shuffler = np.random.default_rng(first.seed)

@@ -323,20 +323,20 @@ def test_the_fingerprint_of_a_made_data_set_follows_from_what_decides_its_data(t
 
 def test_only_what_is_worth_it_is_announced(dataset, monkeypatch):
     asked, patients = [], dataset.cohort.patients["patient_id"].tolist()
-    monkeypatch.setattr(type(dataset.store), "expect", lambda _, slides: asked.append(list(slides)))
-    dataset.expect(patients)
+    monkeypatch.setattr(type(dataset.store), "prefetch", lambda _, slides: asked.append(list(slides)))
+    dataset.prefetch(patients)
     assert not asked
-    monkeypatch.setattr(datasets, "SMALL", 0)
-    dataset.expect(patients[:2])
+    monkeypatch.setattr(datasets, "PREFETCH_MIN_VALUES", 0)
+    dataset.prefetch(patients[:2])
     assert asked == [[slide for patient in patients[:2] for slide in dataset.slides(patient)]]
     with pytest.raises(Refused, match="no patient"):
-        dataset.expect(["nobody"])
+        dataset.prefetch(["nobody"])
 
 
 def test_large_batches_lie_in_huge_pages_and_hold_the_same(dataset, monkeypatch):
     patients = dataset.cohort.patients["patient_id"].tolist()
     expected = dataset.batch(patients).features
-    monkeypatch.setattr(datasets, "HUGE", 1)
+    monkeypatch.setattr(datasets, "HUGE_PAGES_MIN_BYTES", 1)
     found = dataset.batch(patients).features
     assert torch.equal(found, expected) and found.is_contiguous() and found.data_ptr() % 4096 == 0
     found.mul_(2)  # it is memory of its own

@@ -199,13 +199,13 @@ def test_a_slide_is_compared_with_its_hash_when_it_is_first_asked_for(tmp_path, 
 def test_slides_that_come_soon_are_asked_for_from_the_disk(tmp_path, monkeypatch):
     store, asked = packed(tmp_path), []
     monkeypatch.setattr("os.posix_fadvise", lambda file, start, size, how: asked.append((start, size)))
-    store.expect([store.slide_ids[2], store.slide_ids[0]])
+    store.prefetch([store.slide_ids[2], store.slide_ids[0]])
     whole = store.path.read_bytes()
     assert [whole[start : start + size] for start, size in asked] == [
         np.array(store.bag([slide])).tobytes() for slide in (store.slide_ids[2], store.slide_ids[0])
     ]
     monkeypatch.delattr("os.posix_fadvise")
-    store.expect(store.slide_ids)  # a system without such a call
+    store.prefetch(store.slide_ids)  # a system without such a call
 
 
 def test_no_text_of_a_store_lies_behind_a_pointer(tmp_path):

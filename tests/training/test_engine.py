@@ -162,7 +162,7 @@ class Patients:
     def n_patches(self, patients):
         return np.array([len(self.bags[self.ids.index(p)]) for p in patients])
 
-    def expect(self, patients):
+    def prefetch(self, patients):
         pass
 
     def batch(self, patients, device="cpu", dtype=torch.float32):
@@ -365,11 +365,11 @@ def test_only_a_part_of_an_update_is_in_memory(monkeypatch):
 
 def test_the_next_batch_is_announced_while_one_is_worked_on(monkeypatch):
     data, said = Patients(40), []
-    monkeypatch.setattr(data, "expect", lambda patients: said.append(("expect", patients)))
+    monkeypatch.setattr(data, "prefetch", lambda patients: said.append(("prefetch", patients)))
     batch = data.batch
     monkeypatch.setattr(
         data, "batch", lambda patients, *a, **k: said.append(("batch", patients)) or batch(patients, *a, **k)
     )
     fit(ABMIL(5, 8, 4, 8), data, data.ids, Recipe(epochs=1), NETWORK, 0)
     first, second = (patients for what, patients in said if what == "batch")
-    assert said == [("expect", second), ("batch", first), ("batch", second)]
+    assert said == [("prefetch", second), ("batch", first), ("batch", second)]

@@ -28,7 +28,7 @@ from steph.methods.registry import method
 from steph.mil import ABMIL, NETWORKS
 from steph.study.cache import kept
 from steph.study.runs import TARGET, Run, Workbench
-from steph.survival import bin_index, nll_loss
+from steph.survival import nll_loss, targets
 from steph.training.engine import needs_coords, parameter_dtype, single_thread
 
 STEPS = 25
@@ -130,9 +130,7 @@ def _losses(bench: Workbench, wanted: Run, points: np.ndarray, device: str, head
 def _mean_loss(plane: Plane, data: Dataset, patients: Sequence[str], study: Study, device: str) -> np.ndarray:
     """Mean loss of patients at each of the plane's points, (G,). As many are loaded at a time as an update takes."""
     n, recipe = study.network, study.recipe
-    labels = data.labels(patients)
-    bins = torch.from_numpy(bin_index(labels["time_days"], n.n_bins, n.bin_width_days)).to(device)
-    event = torch.from_numpy(labels["event"].to_numpy(dtype=bool)).to(device)
+    bins, event = targets(data.labels(patients), n.n_bins, n.bin_width_days, device)
     network = needs_coords(plane)
     if network is not None:
         data.check_coords(patients, network)

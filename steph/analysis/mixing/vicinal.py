@@ -40,7 +40,7 @@ from steph.merging.task_vectors import Layout
 from steph.mil.abmil import ABMIL
 from steph.study.cache import kept
 from steph.study.runs import Workbench
-from steph.survival import bin_index, concordance_index, nll_loss, risk_score
+from steph.survival import concordance_index, nll_loss, risk_score, targets
 from steph.training.engine import seed_everything, single_thread
 
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)
@@ -443,9 +443,8 @@ def _load(bench: Workbench, data: Dataset, patients: Sequence[str], most: int, d
         patients = [patients[i] for i in kept_ones]
     labels = data.labels(patients)
     bags = data.batch(patients, device, torch.float64, max_patches=MAX_PATCHES)
-    bins = bin_index(labels["time_days"], study.network.n_bins, study.network.bin_width_days)
-    event = torch.from_numpy(labels["event"].to_numpy(dtype=bool)).to(device)
-    return Patients(bags, torch.from_numpy(bins).to(device), event, labels["time_days"].to_numpy())
+    bins, event = targets(labels, study.network.n_bins, study.network.bin_width_days, device)
+    return Patients(bags, bins, event, labels["time_days"].to_numpy())
 
 
 def lengths(study: Study) -> list[int]:
