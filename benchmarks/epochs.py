@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import io
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr
@@ -18,7 +17,6 @@ import torch
 from benchmarks.loading import forget, read_bytes
 from benchmarks.rates import wait
 from benchmarks.steps import Dimensions, make, operations_per_patch
-from steph import Refused
 from steph.data.cohort import cohort_from
 from steph.data.dataset import Dataset
 from steph.data.manifest import Features, Network, Recipe
@@ -26,6 +24,7 @@ from steph.data.packing import write_store
 from steph.data.resident import held_bytes, release
 from steph.data.splits import EXTERNAL
 from steph.data.store import Store
+from steph.files.atomic import refuse_full_disk
 from steph.training.engine import fit
 
 PATIENTS, MEAN_PATCHES = 828, 10_700
@@ -43,10 +42,8 @@ def bag_sizes(patients: int = PATIENTS, mean: int = MEAN_PATCHES) -> list[int]:
 
 def write_data(folder: Path, sizes: list[int], dim: int = 1536) -> Path:
     """A store of random bags of these sizes, in half precision. Raises `Refused` where the disk has too little room."""
-    needed, free = int(SPARE * sum(sizes) * (2 * dim + 8)), shutil.disk_usage(folder).free
-    if needed > free:
-        raise Refused(f"{folder} has {free / 1e9:.1f} GB free; the epochs need {needed / 1e9:.1f} GB for features that "
-                      "are deleted again. Name a folder on a larger disk (--folder), or ask for --quick.")  # fmt: skip
+    advice = ", or name a folder on one (--folder), or ask for --quick"
+    refuse_full_disk(folder, SPARE * sum(sizes) * (2 * dim + 8), "features of epochs, deleted again", advice)
     largest = max(sizes)
     pool = torch.randn(largest + 4096, dim, generator=torch.Generator().manual_seed(0)).half().numpy()
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import io
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -26,13 +25,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from steph import Refused
 from steph.data.cohort import cohort_from
 from steph.data.dataset import Dataset
 from steph.data.manifest import Features
 from steph.data.packing import write_store
 from steph.data.splits import EXTERNAL
 from steph.data.store import Store
+from steph.files.atomic import refuse_full_disk
 
 GROUP = 16
 """Patients of an update."""
@@ -61,10 +60,8 @@ class Files:
 
 def write_files(folder: Path, bags: int, patches: int, dim: int) -> Files:
     """Write random bags. Raises `Refused` where the disk has too little room."""
-    needed, free = int(SPARE * bags * patches * (dim * (2 + 4 + 4) + 8)), shutil.disk_usage(folder).free
-    if needed > free:
-        raise Refused(f"{folder} has {free / 1e9:.1f} GB free; measuring loading needs {needed / 1e9:.1f} GB for files "
-                      "that it deletes again. Free some, or leave loading out (--only).")  # fmt: skip
+    needed = SPARE * bags * patches * (dim * (2 + 4 + 4) + 8)
+    refuse_full_disk(folder, needed, "files to measure loading with, deleted again", ", or leave it out (--only)")
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn(2 * patches, dim, generator=generator).half().float()  # exact in every layout
 
@@ -97,7 +94,7 @@ def from_store(files: Files, order: Sequence[int], deliver: Deliver, together: i
     groups = [[f"p{i}" for i in order[start : start + together]] for start in range(0, len(order), together)]
     for group, after in zip(groups, [*groups[1:], []], strict=True):
         if after:
-            data.expect(after)
+            data.prefetch(after)
         deliver(data.batch(group).features)
 
 

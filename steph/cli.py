@@ -184,7 +184,7 @@ def show_results(
     csv: Annotated[Path | None, typer.Option("--csv", help="write all rows to this file")] = None,
 ) -> None:
     """Print the mean C-index of every finished run, by data set and method."""
-    from steph.files.records import atomic_path
+    from steph.files.atomic import atomic_path
     from steph.study.runs import results
 
     table = results(study)
@@ -255,10 +255,9 @@ def predict_patient(
     device: DeviceOption = "cpu",
 ) -> None:
     """Predict for one patient from all of the patient's slides, or for the patients of a table."""
-    from steph.deploy.model_folder import refuse_taken
     from steph.deploy.predict import load_model
     from steph.deploy.report import summary, write_report
-    from steph.files.records import atomic_path
+    from steph.files.atomic import atomic_path, refuse_taken
 
     slides = [*(features or []), *(more or [])]
     if (table is None) == (not slides):

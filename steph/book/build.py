@@ -21,7 +21,7 @@ from steph import PROJECT, Refused
 from steph.analysis.mixing import controls, dynamics, trajectory
 from steph.book import notebooks, pages
 from steph.data.manifest import Study
-from steph.files.records import atomic_path
+from steph.files.atomic import atomic_path
 from steph.study.execute import end_with_parent, end_workers, run_all
 from steph.study.runs import Run, Workbench, plan, results
 from steph.training.device import precision_for

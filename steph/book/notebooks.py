@@ -22,7 +22,8 @@ from typing import Any
 
 from steph import PROJECT, Refused
 from steph.data.manifest import MANIFESTS, Study, load_study, unknown
-from steph.files.records import atomic_path, file_sha256, fingerprint, read_json, read_sealed, versions, write_sealed
+from steph.files.atomic import atomic_path
+from steph.files.records import file_sha256, fingerprint, read_json, read_sealed, versions, write_sealed
 from steph.plots.display import FOLDER_VARIABLE
 from steph.study.runs import Workbench
 from steph.training.device import check_device, precision_for

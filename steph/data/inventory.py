@@ -13,6 +13,7 @@ from steph.data.dataset import feature_folders
 from steph.data.features import find_slides
 from steph.data.fetch import is_like, names_of
 from steph.data.manifest import Study
+from steph.files.atomic import in_words
 
 
 def inventory(study: Study) -> pd.DataFrame:
@@ -21,15 +22,6 @@ def inventory(study: Study) -> pd.DataFrame:
     Files are counted and measured, not read; `steph data check` reads them.
     """
     return pd.DataFrame([_row(study, name) for name in study.datasets])
-
-
-def in_words(size: float) -> str:
-    """A number of bytes for people."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError
 
 
 def _row(study: Study, name: str) -> dict[str, str]:

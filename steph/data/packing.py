@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -38,8 +37,10 @@ from steph.data.store import (
     slide_hash,
     text,
 )
+from steph.files.atomic import atomic_path, disk_errors, in_words, refuse_full_disk
+from steph.files.lock import exclusive
 from steph.files.progress import track
-from steph.files.records import NO_SPACE, atomic_path, fingerprint
+from steph.files.records import fingerprint
 
 UNAVAILABLE = ("missing", "empty (0 patches)")
 """Problems that `allow_missing` may pass over: there are no features to read. Damaged files are never passed over."""
@@ -58,7 +59,7 @@ def write_store(
     the order of the store; sizes: their N_i. Raises `Refused` where the arrays are not what sizes and `features` say,
     or hold values that are not finite in the store's precision; then nothing is written."""
     sizes = [int(n) for n in sizes]
-    _refuse_full_disk(path, store_bytes(features, sizes))
+    _refuse_full_disk(path, features, sizes)
     with atomic_path(path) as temporary:
         _lay_out(temporary, features, sizes, provenance, plan="")
         with temporary.open("rb+") as file:
@@ -116,8 +117,6 @@ def pack(
         for i, slide in track(todo, f"pack {path.name}") if progress else todo:
             writer.add(i, slide, blocks(sources[slide]), f"slide {slide} ({sources[slide]})")
         writer.finish()
-        if not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
-            raise Refused(f"another process has begun to pack other files to {path}; start one packing at a time.")
         partial.replace(path)
     return Store.open(path)
 
@@ -148,18 +147,16 @@ def _partial(
     """The partial file of a store, open for writing and locked: the one of an interrupted packing where its plan was
     the same, else a new one."""
     plan = fingerprint({**describe(features), "precision": features.precision, "sizes": sizes, **provenance}, 64)
-    partial, needed = partial_of(path), store_bytes(features, sizes)
-    with _write_errors(path, needed):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not partial.exists() or _plan_of(partial, path) != plan
-        if fresh:
-            partial.unlink(missing_ok=True)
-        _refuse_full_disk(path, needed)
-        if fresh:
+    partial = partial_of(path)
+    busy = f"another process is packing {path}; wait for it, or stop it, and start again."
+    with exclusive(path, busy), disk_errors(path):
+        if partial.is_file() and _plan_of(partial) != plan:
+            partial.unlink()
+        _refuse_full_disk(path, features, sizes)
+        if not partial.is_file():
             with atomic_path(partial) as temporary:
                 _lay_out(temporary, features, sizes, provenance, plan)
         with partial.open("rb+") as file:
-            _lock(file, path)
             yield partial, file
 
 
@@ -174,67 +171,22 @@ def store_bytes(features: Features, sizes: Sequence[int]) -> int:
     return sum(sizes) * per_patch + len(sizes) * (SLIDE_ID.itemsize + 200) + 2**16
 
 
-@contextmanager
-def _write_errors(path: Path, needed: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            raise Refused(_too_full(path, needed)) from None
-        raise Refused(
-            f"{path} cannot be written: {error}. Choose another folder (STEPH_DATA) or change its rights; started "
-            "again, the packing goes on where it stopped."
-        ) from None
+def _refuse_full_disk(path: Path, features: Features, sizes: list[int]) -> None:
+    partial, size = partial_of(path), store_bytes(features, sizes)
+    # What is laid out and not yet filled takes no room.
+    written = min(partial.stat().st_blocks * 512, partial.stat().st_size) if partial.is_file() else 0
+    what = f"{path} ({in_words(size)}, of which {in_words(written)} are written)"
+    advice = ", or say `precision: float16` in the study's features"
+    refuse_full_disk(path.parent, size - written, what, advice)
 
 
-def _refuse_full_disk(path: Path, needed: int) -> None:
-    folder = next(folder for folder in path.parents if folder.is_dir())
-    if needed > _written(path) + shutil.disk_usage(folder).free:
-        raise Refused(_too_full(path, needed))
-
-
-def _too_full(path: Path, needed: int) -> str:
-    folder = next(folder for folder in path.parents if folder.is_dir())
-    written, free = _written(path), shutil.disk_usage(folder).free
-    return (
-        f"no space for {path}: it takes {_size(needed)}, of which {_size(written)} are written, and {folder} has "
-        f"{_size(free)} free, {_size(max(0, needed - written - free))} too little. Free some, set STEPH_DATA to a "
-        "larger disk, or say `precision: float16` in the study's features; started again, the packing goes on where "
-        "it stopped."
-    )
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.1f} MB"
-
-
-def _written(path: Path) -> int:
-    """Bytes on the disk of a store that is being packed; what is laid out and not yet filled takes none."""
-    partial = partial_of(path)
-    return min(partial.stat().st_blocks * 512, partial.stat().st_size) if partial.is_file() else 0
-
-
-def _plan_of(partial: Path, path: Path) -> str | None:
-    """What a partial file was to become. Raises `Refused` while another process fills it."""
-    with partial.open("rb") as file:
-        _lock(file, path)
+def _plan_of(partial: Path) -> str | None:
+    """What a partial file was to become."""
     try:
         with h5py.File(partial, "r", locking=False) as layout:
             return text(layout.attrs.get("plan"))
     except (OSError, UnicodeDecodeError):
         return None
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Keep a second process off the file. The lock goes with the process, so a killed one leaves none behind."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Refused(f"another process is packing {path}; wait for it, or stop it, and start again.") from None
-    except (ImportError, OSError):
-        return  # A file system without locks.
 
 
 def _lay_out(path: Path, features: Features, sizes: list[int], provenance: dict[str, Any], plan: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from steph import Refused
-from steph.files.records import atomic_path
+from steph.files.atomic import atomic_path
 from steph.files.tables import first
 from steph.merging import steph as hypernetwork
 from steph.merging.steph import Hypernetwork

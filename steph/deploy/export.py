@@ -32,10 +32,10 @@ from steph.deploy.model_folder import (
     build,
     fill,
     keep_sources,
-    refuse_taken,
     tensors_of,
     write_model,
 )
+from steph.files.atomic import refuse_taken
 from steph.files.progress import track
 from steph.files.records import Record
 from steph.merging.steph import STEPH

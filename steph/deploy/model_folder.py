@@ -12,11 +12,8 @@ one above another: the target's, then the sources' in the order of ``architectur
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +23,7 @@ from torch import Tensor, nn
 
 from steph import Refused
 from steph.data.manifest import Endpoint, Network
+from steph.files.atomic import new_folder
 from steph.files.records import file_sha256, fingerprint
 from steph.merging.merged_encoder import Merged
 from steph.merging.steph import STEPH
@@ -248,35 +246,6 @@ def keep_sources(
 
 
 # ------------------------------------------------------------------------------------------------ folders
-
-
-def refuse_taken(path: Path) -> None:
-    """Raise `Refused` where something is at a path already."""
-    if path.exists() or path.is_symlink():
-        raise Refused(f"{path} is there already and is left as it is. Give another name, or remove that first.")
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends without an error.
-
-    Raises `Refused` where something is at `path` already, or the disk does not let it be written.
-    """
-    refuse_taken(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for each in temporary.iterdir():
-            with each.open("rb") as file:
-                os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError as error:
-        raise Refused(
-            f"{path} cannot be written: {error}. Choose another folder, change its rights or free some space."
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_model(path: Path, config: Config, tensors: Mapping[str, Tensor], card: str) -> None:

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from steph.deploy.model_folder import Config, Score, new_folder
+from steph.deploy.model_folder import Config, Score
 from steph.deploy.predict import Model, Prediction
+from steph.files.atomic import new_folder
 
 RESEARCH = "Research only. Not a medical device: no decision about a patient may rest on it."
 SYNTHETIC = "Synthetic: this model was trained on made-up patients. It says nothing about cancer or about anybody."

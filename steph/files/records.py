@@ -1,37 +1,29 @@
 """Records: results on disk that are either whole or not there.
 
-A file is written under a temporary name, flushed and renamed. A record is a folder of files, written and renamed in the
-same way, with a ``run.json`` that holds the SHA-256 of each of them and of itself. Without it the folder is nothing.
+A record is a folder of files with a ``run.json`` that holds the SHA-256 of each of them and of itself. Without it the
+folder is nothing.
 """
 
 from __future__ import annotations
 
 import ast
-import errno
 import hashlib
 import importlib
 import json
-import os
 import platform
-import secrets
-import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from steph import Refused, __version__
+from steph.files.atomic import atomic_folder, atomic_path
 
 COMPLETION, CHECKSUM = "run.json", "checksum"
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-NOT_WRITTEN = NO_SPACE | {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG
-}  # fmt: skip
 NUMERIC = ("steph.survival", "steph.training", "steph.merging", "steph.mil", "steph.data.bags")
 """Modules whose code decides numbers; what data went in is told by the data's own fingerprints."""
 PACKAGES = ("torch", "numpy", "pandas", "scipy", "h5py", "lifelines", "safetensors")
@@ -49,47 +41,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what was written there takes its place when the block ends without an error.
-
-    Raises `Refused` where the folder cannot be written or the disk is full.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with _disk_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            _to_disk(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _to_disk(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """What the disk refuses becomes a sentence that names the file and its folder."""
-    try:
-        yield
-    except Exception as error:
-        number = error.errno if isinstance(error, OSError) else None
-        # Libraries wrap the system's error into one of their own.
-        if number in NO_SPACE or os.strerror(errno.ENOSPC) in str(error):
-            raise Refused(
-                f"no space left in {path.parent} for {path.name}. Free some, or choose another disk (STEPH_BUILD, "
-                "STEPH_DATA); what is finished is kept, and the same command goes on from there."
-            ) from None
-        if isinstance(error, PermissionError) or number in NOT_WRITTEN:
-            what = "no permission to write" if isinstance(error, PermissionError) else "cannot write"
-            raise Refused(f"{what} {path}: {error}. Choose another folder or change its rights.") from None
-        raise
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write plain data as JSON, atomically."""
     with atomic_path(path) as temporary:
@@ -98,10 +49,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Plain data from a JSON file. Raises `ValueError` for one that is none, `OSError` where it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
@@ -115,11 +63,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     value = read_json(path)
     if not isinstance(value, dict) or value.get("status") != "complete":
         raise ValueError("not a completion record")
-    try:
-        sealed = value.pop(CHECKSUM, None) == fingerprint(value, 64)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not sealed:
+    if value.pop(CHECKSUM, None) != fingerprint(value, 64):
         raise ValueError("its checksum is not that of its content: it was changed or damaged")
     return value
 
@@ -136,10 +80,10 @@ class Record:
         path, expected = self.path / name, self.info["files"].get(name)
         if expected is None:
             raise Refused(f"{self.path} has no file {name}; it holds {sorted(self.info['files'])}.")
-        found = file_sha256(path) if path.is_file() else "no file"
-        if found != expected:
+        actual = file_sha256(path) if path.is_file() else "no file"
+        if actual != expected:
             raise Refused(
-                f"{path} is not what the run wrote (expected sha256 {expected[:12]}, found {found[:12]}): it was "
+                f"{path} is not what the run wrote (expected sha256 {expected[:12]}, found {actual[:12]}): it was "
                 f"changed or damaged. Delete {self.path} and run again."
             )
         return path
@@ -151,38 +95,17 @@ def write_record(folder: Path, writers: Mapping[str, Callable[[Path], None]], in
     The folder is whole or not there at any moment, also where several processes write the same record: then the first
     one counts. Raises `Refused` where the disk does not let it be written.
     """
-    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    # One level deeper than a record lies: whoever lists records does not come across it.
-    new = aside / folder.name
-    with _disk_errors(folder):
-        try:
-            new.mkdir(parents=True)
-            hashes = {}
-            for name, write in writers.items():
-                write(new / name)
-                _to_disk(new / name)
-                hashes[name] = file_sha256(new / name)
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            whole = {"status": "complete", **info, "files": hashes, "finished": now, "versions": versions()}
-            write_sealed(new / COMPLETION, whole)
-            if read_record(folder) is None:
-                _put(new, folder, aside)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    found = read_record(folder)
-    assert found is not None
-    return found
-
-
-def _put(new: Path, folder: Path, aside: Path) -> None:
-    """Rename a whole record to its place; what is there is no record, and goes."""
-    try:
-        if folder.exists():
-            folder.rename(aside / "unfinished")
-        new.rename(folder)
-    except OSError:
-        if read_record(folder) is None:  # else another process was faster
-            raise
+    with atomic_folder(folder, replace=lambda: read_record(folder) is None) as new:
+        hashes = {}
+        for name, write in writers.items():
+            write(new / name)
+            hashes[name] = file_sha256(new / name)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        status = {"status": "complete", **info, "files": hashes, "finished": now, "versions": versions()}
+        write_sealed(new / COMPLETION, status)
+    record = read_record(folder)
+    assert record is not None
+    return record
 
 
 def read_record(folder: Path) -> Record | None:
@@ -199,58 +122,14 @@ def read_record(folder: Path) -> Record | None:
     return Record(folder, info)
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from making the same record meanwhile; waits while one does, so look again what is there.
-
-    The lock goes with its process: a killed one leaves none, and what it left half done is removed here. Where the file
-    system has no locks, work may be done twice; records are whole all the same.
-    """
-    path = folder.with_name(f".{folder.name}.lock")
-    with _disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock, held = _locked(path)
-    try:
-        for left in folder.parent.glob(f".{folder.name}.*.tmp") if held else ():
-            shutil.rmtree(left, ignore_errors=True)
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.close()
-
-
-def _locked(path: Path) -> tuple[IO[str], bool]:
-    """A file, locked, and whether that was possible."""
-    while True:
-        file = path.open("a")
-        try:
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting: another process makes {path.name[1:-5]} in {path.parent}", file=sys.stderr, flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            return file, False
-        try:
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file, True
-        except FileNotFoundError:
-            pass  # Whoever held it has removed it; others lock a new one.
-        file.close()
-
-
 @cache
 def versions() -> Mapping[str, str]:
     """Versions that a result depends on: steph, Python, the main packages. Read once, as it takes long."""
-    found = {"steph": __version__, "python": platform.python_version()}
+    packages = {"steph": __version__, "python": platform.python_version()}
     for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
+    return packages
 
 
 @cache

@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from steph import Refused
-from steph.files.records import atomic_path, file_sha256
+from steph.files.atomic import atomic_path
+from steph.files.records import file_sha256
 
 
 def read_csv(path: Path) -> pd.DataFrame:

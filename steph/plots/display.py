@@ -12,7 +12,7 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 
-from steph.files.records import atomic_path
+from steph.files.atomic import atomic_path
 from steph.plots.style import stamp
 from steph.training.device import precision_for
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from steph.files.records import Record, alone, code_fingerprint, fingerprint, read_record, write_record
+from steph.files.lock import exclusive
+from steph.files.records import Record, code_fingerprint, fingerprint, read_record, write_record
 from steph.study.runs import Workbench
 
 
@@ -24,7 +25,7 @@ def kept(bench: Workbench, name: str, decides: Any, compute: Callable[[], pd.Dat
     folder = bench.study.build / "analyses" / f"{name}-{key}"
     found = read_record(folder)
     if found is None:
-        with alone(folder):
+        with exclusive(folder):
             found = read_record(folder) or _make(folder, {"analysis": name, "key": key, "decides": decides}, compute)
     # Read back in any case: what is shown the first time is what is shown ever after.
     return pd.read_csv(found.file("table.csv"), float_precision="round_trip")

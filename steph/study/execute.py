@@ -28,8 +28,9 @@ from steph import Refused
 from steph.data.dataset import Dataset
 from steph.data.manifest import Study
 from steph.data.resident import fits
+from steph.files.lock import exclusive
 from steph.files.progress import track
-from steph.files.records import Record, alone, write_record
+from steph.files.records import Record, write_record
 from steph.methods.registry import method
 from steph.mil.state import save_state, state_of
 from steph.study.runs import Run, Workbench, plan, results, row_of, stages
@@ -229,7 +230,7 @@ def _execute_together(bench: Workbench, group: Sequence[Run], device: str) -> It
     want of memory perhaps, is tried alone when they are done. What another process carries out is waited for."""
     with ExitStack() as held:
         for folder in sorted(bench.folder(wanted) for wanted in group):  # in one order: nobody waits in a circle
-            held.enter_context(alone(folder))
+            held.enter_context(exclusive(folder))
         done = [wanted for wanted in group if bench.record(wanted) is not None]
         yield from done
         missing = [wanted for wanted in group if wanted not in done]

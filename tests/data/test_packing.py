@@ -288,7 +288,7 @@ def test_memory_is_bounded_by_the_block_not_by_the_slide(tmp_path, monkeypatch):
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 100, 100))
-    with pytest.raises(Refused, match=r"no space for .*S.h5: it takes 0.1 MB, .* 0.1 MB too little"):
+    with pytest.raises(Refused, match=r"no space for .*S.h5 .* are needed, .* kB too little"):
         packed(tmp_path)
     assert not list(tmp_path.glob("*S.h5*")) and not list(tmp_path.glob(".*"))
 
@@ -299,7 +299,7 @@ def test_a_disk_that_fills_up_meanwhile_is_refused_and_gone_on_with(tmp_path, mo
 
     with monkeypatch.context() as patched:
         patched.setattr(packing._Writer, "_write", full)
-        with pytest.raises(Refused, match="no space for"):
+        with pytest.raises(Refused, match=r"no space left in .* for S\.h5"):
             packed(tmp_path)
     assert not (tmp_path / "S.h5").exists()
     packed(tmp_path).verify()
@@ -317,7 +317,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_on_a_real_disk_that_fills_up_it_says_how_much_is_missing_and_goes_on(
+def test_on_a_real_disk_that_fills_up_it_says_so_then_how_much_is_missing_and_goes_on(
     tmp_path, small_disk, monkeypatch, read_now
 ):
     cohort = cohort_of(4)
@@ -336,11 +336,11 @@ def test_on_a_real_disk_that_fills_up_it_says_how_much_is_missing_and_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(packing, "blocks", filling)
-        with pytest.raises(Refused, match=r"S.h5: it takes 0.\d MB, .* 0.0 MB free, 0.\d MB too little"):
+        with pytest.raises(Refused, match=r"no space left in .* for S\.h5"):
             pack(small_disk / "S.h5", *arguments, progress=False)
     assert not (small_disk / "S.h5").exists(), "nothing is taken for a store that is none"
     read_now.clear()
-    with pytest.raises(Refused, match=r"0\.0 MB free"):
+    with pytest.raises(Refused, match=r"no space for .*S.h5 .* kB are needed, .* has 0 bytes free, .* kB too little"):
         pack(small_disk / "S.h5", *arguments, progress=False)
     assert not read_now, "it is said before anything is read again"
     (small_disk / "other").unlink()
@@ -352,11 +352,11 @@ def test_on_a_real_disk_that_fills_up_it_says_how_much_is_missing_and_goes_on(
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(Refused, match=r"cannot be written|no permission"):
+    with pytest.raises(Refused, match="no permission"):
         packed(tmp_path, name="locked/S.h5")
 
 
 def test_a_place_where_no_folder_can_be_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(Refused, match="cannot be written"):
+    with pytest.raises(Refused, match="cannot write"):
         packed(tmp_path, name="file/S.h5")

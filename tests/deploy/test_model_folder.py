@@ -16,7 +16,6 @@ from steph.deploy.model_folder import (
     build,
     fill,
     keep_sources,
-    new_folder,
     read_model,
     tensors_of,
     write_model,
@@ -200,35 +199,3 @@ def test_the_card_may_be_edited(tmp_path):
     folder = made_folder(tmp_path / "m")
     (folder / "README.md").write_text("approved by nobody")
     read_model(folder)
-
-
-# ------------------------------------------------------------------------------------------------ whole or not at all
-
-
-def test_a_folder_is_whole_or_not_there(tmp_path):
-    out = tmp_path / "a" / "m"
-    with pytest.raises(ZeroDivisionError), new_folder(out) as folder:
-        (folder / "half").write_text("")
-        raise ZeroDivisionError
-    assert not list(out.parent.iterdir())
-    with new_folder(out) as folder:
-        (folder / "whole").write_text("x")
-        assert not out.exists()
-    assert [f.name for f in out.parent.iterdir()] == ["m"] and (out / "whole").read_text() == "x"
-
-
-def test_nothing_is_overwritten(tmp_path):
-    for taken in ("file", "folder", "link"):
-        (tmp_path / "folder").mkdir(exist_ok=True)
-        (tmp_path / "file").write_text("mine")
-        if not (tmp_path / "link").is_symlink():
-            (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-        with pytest.raises(Refused, match=r"is there already and is left as it is"), new_folder(tmp_path / taken):
-            raise AssertionError
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(Refused, match="cannot be written"), new_folder(tmp_path / "file" / "m"):
-        raise AssertionError

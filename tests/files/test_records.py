@@ -1,4 +1,3 @@
-import errno
 import json
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import pytest
 
 from steph import Refused
 from steph.files import records
-from steph.files.records import alone, atomic_path, code_fingerprint, fingerprint, read_record, write_json, write_record
+from steph.files.records import code_fingerprint, fingerprint, read_record, write_json, write_record
 
 
 def writer(text):
@@ -18,17 +17,6 @@ def writer(text):
 def test_fingerprint_depends_on_values_not_on_order():
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
-
-
-def test_a_failed_write_leaves_what_was_there(tmp_path):
-    path = tmp_path / "deep" / "a.txt"
-    with atomic_path(path) as temporary:
-        temporary.write_text("old")
-    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old"
-    assert [found.name for found in path.parent.iterdir()] == ["a.txt"]
 
 
 def test_a_record_is_there_only_with_its_completion(tmp_path):
@@ -64,15 +52,6 @@ def test_a_damaged_completion_is_named(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(Refused, match=r"run\.json cannot be read"):
         read_record(tmp_path)
-
-
-def test_no_permission_is_said(tmp_path, monkeypatch):
-    def refuse(*_args, **_kwargs):
-        raise PermissionError("read-only")
-
-    monkeypatch.setattr(records.Path, "mkdir", refuse)
-    with pytest.raises(Refused, match="no permission to write"):
-        write_json(tmp_path / "x" / "a.json", {})
 
 
 def test_killed_while_writing_leaves_nothing_that_counts(tmp_path):
@@ -130,33 +109,6 @@ def test_a_digit_that_changed_in_a_completion_is_noticed(tmp_path):
         read_record(folder)
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), "no space left in {folder} for r"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), "no space left in {folder} for r"),
-        (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left in {folder} for r"),
-        (OSError(errno.EROFS, "Read-only file system"), "cannot write {folder}/r: .*Read-only"),
-    ],
-)
-def test_what_the_disk_refuses_is_a_sentence_and_leaves_nothing(tmp_path, error, said):
-    def fails(path):
-        path.write_text("half")
-        raise error
-
-    with pytest.raises(Refused, match=said.format(folder=tmp_path)):
-        write_record(tmp_path / "r", {"a": writer("x"), "b": fails}, {})
-    with pytest.raises(Refused, match=said.format(folder=tmp_path)), atomic_path(tmp_path / "r") as temporary:
-        fails(temporary)
-    assert list(tmp_path.iterdir()) == []
-    assert write_record(tmp_path / "r", {"a": writer("x")}, {}).file("a").read_text() == "x"
-
-
-def test_other_errors_of_what_is_written_stay_themselves(tmp_path):
-    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a"):
-        (tmp_path / "input").read_text()
-
-
 def test_of_two_records_at_once_the_first_counts_whole(tmp_path):
     """The second is begun before the first is there, and both write the same names."""
 
@@ -167,41 +119,3 @@ def test_of_two_records_at_once_the_first_counts_whole(tmp_path):
     found = write_record(tmp_path / "r", {"a": writer("second"), "b": slow}, {"by": "second"})
     assert found.info["by"] == "first" and found.file("a").read_text() == found.file("b").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
-
-
-ALONE = """
-    import sys, time
-    from pathlib import Path
-    from steph.files.records import alone, read_record, write_record
-    folder = Path(sys.argv[1])
-    with alone(folder):
-        if read_record(folder) is None:
-            print("made")
-            time.sleep(0.5)
-            write_record(folder, {}, {})
-    if len(sys.argv) > 2:
-        alone(folder).__enter__()
-        print("held", flush=True)
-        time.sleep(60)
-"""
-
-
-def started(*arguments):
-    command = [sys.executable, "-c", textwrap.dedent(ALONE), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-
-def test_only_one_of_several_processes_makes_a_record(tmp_path):
-    said = [process.communicate()[0] for process in [started(tmp_path / "r") for _ in range(4)]]
-    assert sorted(said) == ["", "", "", "made\n"]
-    assert [path.name for path in tmp_path.iterdir()] == ["r"]
-
-
-def test_a_killed_process_keeps_nobody_off_and_its_halves_are_removed(tmp_path):
-    process = started(tmp_path / "r", "hold")
-    assert [process.stdout.readline() for _ in range(2)] == ["made\n", "held\n"]
-    process.kill()
-    process.communicate()
-    (tmp_path / ".r.12345678.tmp" / "r").mkdir(parents=True)
-    with alone(tmp_path / "r"):
-        assert {path.name for path in tmp_path.iterdir()} == {"r", ".r.lock"}
