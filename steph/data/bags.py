@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -115,6 +114,11 @@ def as_batch(bags: Sequence[Tensor] | RaggedBatch) -> RaggedBatch:
     return bags if isinstance(bags, RaggedBatch) else RaggedBatch.from_bags(bags)
 
 
+PART = {"cpu": 8_192, "cuda": 2_000_000}
+"""Patches of an update's bags that go through a model together, by kind of device; a larger bag goes alone. Their
+activations are gone when the next come."""
+
+
 def parts(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
     """Bags of these sizes as runs of neighbours, (first, last + 1), of at most so many patches; a larger bag is one."""
     found, start, patches = [], 0, 0
@@ -124,21 +128,6 @@ def parts(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
             start, patches = i, 0
         patches += size
     return [*found, (start, len(sizes))]
-
-
-def takes_half(encode: Callable[[Any, RaggedBatch], Tensor]) -> Callable[..., Tensor]:
-    """A network's `encode` that is given a `RaggedBatch` in any case, and whose layers in float32 also take patches in
-    half precision; bag features are in float32 then."""
-
-    @wraps(encode)
-    def wrapped(self: Any, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
-        batch = as_batch(bags)
-        if not batch.half:
-            return encode(self, batch)
-        with torch.autocast(batch.features.device.type, torch.bfloat16):
-            return encode(self, batch).float()
-
-    return wrapped
 
 
 def sample_each(batch: RaggedBatch, max_patches: int, seed: int) -> RaggedBatch:

@@ -4,12 +4,14 @@ from steph.merging.average import model_average
 from steph.merging.iso import iso_c, iso_cts
 from steph.merging.merged_encoder import MergedEncoder
 from steph.merging.pairs import PAIR_MERGES, merge_pairs
+from steph.merging.steph import STEPH
 from steph.merging.surgery import Surgery
 from steph.merging.task_vectors import apply_task_vector, task_vector
 from steph.merging.ties import ties
 
 __all__ = [
     "PAIR_MERGES",
+    "STEPH",
     "MergedEncoder",
     "Surgery",
     "apply_task_vector",

@@ -20,7 +20,8 @@ from torch.func import functional_call
 
 from steph.data.bags import RaggedBatch, as_batch
 from steph.merging.task_vectors import Layout, State
-from steph.mil.gated_attention import kept_of, watched
+from steph.mil.base import MIL, Bags
+from steph.mil.gated_attention import to_save
 
 PADDING, SMALL, LARGE = 1.25, 768, 1024
 """Bags are padded to a common length while that makes at most this many times the work, or at most so many patches in
@@ -69,34 +70,31 @@ def _with_base(coefficients: Tensor) -> Tensor:
 class MergedEncoder(Merged):
     """The encoder of `network` under merged weights. `without` is the prefix of parameters left out."""
 
-    def __init__(self, network: nn.Module, base: State, vectors: Sequence[State], without: str = "head.") -> None:
+    def __init__(self, network: MIL, base: State, vectors: Sequence[State], without: str = "head.") -> None:
         super().__init__(Layout.of(base, without), base, vectors)
         self.network = network.requires_grad_(False)
         self.calls = 0
         self._workspace: dict[str, Weights] = {}
         self._fixed: tuple[Tensor, Weights] | None = None
 
-    def forward(self, coefficients: Tensor, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+    def forward(self, coefficients: Tensor, bags: Bags) -> Tensor:
         """Bag features (B, H), bag i under the weights base + coefficients[i] @ vectors. One row of coefficients,
         (1, m), is for all bags: they go through one merged encoder."""
         batch = as_batch(bags)
         if len(coefficients) == 1 < len(batch):
             fixed = self.fixed(self.stack.dtype)
             merged = _Merge.apply(coefficients, fixed)
-            own = {f"network.{name}": value for name, value in zip(fixed.of, merged, strict=True)}
-            return functional_call(_Encoder(self.network), own, (batch,), tie_weights=False)
-        if hasattr(self.network, "encode_each"):
+            weights = {f"network.{name}": value for name, value in zip(fixed.of, merged, strict=True)}
+            return functional_call(_Encoder(self.network), weights, (batch,), tie_weights=False)
+        if self.network.encodes_each:
             return _MergeAndEncode.apply(coefficients, self, batch)
-        small = max(batch.sizes) * len(batch) <= SMALL and not batch.half and not watched()
-        if small and hasattr(self.network, "encode_under"):
-            return self.network.encode_under(self.weights(coefficients), batch)  # type: ignore[operator]
         encoder = _Encoder(self.network)
         rows = {f"network.{name}": value.unbind() for name, value in self.weights(coefficients).items()}
-        each = ({name: row[i] for name, row in rows.items()} for i in range(len(batch)))
-        found = []
-        for i, own in enumerate(each):
-            found.append(functional_call(encoder, own, (batch.alone(i),), tie_weights=False))
-        return torch.cat(found)
+        features = []
+        for i in range(len(batch)):
+            weights = {name: row[i] for name, row in rows.items()}
+            features.append(functional_call(encoder, weights, (batch.alone(i),), tie_weights=False))
+        return torch.cat(features)
 
     def workspace(self, name: str, n: int, dtype: torch.dtype) -> Weights:
         """Uninitialised parameters of n models in memory kept between calls: a fresh one costs more than the product
@@ -146,12 +144,12 @@ class Weights:
 class _Encoder(nn.Module):
     """A network's `encode` as a module's forward, so that it can be called under other parameters."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: MIL) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, bags: RaggedBatch) -> Tensor:
-        return self.network.encode(bags)  # type: ignore[operator]
+        return self.network.encode(bags)
 
 
 class _Merge(torch.autograd.Function):
@@ -184,13 +182,14 @@ class _MergeAndEncode(torch.autograd.Function):
         weights = merged.workspace("weights", n, dtype)
         for fixed, own in zip(merged.fixed(dtype).matrices, weights.matrices, strict=True):
             torch.mm(given, fixed, out=own)
-        kept = kept_of(len(batch.features), device) if ctx.needs_input_grad[0] else "nothing"
+        policy = merged.network.save_policy
+        save = to_save(len(batch.features), device, policy) if ctx.needs_input_grad[0] else "nothing"
         features, saved = [], []
         for start, stop in groups:
             bags = _padded(batch, order[start:stop])
-            found, rest = merged.network.encode_each(weights.between(start, stop), *bags, kept)  # type: ignore[operator]
-            features.append(found)
-            saved.append(rest)
+            encoded, for_backward = merged.network.encode_each(weights.between(start, stop), *bags, save)
+            features.append(encoded)
+            saved.append(for_backward)
         merged.calls += 1
         ctx.merged, ctx.index, ctx.groups, ctx.dtype = merged, index, groups, dtype
         ctx.saved, ctx.call = saved, merged.calls

@@ -9,7 +9,7 @@ from torch import Tensor
 from steph.merging.iso import iso_c, iso_cts
 from steph.merging.task_vectors import State, apply_task_vector, task_vector
 from steph.merging.ties import ties
-from steph.mil.state import ModelState
+from steph.mil.state import ModelState, origin_of
 
 PairMerge = Callable[[State, State], dict[str, Tensor]]
 PAIR_MERGES: dict[str, PairMerge] = {"ties": ties, "iso_c": iso_c, "iso_cts": iso_cts}
@@ -29,7 +29,7 @@ def merge_pairs(
     return {
         name: ModelState(
             {**state, **apply_task_vector(null, merge(target, _encoder_vector(state, null_state, null)))},
-            getattr(null_state, "origin", None),
+            origin_of(null_state),
         )
         for name, state in source_states.items()
     }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steph.files.records import fingerprint
 from steph.merging.task_vectors import State, apply_task_vector, task_vector
-from steph.mil.state import ModelState
+from steph.mil.state import ModelState, origin_of
 
 
 def random_sources(null_state: State, source_states: Mapping[str, State], seed: int) -> dict[str, ModelState]:
@@ -19,7 +19,7 @@ def random_sources(null_state: State, source_states: Mapping[str, State], seed: 
     What a source learnt is gone, how far it moved each parameter is kept. The noise is drawn from `seed`, the source's
     name and the parameter's: the same in every fold, whatever other sources there are and in whatever order.
     """
-    origin = getattr(null_state, "origin", None)
+    origin = origin_of(null_state)
     return {
         name: ModelState(apply_task_vector(null_state, _noise(task_vector(state, null_state), name, seed)), origin)
         for name, state in source_states.items()

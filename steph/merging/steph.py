@@ -12,8 +12,9 @@ paper's numbers, and an option gives the paper's reading.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ from steph.data.bags import RaggedBatch, as_batch, sample_each
 from steph.merging.merged_encoder import Merged, MergedEncoder
 from steph.merging.task_vectors import Layout, State, task_vector
 from steph.mil.abmil import ABMIL
+from steph.mil.base import MIL, BagEncoder, Bags, ForwardPass, Model
 from steph.mil.mean_mil import mean_of_embedded
+from steph.mil.state import load_into
 
 RELEASED_NAMES = {
     "regulate_layer_emb.0": "hyper.embed",
@@ -37,7 +40,16 @@ RELEASED_NAMES = {
 """Layers of the release's STEPH, and ours."""
 
 
-class STEPH(nn.Module):
+class Mixtures(NamedTuple):
+    """What is merged for each of B bags: w (B, m) and lambda (B, m) of the sources, in the order of
+    `STEPH.source_names`, and which of them are selected, (B, K), by falling w."""
+
+    w: Tensor
+    lam: Tensor
+    selected: Tensor
+
+
+class STEPH(BagEncoder):
     """A target cancer's model, merged anew for each bag from its own and other cancers' models.
 
     null_state, target_state, source_states: parameters of M_0, M_t and the M_s by name, all of one network.
@@ -69,7 +81,7 @@ class STEPH(nn.Module):
         dropout: float = 0.25,
         beta: float = 0.05,
         gamma: float = 0.005,
-        network: nn.Module | None = None,
+        network: MIL | None = None,
         sample_patches: int | None = None,
         sample_seed: int = 0,
         hyper_head: Literal["mlp", "linear"] = "mlp",
@@ -104,27 +116,39 @@ class STEPH(nn.Module):
         )
         self.weight_vector = nn.Parameter(torch.full((m,), 1 / m)) if weight == "parameter" else None
         self.ratio_vector = nn.Parameter(torch.zeros(m)) if mix == "parameter" else None
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self.hyper_head = hyper_head
+        self.monitored = [f"{number}_{name}" for number in ("w", "lambda") for name in self.source_names]
 
-    def forward(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
-        """Logits of the hazards (B, T) of B bags of patches (N_i, D), each bag under its own merged model."""
-        coefficients, features = self._merge_and_encode(as_batch(bags))
+    def forward_pass(self, bags: Bags | None, frozen: Tensor | None = None) -> ForwardPass:
+        """Each bag goes through its own merged model. Monitored are the means of w and lambda over the bags, (2 m,)."""
+        assert bags is not None
+        batch = as_batch(bags)
+        mixtures = self.batch_coefficients(batch)
+        coefficients, features = self._merge_and_encode(batch, mixtures)
         if self.merged_head is None:
-            return self.head(features)
-        return self.merged_head(coefficients.expand(len(features), -1), features)
+            logits = self.head(features)
+        else:
+            logits = self.merged_head(coefficients.expand(len(features), -1), features)
+        monitored = torch.cat([mixtures.w.detach().mean(0), mixtures.lam.detach().mean(0)])
+        return ForwardPass(logits, self.auxiliary_loss(mixtures), monitored)
 
-    def encode(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+    def encode(self, bags: Bags) -> Tensor:
         """Bag features (B, H), each bag's under its own merged encoder."""
-        return self._merge_and_encode(as_batch(bags))[1]
+        batch = as_batch(bags)
+        return self._merge_and_encode(batch, self.batch_coefficients(batch))[1]
 
-    def _merge_and_encode(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
-        w, lam, selected = self._last = self.batch_coefficients(batch)
-        rows = len(batch) if self.hyper.embed is not None else 1  # without hypernetworks all bags have the same
-        coefficients = mixture_coefficients(w[:rows], lam[:rows], selected[:rows])
+    def _merge_and_encode(self, batch: RaggedBatch, mixtures: Mixtures) -> tuple[Tensor, Tensor]:
+        rows = 1 if self.same_for_all_bags else len(batch)
+        coefficients = mixture_coefficients(*(values[:rows] for values in mixtures))
         return coefficients, self.encoder(coefficients, batch)
 
-    def batch_coefficients(self, bags: Sequence[Tensor] | RaggedBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """w (B, m), lambda (B, m) and the kept sources (B, K), by falling w, of B bags."""
+    @property
+    def same_for_all_bags(self) -> bool:
+        """Whether all bags have the same weights, as there is no hypernetwork."""
+        return self.hyper.embed is None
+
+    def batch_coefficients(self, bags: Bags) -> Mixtures:
+        """What is merged for each of B bags."""
         batch = as_batch(bags)
         read = batch if self.sample_patches is None else sample_each(batch, self.sample_patches, self.sample_seed)
         w_logits, z = self.hyper(read)
@@ -141,16 +165,17 @@ class STEPH(nn.Module):
             lam = torch.full_like(w, float(self.mix))
         # A stable order gives ties (often several w are 0) to the first source, on every device.
         selected = w.argsort(dim=1, descending=True, stable=True)[:, : self.top_k or w.shape[1]]
-        return w, lam, selected
+        return Mixtures(w, lam, selected)
 
-    def coefficients(self, bag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """w (m,), lambda (m,) and the kept sources (K,) of one bag (N, D); in the order of `source_names`."""
-        w, lam, selected = self.batch_coefficients([bag])
-        return w[0], lam[0], selected[0]
+    def coefficients(self, bag: Tensor) -> Mixtures:
+        """w (m,), lambda (m,) and the selected sources (K,) of one bag (N, D)."""
+        return Mixtures(*(values[0] for values in self.batch_coefficients([bag])))
 
     def merged_state(self, bag: Tensor) -> dict[str, Tensor]:
         """The parameters of the network that this bag (N, D) is seen through."""
-        coefficients = mixture_coefficients(*self.batch_coefficients([bag]))[0]
+        return self._state(mixture_coefficients(*self.batch_coefficients([bag]))[0])
+
+    def _state(self, coefficients: Tensor) -> dict[str, Tensor]:
         if self.merged_head is None:
             head: dict[str, Tensor] = {f"head.{k}": v for k, v in self.head.named_parameters()}
         else:
@@ -158,34 +183,100 @@ class STEPH(nn.Module):
         return {**self.encoder.state(coefficients), **head}
 
     def auxiliary_loss(
-        self, beta: float | None = None, gamma: float | None = None, balance_term: bool | None = None
+        self,
+        mixtures: Mixtures,
+        beta: float | None = None,
+        gamma: float | None = None,
+        balance_term: bool | None = None,
     ) -> Tensor:
-        """beta L_mix + gamma L_agg (Eq. 7) of the last forward pass, the mean over its bags.
+        """beta L_mix + gamma L_agg (Eq. 7), the mean over the bags that are merged so.
 
-        With the balance term (the release), the mean of the kept w is added to L_agg; it exists only with a K.
+        With the balance term (the release), the mean of the selected w is added to L_agg; it exists only with a K.
         """
-        if self._last is None:
-            raise Refused("auxiliary_loss() needs a forward pass first.")
-        w, lam, selected = self._last
+        w, lam, selected = mixtures
         beta, gamma = self.beta if beta is None else beta, self.gamma if gamma is None else gamma
         if not beta and not gamma:
             return w.new_zeros(())
-        kept, k = _kept(w, selected), selected.shape[1]
-        loss = (lam * kept).square().sum() * (beta / k) + torch.logsumexp(w, dim=1).square().sum() * gamma
+        is_selected, k = selection_mask(w, selected), selected.shape[1]
+        loss = (lam * is_selected).square().sum() * (beta / k) + torch.logsumexp(w, dim=1).square().sum() * gamma
         if (self.balance_term if balance_term is None else balance_term) and self.top_k is not None:
-            loss = loss + (w * kept).sum() * (gamma / k)
+            loss = loss + (w * is_selected).sum() * (gamma / k)
         return loss / len(w)
 
-    @property
-    def monitored(self) -> list[str]:
-        """What `monitor` gives, by name: `w_NAME` and `lambda_NAME` of each source."""
-        return [f"{what}_{name}" for what in ("w", "lambda") for name in self.source_names]
+    # What the library asks of every model (`steph.mil.base.Model`).
 
-    def monitor(self) -> Tensor:
-        """Mean w and lambda of each source over the bags of the last forward pass, (2 m,), see `monitored`."""
-        if self._last is None:
-            raise Refused("monitor() needs a forward pass first.")
-        return torch.cat([x.detach().mean(0) for x in self._last[:2]])
+    @property
+    def networks_per_bag(self) -> int:
+        return 2
+
+    @property
+    def merging(self) -> STEPH:
+        return self
+
+    def pooling_network(self, batch: RaggedBatch) -> MIL | None:
+        if not self.encoder.network.pools_by_attention:
+            return None
+        return self._network(mixture_coefficients(*self.batch_coefficients(batch))[0])
+
+    def deployed(self) -> Model:
+        if not self.same_for_all_bags:
+            return self
+        any_bag = RaggedBatch(self.encoder.stack.new_zeros(1, 1), (0, 1))
+        return self._network(mixture_coefficients(*self.batch_coefficients(any_bag))[0])
+
+    def _network(self, coefficients: Tensor) -> MIL:
+        """A network of its own under merged weights, for coefficients (1 + m,)."""
+        network = deepcopy(self.encoder.network)
+        load_into(network, self._state(coefficients))
+        return network
+
+    def architecture(self) -> dict[str, Any]:
+        options = {
+            "top_k": self.top_k,
+            "mix": self.mix,
+            "weight": self.weight,
+            "dim_hidden": self.hyper.embed.out_features if self.hyper.embed is not None else 1,
+            "hyper_head": self.hyper_head,
+            "bounded_lambda": self.bounded_lambda,
+            "clamp_weights": self.clamp_weights,
+            "merge_head": self.merged_head is not None,
+            "sample_patches": self.sample_patches,
+            "sample_seed": self.sample_seed,
+        }
+        return {
+            "kind": self.kind,
+            "network": self.encoder.network.architecture(),
+            "sources": self.source_names,
+            "order": list(self.encoder.layout.shapes),  # in memory too: libraries round by where a number lies
+            "options": options,
+        }
+
+    @classmethod
+    def rebuild(cls, architecture: Mapping[str, Any], part: Callable[[Mapping[str, Any]], Any]) -> STEPH:
+        network = part(architecture["network"])
+        parameters = dict(network.named_parameters())
+        names = dict.fromkeys([*architecture["order"], *parameters])
+        empty = {name: torch.zeros_like(parameters[name]) for name in names}
+        sources = dict.fromkeys(architecture["sources"], empty)
+        return cls(empty, empty, sources, network=network, **architecture["options"])
+
+
+def keep_sources(
+    architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], sources: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Architecture and tensors (as a model folder holds them) of a STEPH with only some of its sources."""
+    names, options = list(architecture["sources"]), architecture["options"]
+    rows = torch.tensor([names.index(name) for name in sources])
+    last = "" if options["hyper_head"] == "linear" else ".3"
+    by_source = {f"hyper.{head}{last}.{kind}" for head in ("weight_head", "mix_head") for kind in ("weight", "bias")}
+    by_source |= {"weight_vector", "ratio_vector"}
+    fewer = {}
+    for name, value in tensors.items():
+        if name.startswith(("encoder.vectors.", "merged_head.vectors.")):
+            value = value[torch.cat([torch.zeros(1, dtype=torch.int64), rows + 1])]  # the target's comes first
+        fewer[name] = value[rows] if name in by_source else value
+    top_k = options["top_k"] and min(options["top_k"], len(sources))
+    return {**architecture, "sources": list(sources), "options": {**options, "top_k": top_k}}, fewer
 
 
 class Hypernetwork(nn.Module):
@@ -232,13 +323,13 @@ class MergedHead(Merged):
 
 def mixture_coefficients(w: Tensor, lam: Tensor, selected: Tensor) -> Tensor:
     """Coefficients (B, 1 + m) of tau_t and of each tau_s in sum_j w_j [lambda_j tau_t + (1 - lambda_j) tau_sj]."""
-    kept = w * _kept(w, selected)
-    of_target = kept * lam
-    return torch.cat([of_target.sum(1, keepdim=True), kept - of_target], dim=1)
+    w = w * selection_mask(w, selected)
+    of_target = w * lam
+    return torch.cat([of_target.sum(1, keepdim=True), w - of_target], dim=1)
 
 
-def _kept(w: Tensor, selected: Tensor) -> Tensor:
-    """(B, m): 1 where a source is kept, 0 elsewhere."""
+def selection_mask(w: Tensor, selected: Tensor) -> Tensor:
+    """(B, m): 1 where a source is selected, 0 elsewhere."""
     return torch.zeros_like(w, requires_grad=False).scatter_(1, selected, 1.0)
 
 
@@ -268,10 +359,9 @@ def _abmil_of(state: State, dropout: float) -> ABMIL:
     return ABMIL(dim_in, dim_emb, n_attn, n_bins, dropout).to(state["embed.weight"].dtype)
 
 
-def _head(network: nn.Module, target_state: State | None) -> nn.Linear:
+def _head(network: MIL, target_state: State | None) -> nn.Linear:
     """A new prediction head like the network's, or the target's, frozen."""
     old = network.head
-    assert isinstance(old, nn.Linear)
     head = nn.Linear(old.in_features, old.out_features).to(old.weight.dtype)
     if target_state is not None:
         head.load_state_dict({"weight": target_state["head.weight"], "bias": target_state["head.bias"]})
@@ -279,6 +369,6 @@ def _head(network: nn.Module, target_state: State | None) -> nn.Linear:
     return head
 
 
-def _dim_in(network: nn.Module) -> int:
+def _dim_in(network: MIL) -> int:
     first = next(module for module in network.modules() if isinstance(module, nn.Linear))
     return first.in_features

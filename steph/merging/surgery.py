@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from steph import Refused
 from steph.data.bags import RaggedBatch
-from steph.mil.frozen import Frozen
+from steph.mil.base import MIL, BagEncoder, Bags, ForwardPass, Frozen, Model
 
 
 class Adapter(nn.Module):
@@ -27,7 +27,7 @@ class Adapter(nn.Module):
         return features - self.up(F.relu(self.down(features)))
 
 
-class Surgery(nn.Module):
+class Surgery(Model):
     """A merged model, trained and now frozen, with an adapter on its bag features.
 
     The adapter alone is trained, by the mean absolute difference from the features of the target's own model: labels
@@ -40,38 +40,58 @@ class Surgery(nn.Module):
     """
 
     supervised = False
+    has_frozen_features = True
     reads_patches = False
 
     def __init__(
-        self, merged: nn.Module, target: nn.Module, rank: int = 16, head: Literal["merged", "target"] = "merged"
+        self, merged: BagEncoder, target: BagEncoder, rank: int = 16, head: Literal["merged", "target"] = "merged"
     ) -> None:
         super().__init__()
         if head not in ("merged", "target"):
             raise Refused(f"head = {head!r}; expected 'merged' or 'target'.")
         self.merged, self.target = Frozen(merged), Frozen(target)
-        self.head_of = head
+        self.head_of: Literal["merged", "target"] = head
         weight = self.target.head.weight
         self.adapter = Adapter(weight.shape[1], rank).to(weight.dtype)
-        self._last: tuple[Tensor, Tensor] | None = None
 
-    def frozen(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+    def frozen_features(self, bags: Bags) -> Tensor:
         """Bag features of the merged and of the target's own model, (B, 2, H)."""
         return torch.stack([self.merged.encode(bags), self.target.encode(bags)], dim=1)
 
-    def forward(self, bags: Sequence[Tensor] | RaggedBatch | None, frozen: Tensor | None = None) -> Tensor:
-        """Logits of the hazards (B, T). With `frozen`, bags are not looked at; without, the target's own model is not
-        asked, and there is no loss."""
+    def forward_pass(self, bags: Bags | None, frozen: Tensor | None = None) -> ForwardPass:
+        """The auxiliary loss is the mean absolute difference of the adapted features from the target model's. Without
+        `frozen` the target's own model is not asked, and there is no loss."""
+        head = self.merged.head if self.head_of == "merged" else self.target.head
         if frozen is None:
             assert bags is not None
-            features, wanted = self.merged.encode(bags), None
-        else:
-            features, wanted = frozen.unbind(1)
+            return ForwardPass(head(self.adapter(self.merged.encode(bags))))
+        features, target = frozen.unbind(1)
         adapted = self.adapter(features)
-        self._last = None if wanted is None else (adapted, wanted)
-        return (self.merged if self.head_of == "merged" else self.target).head(adapted)
+        return ForwardPass(head(adapted), F.l1_loss(adapted, target))
 
-    def auxiliary_loss(self) -> Tensor:
-        """Mean absolute difference of the last forward pass' adapted features from the target model's."""
-        if self._last is None:
-            raise Refused("auxiliary_loss() needs a forward pass with the `frozen` features of the bags first.")
-        return F.l1_loss(*self._last)
+    @property
+    def networks_per_bag(self) -> int:
+        return self.merged.network.networks_per_bag
+
+    @property
+    def merging(self) -> Model | None:
+        return self.merged.network.merging
+
+    def pooling_network(self, batch: RaggedBatch) -> MIL | None:
+        return self.merged.network.pooling_network(batch)
+
+    def deployed(self) -> Surgery:
+        merged = self.merged.network.deployed()
+        assert isinstance(merged, BagEncoder)
+        model = Surgery(merged, self.target.network, self.adapter.down.out_features, self.head_of)
+        model.adapter = self.adapter
+        return model
+
+    def architecture(self) -> dict[str, Any]:
+        options = {"rank": self.adapter.down.out_features, "head": self.head_of}
+        merged, target = self.merged.network.architecture(), self.target.network.architecture()
+        return {"kind": self.kind, "merged": merged, "target": target, "options": options}
+
+    @classmethod
+    def rebuild(cls, architecture: Mapping[str, Any], part: Callable[[Mapping[str, Any]], Any]) -> Surgery:
+        return cls(part(architecture["merged"]), part(architecture["target"]), **architecture["options"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steph import Refused
-from steph.mil.state import ModelState, state_fingerprint
+from steph.mil.state import ModelState, origin_of, state_fingerprint
 
 State = Mapping[str, Tensor]
 
@@ -23,8 +23,8 @@ def task_vector(state: State, null_state: State) -> dict[str, Tensor]:
     trained from another M_0: their difference would be no task vector.
     """
     check_same_network(state, null_state)
-    origin = getattr(state, "origin", None)
-    if origin is not None and getattr(null_state, "origin", None) is not None:
+    origin = origin_of(state)
+    if origin is not None and origin_of(null_state) is not None:
         expected = state_fingerprint(null_state)
         if origin != expected:
             raise Refused(

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steph.data.bags import RaggedBatch, as_batch
+from steph.mil.base import MIL, Bags, one_bag
 from steph.mil.gated_attention import (
-    Kept,
+    Save,
     Saved,
     attend,
     attend_backward,
     attend_with_gradient,
-    kept_mask,
+    dropout_mask,
+    layers_called_one_by_one,
     relu_backward,
     sigmoid_backward,
     tanh_backward,
-    watched,
 )
 
 RELEASED_NAMES = {
@@ -34,12 +35,14 @@ FEW = 1024
 """Patches of a batch up to which autograd is faster than `steph.mil.gated_attention`, being called less often."""
 
 
-class ABMIL(nn.Module):
+class ABMIL(MIL):
     """Embedding (linear, ReLU), gated attention, weighted mean of the embedded patches, linear prediction head.
 
     The only dropout sits on the two branches of the gate. Everything but `head` is the encoder: the part that the
     paper's release merges.
     """
+
+    encodes_each = True
 
     def __init__(
         self, dim_in: int = 1536, dim_emb: int = 512, dim_attn: int = 384, n_bins: int = 32, dropout: float = 0.25
@@ -52,41 +55,38 @@ class ABMIL(nn.Module):
         self.head = nn.Linear(dim_emb, n_bins)
         self.dropout = dropout
 
-    def forward(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
-        """Logits of the hazards (B, T) of B bags of patches (N_i, D)."""
-        return self.head(self.encode(bags))
-
-    def encode(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+    def encode(self, bags: Bags) -> Tensor:
         """Bag features (B, dim_emb)."""
         batch = as_batch(bags)
-        if not watched() and (batch.half or len(batch.features) > FEW):
-            return attend_with_gradient(dict(self.named_parameters()), batch, self.dropout if self.training else 0.0)
+        if not layers_called_one_by_one() and (batch.half or len(batch.features) > FEW):
+            dropout = self.dropout if self.training else 0.0
+            return attend_with_gradient(dict(self.named_parameters()), batch, dropout, self.save_policy)
         embedded = F.relu(self.embed(batch.features))  # (N, dim_emb)
         gated = torch.tanh(self.gate_tanh(embedded)) * torch.sigmoid(self.gate_sigmoid(embedded))
         scale = self._scale(gated)
         gated = gated if scale is None else gated * scale
         return batch.softmax(self.score(gated).squeeze(1)) @ embedded
 
-    def attention(self, bag: Tensor) -> Tensor:
+    def attention(self, bag: Tensor | RaggedBatch) -> Tensor:
         """Attention (N,) over the patches of one bag (N, D); it sums to 1."""
         dropout = self.dropout if self.training else 0.0
-        saved = attend(dict(self.named_parameters()), as_batch([bag]), dropout)[1]
+        saved = attend(dict(self.named_parameters()), one_bag(bag), dropout)[1]
         return torch.softmax(saved.scores, dim=0)
 
     # Each bag under encoder weights of its own: what a hypernetwork asks for. Written by hand, because autograd would
     # keep and copy a full set of weights for every bag; `tests/mil/test_abmil.py` holds it to autograd's gradient.
 
     def encode_each(
-        self, weights: Mapping[str, Tensor], bags: Tensor, absent: Tensor | None, kept: Kept = "everything"
+        self, weights: Mapping[str, Tensor], bags: Tensor, absent: Tensor | None, save: Save = "everything"
     ) -> tuple[Tensor, tuple | Saved]:
         """Bag features (G, dim_emb) of G padded bags (G, n, D), bag g under the weights ``weights[name][g]``.
 
         absent: (G, n) True where a bag has no patch and what stands there is anything finite; None for bags of one
-        size. Returns the features and what `encode_each_backward` needs; `kept` says what may be kept for it.
+        size. Returns the features and what `encode_each_backward` needs; `save` says how much may be saved for it.
         """
         if len(bags) == 1:
             own = {name: value[0] for name, value in weights.items()}
-            return attend(own, as_batch([bags[0]]), self.dropout if self.training else 0.0, kept)
+            return attend(own, as_batch([bags[0]]), self.dropout if self.training else 0.0, save)
         embedded = _linear(bags, weights, "embed").relu_()  # (G, n, dim_emb)
         tanh = _linear(embedded, weights, "gate_tanh").tanh_()  # (G, n, dim_attn)
         sigmoid = _linear(embedded, weights, "gate_sigmoid").sigmoid_()
@@ -100,7 +100,7 @@ class ABMIL(nn.Module):
         features = torch.bmm(attention.unsqueeze(1), embedded).squeeze(1)
         if features.dtype in (torch.bfloat16, torch.float16):
             features = features.float()
-        if kept == "nothing":
+        if save == "nothing":
             return features, ()
         return features, (weights, bags, embedded, tanh, sigmoid, scale, gated, attention)
 
@@ -127,12 +127,12 @@ class ABMIL(nn.Module):
         _linear_gradient(relu_backward(d_embedded, embedded), bags, out, "embed")
 
     def _scale(self, values: Tensor) -> Tensor | None:
-        """By what dropout on both branches, drawn at once, multiplies their product: it is kept where both factors are.
+        """By what dropout on both branches, drawn at once, multiplies their product: it is left where both factors are.
         None where nothing is dropped."""
         if not self.training or self.dropout == 0:
             return None
         keep = (1 - self.dropout) ** 2
-        return kept_mask(tuple(values.shape), keep, values.device).to(values.dtype).div_(keep)
+        return dropout_mask(tuple(values.shape), keep, values.device).to(values.dtype).div_(keep)
 
 
 def _linear(x: Tensor, weights: Mapping[str, Tensor], layer: str) -> Tensor:

@@ -26,42 +26,44 @@ NAMES = tuple(f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias
 
 CHUNKS = {"cpu": 2048, "cuda": 65_536}
 """Patches that go through all layers together, by kind of device: as many as its cache holds, or keep it busy."""
-Kept = Literal["nothing", "scores", "embedding", "everything"]
-KEPT = {"cpu": (65_536, 262_144), "cuda": (2_000_000, 8_000_000)}
-"""Patches of a batch up to which everything is kept for the way back, and up to which their embedding is, by kind of
-device. What is not kept is computed again: gates cost a tenth of a training step, embeddings a quarter."""
+Save = Literal["nothing", "scores", "embedding", "everything"]
+SavePolicy = tuple[int, int]
+"""Patches of a batch up to which everything is saved for the way back, and up to which their embedding is."""
+SAVE_UP_TO: dict[str, SavePolicy] = {"cpu": (65_536, 262_144), "cuda": (2_000_000, 8_000_000)}
+"""The policy by kind of device. What is not saved is computed again: gates cost a tenth of a training step, embeddings
+a quarter."""
 
 
-def kept_of(n_patches: int, device: torch.device) -> Kept:
-    """What is kept of a batch with a way back."""
-    everything, embedding = KEPT.get(device.type, KEPT["cpu"])
+def to_save(n_patches: int, device: torch.device, policy: SavePolicy | None = None) -> Save:
+    """What is saved of a batch that a gradient will come back to; policy: None takes the device's."""
+    everything, embedding = policy or SAVE_UP_TO.get(device.type, SAVE_UP_TO["cpu"])
     return "everything" if n_patches <= everything else "embedding" if n_patches <= embedding else "scores"
 
 
-_watched = False
+_one_by_one = False
 
 
 @contextmanager
 def layer_by_layer() -> Iterator[None]:
     """Inside, networks call their layers one by one instead of what is written by hand here: for tools that watch
     layers, such as counters of operations."""
-    global _watched
-    before, _watched = _watched, True
+    global _one_by_one
+    before, _one_by_one = _one_by_one, True
     try:
         yield
     finally:
-        _watched = before
+        _one_by_one = before
 
 
-def watched() -> bool:
-    """Whether layers are to be called one by one."""
-    return _watched
+def layers_called_one_by_one() -> bool:
+    """Whether this is inside `layer_by_layer`."""
+    return _one_by_one
 
 
 @dataclass
 class Saved:
     """What the way back needs. scores: (N,). normaliser: (B,) log of the sum of exp(scores) of each bag. mask: (N,
-    dim_attn), True where the gates' product was kept, None without dropout. embedded: (n, dim_emb) of each chunk, or
+    dim_attn), True where the gates' product was left, None without dropout. embedded: (n, dim_emb) of each chunk, or
     None; gates: tanh and sigmoid (n, dim_attn) of each, or None. What is None is computed again."""
 
     weights: Mapping[str, Tensor]
@@ -77,20 +79,20 @@ class Saved:
 
 @torch.no_grad()
 def attend(
-    weights: Mapping[str, Tensor], batch: RaggedBatch, dropout: float, kept: Kept = "nothing"
+    weights: Mapping[str, Tensor], batch: RaggedBatch, dropout: float, save: Save = "nothing"
 ) -> tuple[Tensor, Saved]:
     """Bag features (B, dim_emb) of B bags under one set of weights, and what `attend_backward` needs.
 
     dropout: probability that a gate's branch is dropped; 0 in evaluation. Both branches are drawn at once: a product
-    is kept where both of its factors are. kept: what is remembered for a way back, see `kept_of`.
+    is left where both of its factors are. save: what is saved for a way back, see `to_save`.
     """
     x, n = batch.features, len(batch.features)
     weights = {name: weights[name].to(x.dtype) for name in NAMES}
     dim_emb, dim_attn = len(weights["embed.weight"]), len(weights["gate_tanh.weight"])
-    embeddings: list[Tensor] | None = [] if kept in ("embedding", "everything") else None
-    gates: list[tuple[Tensor, Tensor]] | None = [] if kept == "everything" else None
+    embeddings: list[Tensor] | None = [] if save in ("embedding", "everything") else None
+    gates: list[tuple[Tensor, Tensor]] | None = [] if save == "everything" else None
     keep = (1 - dropout) ** 2
-    mask = kept_mask((n, dim_attn), keep, x.device) if dropout else None
+    mask = dropout_mask((n, dim_attn), keep, x.device) if dropout else None
     wide = torch.promote_types(x.dtype, torch.float32)  # sums over patches are never taken in half precision
     scores = x.new_empty(n, dtype=wide)
     total = x.new_zeros(len(batch), dim_emb, dtype=wide)
@@ -164,19 +166,21 @@ def relu_backward(grad: Tensor, y: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(grad, y, 0)
 
 
-def attend_with_gradient(parameters: Mapping[str, Tensor], batch: RaggedBatch, dropout: float) -> Tensor:
+def attend_with_gradient(
+    parameters: Mapping[str, Tensor], batch: RaggedBatch, dropout: float, policy: SavePolicy | None = None
+) -> Tensor:
     """`attend` under autograd: bag features (B, dim_emb) with a gradient for the parameters."""
     own = [parameters[name] for name in NAMES]
     if not (torch.is_grad_enabled() and any(p.requires_grad for p in own)):
         return attend(parameters, batch, dropout)[0]
-    return _Attend.apply(batch, dropout, *own)
+    return _Attend.apply(batch, dropout, policy, *own)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, batch: RaggedBatch, dropout: float, *parameters: Tensor) -> Tensor:
-        kept = kept_of(len(batch.features), batch.features.device)
-        features, ctx.saved = attend(dict(zip(NAMES, parameters, strict=True)), batch, dropout, kept)
+    def forward(ctx: Any, batch: RaggedBatch, dropout: float, policy: SavePolicy | None, *parameters: Tensor) -> Tensor:
+        save = to_save(len(batch.features), batch.features.device, policy)
+        features, ctx.saved = attend(dict(zip(NAMES, parameters, strict=True)), batch, dropout, save)
         ctx.dtype = parameters[0].dtype
         return features
 
@@ -186,10 +190,10 @@ class _Attend(torch.autograd.Function):
         out = {name: torch.empty_like(w, dtype=ctx.dtype) for name, w in ctx.saved.weights.items()}
         attend_backward(ctx.saved, grads[0], out)
         ctx.saved = None
-        return None, None, *(out[name] for name in NAMES)
+        return None, None, None, *(out[name] for name in NAMES)
 
 
-def kept_mask(shape: tuple[int, ...], keep: float, device: torch.device) -> Tensor:
+def dropout_mask(shape: tuple[int, ...], keep: float, device: torch.device) -> Tensor:
     """A random mask (bool), True with probability `keep` to within 1/65536. Four draws are made of each random 64-bit
     number: drawing one by one would take longer than the layers it masks."""
     size = 1

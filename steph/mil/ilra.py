@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steph import Refused
-from steph.data.bags import RaggedBatch, as_batch, takes_half
+from steph.data.bags import RaggedBatch
+from steph.mil.base import MIL, one_bag, takes_half
 from steph.mil.grouping import Padding
 
 HEADS = 8
 
 
-class ILRA(nn.Module):
+class ILRA(MIL):
     """Two low-rank blocks, each of which lets learned latent vectors attend to the patches and the patches to what the
     latents have gathered; then one learned query attends to all patches: the bag's feature.
 
@@ -36,18 +35,14 @@ class ILRA(nn.Module):
         self.pool = AttentionBlock(dim, dim, dim, gated=False)
         self.head = nn.Linear(dim, n_bins)
 
-    def forward(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
-        """Logits of the hazards (B, T) of B bags of patches (N_i, D)."""
-        return self.head(self.encode(bags))
-
     @takes_half
     def encode(self, batch: RaggedBatch) -> Tensor:
         """Bag features (B, dim)."""
         return self._pooled(batch)[0]
 
-    def attention(self, bag: Tensor) -> Tensor:
+    def attention(self, bag: Tensor | RaggedBatch) -> Tensor:
         """Attention (N,) of the pooling query over the patches of one bag (N, D), mean over the heads; sums to 1."""
-        return self._pooled(as_batch([bag]))[1][0]
+        return self._pooled(one_bag(bag))[1][0]
 
     def _pooled(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
         """Bag features (B, dim) and the attention that pooled them (B, n)."""

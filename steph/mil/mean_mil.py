@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,16 +10,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from steph.data.bags import RaggedBatch, as_batch
-from steph.mil.gated_attention import add_product, chunks, watched
+from steph.mil.base import MIL, Bags, one_bag
+from steph.mil.gated_attention import add_product, chunks, layers_called_one_by_one
 from steph.mil.products import linear
 
 
-class MeanMIL(nn.Module):
+class MeanMIL(MIL):
     """Embedding (linear, ReLU), plain mean, hidden layer (linear, ReLU, dropout), linear prediction head.
 
     This is STEPH's hypernetwork with hazards in place of mixing coefficients: what it predicts owes nothing to any
     other cancer's model.
     """
+
+    pools_by_attention = False
 
     def __init__(self, dim_in: int = 1536, dim_emb: int = 512, n_bins: int = 32, dropout: float = 0.25) -> None:
         super().__init__()
@@ -29,19 +31,16 @@ class MeanMIL(nn.Module):
         self.head = nn.Linear(dim_emb, n_bins)
         self.dropout = dropout
 
-    def forward(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
-        """Logits of the hazards (B, T) of B bags of patches (N_i, D)."""
-        return self.head(self.encode(bags))
-
-    def encode(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
+    def encode(self, bags: Bags) -> Tensor:
         """Bag features (B, dim_emb)."""
         batch = as_batch(bags)
         mean = mean_of_embedded(batch, self.embed)
         return F.dropout(F.relu(self.hidden(mean)), self.dropout, self.training)
 
-    def attention(self, bag: Tensor) -> Tensor:
+    def attention(self, bag: Tensor | RaggedBatch) -> Tensor:
         """Attention (N,) over the patches of one bag (N, D): all the same."""
-        return bag.new_full((len(bag),), 1 / len(bag))
+        patches = one_bag(bag).features
+        return patches.new_full((len(patches),), 1 / len(patches))
 
 
 def mean_of_embedded(batch: RaggedBatch, embed: nn.Linear) -> Tensor:
@@ -49,7 +48,7 @@ def mean_of_embedded(batch: RaggedBatch, embed: nn.Linear) -> Tensor:
 
     By hand, because of all that it computes for a patch the way back needs one bit per number: was it above 0?
     """
-    if watched():
+    if layers_called_one_by_one():
         return batch.mean(F.relu(embed(batch.features)))
     return _MeanOfEmbedded.apply(embed.weight, embed.bias, batch)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steph import Refused
-from steph.data.bags import RaggedBatch, as_batch, takes_half
-from steph.mil.grouping import Padding
+from steph.data.bags import RaggedBatch
+from steph.mil.base import MIL, one_bag, takes_half
 
 NEIGHBOURS = 8
 CACHED_PATCHES = 20_000_000
 """Slides' graphs are kept up to this many patches in all (32 bytes each): every epoch asks for the same ones."""
 
 
-class PatchGCN(nn.Module):
+class PatchGCN(MIL):
     """Embedding (linear, ReLU, dropout), a residual graph convolution over each patch's 8 nearest neighbours, its input
     and output side by side, a linear layer on both; then gated attention pooling.
 
@@ -50,10 +50,6 @@ class PatchGCN(nn.Module):
         self.score = nn.Linear(dim_attn, 1)
         self.head = nn.Linear(dim, n_bins)
 
-    def forward(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
-        """Logits of the hazards (B, T) of B bags of patches (N_i, D). Raises `Refused` for bags without coordinates."""
-        return self.head(self.encode(bags))
-
     @takes_half
     def encode(self, batch: RaggedBatch) -> Tensor:
         """Bag features (B, dim)."""
@@ -63,10 +59,7 @@ class PatchGCN(nn.Module):
     def attention(self, bag: Tensor | RaggedBatch) -> Tensor:
         """Attention (N,) of the pooling over the patches of one bag, a batch of one with its coordinates; it sums to
         1."""
-        batch = bag if isinstance(bag, RaggedBatch) else as_batch([bag])
-        if len(batch) != 1:
-            raise Refused(f"attention() takes one bag; this batch has {len(batch)}.")
-        return torch.softmax(self._embed_and_score(batch)[1], dim=0)
+        return torch.softmax(self._embed_and_score(one_bag(bag))[1], dim=0)
 
     def _embed_and_score(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
         edges = graph_of(batch).to(batch.features.device)
@@ -80,43 +73,6 @@ class PatchGCN(nn.Module):
     def _dropped(self, values: Tensor) -> Tensor:
         return F.dropout(values, self.dropout, self.training)
 
-    # Each bag under weights of its own, all bags together: what a hypernetwork asks for. One after the other, small
-    # bags cost calls and little else. It repeats the layers above; `tests/mil/test_patch_gcn.py` holds it to them.
-
-    def encode_under(self, weights: Mapping[str, Tensor], batch: RaggedBatch) -> Tensor:
-        """Bag features (B, dim), bag i under the weights ``weights[name][i]``, differentiable in them. Bags are padded
-        to one length."""
-
-        def layer(x: Tensor, name: str) -> Tensor:
-            y, bias = x @ weights[f"{name}.weight"].transpose(1, 2), weights.get(f"{name}.bias")
-            return y if bias is None else y + bias.unsqueeze(1)
-
-        def norm(x: Tensor, name: str) -> Tensor:
-            scale, shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
-            return torch.addcmul(shift.unsqueeze(1), F.layer_norm(x, x.shape[2:]), scale.unsqueeze(1))
-
-        padding = Padding.of(batch.sizes, max(batch.sizes), batch.features.device)
-        embedded = self._dropped(F.relu(layer(padding.pad(batch.features), "embed")))
-        received = padding.pad(self._received(embedded, weights["graph.conv.aggr_module.t"], padding, batch))
-        hidden = F.relu(norm(layer(received + embedded, "graph.conv.mlp.0"), "graph.conv.mlp.1"))
-        turned = embedded + F.relu(norm(layer(hidden, "graph.conv.mlp.4"), "graph.norm"))
-        both = torch.cat([embedded, F.dropout(turned, self.graph.dropout, self.training)], dim=2)
-        patches = self._dropped(F.relu(layer(both, "join")))
-        gate = self._dropped(torch.tanh(layer(patches, "gate_tanh")))
-        gate = gate * self._dropped(torch.sigmoid(layer(patches, "gate_sigmoid")))
-        scores = layer(gate, "score").squeeze(2).masked_fill(padding.absent, -torch.inf)
-        return (torch.softmax(scores, dim=1).unsqueeze(1) @ patches).squeeze(1)
-
-    def _received(self, embedded: Tensor, t: Tensor, padding: Padding, batch: RaggedBatch) -> Tensor:
-        """What each patch receives from its neighbours, (N, dim): number by number their softmax, sharpened by t
-        (B, 1), decides how much of each."""
-        near, there = (values.to(embedded.device) for values in neighbours_of(batch))
-        messages = (F.relu(embedded) + self.graph.conv.eps).flatten(0, 1)[padding.at[near]]  # (N, 8, dim)
-        bag = torch.from_numpy(np.repeat(np.arange(len(batch)), batch.sizes)).to(embedded.device)
-        sharp = messages * t[bag].unsqueeze(2)
-        share = torch.softmax(sharp.masked_fill(~there, torch.finfo(sharp.dtype).min), dim=1) * there
-        return (messages * share).sum(1)
-
 
 def graph_of(batch: RaggedBatch) -> Tensor:
     """Edges (2, E) int64, on the CPU, from each patch's nearest neighbours on its slide (first row) to the patch.
@@ -128,17 +84,6 @@ def graph_of(batch: RaggedBatch) -> Tensor:
         targets = np.repeat(np.arange(start, start + len(near)), near.shape[1])
         edges.append(np.stack([near.ravel() + start, targets]))
     return torch.from_numpy(np.concatenate(edges, axis=1))
-
-
-def neighbours_of(batch: RaggedBatch) -> tuple[Tensor, Tensor]:
-    """The same as rows: which patches are near each, (N, 8) int64, and which of these there are, (N, 8, 1) bool, as a
-    slide may have fewer. On the CPU."""
-    shape = (batch.offsets[-1], NEIGHBOURS)
-    rows, there = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
-    for start, near in _near(batch):
-        rows[start : start + len(near), : near.shape[1]] = near + start
-        there[start : start + len(near), : near.shape[1]] = True
-    return torch.from_numpy(rows), torch.from_numpy(there).unsqueeze(2)
 
 
 def _near(batch: RaggedBatch) -> Iterator[tuple[np.int64, np.ndarray]]:

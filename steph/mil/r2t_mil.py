@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import isqrt
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steph import Refused
-from steph.data.bags import RaggedBatch, as_batch, takes_half
+from steph.data.bags import RaggedBatch
+from steph.mil.base import MIL, one_bag, takes_half
 from steph.mil.grouping import Padding, alike
 
 HEADS = 8
@@ -19,7 +19,7 @@ KERNEL = 15
 REPRESENTATIVES = 3
 
 
-class R2TMIL(nn.Module):
+class R2TMIL(MIL):
     """Embedding (linear, ReLU, dropout), attention within regions, attention across regions, layer norm; then attention
     pooling (linear, tanh, linear, no gate).
 
@@ -44,19 +44,15 @@ class R2TMIL(nn.Module):
         self.score = nn.Linear(dim_emb // 4, 1, bias=False)
         self.head = nn.Linear(dim_emb, n_bins)
 
-    def forward(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
-        """Logits of the hazards (B, T) of B bags of patches (N_i, D)."""
-        return self.head(self.encode(bags))
-
     @takes_half
     def encode(self, batch: RaggedBatch) -> Tensor:
         """Bag features (B, dim_emb)."""
         patches, scores = self._embed_and_score(batch)
         return batch.softmax(scores) @ patches
 
-    def attention(self, bag: Tensor) -> Tensor:
+    def attention(self, bag: Tensor | RaggedBatch) -> Tensor:
         """Attention (N,) of the pooling over the (re-embedded) patches of one bag (N, D); it sums to 1."""
-        return torch.softmax(self._embed_and_score(as_batch([bag]))[1], dim=0)
+        return torch.softmax(self._embed_and_score(one_bag(bag))[1], dim=0)
 
     def _embed_and_score(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
         """Re-embedded patches (N, dim_emb) and the scores (N,) of the pooling."""

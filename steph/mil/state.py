@@ -21,6 +21,11 @@ class ModelState(dict[str, Tensor]):
         self.origin = origin
 
 
+def origin_of(state: Mapping[str, Tensor]) -> str | None:
+    """The fingerprint of the M_0 that a state was trained from, None where nobody knows."""
+    return state.origin if isinstance(state, ModelState) else None
+
+
 def state_fingerprint(state: Mapping[str, Tensor]) -> str:
     """Hash of names, shapes and values."""
     digest = hashlib.sha256()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isqrt
 
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steph import Refused
-from steph.data.bags import RaggedBatch, takes_half
+from steph.data.bags import RaggedBatch
+from steph.mil.base import MIL, one_bag, takes_half
 from steph.mil.grouping import Padding, alike
 
 HEADS = 8
@@ -21,7 +21,7 @@ SMALL = 64
 cost. Larger ones only with bags of the same square."""
 
 
-class TransMIL(nn.Module):
+class TransMIL(MIL):
     """Embedding (linear, ReLU), a class token, two Nystrom attention layers with a convolutional position encoding
     between them, layer norm; the class token is the bag's feature.
 
@@ -44,10 +44,6 @@ class TransMIL(nn.Module):
         self.norm = nn.LayerNorm(dim_emb)
         self.head = nn.Linear(dim_emb, n_bins)
 
-    def forward(self, bags: Sequence[Tensor] | RaggedBatch) -> Tensor:
-        """Logits of the hazards (B, T) of B bags of patches (N_i, D)."""
-        return self.head(self.encode(bags))
-
     @takes_half
     def encode(self, batch: RaggedBatch) -> Tensor:
         """Bag features (B, dim_emb)."""
@@ -61,13 +57,14 @@ class TransMIL(nn.Module):
         place = torch.from_numpy(np.argsort(order)).to(embedded.device)
         return self.norm(torch.cat(found)[place])
 
-    def attention(self, bag: Tensor) -> Tensor:
+    def attention(self, bag: Tensor | RaggedBatch) -> Tensor:
         """Attention (N,) over the patches of one bag (N, D): what the class token draws from each of them in the
         second layer, mean over the heads. The approximation has entries below 0, so it is their size that counts; a
         patch that stands in the square twice has both. Scaled to sum to 1."""
-        n = bag.shape[-2]
-        embedded = F.relu(self.embed(bag.reshape(n, -1)))
-        squares = Squares.of([n], self.landmarks, bag.device)
+        patches = one_bag(bag).features
+        n = len(patches)
+        embedded = F.relu(self.embed(patches))
+        squares = Squares.of([n], self.landmarks, patches.device)
         drawn = self.second.drawn_by_first(self._before_second(embedded[squares.filled], squares), squares)[1:].abs()
         folded = drawn[:n].clone()
         folded[: len(drawn) - n] += drawn[n:]

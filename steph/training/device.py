@@ -1,10 +1,48 @@
-"""Devices by name, the CPU or a GPU that is there, and the precision that suits them."""
+"""Where and how is computed: devices by name, precisions, and the two together with the limit on patches."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from steph import Refused
+
+PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "tf32": torch.float32}
+"""Formats of patches, and so of the big products. bf16: parameters stay in float32, sums are taken in float32. tf32: an
+NVIDIA GPU's float32 products of shorter factors."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model is trained and asked: device ("cpu", "cuda", "cuda:1"), precision (a name of `PRECISIONS`), and the
+    patches to which a larger bag is sampled down (None: all are read)."""
+
+    device: str = "cpu"
+    precision: str = "fp32"
+    max_patches: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The format of patches."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """The format of a model's parameters."""
+        return parameter_dtype(self.precision)
+
+    @property
+    def on_cpu(self) -> bool:
+        return torch.device(self.device).type == "cpu"
+
+
+def parameter_dtype(precision: str) -> torch.dtype:
+    """The format of a model's parameters."""
+    return torch.float64 if precision == "fp64" else torch.float32
 
 
 def check_device(device: str) -> None:
@@ -26,11 +64,36 @@ def precision_for(precision: str, device: str) -> str:
 
     Raises `Refused` for an unknown one, and for tf32 where there is no GPU.
     """
-    known = ("fp32", "fp64", "bf16", "tf32")
     if precision == "auto":
         return "bf16" if device.startswith("cuda") else "fp32"
-    if precision not in known:
-        raise Refused(f"precision {precision!r}; expected auto, {', '.join(known[:-1])} or {known[-1]}.")
+    if precision not in PRECISIONS:
+        raise Refused(f"precision {precision!r}; expected auto, {', '.join(PRECISIONS)}.")
     if precision == "tf32" and not device.startswith("cuda"):
         raise Refused(f"precision tf32 is an NVIDIA GPU's; on {device} choose fp32, fp64 or bf16.")
     return precision
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One thread for PyTorch inside the block: sums then never depend on how many cores there are, and runs side by
+    side do not fight for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """TF32 products and convolutions inside the block where that is asked for, and nowhere else."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = precision == "tf32"
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed

@@ -24,9 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from steph import Refused
-from steph.data.bags import RaggedBatch, parts
+from steph.data.bags import PART, RaggedBatch, parts
 from steph.data.resident import held_bytes
 from steph.mil import gated_attention
+from steph.mil.base import MIL, Model
+from steph.mil.gated_attention import SavePolicy
+from steph.training.device import Compute
 
 SLACK = 1.7
 """What is needed over what is counted: room that kernels take inside themselves, and between tensors."""
@@ -37,9 +40,6 @@ EPOCHS = 20
 PIECES = 32
 """Chunks of a batch that are counted at most: counting thousands would take longer than it is worth."""
 
-PART = {"cpu": 8_192, "cuda": 2_000_000}
-"""Patches of an update's bags that go through a model together, by kind of device; a larger bag goes alone. Their
-activations are gone when the next come."""
 ALL, NOTHING = (sys.maxsize, sys.maxsize), (0, 0)
 """Patches up to which gated attention keeps gates and embeddings."""
 
@@ -60,21 +60,14 @@ class Bags(Protocol):
 
 
 def check(
-    model: nn.Module,
-    data: Bags,
-    patients: Sequence[str],
-    max_patches: int | None,
-    together: int,
-    device: str,
-    dtype: torch.dtype,
-    trains: bool = False,
+    model: Model, data: Bags, patients: Sequence[str], together: int, compute: Compute, trains: bool = False
 ) -> None:
     """Raise `Refused` where memory does not suffice to take these patients' bags through a model, so many together.
 
-    max_patches: as in the recipe. dtype: of features. trains: updates are made, else predictions alone. Where gated
-    attention would fit if its activations were computed again, it is told to do so, for the rest of this process: the
-    numbers are the same.
+    trains: updates are made, else predictions alone. Where gated attention would fit if its activations were computed
+    again, the model is told to do so: the numbers are the same.
     """
+    device, dtype, max_patches = compute.device, compute.dtype, compute.max_patches
     there = available(device)
     sizes = data.n_patches(patients) if max_patches is None else np.minimum(data.n_patches(patients), max_patches)
     batch = heaviest(sizes, together)
@@ -84,8 +77,8 @@ def check(
     if at_most(model, batch, data.dim, dtype, device, trains) <= there:
         return
     need = needed(model, batch, data.dim, dtype, device, trains)
-    if need > there and needed(model, batch, data.dim, dtype, device, trains, kept=NOTHING) <= there:
-        gated_attention.KEPT[torch.device(device).type] = NOTHING
+    if need > there and needed(model, batch, data.dim, dtype, device, trains, policy=NOTHING) <= there:
+        _save_nothing(model)
         print(f"{data.name}: little memory on {device}; activations are computed twice (slower, the same numbers).",
               file=sys.stderr)  # fmt: skip
     elif need > there:
@@ -99,6 +92,12 @@ def check(
         )
 
 
+def _save_nothing(model: nn.Module, policy: SavePolicy = NOTHING) -> None:
+    for part in model.modules():
+        if isinstance(part, MIL):
+            part.save_policy = policy
+
+
 def heaviest(sizes: np.ndarray, together: int) -> list[int]:
     """Bag sizes of the largest batch that `EPOCHS` epochs of random batches of patients with these sizes meet."""
     together = min(together, len(sizes))
@@ -108,42 +107,42 @@ def heaviest(sizes: np.ndarray, together: int) -> list[int]:
 
 
 def needed(
-    model: nn.Module,
+    model: Model,
     sizes: Sequence[int],
     dim: int,
     dtype: torch.dtype,
     device: str,
     trains: bool,
-    kept: tuple[int, int] | None = None,
+    policy: SavePolicy | None = None,
 ) -> int:
     """Bytes that bags of these sizes take beside a model: features, what is alive of its layers, the optimizer's.
 
     trains: an update with all of them, where the model trains on patches; otherwise the largest goes through alone.
-    kept: what gated attention keeps of activations (`steph.mil.gated_attention.KEPT`; None: as it is now).
+    policy: what gated attention saves of activations (None: as the device's kind says).
     """
     groups = [list(sizes[start:stop]) for start, stop in parts(sizes, PART[torch.device(device).type])]
-    return _bytes(model, list(sizes), max(groups, key=sum), dim, dtype, device, trains, kept)
+    return _bytes(model, list(sizes), max(groups, key=sum), dim, dtype, device, trains, policy)
 
 
 def _bytes(
-    model: nn.Module,
+    model: Model,
     sizes: list[int],
     part: list[int],
     dim: int,
     dtype: torch.dtype,
     device: str,
     trains: bool,
-    kept: tuple[int, int] | None,
+    policy: SavePolicy | None,
 ) -> int:
     """`needed`, of bags of which `part` goes through the model together."""
     kind = torch.device(device).type
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    trains = trains and trained > 0 and getattr(model, "reads_patches", True)
+    trains = trains and trained > 0 and model.reads_patches
     if not trains:
         sizes = part = [max(sizes)]
     # For an accelerator one batch is worked on, one is ready and one is on its way (`steph.training.engine.ahead`).
     waiting = 1 if kind == "cpu" else 3
-    live = _counted(model, _shapes(part, dim, dtype), kind, trains, kept)
+    live = _counted(model, _shapes(part, dim, dtype), kind, trains, policy)
     return int(waiting * sum(sizes) * dim * dtype.itemsize + SLACK * live + 2 * trained * trains)
 
 
@@ -153,7 +152,7 @@ EQUAL = (2048, 4096)
 _lines_of: dict[tuple, tuple[float, float]] = {}
 
 
-def at_most(model: nn.Module, sizes: Sequence[int], dim: int, dtype: torch.dtype, device: str, trains: bool) -> float:
+def at_most(model: Model, sizes: Sequence[int], dim: int, dtype: torch.dtype, device: str, trains: bool) -> float:
     """A quick upper bound of `needed`: all bags as large as the largest (some networks pad them to that), on a straight
     line in the number of patches that is counted once for a kind of model."""
     kind, together = torch.device(device).type, len(sizes)
@@ -168,30 +167,32 @@ def at_most(model: nn.Module, sizes: Sequence[int], dim: int, dtype: torch.dtype
     return start + slope * together * max(sizes)
 
 
-def _counted(model: nn.Module, batch: RaggedBatch, kind: str, trains: bool, kept: tuple[int, int] | None) -> int:
+def _counted(model: Model, batch: RaggedBatch, kind: str, trains: bool, policy: SavePolicy | None) -> int:
     """`live_bytes` as on a kind of device. What cannot run on shapes alone in half precision is counted in float32,
-    which takes more; what asks for numbers, by the networks inside it; what has none, as nothing."""
-    networks = [part for part in model.children() if hasattr(part, "encode")]
-    with _as_on(kind, len(batch.features), kept):
-        for asked in ([model], networks):
+    which takes more; a model that needs numbers, by the networks inside it; what has none, as nothing."""
+    networks = [part for part in model.modules() if isinstance(part, MIL)]
+    with _as_on(kind, len(batch.features)):
+        for asked in ([model] if model.runs_on_shapes else [], networks):
             for features in dict.fromkeys((batch.features.dtype, torch.float32)):
                 given = batch.to("meta", features)
                 try:
-                    return max((live_bytes(on_shapes(part), given, trains) for part in asked), default=0)
+                    copies = [on_shapes(part) for part in asked]
+                    for copied in copies:
+                        _save_nothing(copied, policy or gated_attention.SAVE_UP_TO[kind])
+                    return max(live_bytes(copied, given, trains) for copied in copies)
                 except Exception:  # whatever a model objects to on shapes, it will tell better when it runs
                     continue
     return 0
 
 
 @contextmanager
-def _as_on(kind: str, n: int, kept: tuple[int, int] | None) -> Iterator[None]:
+def _as_on(kind: str, n: int) -> Iterator[None]:
     """Gated attention takes "meta" for another device, and few chunks for many."""
     gated_attention.CHUNKS["meta"] = max(gated_attention.CHUNKS.get(kind, n), n // PIECES)
-    gated_attention.KEPT["meta"] = kept or gated_attention.KEPT[kind]
     try:
         yield
     finally:
-        del gated_attention.CHUNKS["meta"], gated_attention.KEPT["meta"]
+        del gated_attention.CHUNKS["meta"]
 
 
 def _shapes(sizes: Sequence[int], dim: int, dtype: torch.dtype) -> RaggedBatch:
@@ -204,7 +205,7 @@ def _shapes(sizes: Sequence[int], dim: int, dtype: torch.dtype) -> RaggedBatch:
     return RaggedBatch(features, (0, *accumulate(sizes)), torch.cat(grids))
 
 
-def on_shapes(model: nn.Module) -> nn.Module:
+def on_shapes(model: Model) -> Model:
     """A copy of a model on the device "meta"; no number of it is copied."""
     tensors = {
         id(held): held for part in model.modules() for held in tree_leaves(dict(vars(part))) if isinstance(held, Tensor)
@@ -244,15 +245,14 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
-def live_bytes(model: nn.Module, patches: RaggedBatch, backward: bool = False) -> int:
+def live_bytes(model: Model, patches: RaggedBatch, backward: bool = False) -> int:
     """The most bytes of tensors alive at one time during a forward pass, and with `backward` during the way back to
     what is trained, beyond the model's and the bags'. What a kernel takes inside itself is not seen."""
     known = [*model.parameters(), *model.buffers(), patches.features]
     with nullcontext() if backward else torch.no_grad(), _Live(known) as live:
-        found = model(patches) if hasattr(model, "head") or not hasattr(model, "encode") else model.encode(patches)  # type: ignore[operator]
+        logits, auxiliary, _ = model.forward_pass(patches)
         if backward:
-            auxiliary = model.auxiliary_loss() if hasattr(model, "auxiliary_loss") else 0  # type: ignore[operator]
-            (found.sum() + auxiliary).backward()
+            (logits.sum() + (0 if auxiliary is None else auxiliary)).backward()
     return live.peak
 
 

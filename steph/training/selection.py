@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pandas as pd
-from torch import nn
 
 from steph.data.cohort import Cohort
 from steph.data.dataset import Dataset
 from steph.data.manifest import Network, Recipe
 from steph.data.splits import make_splits
+from steph.mil.base import Model
 from steph.mil.state import ModelState, state_of
 from steph.survival import concordance_index
+from steph.training.device import Compute
 from steph.training.engine import fit, predict, seed_everything
 
 INNER_FOLDS = 3
@@ -25,15 +26,14 @@ INNER_FOLDS = 3
 
 def grid_search(
     values: Sequence[float],
-    own: Callable[[], nn.Module],
-    merged: Callable[[ModelState, float], nn.Module],
+    own: Callable[[], Model],
+    merged: Callable[[ModelState, float], Model],
     dataset: Dataset,
     patients: Sequence[str],
     recipe: Recipe,
     network: Network,
     seed: int,
-    device: str = "cpu",
-    precision: str = "fp32",
+    compute: Compute,
 ) -> pd.DataFrame:
     """C-index of each value of a setting in `INNER_FOLDS` inner folds of these patients: value, fold, c_index.
 
@@ -47,10 +47,10 @@ def grid_search(
     fold_of = dict(zip(table["patient_id"], table["fold"], strict=True))
     rows = []
     for fold in range(INNER_FOLDS):
-        train, judge = ([p for p in patients if (fold_of[p] == fold) == held] for held in (False, True))
+        train, judge = ([p for p in patients if (fold_of[p] == fold) == judged] for judged in (False, True))
 
-        def trained(model: nn.Module, train: list[str] = train) -> nn.Module:
-            fit(model, dataset, train, recipe, network, seed, device, precision)
+        def trained(model: Model, train: list[str] = train) -> Model:
+            fit(model, dataset, train, recipe, network, seed, compute)
             return model
 
         seed_everything(seed)
@@ -58,8 +58,8 @@ def grid_search(
         for value in values:
             seed_everything(seed)
             model = trained(merged(own_state, value))
-            found = predict(model, dataset, judge, device, precision, recipe.max_patches)
-            c_index = concordance_index(found["time_days"], found["event"], found["risk"])
+            table = predict(model, dataset, judge, compute)
+            c_index = concordance_index(table["time_days"], table["event"], table["risk"])
             rows.append({"value": value, "fold": fold, "c_index": c_index})
     return pd.DataFrame(rows)
 

@@ -2,15 +2,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from steph.mil.transfer import ROUPKT, FineTuned
 from torch import nn
 
 from steph import Refused
 from steph.data import RaggedBatch
 from steph.data.manifest import Network, Recipe
+from steph.methods.transfer import NEAREST, best_source, nearest_source, transfer_performance
 from steph.mil import ABMIL, NETWORKS, convert_released
 from steph.mil.state import load_into, state_of
-from steph.methods.transfer import NEAREST, best_source, nearest_source, transfer_performance
-from steph.mil.transfer import ROUPKT, FineTuned
 from steph.survival import concordance_index
 from steph.training.engine import fit, predict
 from tests.training.test_engine import NETWORK, Patients
