@@ -1,15 +1,15 @@
-"""Choosing a source for representation transfer: by its C-index on the target's training patients, or by the release's
-table."""
+"""Representation transfer: what is trained stands on bag features of finished models, which stay as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
-from torch import nn
 
 from steph import Refused
-from steph.data.dataset import Dataset
+from steph.methods.base import Inputs, Method
+from steph.mil import ROUPKT, FineTuned, Model
+from steph.mil.state import ModelState
 from steph.survival import concordance_index
 from steph.training.engine import predict
 
@@ -20,22 +20,13 @@ NEAREST = {
 """The release's table of the source that transfers best to each target; how it was found is not said."""
 
 
-def transfer_performance(
-    models: Mapping[str, nn.Module],
-    dataset: Dataset,
-    patients: Sequence[str],
-    device: str = "cpu",
-    precision: str = "fp32",
-    max_patches: int | None = None,
-    together: int = 1,
-) -> pd.Series:
-    """C-index of each source's own model, as it is, on these patients of a target; by source name, in their order.
-    How they are predicted, `together` for one, is told by `steph.training.engine.predict`."""
-    found = {}
-    for name, model in models.items():
-        table = predict(model, dataset, patients, device, precision, max_patches, together)
-        found[name] = concordance_index(table["time_days"], table["event"], table["risk"])
-    return pd.Series(found, name="c_index")
+def transfer_performance(x: Inputs, states: Mapping[str, ModelState]) -> pd.Series:
+    """C-index of finished models, given by their states, as they are, on the fold's training patients; by name."""
+    scores = {}
+    for name, state in states.items():
+        table = predict(x.network(state), x.data, x.patients, x.compute, together=x.recipe.bags_per_step)
+        scores[name] = concordance_index(table["time_days"], table["event"], table["risk"])
+    return pd.Series(scores, name="c_index")
 
 
 def best_source(performance: pd.Series) -> str:
@@ -56,3 +47,53 @@ def nearest_source(dataset: str, sources: Sequence[str]) -> str:
             f"{', '.join(sources) or 'it is empty'}. Choose the source by transfer performance instead."
         )
     return name
+
+
+def finetuned_representation(x: Inputs, nearest: bool = False) -> Model:
+    """A new head on the frozen encoder of one source: the best by transfer performance on the fold's training
+    patients, or (`nearest`) the one that the release's table names."""
+    facts = dict(x.facts)
+    if nearest:
+        facts = {"source": nearest_source(x.data.name, list(x.source_states))}
+    elif not facts:
+        performance = transfer_performance(x, x.source_states)
+        scores = {str(name): float(value) for name, value in performance.items()}
+        facts = {"source": best_source(performance), "transfer_performance": scores}
+    model = FineTuned(x.network(x.source_states[facts["source"]]), fresh_head=True)
+    model.facts = facts
+    return model
+
+
+def roupkt(x: Inputs, top_k: int = 5) -> Model:
+    """A router over experts on the features of all models; it uses all of them where a study has fewer than K."""
+    models = {name: x.network(state) for name, state in x.pool.items()}
+    return ROUPKT(x.network(), models, top_k=min(top_k, len(models)))
+
+
+METHODS = {
+    "finetuned_representation": Method(
+        "Fine-tuned repr.",
+        "representation_transfer",
+        finetuned_representation,
+        "a new head on the frozen encoder of the source that does best on the fold's training patients",
+        needs_sources=True,
+        looks=lambda sources: sources,
+    ),
+    "finetuned_representation_nearest": Method(
+        "Fine-tuned repr. (nearest)",
+        "representation_transfer",
+        finetuned_representation,
+        "a new head on the frozen encoder of the source that the release's table calls the nearest",
+        options={"nearest": True},
+        needs_sources=True,
+        in_book=False,  # its table is about TCGA's thirteen cancers; other studies lack some of them
+    ),
+    "roupkt": Method(
+        "ROUPKT",
+        "representation_transfer",
+        roupkt,
+        "a trained router over experts on the features of all models, 5 of them for each patient",
+        needs_target=True,
+        needs_sources=True,
+    ),
+}

@@ -1,0 +1,67 @@
+"""One cancer's model, trained on its own patients alone; and joint learning, one model on the patients of all."""
+
+from __future__ import annotations
+
+from steph.methods.base import Inputs, Method
+from steph.mil import FineTuned, Model, new_network
+
+
+def vanilla(x: Inputs) -> Model:
+    """A network trained from M_0 on the target alone."""
+    return x.network(x.null_state)
+
+
+def finetuned_head(x: Inputs) -> Model:
+    """The target's own model, its encoder frozen, its head trained on."""
+    return FineTuned(x.network(x.own_state), fresh_head=False)
+
+
+def mean_network(x: Inputs) -> Model:
+    """A new mean-pooling network as wide as the hypernetwork, without any other cancer's model."""
+    wide = x.dimensions.model_copy(update={"dim_emb": x.settings["dim_hidden"]})
+    return new_network("mean_mil", x.dim, wide)
+
+
+def joint(x: Inputs) -> Model:
+    """A network trained from M_0 on all data sets together (`Method.joint`); once it is trained, that very network."""
+    if x.stage_state is None:
+        return x.network(x.null_state)
+    network = x.network(x.stage_state)
+    network.requires_grad_(False)
+    return network
+
+
+def _network(title: str, network: str) -> Method:
+    """A network in place of ABMIL."""
+    description = f"{title} in place of ABMIL, trained on the target cancer alone"
+    return Method(title, "mil_network", vanilla, description, network=network)
+
+
+METHODS = {
+    "vanilla": Method("Vanilla", "cancer_specific", vanilla, "ABMIL trained on the target cancer alone"),
+    "finetuned_head": Method(
+        "Fine-tuned head",
+        "cancer_specific",
+        finetuned_head,
+        "the target's own model, its encoder frozen, its head trained on",
+        needs_target=True,
+    ),
+    "transmil": _network("TransMIL", "transmil"),
+    "ilra": _network("ILRA", "ilra"),
+    "r2t_mil": _network("R2T-MIL", "r2t_mil"),
+    "patch_gcn": _network("Patch-GCN", "patch_gcn"),
+    "joint": Method(
+        "Joint learning",
+        "joint_learning",
+        joint,
+        "one ABMIL trained on the training patients of all cancers together (the paper's Fig. 1b)",
+        joint=True,
+    ),
+    "hypernetwork_only": Method(
+        "Hypernetwork only",
+        "control",
+        mean_network,
+        "control: a mean-pooling network of the hypernetwork's size, no other cancer's model in it",
+        settings=("dim_hidden",),
+    ),
+}

@@ -1,0 +1,164 @@
+"""STEPH and its variants: the ablations and sweeps of the paper's tables, controls, and what goes beyond the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from steph.merging.random_sources import random_sources
+from steph.methods.base import Inputs, Method
+from steph.methods.cancer_specific import vanilla
+from steph.methods.merging import merging_entry, steph
+from steph.mil import Model
+from steph.training.engine import seed_everything
+from steph.training.selection import best_value, grid_search
+
+SETTINGS = ("top_k", "dim_hidden", "beta", "gamma")
+GAMMAS = (0, 0.0025, 0.005, 0.01, 0.05)
+"""The paper's grid (Table 5, Appendix C.2.1)."""
+
+
+def steph_gamma_search(x: Inputs, values: Sequence[float]) -> Model:
+    """STEPH under the gamma that does best in cross-validation inside the fold's training patients."""
+    facts = dict(x.facts)
+    if not facts:
+        scores = grid_search(
+            values,
+            own=lambda: vanilla(x),
+            merged=lambda own_state, gamma: steph(replace(x, target_state=own_state), gamma=gamma),
+            dataset=x.data,
+            patients=x.patients,
+            recipe=x.recipe,
+            network=x.dimensions,
+            seed=x.seed,
+            compute=x.compute,
+        )
+        facts = {"gamma": best_value(scores), "inner_c_index": scores.to_dict("records")}
+        seed_everything(x.seed)  # from here on it is the same run as with this gamma given
+    model = steph(x, gamma=facts["gamma"])
+    model.facts = facts
+    return model
+
+
+def steph_random_sources(x: Inputs, **options: Any) -> Model:
+    """STEPH on noise as long as the sources' task vectors, drawn by the run's seed."""
+    return steph(replace(x, source_states=random_sources(x.null_state, x.source_states, x.seed)), **options)
+
+
+def steph_subsampled(x: Inputs, sample_patches: int | None = None, **options: Any) -> Model:
+    """STEPH whose hypernetworks read a sample of each bag, drawn by the study's seed: so many patches, or as many as
+    the study's `steph.sample_patches` says."""
+    read = x.settings["sample_patches"] if sample_patches is None else sample_patches
+    return steph(x, sample_patches=read, sample_seed=x.study_seed, **options)
+
+
+def _variant(title: str, description: str, **rest: Any) -> Method:
+    """STEPH with something about it changed."""
+    defaults = {"build": steph, "group": "ablation", "sparse": True, "settings": SETTINGS}
+    return merging_entry(title, description, **{**defaults, **rest})
+
+
+def _sweep(
+    parameter: str,
+    values: tuple[float, ...],
+    label: str,
+    more: Callable[[float], dict[str, Any]] = lambda _: {},
+    **rest: Any,
+) -> dict[str, Method]:
+    """STEPH at each value of one setting that a table of the paper tries: `steph_<label><value>`. more: further options
+    that go with a value."""
+    symbol = {"beta": "β", "gamma": "γ", "top_k": "K", "sources": "m"}[parameter]
+    return {
+        f"steph_{label}{value}": _variant(
+            f"STEPH, {symbol} = {value}",
+            f"STEPH with {symbol} = {value} on every data set",
+            group="sweep",
+            options={parameter: value, **more(value)},
+            sweep=(parameter, value),
+            **rest,
+        )
+        for value in values
+    }
+
+
+METHODS = {
+    "steph": _variant("STEPH", "sparse task vector mixup with hypernetworks", group="model_merging"),
+    # Tables 2 and S5
+    "steph_lambda0": _variant("λ = 0", "no mixup: the sources' task vectors alone", options={"mix": 0.0}),
+    "steph_lambda0_with_target": _variant(
+        "λ = 0, τₜ in the pool",
+        "no mixup: the target's task vector is one more in the pool",
+        options={"mix": 0.0, "with_target": True},
+    ),
+    "steph_lambda1": _variant(
+        "λ = 1",
+        "no mixup: the target's task vector alone, its length chosen for each patient",
+        options={"mix": 1.0},
+    ),
+    "steph_param_lambda": _variant(
+        "param. λ", "λ is one trained vector, the same for every patient", options={"mix": "parameter"}
+    ),
+    "steph_dense": _variant(
+        "w/o sparsity",
+        "all mixtures are merged, not the K of largest weight; the balance term goes with K",
+        options={"top_k": None},
+        sparse=False,
+        sweep=("top_k", 13),  # Table S3's last row: 12 sources cannot be 13, and its average is this one's
+    ),
+    "steph_param_w": _variant(
+        "param. w", "w is one trained vector, the same for every patient", options={"weight": "parameter"}
+    ),
+    "steph_as_written": _variant(
+        "STEPH as written",
+        "STEPH as the paper writes it where the release differs: one layer in each hypernetwork's head, Eq. 7 without a "
+        "balance term, no new prediction head, the head merged like the encoder",
+        options={"hyper_head": "linear", "balance_term": False, "fresh_head": False, "merge_head": True},
+        in_book=False,
+    ),
+    # Tables 4, 5 and S3: STEPH itself is beta 0.05 and K 5; its gamma follows the size of the data set
+    **_sweep("beta", (0, 0.01, 0.1), "beta"),
+    **_sweep("gamma", GAMMAS, "gamma"),
+    "steph_gamma_search": _variant(
+        "STEPH, γ searched",
+        "STEPH, its γ found by cross-validation inside each fold's training patients (about 13 times STEPH's training)",
+        build=steph_gamma_search,
+        options={"values": GAMMAS},
+        in_book=False,
+    ),
+    **_sweep("top_k", (1, 3, 7, 9, 11), "k"),
+    # Table S7 keeps all m sources; it is a table of seconds, not of C-index
+    **_sweep("sources", (6, 7, 8, 9, 10, 11, 12), "m", more=lambda m: {"top_k": m}, in_book=False),
+    # not in the paper: book/beyond.md
+    "steph_random_sources": _variant(
+        "STEPH, random sources",
+        "control: STEPH on noise as long as the sources' task vectors; there is no other cancer to learn from",
+        group="control",
+        build=steph_random_sources,
+    ),
+    "steph_subsampled": _variant(
+        "STEPH, subsampled",
+        "the hypernetwork reads a sample of each patient's patches, the merged network all of them",
+        group="beyond",
+        build=steph_subsampled,
+        settings=(*SETTINGS, "sample_patches"),
+    ),
+    **{
+        f"steph_r{r}": _variant(
+            f"STEPH, r = {r:,}",
+            f"the hypernetwork reads at most {r:,} of each patient's patches, the merged network all of them",
+            group="beyond",
+            build=steph_subsampled,
+            options={"sample_patches": r},
+            in_book=False,  # for bags of thousands of patches; the demo's are smaller
+        )
+        for r in (256, 1024)
+    },
+    "steph_patch_gcn": _variant(
+        "STEPH on Patch-GCN",
+        "STEPH on Patch-GCN models of all cancers (the paper's future work)",
+        group="beyond",
+        network="patch_gcn",
+        base="patch_gcn",
+    ),
+}
