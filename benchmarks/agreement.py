@@ -19,8 +19,9 @@ from steph.data.bags import RaggedBatch
 from steph.data.manifest import Network
 from steph.merging.steph import STEPH
 from steph.mil import NETWORKS
+from steph.mil.base import network_needing_coords
 from steph.survival import concordance_index, nll_loss, risk_score
-from steph.training.engine import PRECISIONS, needs_coords, parameter_dtype, products
+from steph.training.device import PRECISIONS, parameter_dtype, products
 
 NAMES = (*NETWORKS, "steph")
 """Every network, and STEPH on ABMIL."""
@@ -72,7 +73,7 @@ def problem(
     features = torch.from_numpy(random.standard_normal((offsets[-1], dim_in)) + own).half().double()
     places = [np.stack([np.arange(n) % 40, np.arange(n) // 40], axis=1) * 256 for n in sizes]
     model = _model(name, dim_in, network).double().eval()
-    coords = torch.from_numpy(np.concatenate(places)).int() if needs_coords(model) else None
+    coords = torch.from_numpy(np.concatenate(places)).int() if network_needing_coords(model) else None
     time = random.integers(1, network.n_bins, bags)
     event = random.random(bags) < 0.6
     return Problem(model, RaggedBatch(features, offsets, coords), torch.from_numpy(time), torch.from_numpy(event), time)

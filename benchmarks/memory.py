@@ -57,7 +57,7 @@ def measure(way: str, precision: str, patches: int, threads: int, dims: str) -> 
     import torch
 
     from benchmarks.steps import BAGS, DIMENSIONS, Dimensions, make_bags, make_steph, plain_of, plain_training, training
-    from steph.training.engine import PRECISIONS
+    from steph.training.device import PRECISIONS
 
     torch.set_num_threads(threads)
 

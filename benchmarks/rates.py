@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from benchmarks.timing import Action
-from steph.training.engine import PRECISIONS, products
+from steph.training.device import PRECISIONS, products
 
 SIDE = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the square factors, by kind of device."""

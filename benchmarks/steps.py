@@ -24,7 +24,8 @@ from steph.data.manifest import Recipe
 from steph.merging.steph import STEPH
 from steph.mil import ABMIL
 from steph.mil.state import state_of
-from steph.training.engine import PRECISIONS, Trainer, parameter_groups
+from steph.training.device import PRECISIONS
+from steph.training.engine import Trainer, parameter_groups
 
 BAGS = 16
 """Patients of an update."""

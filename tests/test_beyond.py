@@ -88,9 +88,9 @@ def test_no_test_patient_is_looked_at_before_predictions(bench, name, monkeypatc
 def test_joint_is_trained_once_for_all_data_sets(bench):
     leader, *others = [Run(name, "joint", 1, 42) for name in bench.study.datasets]
     table = run_all(bench, [leader, *others], workers=1)
-    assert bench.upstream(leader) == {}
+    assert bench.prerequisites(leader) == {}
     for run in others:
-        assert bench.upstream(run) == {STAGE: leader}
+        assert bench.prerequisites(run) == {STAGE: leader}
         assert bench.record(run).info["trained_parameters"] == 0
         one, all_ = state(bench, run), state(bench, leader)
         assert set(one) == set(all_) and all(torch.equal(one[k], all_[k]) for k in one)
@@ -198,7 +198,7 @@ def test_the_hypernetwork_reads_a_sample_and_the_encoder_everything(bench, monke
 
 def test_steph_merges_patch_gcn_models_and_gives_them_coordinates(bench, monkeypatch):
     wanted = replace(SARC, method="steph_patch_gcn")
-    upstream = bench.upstream(wanted)
+    upstream = bench.prerequisites(wanted)
     assert {first.method for first in upstream.values()} == {"patch_gcn"} and set(upstream) == {TARGET, "CESC", "LIHC"}
     model, data = bench.model(wanted), bench.dataset("SARC")
     assert isinstance(model.encoder.network, PatchGCN)
@@ -270,7 +270,7 @@ def test_a_repeated_study_has_more_folds_and_the_same_first_ones(bench, monkeypa
     assert [run.fold for run in plan(repeated.study, ["SARC"], ["vanilla"])] == [0, 1, 2, 3]
     run = Run("SARC", "model_average", 3, 42)
     run_all(repeated, [run], workers=1)
-    upstream = repeated.upstream(run)
+    upstream = repeated.prerequisites(run)
     assert upstream[TARGET].fold == 3 and {upstream[name].fold for name in ("CESC", "LIHC")} == {SOURCE_FOLD}
     splits = repeated.dataset("SARC").splits
     predictions = pd.read_csv(repeated.record(run).file("predictions.csv"))

@@ -43,7 +43,7 @@ from steph.files.records import file_sha256, read_sealed, write_sealed
 from steph.methods.registry import method
 from steph.mil.state import load_state
 from steph.plots.display import show_link, styled
-from steph.study.cache import kept
+from steph.study.cache import cached_table
 from steph.study.runs import Run, Workbench, results
 from steph.survival import bin_index, concordance_index, nll_loss, risk_score, survival_curve
 from tests.helpers.fabricate import fabricate
@@ -183,8 +183,8 @@ def kept_table(name):
     def site(_, build):
         bench = Workbench("tiny")
         compute = lambda: pd.DataFrame({"a": [1]})  # noqa: E731
-        kept(bench, "made", [], compute)
-        return next((build / "analyses").glob("made-*")) / name, lambda: kept(bench, "made", [], compute)
+        cached_table(bench, "made", [], compute)
+        return next((build / "analyses").glob("made-*")) / name, lambda: cached_table(bench, "made", [], compute)
 
     return site
 

@@ -69,7 +69,9 @@ def test_every_missing_run_is_in_one_job_that_waits_for_what_it_builds_on(fresh,
         done |= set(job["records"])
     for run in heights:
         job = job_of[str(fresh.folder(run) / COMPLETION)]
-        assert {str(fresh.folder(first) / COMPLETION) for first in fresh.upstream(run).values()} <= set(job["needs"])
+        assert {str(fresh.folder(first) / COMPLETION) for first in fresh.prerequisites(run).values()} <= set(
+            job["needs"]
+        )
         assert run.method in job["methods"]
         assert f"--dataset {run.dataset} --fold {run.fold} --seed {run.seed} --device cpu" in job["command"]
 

@@ -34,7 +34,7 @@ def heights(bench: Workbench, runs: Iterable[Run]) -> dict[Run, int]:
     def lift(run: Run, height: int) -> None:
         if found.get(run, -1) < height:
             found[run] = height
-            for first in bench.upstream(run).values():
+            for first in bench.prerequisites(run).values():
                 lift(first, height + 1)
 
     for run in runs:
@@ -57,7 +57,7 @@ def of_runs(bench: Workbench, runs: Iterable[Run], device: str) -> list[dict[str
     jobs = []
     for (height, dataset, fold, seed), batch in batches.items():
         where = ["--dataset", dataset, "--fold", str(fold), "--seed", str(seed), "--device", device, "--workers", "1"]
-        needs = {record(first) for run in batch for first in bench.upstream(run).values() if first in missing}
+        needs = {record(first) for run in batch for first in bench.prerequisites(run).values() if first in missing}
         jobs.append({
             "name": f"{bench.study.name}_{dataset}_fold{fold}_seed{seed}_{height}",
             "command": join([*STEPH, "study", "run", "--study", bench.study.address, *where]),

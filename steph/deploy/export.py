@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steph import Refused
 from steph.analysis.performance.discrimination import intervals, resampled
@@ -28,22 +28,21 @@ from steph.deploy.model_folder import (
     Inputs,
     Score,
     Training,
-    architecture_of,
     build,
     fill,
-    keep_sources,
     tensors_of,
     write_model,
 )
 from steph.files.atomic import refuse_taken
 from steph.files.progress import track
 from steph.files.records import Record
-from steph.merging.steph import STEPH
+from steph.merging.steph import STEPH, keep_sources
 from steph.methods.registry import method, title
+from steph.mil import Model
 from steph.mil.state import load_into
 from steph.study.runs import STAGE, TARGET, Run, Workbench
-from steph.training.device import check_device
-from steph.training.engine import parameter_dtype, predict, single_thread
+from steph.training.device import Compute, check_device, parameter_dtype, single_thread
+from steph.training.engine import loader, predict
 
 TOLERANCE = {"fp64": 1e-6, "fp32": 1e-3, "tf32": 0.05, "bf16": 0.2}
 """How far a risk, the sum of 32 probabilities, may be from the recorded one where device or libraries differ."""
@@ -72,14 +71,14 @@ def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False, dev
     assert record is not None
     original = bench.untrained(run).to(dtype)
     load_into(original, state)
-    architecture = architecture_of(original, study.features.dim, study.network)
+    architecture = original.architecture()
     tensors: Mapping[str, Tensor] = tensors_of(original)
-    if drop_unused and not isinstance(original, STEPH):
+    if drop_unused and original.merging is not original:
         raise Refused(f"{title(run.method)} weighs no sources that could be dropped: leave out --drop-unused.")
 
     def ask(label: str) -> _Said:
         model = fill(build(architecture, study.features.dim, study.network).to(dtype), tensors)
-        return _asked(model, bench.dataset(run.dataset), run, device, study.recipe.max_patches, label)
+        return _asked(model, bench.dataset(run.dataset), run, bench.compute(run, device), label)
 
     said, dropped = ask("predict for all patients"), None
     differs = _differs(record, said.risk, run)
@@ -100,18 +99,16 @@ def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False, dev
 
 
 @torch.no_grad()
-def _asked(model: nn.Module, data: Dataset, run: Run, device: str, max_patches: int | None, label: str) -> _Said:
+def _asked(model: Model, data: Dataset, run: Run, compute: Compute, label: str) -> _Said:
     """What a model says of the patients that train and test a run, one by one."""
     risks, used = {}, set()
     with single_thread():
         for patient in track([*data.splits.train(run.fold), *data.splits.test(run.fold)], f"{run}: {label}"):
-            table = predict(model, data, [patient], device, run.precision, max_patches)
+            table = predict(model, data, [patient], compute)
             risks[patient] = float(table["risk"].iloc[0])
             if isinstance(model, STEPH):
-                names = model.source_names
-                w = model.monitor()[: len(names)].cpu()
-                chosen = w.argsort(descending=True, stable=True)[: model.top_k or len(names)].tolist()
-                used |= {names[i] for i in chosen if w[i] > 0}  # a weight of 0 takes a place, and adds nothing
+                w, _, selected = model.coefficients(loader(model, data, [patient], compute)([patient]))
+                used |= {model.source_names[i] for i in selected.tolist() if w[i] > 0}  # 0 takes a place, adds nothing
     return _Said(pd.Series(risks), used)
 
 
@@ -158,7 +155,7 @@ def _config(
         inputs=Inputs(**inputs, max_patches=study.recipe.max_patches, sample_seed=data.seed),
         network=study.network,
         architecture=architecture,
-        sources=[name for name in bench.upstream(run) if name not in (TARGET, STAGE)],
+        sources=[name for name in bench.prerequisites(run) if name not in (TARGET, STAGE)],
         training=_training(data, run.fold, said.risk, study.network),
         scores=_scores(bench, run),
         dropped=dropped,

@@ -12,8 +12,7 @@ one above another: the target's, then the sources' in the order of ``architectur
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +25,8 @@ from steph.data.manifest import Endpoint, Network
 from steph.files.atomic import new_folder
 from steph.files.records import file_sha256, fingerprint
 from steph.merging.merged_encoder import Merged
-from steph.merging.steph import STEPH
-from steph.merging.surgery import Surgery
-from steph.mil import NETWORKS, MeanMIL
-from steph.mil.transfer import ROUPKT, FineTuned
-from steph.training.engine import parameter_dtype
+from steph.mil import Model, rebuild
+from steph.training.device import parameter_dtype
 
 FORMAT, VERSION = "steph-model", 1
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
@@ -121,88 +117,15 @@ class Config(_Strict):
         return f"{self.title} for {self.dataset} (study {self.study}, fold {self.fold}, seed {self.seed})"
 
 
-# ------------------------------------------------------------------------------------------------ architectures
+# ------------------------------------------------------------------------------------------------ numbers
 
 
-def architecture_of(model: nn.Module, dim: int, settings: Network) -> dict[str, Any]:
-    """What `build` needs to make a model of the same form, as plain data.
-
-    dim: width of the patch features. settings: dimensions of the study's networks. Raises `Refused` for a model made of
-    anything but the library's networks, STEPH and its relatives, fine-tuned models, surgery and ROUPKT.
-    """
-
-    def of(part: Any) -> dict[str, Any]:
-        return architecture_of(part, dim, settings)
-
-    if isinstance(model, STEPH):
-        hyper = model.hyper
-        heads = [head for head in (hyper.weight_head, hyper.mix_head) if head is not None]
-        options = {
-            "top_k": model.top_k,
-            "mix": model.mix,
-            "weight": model.weight,
-            "dim_hidden": hyper.embed.out_features if hyper.embed is not None else 1,
-            "hyper_head": "linear" if heads and isinstance(heads[0], nn.Linear) else "mlp",
-            "bounded_lambda": model.bounded_lambda,
-            "clamp_weights": model.clamp_weights,
-            "merge_head": model.merged_head is not None,
-            "sample_patches": model.sample_patches,
-            "sample_seed": model.sample_seed,
-        }
-        return {
-            "kind": "steph",
-            "network": of(model.encoder.network),
-            "sources": model.source_names,
-            "order": list(model.encoder.layout.shapes),  # in memory too: libraries round by where a number lies
-            "options": options,
-        }
-    if isinstance(model, Surgery):
-        options = {"rank": model.adapter.down.out_features, "head": model.head_of}
-        merged, target = of(model.merged.network), of(model.target.network)
-        return {"kind": "surgery", "merged": merged, "target": target, "options": options}
-    if isinstance(model, FineTuned):
-        return {"kind": "finetuned", "network": of(model.encoder.network)}
-    if isinstance(model, ROUPKT):
-        expert = "identity" if isinstance(model.experts[0], nn.Identity) else "mlp"
-        network = of(model.models[0].network)
-        return {
-            "kind": "roupkt", "network": network, "models": model.names,
-            "options": {"top_k": model.top_k, "expert": expert},
-        }  # fmt: skip
-    for name, make in NETWORKS.items():
-        with suppress(Refused):  # a network that cannot have the study's dimensions is not this one
-            if type(make(dim, settings)) is type(model):
-                dim_emb = model.embed.out_features if isinstance(model, MeanMIL) else settings.dim_emb
-                return {"kind": "network", "name": name, "dim_emb": dim_emb}
-    raise Refused(
-        f"a model of the class {type(model).__name__} cannot be exported: a model folder holds the networks of "
-        f"steph.mil ({', '.join(NETWORKS)}) and what STEPH, fine-tuning, surgery and ROUPKT make of them."
-    )
-
-
-def build(architecture: Mapping[str, Any], dim: int, settings: Network) -> nn.Module:
-    """A model of this form (`architecture_of`), its numbers still to be filled in."""
+def build(architecture: Mapping[str, Any], dim: int, settings: Network) -> Model:
+    """A model of this form (`Model.architecture`), its numbers still to be filled in."""
     with torch.random.fork_rng(devices=[]):  # whoever loads a model keeps their own random numbers
-        return _build(architecture, dim, settings).requires_grad_(False).eval()
-
-
-def _build(a: Mapping[str, Any], dim: int, settings: Network) -> nn.Module:
-    kind = a["kind"]
-    if kind == "network":
-        return NETWORKS[a["name"]](dim, settings.model_copy(update={"dim_emb": a["dim_emb"]}))
-    if kind == "surgery":
-        return Surgery(_build(a["merged"], dim, settings), _build(a["target"], dim, settings), **a["options"])
-    network = _build(a["network"], dim, settings)
-    if kind == "finetuned":
-        return FineTuned(network, fresh_head=True)
-    if kind == "roupkt":
-        models = {name: _build(a["network"], dim, settings) for name in a["models"]}
-        return ROUPKT(network, models, **a["options"])
-    if kind == "steph":
-        own = dict(network.named_parameters())
-        form = {name: torch.zeros_like(own[name]) for name in dict.fromkeys([*a["order"], *own])}
-        return STEPH(form, form, dict.fromkeys(a["sources"], form), network=network, **a["options"])
-    raise KeyError(kind)
+        model = rebuild(architecture, dim, settings)
+    model.requires_grad_(False)
+    return model.eval()
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -216,7 +139,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+def fill(model: Model, tensors: Mapping[str, Tensor]) -> Model:
     """Copy tensors into a model of the same form. Raises `ValueError` where names, shapes or formats differ."""
     own = tensors_of(model)
     for name in sorted(own.keys() | tensors.keys()):
@@ -225,24 +148,6 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             raise ValueError(f"tensor {name}: expected {kinds[0]}, found {kinds[1]}")
         own[name].copy_(tensors[name])
     return model
-
-
-def keep_sources(
-    architecture: Mapping[str, Any], tensors: Mapping[str, Tensor], kept: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Architecture and tensors of a STEPH with only these of its sources."""
-    names, options = list(architecture["sources"]), architecture["options"]
-    rows = torch.tensor([names.index(name) for name in kept])
-    last = "" if options["hyper_head"] == "linear" else ".3"
-    by_source = {f"hyper.{head}{last}.{kind}" for head in ("weight_head", "mix_head") for kind in ("weight", "bias")}
-    by_source |= {"weight_vector", "ratio_vector"}
-    fewer = {}
-    for name, value in tensors.items():
-        if name.startswith(("encoder.vectors.", "merged_head.vectors.")):
-            value = value[torch.cat([torch.zeros(1, dtype=torch.int64), rows + 1])]
-        fewer[name] = value[rows] if name in by_source else value
-    top_k = options["top_k"] and min(options["top_k"], len(kept))
-    return {**architecture, "sources": list(kept), "options": {**options, "top_k": top_k}}, fewer
 
 
 # ------------------------------------------------------------------------------------------------ folders
@@ -263,7 +168,7 @@ def write_model(path: Path, config: Config, tensors: Mapping[str, Tensor], card:
         (folder / CARD).write_text(card, encoding="utf-8")
 
 
-def read_model(path: Path) -> tuple[Config, nn.Module]:
+def read_model(path: Path) -> tuple[Config, Model]:
     """A model folder's configuration, and its model in evaluation mode on the CPU.
 
     Raises `Refused` for a path that is no model folder, one of a newer format, one that was damaged or altered.

@@ -11,7 +11,6 @@ brought into the format of its store, and the study's own function predicts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -22,23 +21,16 @@ import h5py
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
-from steph import Refused
-from steph.analysis.mixing.attention import attention_of, patch_size
+from steph import Refused, mil
+from steph.analysis.mixing.attention import attention_of, bag_of, mixture_of, patch_size
 from steph.data.bags import RaggedBatch, sampled
 from steph.data.features import check_slides, inspect, read
 from steph.data.manifest import Features
 from steph.deploy.model_folder import Config, Inputs, read_model
 from steph.files.progress import track
 from steph.files.tables import read_csv
-from steph.merging.steph import STEPH, mixture_coefficients
-from steph.merging.surgery import Surgery
-from steph.mil import MeanMIL
-from steph.mil.state import load_into
-from steph.mil.transfer import ROUPKT
-from steph.training.device import check_device
-from steph.training.engine import needs_coords, single_thread
+from steph.training.device import Compute, check_device, single_thread
 from steph.training.engine import predict as predict_patients
 
 ENCODER_KEYS = ("encoder", "encoder_name", "patch_encoder", "patch_encoder_name")
@@ -104,7 +96,7 @@ class Model:
     """A model folder, loaded. precision: the study's, or fp32 where that was a GPU's and this is none."""
 
     config: Config
-    network: nn.Module
+    network: mil.Model
     device: str
     folder: Path
 
@@ -132,8 +124,9 @@ class Model:
         bag = Bag.read(paths, self.config, patient_id)
         with single_thread():
             row = self._row(bag)
-            mixed = self._mixture()
-            attention = self._attention(bag, mixed)
+            batch = bag_of([self.network], bag, bag.patient_id, self._compute)  # type: ignore[arg-type]
+            mixed = None if self.network.merging is None else mixture_of(self.network, batch, self.config.dataset)
+            attention = None if self.network.pooling_network(batch) is None else attention_of(self.network, batch)
         patches, edges = bag.places(self.config.inputs.max_patches), {}
         patches["attention"] = np.nan if attention is None else attention
         patches["rank"] = patches["attention"].rank(method="first", ascending=False).astype("Int64")
@@ -183,47 +176,14 @@ class Model:
 
     def _row(self, bag: Bag) -> pd.Series:
         """The study's own prediction, as it stands in its ``predictions.csv``."""
-        how = (self.device, self.precision, self.config.inputs.max_patches)
-        row = predict_patients(self.network, bag, [bag.patient_id], *how).iloc[0]  # type: ignore[arg-type]
+        row = predict_patients(self.network, bag, [bag.patient_id], self._compute).iloc[0]  # type: ignore[arg-type]
         if not np.isfinite(row["risk"]):
             raise Refused(f"{bag.patient_id}: the risk is {row['risk']}: features this large are of no use to a model.")
         return row
 
     @property
-    def _merging(self) -> STEPH | None:
-        """The part that merges a model for each patient; None where there is none."""
-        part = self.network.merged.network if isinstance(self.network, Surgery) else self.network
-        return part if isinstance(part, STEPH) else None
-
-    def _mixture(self) -> pd.DataFrame | None:
-        """What the last prediction merged."""
-        if self._merging is None:
-            return None
-        names = self._merging.source_names
-        w, lam = self._merging.monitor().view(2, -1)
-        selected = w.argsort(descending=True, stable=True)[: self._merging.top_k or len(names)]
-        coefficients = mixture_coefficients(w[None], lam[None], selected[None])[0]
-        return pd.DataFrame(
-            {
-                "source": [self.config.dataset, *names],
-                "w": [np.nan, *w.tolist()],
-                "lambda": [np.nan, *lam.tolist()],
-                "kept": [True, *np.isin(np.arange(len(names)), selected.cpu().numpy()).tolist()],
-                "coefficient": coefficients.tolist(),
-            }
-        )
-
-    def _attention(self, bag: Bag, mixed: pd.DataFrame | None) -> np.ndarray | None:
-        if isinstance(self.network, MeanMIL | ROUPKT):
-            return None
-        network, dtype = self.network, next(self.network.parameters()).dtype
-        if self._merging is not None and mixed is not None:
-            coefficients = torch.tensor(mixed["coefficient"], dtype=dtype, device=self.device)
-            network = deepcopy(self._merging.encoder.network)
-            load_into(network, self._merging.encoder.state(coefficients))
-        options: dict[str, Any] = {"max_patches": self.config.inputs.max_patches}
-        options["coords"] = needs_coords(network) is not None
-        return attention_of(network, bag.batch([bag.patient_id], self.device, dtype, **options))
+    def _compute(self) -> Compute:
+        return Compute(self.device, self.precision, self.config.inputs.max_patches)
 
     def _notes(self, bag: Bag, attention: np.ndarray | None) -> list[str]:
         notes = []

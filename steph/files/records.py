@@ -6,9 +6,7 @@ folder is nothing.
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import importlib
 import json
 import platform
 from collections.abc import Callable, Mapping
@@ -24,8 +22,6 @@ from steph import Refused, __version__
 from steph.files.atomic import atomic_folder, atomic_path
 
 COMPLETION, CHECKSUM = "run.json", "checksum"
-NUMERIC = ("steph.survival", "steph.training", "steph.merging", "steph.mil", "steph.data.bags")
-"""Modules whose code decides numbers; what data went in is told by the data's own fingerprints."""
 PACKAGES = ("torch", "numpy", "pandas", "scipy", "h5py", "lifelines", "safetensors")
 
 
@@ -130,34 +126,3 @@ def versions() -> Mapping[str, str]:
         with suppress(PackageNotFoundError):
             packages[name] = version(name)
     return packages
-
-
-@cache
-def code_fingerprint(*modules: str) -> str:
-    """Hash of the code of modules and of all that they import from the same rows of the library (`NUMERIC`), comments
-    and docstrings left out: a change that can change a result changes it, a better explanation does not."""
-    waiting, sources = list(modules), {}
-    while waiting:
-        name = waiting.pop()
-        if name not in sources:
-            sources[name], imported = _code(name)
-            waiting += [found for found in imported if found.startswith(NUMERIC)]
-    return fingerprint(sources)
-
-
-@cache
-def _code(module: str) -> tuple[str, list[str]]:
-    """A module's code without comments and docstrings, and what it imports from."""
-    tree = ast.parse(Path(str(importlib.import_module(module).__file__)).read_text(encoding="utf-8"))
-    imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-    return ast.dump(without_docstrings(tree)), imported
-
-
-def without_docstrings(tree: ast.Module) -> ast.Module:
-    """The tree, its docstrings taken out."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
-            node
-        ):
-            node.body = node.body[1:]
-    return tree

@@ -33,6 +33,6 @@ def _noise(tau: State, source: str, seed: int) -> dict[str, Tensor]:
 def _like(value: Tensor, key: str) -> Tensor:
     """Gaussian noise of a parameter's shape and norm, drawn on the CPU in double precision."""
     generator = torch.Generator().manual_seed(int(key, 16))
-    drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-    scale = torch.linalg.vector_norm(value.double()).cpu() / torch.linalg.vector_norm(drawn)
+    drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(value.device)
+    scale = torch.linalg.vector_norm(value.double()) / torch.linalg.vector_norm(drawn)
     return (drawn * scale).to(value)

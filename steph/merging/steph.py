@@ -25,7 +25,7 @@ from steph.data.bags import RaggedBatch, as_batch, sample_each
 from steph.merging.merged_encoder import Merged, MergedEncoder
 from steph.merging.task_vectors import Layout, State, task_vector
 from steph.mil.abmil import ABMIL
-from steph.mil.base import MIL, BagEncoder, Bags, ForwardPass, Model
+from steph.mil.base import MIL, BagEncoder, Bags, ForwardPass, Model, one_bag
 from steph.mil.mean_mil import mean_of_embedded
 from steph.mil.state import load_into
 
@@ -167,9 +167,9 @@ class STEPH(BagEncoder):
         selected = w.argsort(dim=1, descending=True, stable=True)[:, : self.top_k or w.shape[1]]
         return Mixtures(w, lam, selected)
 
-    def coefficients(self, bag: Tensor) -> Mixtures:
+    def coefficients(self, bag: Tensor | RaggedBatch) -> Mixtures:
         """w (m,), lambda (m,) and the selected sources (K,) of one bag (N, D)."""
-        return Mixtures(*(values[0] for values in self.batch_coefficients([bag])))
+        return Mixtures(*(values[0] for values in self.batch_coefficients(one_bag(bag))))
 
     def merged_state(self, bag: Tensor) -> dict[str, Tensor]:
         """The parameters of the network that this bag (N, D) is seen through."""

@@ -114,8 +114,13 @@ class Method:
 
     def settings_of(self, study: Study, n_patients: int) -> dict[str, Any]:
         """STEPH's numbers that this method takes from a study for a data set of so many patients, by name."""
-        s = study.steph
-        numbers = {**s.model_dump(), "gamma": s.gamma(n_patients)}
+        numbers = {**study.steph.model_dump(), "gamma": study.steph.gamma(n_patients)}
+        return {name: numbers[name] for name in self.settings if name not in self.options}
+
+    def settings_that_decide(self, study: Study) -> dict[str, Any]:
+        """The study's numbers behind `settings_of`; gamma follows from a rule on the number of patients."""
+        numbers = study.steph.model_dump()
+        numbers["gamma"] = [numbers[name] for name in ("gamma_large", "gamma_small", "large_above")]
         return {name: numbers[name] for name in self.settings if name not in self.options}
 
     def refusal(self, study: Study, dataset: str) -> str:

@@ -111,8 +111,8 @@ METHODS = {
     ),
     "steph_as_written": _variant(
         "STEPH as written",
-        "STEPH as the paper writes it where the release differs: one layer in each hypernetwork's head, Eq. 7 without a "
-        "balance term, no new prediction head, the head merged like the encoder",
+        "STEPH as the paper writes it where the release differs: one layer in each hypernetwork's head, Eq. 7 without "
+        "a balance term, no new prediction head, the head merged like the encoder",
         options={"hyper_head": "linear", "balance_term": False, "fresh_head": False, "merge_head": True},
         in_book=False,
     ),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from steph import Refused
 from steph.data.bags import RaggedBatch, as_batch
-from steph.mil.gated_attention import SavePolicy
+from steph.mil.gated_attention import Save, SavePolicy
 
 Bags = Sequence[Tensor] | RaggedBatch
 """What a model is given: a list of bags of patches (N_i, D), or a ragged batch of them."""
@@ -150,7 +150,7 @@ class MIL(BagEncoder):
         """Attention (N,) over the patches of one bag (N, D); not negative, sums to 1."""
 
     def encode_each(
-        self, weights: Mapping[str, Tensor], bags: Tensor, absent: Tensor | None, save: str
+        self, weights: Mapping[str, Tensor], bags: Tensor, absent: Tensor | None, save: Save
     ) -> tuple[Tensor, Any]:
         """Bag features (G, H) of G padded bags (G, n, D), bag g under the weights ``weights[name][g]``, and what
         `encode_each_backward` needs. absent: (G, n) True where there is no patch, None where all bags are full."""

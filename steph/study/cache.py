@@ -1,4 +1,4 @@
-"""Analyses that take a while: computed once, kept as a record, found again by what they stand on."""
+"""Analyses that take a while: computed once, recorded, found again by what they stand on."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from typing import Any
 import pandas as pd
 
 from steph.files.lock import exclusive
-from steph.files.records import Record, code_fingerprint, fingerprint, read_record, write_record
+from steph.files.records import Record, fingerprint, read_record, write_record
+from steph.study.keys import code_fingerprint
 from steph.study.runs import Workbench
 
 
-def kept(bench: Workbench, name: str, decides: Any, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+def cached_table(bench: Workbench, name: str, inputs: Any, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """The table that `compute` makes, from ``build/<study>/analyses/`` where it was made before.
 
-    decides: plain data that the table follows from, such as keys of runs (`Workbench.key`), folds and settings. The
-    code of the module where `compute` is defined counts too, with the numeric modules that it imports.
+    inputs: plain data that the table follows from, such as keys of runs (`Workbench.key`), folds and settings. The code
+    of the module where `compute` is defined counts too, with the numeric modules that it imports.
     The index is dropped, numbers keep all their digits. Interrupted, it is as if nothing had been begun.
     """
-    key = fingerprint([name, decides, code_fingerprint(compute.__module__)])
+    key = fingerprint([name, inputs, code_fingerprint(compute.__module__)])
     folder = bench.study.build / "analyses" / f"{name}-{key}"
-    found = read_record(folder)
-    if found is None:
+    record = read_record(folder)
+    if record is None:
         with exclusive(folder):
-            found = read_record(folder) or _make(folder, {"analysis": name, "key": key, "decides": decides}, compute)
+            info = {"analysis": name, "key": key, "inputs": inputs}
+            record = read_record(folder) or _make(folder, info, compute)
     # Read back in any case: what is shown the first time is what is shown ever after.
-    return pd.read_csv(found.file("table.csv"), float_precision="round_trip")
+    return pd.read_csv(record.file("table.csv"), float_precision="round_trip")
 
 
 def _make(folder: Path, info: dict[str, Any], compute: Callable[[], pd.DataFrame]) -> Record:

@@ -11,10 +11,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from graphlib import TopologicalSorter
 from multiprocessing import connection
@@ -25,25 +24,18 @@ import pandas as pd
 import torch
 
 from steph import Refused
-from steph.data.dataset import Dataset
 from steph.data.manifest import Study
-from steph.data.resident import fits
 from steph.files.lock import exclusive
 from steph.files.progress import track
 from steph.files.records import Record, write_record
-from steph.methods.registry import method
 from steph.mil.state import save_state, state_of
 from steph.study.runs import Run, Workbench, plan, results, row_of, stages
 from steph.survival import concordance_index, nll_loss, targets
 from steph.training import memory
-from steph.training.device import check_device, device_name, precision_for
-from steph.training.engine import Training, fit_together, predict, single_thread
+from steph.training.device import check_device, device_name, precision_for, single_thread
+from steph.training.engine import fit, predict, predict_hazards, prediction_table
 
 __all__ = ["Run", "Workbench", "plan", "results", "run", "run_all"]
-
-TOGETHER = 8
-"""Runs that share one pass over the data at most. Each keeps its models and its optimizer's moments in memory all the
-while, some hundred MB at the paper's size; and of the time to load, an eighth each is little already."""
 
 
 def run(
@@ -60,11 +52,10 @@ def run(
     Raises `Refused` for an unknown data set, method or precision, a fold out of range, a device that is not there.
     """
     bench = study if isinstance(study, Workbench) else Workbench(study)
-    wanted = Run(dataset, method, fold, bench.study.seed if seed is None else seed, precision_for(precision, device))
-    run_all(bench, [wanted], device=device, workers=1)
-    found = bench.record(wanted)
-    assert found is not None
-    return found
+    seed = bench.study.seed if seed is None else seed
+    this = Run(dataset, method, fold, seed, precision_for(precision, device))
+    run_all(bench, [this], device=device, workers=1)
+    return bench.finished(this)
 
 
 def run_all(
@@ -77,52 +68,51 @@ def run_all(
     """
     bench = study if isinstance(study, Workbench) else Workbench(study)
     runs = list(runs)
-    for wanted in runs:
-        _check(bench.study, wanted, device)
+    for run in runs:
+        _check(bench.study, run, device)
     workers = (os.cpu_count() or 1) if workers is None else workers
     # Other processes do not see a method that was defined in a notebook.
-    if device != "cpu" or any(method(wanted.method).build.__module__ == "__main__" for wanted in runs):
+    if device != "cpu" or any(run.entry.build.__module__ == "__main__" for run in runs):
         workers = 1
-    missing = {wanted: stage for wanted, stage in stages(bench, runs).items() if bench.record(wanted) is None}
+    missing = [run for run in stages(bench, runs) if bench.record(run) is None]
     if missing:
         _carry_out(bench, missing, device, workers)
-    return pd.DataFrame([{**row_of(bench.record(wanted)), "folds": bench.study.folds} for wanted in runs])
+    return pd.DataFrame([{**row_of(bench.finished(run)), "folds": bench.study.folds} for run in runs])
 
 
-def _check(study: Study, wanted: Run, device: str) -> None:
+def _check(study: Study, run: Run, device: str) -> None:
     """Refuse a run that cannot be, before anything is done."""
-    study.entry(wanted.dataset)
-    entry = method(wanted.method)
-    study.check_fold(wanted.fold)
-    if precision_for(wanted.precision, device) != wanted.precision:
-        raise Refused(f"{wanted}: a run has one precision; say which, or ask `steph.training.device.precision_for`.")
-    refusal = entry.refusal(study, wanted.dataset)
+    study.entry(run.dataset)
+    refusal = run.entry.refusal(study, run.dataset)
+    study.check_fold(run.fold)
+    if precision_for(run.precision, device) != run.precision:
+        raise Refused(f"{run}: a run has one precision; say which, or ask `steph.training.device.precision_for`.")
     if refusal:
         raise Refused(refusal)
     check_device(device)
 
 
-def _carry_out(bench: Workbench, missing: Mapping[Run, int], device: str, workers: int) -> None:
-    """Carry out runs, given with their stages."""
-    names = list(dict.fromkeys(wanted.method for wanted in missing))
+def _carry_out(bench: Workbench, missing: Sequence[Run], device: str, workers: int) -> None:
+    """Carry out runs, given in an order in which each comes behind what it builds on."""
+    names = list(dict.fromkeys(run.method for run in missing))
     others = f" and {len(names) - 3} other methods" if len(names) > 4 else ""
     label = f"{bench.study.name}: {', '.join(names[:3] if others else names)}{others}"
-    of_stages = ([wanted for wanted in missing if missing[wanted] == stage] for stage in sorted(set(missing.values())))
-    groups = [group for of_stage in of_stages for group in _groups(bench, of_stage, device)]
-    if min(workers, len(groups)) <= 1:
-        finished = (wanted for group in groups for wanted in _execute_together(bench, group, device))
-        for _ in track(finished, label, total=len(missing)):
-            pass
+    if min(workers, len(missing)) <= 1:
+        for run in track(missing, label):
+            _execute(bench, run, device)
         return
-    for network in {method(wanted.method).network for wanted in missing}:
+    # What workers would make at the same time.
+    for network in {run.entry.network for run in missing}:
         bench.null_state(network)
-    workers = min(workers, len(groups))
+    for dataset in {run.dataset for run in missing}:
+        bench.dataset(dataset)
+    workers = min(workers, len(missing))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_prepare_worker, initargs=(bench.study, workers)
     ) as pool:
         try:
-            for _ in track(_spread(pool, workers, bench, groups, device), label, total=len(missing)):
+            for _ in track(_spread(pool, workers, bench, missing, device), label, total=len(missing)):
                 pass
         except BrokenProcessPool:
             raise Refused(
@@ -137,53 +127,24 @@ def _carry_out(bench: Workbench, missing: Mapping[Run, int], device: str, worker
 
 
 def _spread(
-    pool: ProcessPoolExecutor, workers: int, bench: Workbench, groups: Sequence[list[Run]], device: str
+    pool: ProcessPoolExecutor, workers: int, bench: Workbench, missing: Sequence[Run], device: str
 ) -> Iterator[Run]:
-    """Have a pool carry out groups of runs, each when what it builds on is finished; gives runs as they finish."""
-    group_of = {wanted: i for i, group in enumerate(groups) for wanted in group}
-    waits_for = {
-        i: {group_of[first] for wanted in group for first in bench.upstream(wanted).values() if first in group_of}
-        for i, group in enumerate(groups)
-    }
-    order = TopologicalSorter(waits_for)
+    """Have a pool carry out runs, each when what it builds on is finished; gives them as they finish."""
+    among = set(missing)
+    order = TopologicalSorter({run: among.intersection(bench.prerequisites(run).values()) for run in missing})
     order.prepare()
-    ready: deque[int] = deque()
-    going: dict[Future[list[Run]], int] = {}
+    ready: deque[Run] = deque()
+    running: dict[Future[None], Run] = {}
     while order.is_active():
         ready += order.get_ready()
-        while ready and len(going) < 2 * workers:  # one to go on with at once
-            i = ready.popleft()
-            keys = [bench.key(wanted) for wanted in groups[i]]
-            going[pool.submit(_work, groups[i], keys, device)] = i
-        for future in wait(going, return_when=FIRST_COMPLETED).done:
-            yield from future.result()
-            order.done(going.pop(future))
-
-
-def _groups(bench: Workbench, missing: Sequence[Run], device: str) -> list[list[Run]]:
-    """Runs of a stage that share one pass over the data, up to `TOGETHER`, in the order given.
-
-    Where loading is the limit: the features of the data set are read anew in every epoch (`_streamed`). Runs share a
-    pass when they train on the same data set, fold, seed and precision. Another seed is another order of patients, and
-    what is not in the same order shares no batches.
-    """
-    groups: dict[Any, list[list[Run]]] = {}
-    for wanted in missing:
-        alone = method(wanted.method).joint or not _streamed(bench.dataset(wanted.dataset), device)
-        found = groups.setdefault(wanted if alone else (wanted.dataset, wanted.fold, wanted.seed, wanted.precision), [])
-        if not found or len(found[-1]) == TOGETHER:
-            found.append([])
-        found[-1].append(wanted)
-    return [group for found in groups.values() for group in found]
-
-
-def _streamed(data: Dataset, device: str) -> bool:
-    """Whether every epoch reads a data set's features anew: to a GPU where they do not fit on it, on the CPU from disk,
-    where they are more than half of the machine's memory, so that the system does not keep them."""
-    store = data.store
-    if device == "cpu":
-        return store.tensor.nbytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-    return not fits(str(store.path), store.tensor, torch.device(device))
+        while ready and len(running) < 2 * workers:  # one to go on with at once
+            run = ready.popleft()
+            running[pool.submit(_work, run, bench.key(run), device)] = run
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            future.result()
+            run = running.pop(future)
+            order.done(run)
+            yield run
 
 
 def end_workers() -> None:
@@ -215,144 +176,82 @@ def _prepare_worker(study: Study, workers: int) -> None:
     gc.freeze()  # the hundred thousand objects of imported libraries are not looked through again and again
 
 
-def _work(group: Sequence[Run], keys: Sequence[str], device: str) -> list[Run]:
+def _work(run: Run, key: str, device: str) -> None:
     assert _bench_of_worker is not None
-    if [_bench_of_worker.key(wanted) for wanted in group] != list(keys):
+    if _bench_of_worker.key(run) != key:
         raise Refused(
             "the library's code or the study's data changed while the study was starting. What is finished is kept; "
             "run the same command again."
         )
-    return list(_execute_together(_bench_of_worker, group, device))
+    _execute(_bench_of_worker, run, device)
 
 
-def _execute_together(bench: Workbench, group: Sequence[Run], device: str) -> Iterator[Run]:
-    """Carry out runs in one pass over the data; gives each when it is recorded. One that is refused among others, for
-    want of memory perhaps, is tried alone when they are done. What another process carries out is waited for."""
-    with ExitStack() as held:
-        for folder in sorted(bench.folder(wanted) for wanted in group):  # in one order: nobody waits in a circle
-            held.enter_context(exclusive(folder))
-        done = [wanted for wanted in group if bench.record(wanted) is not None]
-        yield from done
-        missing = [wanted for wanted in group if wanted not in done]
-        if len(missing) > 1:
-            for wanted in _share_a_pass(bench, missing, device):
-                done.append(wanted)
-                yield wanted
-        for wanted in missing:
-            if wanted not in done:
-                _execute(bench, wanted, device)
-                yield wanted
+def _execute(bench: Workbench, run: Run, device: str) -> None:
+    """Carry out a run, unless it is finished: build, train, predict, measure, record. What another process carries out
+    is waited for."""
+    with exclusive(bench.folder(run)):
+        if bench.record(run) is None:
+            _build_train_record(bench, run, device)
 
 
-def _share_a_pass(bench: Workbench, group: Sequence[Run], device: str) -> Iterator[Run]:
-    """Carry out those of the runs that are not refused."""
-    begun: list[_Begun] = []
-    for wanted in group:
-        with suppress(Refused, torch.OutOfMemoryError):
-            begun.append(_Begun(bench, wanted, device))
-    for one, history in zip(begun, _train(begun), strict=True):
-        if isinstance(history, Refused):
-            continue
-        with suppress(Refused, torch.OutOfMemoryError):
-            one.finish(history)
-            yield one.wanted
-
-
-def _execute(bench: Workbench, wanted: Run, device: str) -> Record:
-    """Build, train, predict, measure, record."""
-    begun = _Begun(bench, wanted, device)
-    [history] = _train([begun])
-    if isinstance(history, Refused):
-        raise history
-    return begun.finish(history)
-
-
-class _Begun:
-    """A run whose model is built and, where it has something to train, ready for it."""
-
-    def __init__(self, bench: Workbench, wanted: Run, device: str) -> None:
-        self.bench, self.wanted, self.device = bench, wanted, device
-        started, study = time.perf_counter(), bench.study
-        with single_thread():
-            self.model = bench.untrained(wanted, device)
-            self.trains = any(p.requires_grad for p in self.model.parameters())
-            self.training: Training | None = None
-            if self.trains:
-                data, patients = bench.training_set(wanted)
-                self.training = Training(
-                    self.model, data, patients, study.recipe, study.network, wanted.seed, device, wanted.precision
-                )
-        self.seconds = time.perf_counter() - started
-
-    def finish(self, history: pd.DataFrame) -> Record:
-        """Predict, measure, record."""
-        bench, wanted, device, model, study = self.bench, self.wanted, self.device, self.model, self.bench.study
-        data = bench.dataset(wanted.dataset)
-        started = time.perf_counter()
-        with single_thread():
-            how = (device, wanted.precision, study.recipe.max_patches)
-            tables = {"predictions.csv": predict(model, data, data.splits.test(wanted.fold), *how)}
-            if data.external is not None:
-                everyone = list(data.external.cohort.patients["patient_id"])
-                together = study.recipe.bags_per_step
-                tables["predictions_external.csv"] = predict(model, data.external, everyone, *how, together)
-            metrics = {**_metrics(tables["predictions.csv"], study), **_external(tables)}
-        trained = float(history["seconds"].sum()) if self.trains else 0.0
-        seconds = self.seconds + trained + time.perf_counter() - started
-        origin = bench.null_state(method(wanted.method).network).origin
-        state = state_of(model, origin, trainable_only=self.trains)
-        writers = {"model.safetensors": lambda path: save_state(state, path)}
-        for name, table in {**tables, "history.csv": history}.items():
-            writers[name] = lambda path, table=table: table.to_csv(path, index=False)  # type: ignore[misc]
-        info = {
-            "study": study.name,
-            "synthetic": study.synthetic is not None,
-            "run": asdict(wanted),
-            "key": bench.key(wanted),
-            "metrics": metrics,
-            "data": data.fingerprint,
-            "upstream": {name: bench.key(first) for name, first in bench.upstream(wanted).items()},
-            "null_model": origin,
-            "facts": getattr(model, "facts", {}),
-            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "configuration": study.model_dump(
-                include={"features", "network", "recipe", "steph", "endpoint"}, mode="json"
-            ),
-            "device": device_name(device),
-            "seconds": round(seconds, 3),
-        }
-        return write_record(bench.folder(wanted), writers, info)
-
-
-def _train(begun: Sequence[_Begun]) -> list[pd.DataFrame | Refused]:
-    """The histories of runs, trained in one pass over the data; of one with nothing to train, an empty table."""
-    trainings = [one.training for one in begun if one.training]
+def _build_train_record(bench: Workbench, run: Run, device: str) -> None:
+    started, study, data, compute = (
+        time.perf_counter(),
+        bench.study,
+        bench.dataset(run.dataset),
+        bench.compute(run, device),
+    )
     with single_thread():
-        found = iter(fit_together(trainings) if trainings else [])
-    return [next(found) if one.training else pd.DataFrame() for one in begun]
+        model, history = bench.untrained(run, device), pd.DataFrame()
+        trains = any(p.requires_grad for p in model.parameters())
+        if trains:
+            history = fit(model, *bench.training_set(run), study.recipe, study.network, run.seed, compute)
+        patients = data.splits.test(run.fold)
+        hazards = predict_hazards(model, data, patients, compute)
+        tables = {"history.csv": history, "predictions.csv": prediction_table(data, patients, hazards)}
+        metrics = _metrics(tables["predictions.csv"], hazards, study)
+        if data.external is not None:
+            everyone = list(data.external.cohort.patients["patient_id"])
+            external = predict(model, data.external, everyone, compute, together=study.recipe.bags_per_step)
+            tables["predictions_external.csv"] = external
+            metrics["external_c_index"] = c_index(external)["c_index"]
+    origin = bench.null_state(run.entry.network).origin
+    state = state_of(model, origin, trainable_only=trains)
+    writers = {"model.safetensors": lambda path: save_state(state, path)}
+    for name, table in tables.items():
+        writers[name] = lambda path, table=table: table.to_csv(path, index=False)  # type: ignore[misc]
+    info = {
+        "study": study.name,
+        "synthetic": study.synthetic is not None,
+        "run": asdict(run),
+        "key": bench.key(run),
+        "metrics": metrics,
+        "data": data.fingerprint,
+        "prerequisites": {name: bench.key(needed) for name, needed in bench.prerequisites(run).items()},
+        "null_model": origin,
+        "facts": model.facts,
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "configuration": study.model_dump(include={"features", "network", "recipe", "steph", "endpoint"}, mode="json"),
+        "device": device_name(device),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    write_record(bench.folder(run), writers, info)
 
 
-def _metrics(predictions: pd.DataFrame, study: Study) -> dict[str, Any]:
+def _metrics(predictions: pd.DataFrame, hazards: torch.Tensor, study: Study) -> dict[str, Any]:
     """C-index (or why there is none) and loss (alpha = 0, as the release reports it) of a test fold."""
-    found = c_index(predictions)
     bins, event = targets(predictions, study.network.n_bins, study.network.bin_width_days)
-    curve = torch.from_numpy(predictions.filter(regex=r"^survival_\d+$").to_numpy())
-    before = torch.cat([torch.ones_like(curve[:, :1]), curve[:, :-1]], dim=1)
-    hazards = 1 - curve / before.clamp(min=1e-12)
-    loss = nll_loss(hazards, bins, event, alpha=0.0)
     return {
-        **found, "loss": loss.item(), "n_test": len(predictions), "events_test": int(predictions["event"].sum())
-    }  # fmt: skip
-
-
-def _external(tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
-    if "predictions_external.csv" not in tables:
-        return {"external_c_index": None}
-    return {"external_c_index": c_index(tables["predictions_external.csv"])["c_index"]}
+        **c_index(predictions),
+        "loss": nll_loss(hazards, bins, event, alpha=0.0).item(),
+        "n_test": len(predictions),
+        "events_test": int(event.sum()),
+        "external_c_index": None,
+    }
 
 
 def c_index(predictions: pd.DataFrame) -> dict[str, Any]:
-    """`c_index` of a table of predictions, or None with the reason in `problem`."""
+    """The C-index of a table of predictions, or None with the reason in `problem`."""
     try:
         value = concordance_index(predictions["time_days"], predictions["event"], predictions["risk"])
     except Refused as reason:

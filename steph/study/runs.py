@@ -6,35 +6,24 @@ and the keys of the runs it builds on. A finished run is found by its key; a cha
 
 from __future__ import annotations
 
-import ast
-import inspect
-import symtable
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import nn
 
 from steph import Refused
-from steph.data.dataset import Dataset, open_dataset
+from steph.data.dataset import Dataset, dataset_fingerprint, open_dataset
 from steph.data.joint import JointDataset
 from steph.data.manifest import Study, load_study, unknown
-from steph.files.records import (
-    NUMERIC,
-    Record,
-    code_fingerprint,
-    fingerprint,
-    read_record,
-    without_docstrings,
-    write_record,
-)
-from steph.methods.registry import METHODS, Ingredients, Method, known_method, method
-from steph.mil import NETWORKS
+from steph.files.records import Record, fingerprint, read_record, write_record
+from steph.methods import METHODS, Inputs, Method, known_method, method
+from steph.methods.base import Settings
+from steph.mil import Model, new_network
 from steph.mil.state import ModelState, load_into, load_state, save_state, state_fingerprint, state_of
+from steph.study.keys import method_code
+from steph.training.device import Compute
 from steph.training.engine import seed_everything
 
 SOURCE_FOLD = 0
@@ -56,6 +45,11 @@ class Run:
     def __str__(self) -> str:
         return f"{self.dataset}/{self.method}/fold{self.fold}-seed{self.seed}"
 
+    @property
+    def entry(self) -> Method:
+        """The method's entry in the registry. Raises `Refused` for a name that has none."""
+        return method(self.method)
+
 
 class Workbench:
     """A study with its data opened and its keys known; what the functions below work with."""
@@ -64,6 +58,7 @@ class Workbench:
         self.study = study if isinstance(study, Study) else load_study(study)
         self._datasets: dict[str, Dataset] = {}
         self._keys: dict[Run, str] = {}
+        self._fingerprints: dict[str, str] = {}
 
     def dataset(self, name: str) -> Dataset:
         """A data set, opened once (and made first, in a synthetic study)."""
@@ -72,44 +67,50 @@ class Workbench:
             self._datasets[name] = open_dataset(self.study, name)
         return self._datasets[name]
 
-    def upstream(self, run: Run) -> dict[str, Run]:
+    def prerequisites(self, run: Run) -> dict[str, Run]:
         """The runs that must be finished first: the target's model of the same fold, the sources' of fold 0, an earlier
         stage or the joint model. Models that are merged are trained with the study's own seed, so that seeds of a run
         can be compared on the same models."""
-        wanted = method(run.method)
-        base = replace(run, method=wanted.base, seed=self.study.seed)
-        found = {TARGET: base} if wanted.needs_target else {}
-        if wanted.after:
-            found[STAGE] = replace(run, method=wanted.after)
-        if wanted.joint and not self._trains_for_all(run):
-            found[STAGE] = replace(run, dataset=next(iter(self.study.datasets)))
-        if wanted.needs_sources:
-            names = [wanted.only] if wanted.only else self.study.sources_of(run.dataset)
-            found |= {name: replace(base, dataset=name, fold=SOURCE_FOLD) for name in names}
-        return found
+        entry = run.entry
+        base = replace(run, method=entry.base, seed=self.study.seed)
+        needed = {TARGET: base} if entry.needs_target else {}
+        if entry.after:
+            needed[STAGE] = replace(run, method=entry.after)
+        if entry.joint and not self._trains_for_all(run):
+            needed[STAGE] = replace(run, dataset=next(iter(self.study.datasets)))
+        if entry.needs_sources:
+            names = [entry.only] if entry.only else self.study.sources_of(run.dataset)
+            needed |= {name: replace(base, dataset=name, fold=SOURCE_FOLD) for name in names}
+        return needed
 
     def key(self, run: Run) -> str:
-        """Hash of what decides the result of a run."""
+        """Hash of what decides the result of a run. Nothing is made or written for it."""
         if run not in self._keys:
-            wanted, study = method(run.method), self.study
-            decides = {
+            entry, study = run.entry, self.study
+            inputs = {
                 "run": asdict(run),
-                "options": {k: repr(v) for k, v in sorted(wanted.options.items())},
-                "data": self._data_fingerprint(run.dataset),
-                "dimensions": [study.features.dim, study.network.model_dump(), study.steph.model_dump()],
+                "options": {k: repr(v) for k, v in sorted(entry.options.items())},
+                "settings": entry.settings_that_decide(study),
+                "data": self._fingerprint(run.dataset),
+                "dimensions": [study.features.dim, study.network.model_dump()],
                 "recipe": study.recipe.model_dump(),
-                "null": [study.seed, wanted.network],
-                "code": code_of(wanted),
-                "upstream": {name: self.key(first) for name, first in self.upstream(run).items()},
+                "null": [study.seed, entry.network],
+                "code": method_code(entry),
+                "prerequisites": {name: self.key(needed) for name, needed in self.prerequisites(run).items()},
             }
             if self._trains_for_all(run):
-                decides["joint"] = {name: self.dataset(name).fingerprint for name in study.datasets}
-            self._keys[run] = fingerprint(decides)
+                inputs["joint"] = {name: self._fingerprint(name) for name in study.datasets}
+            self._keys[run] = fingerprint(inputs)
         return self._keys[run]
+
+    def _fingerprint(self, name: str) -> str:
+        if name not in self._fingerprints:
+            self._fingerprints[name] = dataset_fingerprint(self.study, name)
+        return self._fingerprints[name]
 
     def _trains_for_all(self, run: Run) -> bool:
         """Is this the run that trains the joint model of its fold and seed?"""
-        return method(run.method).joint and run.dataset == next(iter(self.study.datasets))
+        return run.entry.joint and run.dataset == next(iter(self.study.datasets))
 
     def training_set(self, run: Run) -> tuple[Dataset | JointDataset, list[str]]:
         """The data that a run trains on, and the patients of it."""
@@ -119,9 +120,9 @@ class Workbench:
         data = self.dataset(run.dataset)
         return data, data.splits.train(run.fold)
 
-    def _data_fingerprint(self, name: str) -> list[str]:
-        data = self.dataset(name)
-        return [data.fingerprint, data.external.fingerprint if data.external else ""]
+    def compute(self, run: Run, device: str = "cpu") -> Compute:
+        """How a run is computed on a device."""
+        return Compute(device, run.precision, self.study.recipe.max_patches)
 
     def folder(self, run: Run) -> Path:
         """Where a run's record lies."""
@@ -132,56 +133,59 @@ class Workbench:
         """The finished record of a run, None where there is none."""
         return read_record(self.folder(run))
 
-    @cached_property
-    def _null_folder(self) -> Path:
-        return self.study.build / "null_models"
-
     def null_state(self, network: str) -> ModelState:
         """M_0: one untrained network for all data sets and folds, made once and kept on disk."""
         study = self.study
         key = fingerprint([network, study.features.dim, study.network.model_dump(), study.seed])
-        folder = self._null_folder / f"{network}-{key}"
-        found = read_record(folder)
-        if found is None:
+        folder = study.build / "null_models" / f"{network}-{key}"
+        record = read_record(folder)
+        if record is None:
             seed_everything(study.seed)
-            state = state_of(NETWORKS[network](study.features.dim, study.network))
+            state = state_of(new_network(network, study.features.dim, study.network))
             state.origin = state_fingerprint(state)
             info = {"network": network, "seed": study.seed, "fingerprint": state.origin}
-            found = write_record(folder, {"model.safetensors": lambda path: save_state(state, path)}, info)
-        return load_state(found.file("model.safetensors"))
+            record = write_record(folder, {"model.safetensors": lambda path: save_state(state, path)}, info)
+        return load_state(record.file("model.safetensors"))
 
-    def state(self, run: Run) -> ModelState:
-        """The parameters that a finished run trained. Raises `Refused` where it is not finished."""
-        found = self.record(run)
-        if found is None:
+    def finished(self, run: Run) -> Record:
+        """The record of a run. Raises `Refused`, with the command that makes it, where it is not finished."""
+        record = self.record(run)
+        if record is None:
             raise Refused(
                 f"{run} is not finished. Run it: steph study run --study {self.study.address} --dataset {run.dataset} "
                 f"--method {run.method} --fold {run.fold} --seed {run.seed}"
             )
-        return load_state(found.file("model.safetensors"))
+        return record
 
-    def untrained(self, run: Run, device: str = "cpu") -> nn.Module:
+    def state(self, run: Run) -> ModelState:
+        """The parameters that a finished run trained. Raises `Refused` where it is not finished."""
+        return load_state(self.finished(run).file("model.safetensors"))
+
+    def untrained(self, run: Run, device: str = "cpu") -> Model:
         """The model of a run as its method builds it, before training, on the models it merges."""
-        wanted, data, done = method(run.method), self.dataset(run.dataset), self.record(run)
-        states = {name: self.state(first) for name, first in self.upstream(run).items()}
-        ingredients = Ingredients(
-            study=self.study,
+        entry, study, data, record = run.entry, self.study, self.dataset(run.dataset), self.record(run)
+        states = {name: self.state(needed) for name, needed in self.prerequisites(run).items()}
+        inputs = Inputs(
             data=data,
             patients=data.splits.train(run.fold),
-            network_name=wanted.network,
-            null_state=self.null_state(wanted.network),
+            network_name=entry.network,
+            dim=study.features.dim,
+            dimensions=study.network,
+            recipe=study.recipe,
+            settings=Settings(entry.settings_of(study, len(data.cohort))),
+            null_state=self.null_state(entry.network),
             target_state=states.pop(TARGET, None),
             stage_state=states.pop(STAGE, None),
             source_states=states,
-            known=done.info.get("facts", {}) if done else {},
+            facts=record.info.get("facts", {}) if record else {},
             seed=run.seed,
-            device=device,
-            precision=run.precision,
+            study_seed=study.seed,
+            compute=self.compute(run, device),
         )
         seed_everything(run.seed)
-        return wanted.build(ingredients, **wanted.options)
+        return entry.build(inputs, **entry.options)
 
-    def model(self, run: Run) -> nn.Module:
+    def model(self, run: Run) -> Model:
         """The model of a finished run, in evaluation mode."""
         model = self.untrained(run)
         load_into(model, self.state(run))
@@ -229,16 +233,16 @@ def plan(
 def stages(bench: Workbench, runs: Iterable[Run]) -> dict[Run, int]:
     """Runs and all that they build on, each behind what it builds on, and the stage of each: 0 for what builds on
     nothing, else one more than the last of what it builds on. Of two runs of a stage, neither builds on the other."""
-    found: dict[Run, int] = {}
+    stage_of: dict[Run, int] = {}
 
     def stage(run: Run) -> int:
-        if run not in found:
-            found[run] = 1 + max([stage(first) for first in bench.upstream(run).values()], default=-1)
-        return found[run]
+        if run not in stage_of:
+            stage_of[run] = 1 + max(map(stage, bench.prerequisites(run).values()), default=-1)
+        return stage_of[run]
 
     for run in runs:
         stage(run)
-    return found
+    return stage_of
 
 
 def results(study: Study | str | Path | Workbench, current_only: bool = True) -> pd.DataFrame:
@@ -250,11 +254,11 @@ def results(study: Study | str | Path | Workbench, current_only: bool = True) ->
     bench = study if isinstance(study, Workbench) else Workbench(study)
     rows = []
     for path in sorted((bench.study.build / "runs").glob("*/*/*/run.json")):
-        found = read_record(path.parent)
-        if found is None:  # deleted meanwhile
+        record = read_record(path.parent)
+        if record is None:  # deleted meanwhile
             continue
         try:
-            row = {**row_of(found), "folds": bench.study.folds}
+            row = {**row_of(record), "folds": bench.study.folds}
             run = Run(**{k: row[k] for k in Run.__dataclass_fields__})
             hash(run)  # what is no plain value has none
             known = run.dataset in bench.study.datasets and known_method(run.method)
@@ -266,63 +270,7 @@ def results(study: Study | str | Path | Workbench, current_only: bool = True) ->
     return table[table["current"]].reset_index(drop=True) if current_only and len(table) else table
 
 
-def row_of(found: Record | None) -> dict[str, Any]:
+def row_of(record: Record) -> dict[str, Any]:
     """A record as a row of `results`."""
-    assert found is not None
-    info = found.info
-    return {
-        **info["run"], **info["metrics"], "seconds": info["seconds"], "device": info["device"], "key": info["key"],
-        "path": str(found.path),
-    }  # fmt: skip
-
-
-def code_of(entry: Method) -> str:
-    """Hash of the code that decides a method's numbers, docstrings left out: its builder with the functions of the same
-    module that it calls, and whole modules: those of what they name elsewhere, the network's, the engine's.
-
-    Raises `Refused` for a builder defined in a notebook that uses a class or a value of the notebook: their changes
-    would not be seen.
-    """
-    functions: dict[str, str] = {}
-    waiting = [entry.build]
-    modules = {"steph.training.engine", "steph.survival", f"steph.mil.{entry.network}", *entry.code}
-    while waiting:
-        build = waiting.pop()
-        functions[build.__name__], names = _source_of(build)
-        if build.__module__ == "__main__":
-            _refuse_loose(build)
-        for found in (build.__globals__.get(name) for name in names):
-            home = getattr(found, "__module__", None) or ""
-            if inspect.isfunction(found) and home == build.__module__ and found.__name__ not in functions:
-                waiting.append(found)
-            elif home.startswith(NUMERIC):
-                modules.add(home)
-    return fingerprint([functions, code_fingerprint(*sorted(modules))])
-
-
-def _refuse_loose(build: Callable[..., Any]) -> None:
-    """Refuse classes and values of a notebook that a function defined there uses."""
-    waiting, names = [symtable.symtable(textwrap.dedent(inspect.getsource(build)), "notebook", "exec")], set()
-    while waiting:
-        scope = waiting.pop()
-        waiting += scope.get_children()
-        names |= {s.get_name() for s in scope.get_symbols() if s.is_global() and scope.get_type() != "module"}
-    for name in sorted(names):
-        found = build.__globals__.get(name)
-        if inspect.isclass(found) and found.__module__ == "__main__":
-            raise Refused(
-                f"{build.__name__} uses the class {name} of this notebook: define it inside {build.__name__}."
-            )
-        if not (found is None or callable(found) or inspect.ismodule(found)):
-            raise Refused(
-                f"{build.__name__} uses {name}, a value of this notebook: hand it over as an option of the method "
-                f"(options={{{name!r}: ...}}), so that runs with another value are other runs."
-            )
-
-
-@cache
-def _source_of(function: Callable[..., Any]) -> tuple[str, list[str]]:
-    """A function's code without docstrings, and the names in it."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    return ast.dump(without_docstrings(tree)), names
+    info, columns = record.info, ("seconds", "device", "key")
+    return {**info["run"], **info["metrics"], **{name: info[name] for name in columns}, "path": str(record.path)}

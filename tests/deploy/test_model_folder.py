@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from steph.mil.transfer import ROUPKT, FineTuned
 
 from steph import Refused
 from steph.data.bags import RaggedBatch
@@ -23,7 +22,7 @@ from steph.deploy.model_folder import (
 )
 from steph.files.records import file_sha256, fingerprint
 from steph.merging.surgery import Surgery
-from steph.mil import NETWORKS, MeanMIL
+from steph.mil import NETWORKS, ROUPKT, FineTuned, MeanMIL
 from tests.helpers.made_model import DIM, SETTINGS, made_config, made_folder, made_steph
 
 

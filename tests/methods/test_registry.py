@@ -16,7 +16,8 @@ from steph.mil.state import load_state, state_of
 from steph.study.execute import Run, _execute, run, run_all
 from steph.study.paper import paper_labels, tables_of_methods
 from steph.study.runs import SOURCE_FOLD, TARGET, code_of, plan, results
-from steph.training.engine import predict, single_thread
+from steph.training.device import single_thread
+from steph.training.engine import predict
 from steph.training.selection import INNER_FOLDS, best_value, grid_search
 
 PAPER = PROJECT / "data_manifest" / "paper"
@@ -116,7 +117,7 @@ def test_unknown_method_offers_the_nearest():
 
 def test_a_method_can_be_given_one_source(tiny):
     only = replace(SARC, method="steph@CESC")
-    assert set(tiny.upstream(only)) == {"(target)", "CESC"} and tiny.key(only) != tiny.key(SARC)
+    assert set(tiny.prerequisites(only)) == {"(target)", "CESC"} and tiny.key(only) != tiny.key(SARC)
     found = run_all(tiny, [only])
     assert len(found) == 1 and only.method in set(results(tiny)["method"])
     assert tiny.model(only).source_names == ["CESC"] and tiny.model(only).top_k == 1
@@ -154,7 +155,7 @@ def test_models_of_another_network_are_refused(tiny):
 
 def ingredients(bench, name, fold=1):
     wanted = replace(SARC, method=name, fold=fold)
-    states = {role: bench.state(first) for role, first in bench.upstream(wanted).items()}
+    states = {role: bench.state(first) for role, first in bench.prerequisites(wanted).items()}
     data = bench.dataset("SARC")
     return builders.Ingredients(
         study=bench.study,
@@ -195,7 +196,7 @@ def test_no_test_patient_is_looked_at_before_predictions(tiny, monkeypatch, tmp_
     """In building, choosing and training, a method asks for training patients of its fold and for nobody else, of no
     data set. Selections inside (best source, gamma) use `steph.training.engine.predict`, not the study's, so they are seen."""
     wanted = replace(SARC, method=name)
-    run_all(tiny, tiny.upstream(wanted).values(), workers=1)
+    run_all(tiny, tiny.prerequisites(wanted).values(), workers=1)
     folder = tiny.folder
     monkeypatch.setattr(tiny, "folder", lambda r: tmp_path if r == wanted else folder(r))  # as if never run: it chooses
     spy = Spy(monkeypatch)
@@ -233,7 +234,7 @@ def test_nothing_that_a_method_stands_on_saw_a_test_patient(tiny, name):
         assert not tested & {patient.removeprefix("SARC/") for patient in patients}, str(current)
         if isinstance(data, Dataset) and current.dataset != "SARC":
             assert current.fold == SOURCE_FOLD
-        waiting += tiny.upstream(current).values()
+        waiting += tiny.prerequisites(current).values()
 
 
 def test_a_reloaded_model_repeats_no_choice(tiny, monkeypatch):

@@ -17,9 +17,10 @@ from steph.merging import merged_encoder
 from steph.merging.merged_encoder import MergedEncoder
 from steph.merging.steph import STEPH
 from steph.mil import NETWORKS, patch_gcn
+from steph.mil.base import network_needing_coords
 from steph.mil.patch_gcn import PatchGCN, graph_of, neighbours
 from steph.mil.state import state_of
-from steph.training.engine import fit, needs_coords, predict, seed_everything
+from steph.training.engine import fit, predict, seed_everything
 from tests.data.test_features import DIM, cohort_of, write_h5
 from tests.helpers.fabricate import fabricate
 
@@ -249,5 +250,5 @@ def test_a_data_set_without_coordinates_is_refused_before_training(study):
 def test_a_model_that_holds_such_a_network_asks_for_coordinates_too(network):
     null = state_of(network)
     model = STEPH(null, null, {"a": null, "b": null}, top_k=1, dim_hidden=3, network=network)
-    assert needs_coords(model) == needs_coords(network) == "PatchGCN"
-    assert needs_coords(NETWORKS["abmil"](6, PAPER)) is None
+    assert network_needing_coords(model) == network_needing_coords(network) == "PatchGCN"
+    assert network_needing_coords(NETWORKS["abmil"](6, PAPER)) is None

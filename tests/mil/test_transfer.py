@@ -2,14 +2,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from steph.mil.transfer import ROUPKT, FineTuned
 from torch import nn
 
 from steph import Refused
 from steph.data import RaggedBatch
 from steph.data.manifest import Network, Recipe
 from steph.methods.transfer import NEAREST, best_source, nearest_source, transfer_performance
-from steph.mil import ABMIL, NETWORKS, convert_released
+from steph.mil import ABMIL, NETWORKS, ROUPKT, FineTuned, convert_released
 from steph.mil.state import load_into, state_of
 from steph.survival import concordance_index
 from steph.training.engine import fit, predict

@@ -6,7 +6,7 @@ import pytest
 
 from steph import Refused
 from steph.study import cache as module
-from steph.study.cache import kept
+from steph.study.cache import cached_table
 from steph.study.runs import Workbench
 
 
@@ -28,7 +28,7 @@ def counted(calls):
 
 def test_an_analysis_is_computed_once_and_read_back_to_the_last_digit(bench):
     calls = []
-    first, second = (kept(bench, "thing", {"fold": 0}, counted(calls)) for _ in range(2))
+    first, second = (cached_table(bench, "thing", {"fold": 0}, counted(calls)) for _ in range(2))
     assert calls == [1]
     pd.testing.assert_frame_equal(first, second, check_exact=True)
     pd.testing.assert_frame_equal(first, counted([])(), check_exact=True)
@@ -36,11 +36,11 @@ def test_an_analysis_is_computed_once_and_read_back_to_the_last_digit(bench):
 
 def test_another_choice_or_other_code_is_another_analysis(bench, monkeypatch):
     calls = []
-    kept(bench, "thing", {"fold": 0}, counted(calls))
-    kept(bench, "thing", {"fold": 1}, counted(calls))
-    kept(bench, "other", {"fold": 0}, counted(calls))
+    cached_table(bench, "thing", {"fold": 0}, counted(calls))
+    cached_table(bench, "thing", {"fold": 1}, counted(calls))
+    cached_table(bench, "other", {"fold": 0}, counted(calls))
     monkeypatch.setattr(module, "code_fingerprint", lambda *_: "changed")
-    kept(bench, "thing", {"fold": 0}, counted(calls))
+    cached_table(bench, "thing", {"fold": 0}, counted(calls))
     assert len(calls) == 4
 
 
@@ -49,11 +49,11 @@ def test_one_that_was_interrupted_is_begun_anew_and_a_damaged_one_refused(bench)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        kept(bench, "thing", {}, interrupted)
+        cached_table(bench, "thing", {}, interrupted)
     calls = []
-    kept(bench, "thing", {}, counted(calls))
+    cached_table(bench, "thing", {}, counted(calls))
     assert calls == [1]
     (path,) = (bench.study.build / "analyses").glob("thing-*/table.csv")
     path.write_text("name,value\na,1\n")
     with pytest.raises(Refused, match=r"table\.csv is not what the run wrote"):
-        kept(bench, "thing", {}, counted(calls))
+        cached_table(bench, "thing", {}, counted(calls))

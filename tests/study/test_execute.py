@@ -48,7 +48,7 @@ def test_history_of_steph_follows_every_source(tiny):
 
 def test_source_models_never_saw_a_test_patient(tiny):
     """Sources are other cancers' models; the target's is of the same fold, so it saw none of the fold's patients."""
-    upstream = tiny.upstream(SARC)
+    upstream = tiny.prerequisites(SARC)
     assert set(upstream) == {TARGET, "CESC", "LIHC"}
     assert upstream[TARGET] == replace(SARC, method="vanilla")
     tested = set(tiny.dataset("SARC").splits.test(SARC.fold))
@@ -86,7 +86,9 @@ def test_a_run_starts_when_what_it_builds_on_is_finished_and_waits_for_nothing_e
     def submit(work, group, keys, device):
         assert work is study._work and keys == [tiny.key(wanted) for wanted in group]
         for wanted in group:
-            assert {first for first in tiny.upstream(wanted).values() if first in runs} <= set(done), "begun too early"
+            assert {first for first in tiny.prerequisites(wanted).values() if first in runs} <= set(done), (
+                "begun too early"
+            )
         begun.extend(group)
         future = Future()
         future.set_result(group)

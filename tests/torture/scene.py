@@ -29,7 +29,7 @@ from steph.deploy.export import export
 from steph.deploy.predict import load_model
 from steph.files.records import read_record
 from steph.mil.state import load_state, state_fingerprint
-from steph.study.cache import kept
+from steph.study.cache import cached_table
 from steph.study.execute import run_all
 from steph.study.runs import Run, Workbench
 from tests.helpers.fabricate import fabricate
@@ -106,7 +106,7 @@ def _real(folder: Path) -> None:
 
 
 def _kept(study: Path) -> pd.DataFrame:
-    return kept(Workbench(study), "made", [], _table)
+    return cached_table(Workbench(study), "made", [], _table)
 
 
 def _table() -> pd.DataFrame:

@@ -16,16 +16,8 @@ from steph.mil import ABMIL, convert_released
 from steph.mil.abmil import RELEASED_NAMES
 from steph.mil.state import load_into, state_of
 from steph.training import memory
-from steph.training.engine import (
-    AdamW,
-    Trainer,
-    fit,
-    learning_rate_factor,
-    parameter_groups,
-    predict,
-    seed_everything,
-    single_thread,
-)
+from steph.training.device import single_thread
+from steph.training.engine import AdamW, Trainer, fit, learning_rate_factor, parameter_groups, predict, seed_everything
 from tests.conftest import assert_states_close
 
 

@@ -8,12 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from steph.mil.transfer import FineTuned
 from torch import nn
 
 from steph import Refused
 from steph.data.bags import RaggedBatch
-from steph.mil import ABMIL, gated_attention
+from steph.mil import ABMIL, FineTuned, gated_attention
 from steph.training import memory
 
 WIDE = {"dim_in": 256, "dim_emb": 256, "dim_attn": 192}

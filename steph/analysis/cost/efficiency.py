@@ -9,7 +9,6 @@ from steph import Refused
 from steph.analysis.cost.operations import counts, printed_gflops, reads
 from steph.analysis.performance.statistics import Estimate, compare
 from steph.data.manifest import Study
-from steph.methods import builders
 from steph.methods.registry import METHODS, title
 from steph.study.paper import AVERAGE, paper_c_index
 from steph.study.runs import Workbench
@@ -61,7 +60,7 @@ def paper_performance_and_cost(counted: pd.DataFrame) -> pd.DataFrame:
 def sampling_methods(study: Study, largest: int) -> list[str]:
     """STEPH and its variants whose hypernetwork reads a sample, where that is fewer patches than the largest bag has:
     for others it is STEPH itself."""
-    sampled = [name for name, entry in METHODS.items() if entry.build is builders.steph_subsampled]
+    sampled = [name for name, entry in METHODS.items() if "sample_patches" in (*entry.settings, *entry.options)]
     return ["steph", *(name for name in sampled if (reads(name, study) or largest) < largest)]
 
 

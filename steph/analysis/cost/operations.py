@@ -29,18 +29,16 @@ from steph.data.dataset import Dataset
 from steph.data.manifest import DatasetEntry, Features, Study
 from steph.merging.merged_encoder import MergedEncoder
 from steph.merging.steph import STEPH
-from steph.merging.surgery import Surgery
-from steph.methods import builders
-from steph.methods.builders import Ingredients
-from steph.methods.registry import method, title
+from steph.methods import Inputs, method, title
+from steph.methods.base import Settings
+from steph.mil import Model
 from steph.mil.gated_attention import layer_by_layer
-from steph.mil.state import ModelState
-from steph.mil.transfer import ROUPKT
+from steph.mil.state import ModelState, state_of
 from steph.mil.transmil import PositionEncoding
-from steph.study.cache import kept
+from steph.study.cache import cached_table
 from steph.study.paper import paper_table, table_methods
 from steph.study.runs import Workbench
-from steph.training.engine import PRECISIONS, parameter_dtype
+from steph.training.device import PRECISIONS, Compute, parameter_dtype
 from steph.training.memory import live_bytes
 
 PATCHES = 10_000
@@ -69,55 +67,52 @@ class _Nobody:
     cohort: tuple[()] = ()
 
 
-def built(name: str, study: Study | None = None, device: str = "meta") -> nn.Module:
+def built(name: str, study: Study | None = None, device: str = "meta") -> Model:
     """The model that a method trains, in training mode, at a study's dimensions (None: the paper's) on random models
     of all cancers. Costs depend on shapes alone; on the device "meta" there is nothing else."""
     with _untouched_chance(), torch.device(device):
         return _built(name, study or paper_study(), device)
 
 
-def deployed(name: str, study: Study | None = None, device: str = "meta") -> nn.Module:
+def deployed(name: str, study: Study | None = None, device: str = "meta") -> Model:
     """The model that predicts, in evaluation mode, of random numbers like `built`.
 
     Where all patients get the same weights, models are merged once and for all: what predicts is one plain network.
     """
     with _untouched_chance(), torch.device(device):
-        return _deployed(name, study or paper_study(), device).eval()
+        return _built(name, study or paper_study(), device).deployed().eval()
 
 
-def _built(name: str, study: Study, device: str) -> nn.Module:
+def _built(name: str, study: Study, device: str) -> Model:
     entry = method(name)
-    target = next(iter(study.datasets))
+    target, *others = study.datasets
     refusal = entry.refusal(study, target)
     if refusal:
         raise Refused(refusal)
-    x = Ingredients(
-        study=study,
+    inputs = Inputs(
         data=cast(Dataset, _Nobody(target)),
         patients=[],
         network_name=entry.network,
+        dim=study.features.dim,
+        dimensions=study.network,
+        recipe=study.recipe,
+        settings=Settings(entry.settings_of(study, 0)),
         null_state=ModelState({}),
-        known={"source": next(iter(study.sources_of(target)), ""), "gamma": 0.0},
-        device=device,
+        facts={
+            "source": next(iter(others), ""),
+            "gamma": 0.0,
+            "w": dict.fromkeys(others, 0.1),
+            "lambda": dict.fromkeys(others, 0.5),
+        },
+        compute=Compute(device),
     )
-    sources = {source: _state(x.network()) for source in study.sources_of(target)}
-    x = replace(x, null_state=_state(x.network()), target_state=_state(x.network()), source_states=sources)
-    if entry.build is builders.surgery:
-        return Surgery(_built(str(entry.after), study, device), x.network())
-    if entry.group == "training_free":
-        return x.network().requires_grad_(False)
-    # Noise for the sources is drawn as long as what they learnt, and here nobody has learnt anything.
-    build = builders.steph if entry.build is builders.steph_random_sources else entry.build
-    return build(x, **entry.options)
-
-
-def _deployed(name: str, study: Study, device: str) -> nn.Module:
-    entry = method(name)
-    if entry.build is builders.surgery:
-        network = _built("vanilla", study, device)
-        return Surgery(_deployed(str(entry.after), study, device), network)
-    merges_once = entry.build is builders.adamerging and entry.options.get("weight") != "hypernetwork"
-    return _built("vanilla" if merges_once else name, study, device)
+    states = {source: _state(inputs.network()) for source in others}
+    null, own = _state(inputs.network()), _state(inputs.network())
+    stage = state_of(_built(entry.after, study, device), trainable_only=True) if entry.after else None
+    if stage is not None:
+        stage = ModelState({key: value.to(device) for key, value in stage.items()})
+    inputs = replace(inputs, null_state=null, target_state=own, source_states=states, stage_state=stage)
+    return entry.build(inputs, **entry.options)
 
 
 def _state(network: nn.Module) -> ModelState:
@@ -159,15 +154,6 @@ def held_numbers(model: nn.Module) -> int:
     return sum(t.numel() for t in (*model.parameters(), *model.buffers()))
 
 
-def networks_asked(model: nn.Module) -> int:
-    """Through how many networks each bag goes: one, or one and a hypernetwork, or all models and a router."""
-    if isinstance(model, Surgery):
-        return networks_asked(model.merged.network)
-    if isinstance(model, ROUPKT):
-        return len(model.models) + 1
-    return 2 if isinstance(model, STEPH) else 1
-
-
 def by_layers(model: nn.Module, patches: RaggedBatch) -> int:
     """Operations of a forward pass in linear layers, convolutions and attention modules, as hooks on them count.
 
@@ -192,8 +178,8 @@ def by_layers(model: nn.Module, patches: RaggedBatch) -> int:
 
     def merged(encoder: nn.Module, given: tuple[Any, ...], _: Any) -> None:
         network = cast(MergedEncoder, encoder).network
-        if hasattr(network, "encode_each"):
-            network.encode(given[1])  # type: ignore[operator]
+        if network.encodes_each:
+            network.encode(given[1])
 
     def positions(encoding: nn.Module, given: tuple[Any, ...], _: Any) -> None:
         nonlocal total
@@ -227,16 +213,15 @@ IN_PLACE = {torch.ops.aten.baddbmm_: _of_product, torch.ops.aten.addmm_: _of_pro
 """Products that `FlopCounterMode` overlooks, as their results are added to what is there."""
 
 
-def by_products(model: nn.Module, patches: RaggedBatch, backward: bool = False) -> int:
+def by_products(model: Model, patches: RaggedBatch, backward: bool = False) -> int:
     """Operations of a forward pass in matrix products and convolutions, wherever they are computed; with `backward`,
     those of the pass back to what is trained too."""
     counter = FlopCounterMode(display=False, custom_mapping=IN_PLACE)
     # A processor's fused attention would go unseen; its products, one by one, are seen on every device.
     with torch.set_grad_enabled(backward), sdpa_kernel(SDPBackend.MATH), counter:
-        logits = model(patches)
+        logits, auxiliary, _ = model.forward_pass(patches)
         if backward:
-            auxiliary = model.auxiliary_loss() if hasattr(model, "auxiliary_loss") else 0  # type: ignore[operator]
-            (logits.sum() + auxiliary).backward()
+            (logits.sum() + (0 if auxiliary is None else auxiliary)).backward()
     return counter.get_total_flops()
 
 
@@ -257,16 +242,18 @@ def counts(
     experts' mixture, whose cost is constant, is in proportion to the patches: its counts lie on the straight line
     through those of two small bags, without rounding.
     """
-    device, dtype = "cpu" if name == "roupkt" else "meta", parameter_dtype(precision)
+    numbers = not built(name, study).runs_on_shapes
+    device, dtype = "cpu" if numbers else "meta", parameter_dtype(precision)
     model = deployed(name, study, device).to(dtype)
-    sizes = (SMALL, 2 * SMALL) if name == "roupkt" else (n,)
+    sizes = (SMALL, 2 * SMALL) if numbers else (n,)
 
-    def memory(model: nn.Module, patches: RaggedBatch) -> int:
+    def memory(model: Model, patches: RaggedBatch) -> int:
         try:
             return live_bytes(model, patches.to(device, PRECISIONS[precision]))
         except RuntimeError:  # layers that choose their own precision need a device that has numbers
             return live_bytes(model, patches)
 
+    counters: dict[str, Callable[[Any, RaggedBatch], int]]
     found, counters = {}, {"layers": by_layers, "products": by_products, "memory": memory}
     for way in ways:
         counted = counters[way]
@@ -277,7 +264,8 @@ def counts(
 
 def reads(name: str, study: Study) -> int | None:
     """Patches of a bag that a method's hypernetwork reads at most; None where it reads all or there is none."""
-    return getattr(deployed(name, study), "sample_patches", None)
+    merging = deployed(name, study).merging
+    return merging.sample_patches if isinstance(merging, STEPH) else None
 
 
 def of_sample(study: Study, n: int, sample: int | None) -> int:
@@ -299,7 +287,7 @@ def of_methods(names: Sequence[str] | None = None, study: Study | None = None, n
     for name in predicting(study) if names is None else names:
         model = deployed(name, study)
         costs = {
-            "networks": networks_asked(model),
+            "networks": model.networks_per_bag,
             "trained": trained_numbers(built(name, study)),
             "held": held_numbers(model),
         }
@@ -312,7 +300,7 @@ def counted(bench: Workbench, paper: bool = True, n: int = PATCHES) -> pd.DataFr
     study = paper_study() if paper else bench.study
     dimensions = study.model_dump(include={"features", "network", "steph", "datasets"}, mode="json")
     decides = {"dimensions": dimensions, "patches": n, "torch": torch.__version__}
-    return kept(bench, "operations", decides, lambda: of_methods(None, study, n))
+    return cached_table(bench, "operations", decides, lambda: of_methods(None, study, n))
 
 
 def predicting(study: Study) -> list[str]:
@@ -332,9 +320,9 @@ def training_operations(names: Sequence[str], study: Study | None = None, n: int
     study, found = study or paper_study(), {}
     for name in names:
         model = built(name, study)
-        if isinstance(model, ROUPKT):
-            raise Refused("ROUPKT's training is not counted: which experts it trains depends on numbers.")
-        trains = trained_numbers(model) > 0 and getattr(model, "reads_patches", True)
+        if not model.runs_on_shapes:
+            raise Refused(f"{title(name)}: its training is not counted, as what it trains depends on numbers.")
+        trains = trained_numbers(model) > 0 and model.reads_patches
         found[name] = by_products(model, bag(n, study.features.dim), backward=True) if trains else 0
     return found
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 from steph import Refused
 from steph.analysis.cost.operations import bag, built, by_products, deployed, training_operations
@@ -26,12 +25,12 @@ from steph.analysis.cost.timing import machine
 from steph.data.bags import RaggedBatch
 from steph.data.manifest import Study
 from steph.files.progress import track
-from steph.methods import builders
 from steph.methods.registry import Method, method, title
-from steph.mil.transfer import ROUPKT
-from steph.study.cache import kept
+from steph.mil.base import Bags, ForwardPass, Model
+from steph.study.cache import cached_table
 from steph.study.runs import Run, Workbench, stages
-from steph.training.engine import PRECISIONS, Trainer, parameter_dtype, single_thread
+from steph.training.device import PRECISIONS, parameter_dtype, single_thread
+from steph.training.engine import Trainer
 from steph.training.memory import available, heaviest, needed
 
 SIZES = {"cpu": ((8, 64), (64, 256)), "cuda": ((8, 64), (256, 4096))}
@@ -102,7 +101,7 @@ def speeds(
                     rows.append({"method": name, "what": what, **line})
         return pd.DataFrame(rows)
 
-    table = kept(bench, "speeds", decides, measure)
+    table = cached_table(bench, "speeds", decides, measure)
     columns = (table[name].to_list() for name in ("method", "what", "start", "per_patch"))
     lines = {(name, what): Line(start, slope) for name, what, start, slope in zip(*columns, strict=True)}
     found = {name: Speed(**{field.name: lines[name, field.name] for field in fields(Speed)}) for name in kinds.values()}
@@ -135,14 +134,14 @@ def _measured(study: Study, name: str, device: str, precision: str, sizes: tuple
         assert trainer is not None
         load = loader(n, recipe.bags_per_step)
         frozen = _once(model, load())
-        reads = getattr(model, "reads_patches", True)
+        reads = model.reads_patches
         return lambda: trainer.step(load() if reads else None, bins, event, frozen)
 
     def once(n: int) -> Callable[[], Any]:
         load = loader(n, recipe.bags_per_step)
         return lambda: _once(model, load())
 
-    def prediction(model: nn.Module, bags: int = 1) -> Callable[[int], Callable[[], Any]]:
+    def prediction(model: Model, bags: int = 1) -> Callable[[int], Callable[[], Any]]:
         def of(n: int) -> Callable[[], Any]:
             load = loader(n, bags)
             return torch.no_grad()(lambda: model.eval()(load()))
@@ -159,16 +158,16 @@ def _measured(study: Study, name: str, device: str, precision: str, sizes: tuple
     return Speed(
         build=Line(build, 0.0),
         update=line(update, wanted=trains),
-        once=line(once, recipe.bags_per_step, hasattr(model, "frozen")),
+        once=line(once, recipe.bags_per_step, model.has_frozen_features),
         prediction=line(prediction(predictor)),
         together=line(prediction(predictor, recipe.bags_per_step), recipe.bags_per_step, study.synthetic is not None),
-        look=line(prediction(plain, recipe.bags_per_step), recipe.bags_per_step, _looks(method(name), 1) > 0),
+        look=line(prediction(plain, recipe.bags_per_step), recipe.bags_per_step, method(name).looks(1) > 0),
     )
 
 
 @torch.no_grad()
-def _once(model: nn.Module, given: RaggedBatch) -> torch.Tensor | None:
-    return model.frozen(given) if hasattr(model, "frozen") else None  # type: ignore[operator]
+def _once(model: Model, given: RaggedBatch) -> torch.Tensor | None:
+    return model.frozen_features(given) if model.has_frozen_features else None
 
 
 def _seconds(action: Callable[[], Any], device: str) -> float:
@@ -260,7 +259,7 @@ def work(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
             "finished": packed and bench.record(run) is not None,
             "updates": updates if cost["updates"] else 0, "passes": passes,
             "seen": seen if cost["once"] else 0.0, "training": training, "tested": tested,
-            "external": external, "looks": _looks(entry, len(bench.study.datasets) - 1) * training,
+            "external": external, "looks": entry.looks(len(bench.study.datasets) - 1) * training,
             "tested_patches": tested_patches, "mean": mean, "largest": int(size.patches.max()), "known": size.known,
             "operations": cost["training"] * passes + cost["once"] * seen + cost["prediction"] * tested_patches,
             "bytes": width * (passes + (seen if cost["once"] else 0.0) + tested_patches),
@@ -276,15 +275,6 @@ def _trainings(entry: Method) -> int:
     return 1 if values is None else 1 + (INNER_FOLDS - 1) * (1 + len(values))
 
 
-def _looks(entry: Method, sources: int) -> int:
-    """How often a plain network goes through the training patients before the model is there."""
-    if entry.build is builders.finetuned_representation and not entry.options.get("nearest"):
-        return sources
-    if entry.build is builders.training_free:
-        return {"concordance": sources + 1, "scores": 3}.get(entry.options["way"], 0)
-    return 0
-
-
 def _operations(study: Study, names: Sequence[str], n: int = 8192) -> dict[str, dict[str, float]]:
     """Operations per patch of training passes, of what is computed once, of predictions; updates: whether it trains."""
     plain = training_operations(["vanilla"], study, n)["vanilla"] / n
@@ -295,11 +285,13 @@ def _operations(study: Study, names: Sequence[str], n: int = 8192) -> dict[str, 
         if kind not in known:
             model = built(name, study)
             trained = any(p.requires_grad for p in model.parameters())
-            if isinstance(model, ROUPKT):
-                m = len(model.models)
-                known[kind] = {"training": plain, "once": m * forward, "prediction": (m + 1) * forward}
+            if not model.runs_on_shapes:
+                n_networks = model.networks_per_bag
+                known[kind] = {
+                    "training": plain, "once": (n_networks - 1) * forward, "prediction": n_networks * forward
+                }  # fmt: skip
             else:
-                once = by_products(_Once(model), bag(n, study.features.dim)) / n if hasattr(model, "frozen") else 0.0
+                once = by_products(_Once(model), bag(n, study.features.dim)) / n if model.has_frozen_features else 0.0
                 known[kind] = {
                     "training": training_operations([name], study, n)[name] / n,
                     "once": once,
@@ -310,15 +302,16 @@ def _operations(study: Study, names: Sequence[str], n: int = 8192) -> dict[str, 
     return found
 
 
-class _Once(nn.Module):
-    """What a model computes once per patient, as a module."""
+class _Once(Model):
+    """What a model computes once per patient, as a model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, bags: RaggedBatch) -> torch.Tensor:
-        return self.model.frozen(bags)  # type: ignore[operator]
+    def forward_pass(self, bags: Bags | None, frozen: torch.Tensor | None = None) -> ForwardPass:
+        assert bags is not None
+        return ForwardPass(self.model.frozen_features(bags))
 
 
 def seconds(table: pd.DataFrame, speed: Mapping[str, Speed]) -> pd.Series:

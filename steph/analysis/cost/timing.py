@@ -28,11 +28,11 @@ from steph.data.bags import RaggedBatch
 from steph.data.manifest import Study
 from steph.merging.steph import STEPH
 from steph.methods.registry import method, title
-from steph.study.cache import kept
+from steph.study.cache import cached_table
 from steph.study.paper import paper_table, table_methods
 from steph.study.runs import Run, Workbench
-from steph.training.device import check_device
-from steph.training.engine import PRECISIONS, fit, parameter_dtype, single_thread
+from steph.training.device import PRECISIONS, check_device, parameter_dtype, single_thread
+from steph.training.engine import fit
 
 BUDGET = 3.0
 """Seconds within which rounds of measuring are repeated on a CPU; `LEAST` rounds are made in any case."""
@@ -51,7 +51,7 @@ def epoch_runs(study: Study, dataset: str, fold: int, seed: int, precision: str 
 
 def first(bench: Workbench, runs: Iterable[Run]) -> list[Run]:
     """The runs that must be finished before others can be timed: those whose models they build on."""
-    return list(dict.fromkeys(needed for run in runs for needed in bench.upstream(run).values()))
+    return list(dict.fromkeys(needed for run in runs for needed in bench.prerequisites(run).values()))
 
 
 def machine(device: str) -> str:
@@ -76,7 +76,7 @@ def epoch_times(bench: Workbench, runs: Sequence[Run], device: str = "cpu", budg
     """
     check_device(device)
     decides = {"runs": [bench.key(run) for run in runs], "machine": machine(device), "torch": torch.__version__}
-    return kept(
+    return cached_table(
         bench, "epoch_times", decides, lambda: _measured_epochs(bench, runs, device, budget * brief(bench.study))
     )
 
@@ -94,7 +94,7 @@ def _measured_epochs(bench: Workbench, runs: Sequence[Run], device: str, budget:
     def epoch(run: Run) -> dict[str, Any]:
         started = time.perf_counter()
         data, patients = bench.training_set(run)
-        history = fit(models[run], data, patients, one, study.network, run.seed, device, run.precision)
+        history = fit(models[run], data, patients, one, study.network, run.seed, bench.compute(run, device))
         seconds = float(history["seconds"].iloc[0])
         return {"method": run.method, "seconds": seconds, "once": time.perf_counter() - started - seconds}
 
@@ -225,7 +225,7 @@ def prediction_times(
         "methods": list(names), "patches": size, "precision": precision, "machine": machine(device),
         "torch": torch.__version__,
     }  # fmt: skip
-    return kept(
+    return cached_table(
         bench,
         "prediction_times",
         decides,
@@ -282,7 +282,9 @@ def sampling_times(
     share = brief(bench.study)
     sizes = [round(n * share) for n in bags]
     decides = {"patches": sizes, "precision": precision, "machine": machine(device), "torch": torch.__version__}
-    return kept(bench, "sampling_times", decides, lambda: _measured_sampling(sizes, device, precision, budget * share))
+    return cached_table(
+        bench, "sampling_times", decides, lambda: _measured_sampling(sizes, device, precision, budget * share)
+    )
 
 
 def _measured_sampling(sizes: Sequence[int], device: str, precision: str, budget: float) -> pd.DataFrame:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -28,16 +27,15 @@ from steph.data.dataset import NO_COORDS, Dataset
 from steph.data.manifest import Study
 from steph.data.synthetic import truth
 from steph.files.progress import track
-from steph.merging.steph import STEPH
-from steph.merging.surgery import Surgery
+from steph.merging.steph import STEPH, mixture_coefficients
 from steph.methods.registry import title as title_of_method
-from steph.mil import NETWORKS
-from steph.mil.mean_mil import MeanMIL
+from steph.mil import Model, new_network
+from steph.mil.base import network_needing_coords
 from steph.mil.state import load_into
-from steph.mil.transfer import ROUPKT, FineTuned
-from steph.study.cache import kept
+from steph.study.cache import cached_table
 from steph.study.runs import Run, Workbench, plan
-from steph.training.engine import needs_coords, parameter_dtype, single_thread
+from steph.training.device import Compute, parameter_dtype, single_thread
+from steph.training.engine import loader
 
 OWN, MERGED = "vanilla", "steph"
 OTHERS = ("model_average", "adamerging", "joint", "steph_random_sources")
@@ -107,64 +105,41 @@ def patch_size(x: np.ndarray, y: np.ndarray) -> int | None:
 
 
 @torch.no_grad()
-def attention_of(model: nn.Module, batch: RaggedBatch) -> np.ndarray:
+def attention_of(model: Model, batch: RaggedBatch) -> np.ndarray:
     """Attention (N,) of a model over the patches of one bag (a batch of one), in double precision, summing to 1. A
     merging model is first merged for this bag. Raises `Refused` for a model that pools without attention."""
-    network = _network(model, batch)
-    bag = batch if needs_coords(network) else batch.features
-    attention = network.attention(bag).double().cpu().numpy()  # type: ignore[operator]
-    return attention / attention.sum()
-
-
-def _network(model: nn.Module, batch: RaggedBatch) -> nn.Module:
-    """The network that a model pools this bag by."""
-    if isinstance(model, STEPH):
-        network = deepcopy(model.encoder.network)
-        load_into(network, model.merged_state(batch.features))
-        return network
-    if isinstance(model, Surgery):
-        return _network(model.merged.network, batch)
-    if isinstance(model, FineTuned):
-        return _network(model.encoder.network, batch)
-    if isinstance(model, MeanMIL | ROUPKT) or not hasattr(model, "attention"):
+    network = model.pooling_network(batch)
+    if network is None:
         raise Refused(
             f"{type(model).__name__} does not pool patches by an attention of its own, so it has no attention map. "
             "Choose a method whose network has one, such as vanilla, model_average or steph."
         )
-    return model
+    attention = network.attention(batch).double().cpu().numpy()
+    return attention / attention.sum()
 
 
-def attention_map(
-    model: nn.Module,
-    data: Dataset,
-    patient: str,
-    device: str = "cpu",
-    precision: str = "fp32",
-    max_patches: int | None = None,
-) -> pd.DataFrame:
+def attention_map(model: Model, data: Dataset, patient: str, compute: Compute | None = None) -> pd.DataFrame:
     """A model's attention to each patch of a patient: `places` and attention (sums to 1 over the bag), rank (1: the
     most attended of the bag), percentile (among the patches of its slide, 0 to 1, ties at their mean).
 
-    max_patches: as in the recipe that the model was trained by. Works with and without coordinates. Raises `Refused`
-    for an unknown patient, and for a model that has no attention, or needs coordinates that are not there.
+    compute: as the model was trained. Works with and without coordinates. Raises `Refused` for an unknown patient, and
+    for a model that has no attention, or needs coordinates that are not there.
     """
-    batch = _bag([model], data, patient, device, precision, max_patches)
-    table = places(data, patient, max_patches)
-    table["attention"] = attention_of(model.to(device, parameter_dtype(precision)).eval(), batch)
+    compute = compute or Compute()
+    batch = bag_of([model], data, patient, compute)
+    table = places(data, patient, compute.max_patches)
+    table["attention"] = attention_of(model.to(compute.device, compute.parameter_dtype).eval(), batch)
     table["rank"] = table["attention"].rank(method="first", ascending=False).astype(int)
     by_slide = table.groupby("slide_id", observed=True)["attention"]
     table["percentile"] = (by_slide.rank() - 0.5) / by_slide.transform("size")
     return table
 
 
-def _bag(
-    models: Iterable[nn.Module], data: Dataset, patient: str, device: str, precision: str, max_patches: int | None
-) -> RaggedBatch:
-    """A patient's bag, with coordinates where one of the models needs them."""
-    asking = [network for network in map(needs_coords, models) if network is not None]
-    if asking:
-        data.check_coords([patient], asking[0])
-    return data.batch([patient], device, parameter_dtype(precision), coords=bool(asking), max_patches=max_patches)
+def bag_of(models: Iterable[Model], data: Dataset, patient: str, compute: Compute) -> RaggedBatch:
+    """A patient's bag in the precision of parameters, with coordinates where one of the models needs them."""
+    needing = next((model for model in models if network_needing_coords(model) is not None), None)
+    exact = replace(compute, precision="fp64" if compute.precision == "fp64" else "fp32")
+    return loader(needing or nn.Identity(), data, [patient], exact)([patient])
 
 
 def beside(maps: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -199,34 +174,33 @@ def top_of_patients(maps: Mapping[str, pd.DataFrame], n: int = 5) -> pd.DataFram
     return table[["patient_id", *table.columns.drop("patient_id")]]
 
 
+def mixture(model: Model, data: Dataset, patient: str, compute: Compute | None = None) -> pd.DataFrame:
+    """`mixture_of` a patient of a data set; compute: as the model was trained."""
+    compute = compute or Compute()
+    model.to(compute.device, compute.parameter_dtype).eval()
+    return mixture_of(model, bag_of([model], data, patient, compute), data.name)
+
+
 @torch.no_grad()
-def mixture(
-    model: nn.Module,
-    data: Dataset,
-    patient: str,
-    device: str = "cpu",
-    precision: str = "fp32",
-    max_patches: int | None = None,
-) -> pd.DataFrame:
-    """What STEPH merges for one patient: source, w, lambda, kept (among the K), coefficient (of the source's task
-    vector in M_t*, w (1 - lambda) where kept). The first row is the target's own task vector, the sum of w lambda over
-    those kept. Raises `Refused` for a model that does not merge by patient."""
-    if not isinstance(model, STEPH):
+def mixture_of(model: Model, batch: RaggedBatch, target: str) -> pd.DataFrame:
+    """What STEPH merges for one bag (a batch of one): source, w, lambda, kept (among the K), coefficient (of the
+    source's task vector in M_t*, w (1 - lambda) where kept). The first row is the target's own task vector, the sum of
+    w lambda over those kept. Raises `Refused` for a model that does not merge by patient."""
+    merging = model.merging
+    if not isinstance(merging, STEPH):
         raise Refused(f"{type(model).__name__} does not merge models patient by patient; steph does.")
-    dtype = parameter_dtype(precision)
-    batch = data.batch([patient], device, dtype, max_patches=max_patches)
-    found = model.to(device, dtype).eval().coefficients(batch.features)
-    w, lam, selected = (values.cpu().numpy() for values in found)
-    is_kept = np.isin(np.arange(len(w)), selected)
+    w, lam, selected = merging.coefficients(batch)
+    coefficients = mixture_coefficients(w[None], lam[None], selected[None])[0]
+    names, kept = merging.source_names, set(selected.tolist())
     return pd.DataFrame(
         {
-            "source": [data.name, *model.source_names],
-            "w": [np.nan, *w],
-            "lambda": [np.nan, *lam],
-            "kept": [True, *is_kept],
-            "coefficient": [(w * lam)[is_kept].sum(), *np.where(is_kept, w * (1 - lam), 0)],
+            "source": [target, *names],
+            "w": [np.nan, *w.tolist()],
+            "lambda": [np.nan, *lam.tolist()],
+            "kept": [True, *(i in kept for i in range(len(names)))],
+            "coefficient": coefficients.tolist(),
         }
-    ).astype({"kept": bool})
+    )
 
 
 # ------------------------------------------------------------------------------------------------ runs and patients
@@ -286,7 +260,7 @@ def of_patients(
     for row in patients.to_dict("records"):
         of_fold = {run.method: run for run in chosen if run.fold == row["fold"]}
         models = {method: bench.model(of_fold[method]) for method in (OWN, MERGED)}
-        how = (data, row["patient_id"], device, precision, max_patches)
+        how = (data, row["patient_id"], Compute(device, precision, max_patches))
         pair = beside({method: attention_map(model, *how) for method, model in models.items()})
         maps[row["patient_id"]] = with_planted(pair, known)
         mixtures.append(mixture(models[MERGED], *how).assign(patient_id=row["patient_id"]))
@@ -434,7 +408,7 @@ def measured(bench: Workbench, chosen: Iterable[Run], device: str = "cpu") -> pd
     dataset, fold, patient_id, then those columns. Kept: a second call reads it."""
     chosen = list(chosen)
     decides = {str(run): bench.key(run) for run in chosen}
-    return kept(bench, "attention", decides, lambda: _measured(bench, chosen, device))
+    return cached_table(bench, "attention", decides, lambda: _measured(bench, chosen, device))
 
 
 def _measured(bench: Workbench, chosen: list[Run], device: str) -> pd.DataFrame:
@@ -444,11 +418,11 @@ def _measured(bench: Workbench, chosen: list[Run], device: str) -> pd.DataFrame:
     with single_thread() if device == "cpu" else nullcontext():
         for fold in dict.fromkeys(run.fold for run in chosen):
             models = {run.method: bench.model(run) for run in chosen if run.fold == fold}
-            models[UNTRAINED] = NETWORKS["abmil"](study.features.dim, study.network)
+            models[UNTRAINED] = new_network("abmil", study.features.dim, study.network)
             load_into(models[UNTRAINED], bench.null_state("abmil"))
             models = {name: model.to(device, parameter_dtype(precision)).eval() for name, model in models.items()}
             for patient in track(data.splits.test(fold), f"attention, {name}, fold {fold}"):
-                bag = _bag(models.values(), data, patient, device, precision, study.recipe.max_patches)
+                bag = bag_of(models.values(), data, patient, Compute(device, precision, study.recipe.max_patches))
                 patches = with_planted(places(data, patient, study.recipe.max_patches), known)
                 found = numbers({method: attention_of(model, bag) for method, model in models.items()}, patches)
                 parts.append(found.assign(dataset=name, fold=fold, patient_id=patient))

@@ -25,11 +25,12 @@ from steph.files.records import fingerprint
 from steph.merging.merged_encoder import MergedEncoder
 from steph.merging.task_vectors import State, task_vector
 from steph.methods.registry import method
-from steph.mil import ABMIL, NETWORKS
-from steph.study.cache import kept
+from steph.mil import ABMIL, MIL, new_network
+from steph.mil.base import network_needing_coords
+from steph.study.cache import cached_table
 from steph.study.runs import TARGET, Run, Workbench
 from steph.survival import nll_loss, targets
-from steph.training.engine import needs_coords, parameter_dtype, single_thread
+from steph.training.device import parameter_dtype, single_thread
 
 STEPS = 25
 """Of 0.04 each: 26 values from 0 to 1 (Appendix C.2.3)."""
@@ -58,7 +59,7 @@ def pair(study: Study, target: str, source: str, fold: int, precision: str = "fp
 
 def models(bench: Workbench, wanted: Run) -> tuple[Run, Run]:
     """The runs that trained M_s (fold 0 of the source) and M_t (the same fold of the target)."""
-    found = bench.upstream(wanted)
+    found = bench.prerequisites(wanted)
     return found[str(method(wanted.method).only)], found[TARGET]
 
 
@@ -100,7 +101,7 @@ def losses(
         "head": bench.key(head) if isinstance(head, Run) else head,
         "points": fingerprint(points.tolist()),
     }
-    return kept(bench, "landscape", decides, lambda: _losses(bench, wanted, points, device, head))
+    return cached_table(bench, "landscape", decides, lambda: _losses(bench, wanted, points, device, head))
 
 
 def grid() -> np.ndarray:
@@ -116,7 +117,7 @@ def _losses(bench: Workbench, wanted: Run, points: np.ndarray, device: str, head
         sets["external"] = data.external, list(data.external.cohort.patients["patient_id"])
     name = method(wanted.method).network
     source, target = (bench.state(run) for run in models(bench, wanted))
-    network = NETWORKS[name](study.features.dim, study.network)
+    network = new_network(name, study.features.dim, study.network)
     own = bench.state(head) if isinstance(head, Run) else target if head == "target" else head
     plane = Plane(network, bench.null_state(name), source, target, points, own)
     plane.to(device, parameter_dtype(wanted.precision)).eval()
@@ -131,7 +132,7 @@ def _mean_loss(plane: Plane, data: Dataset, patients: Sequence[str], study: Stud
     """Mean loss of patients at each of the plane's points, (G,). As many are loaded at a time as an update takes."""
     n, recipe = study.network, study.recipe
     bins, event = targets(data.labels(patients), n.n_bins, n.bin_width_days, device)
-    network = needs_coords(plane)
+    network = network_needing_coords(plane)
     if network is not None:
         data.check_coords(patients, network)
     total = torch.zeros(len(plane.points), dtype=torch.float64, device=device)
@@ -156,7 +157,7 @@ class Plane(nn.Module):
     points: Tensor
 
     def __init__(
-        self, network: nn.Module, null: State, source: State, target: State, points: np.ndarray, head: str | State
+        self, network: MIL, null: State, source: State, target: State, points: np.ndarray, head: str | State
     ) -> None:
         super().__init__()
         if isinstance(head, str) and head != "merged":
@@ -165,7 +166,7 @@ class Plane(nn.Module):
         self.encoder = MergedEncoder(network, null, vectors, without="" if head == "merged" else "head.")
         if not isinstance(head, str):
             own = {name: head[f"head.{name}"] for name in ("weight", "bias")}
-            network.head.to(own["weight"].dtype).load_state_dict(own)  # type: ignore[union-attr]
+            network.head.to(own["weight"].dtype).load_state_dict(own)
         self.register_buffer("points", torch.from_numpy(points), persistent=False)
         self._held: dict[str, Tensor] | None = None
 
@@ -197,7 +198,7 @@ class Plane(nn.Module):
         features = attention.transpose(1, 2) @ embedded  # (G, 1, H)
         if "head.weight" in weights:
             return _linear(features, weights, "head").squeeze(1)
-        return self.encoder.network.head(features.squeeze(1))  # type: ignore[operator]
+        return self.encoder.network.head(features.squeeze(1))
 
     def _weights(self, points: Tensor) -> dict[str, Tensor]:
         """The merged parameters (G, ...) at some of the points; those of all points are kept for the next bag."""

@@ -29,9 +29,9 @@ from steph.files.records import fingerprint
 from steph.merging.random_sources import random_sources
 from steph.merging.task_vectors import task_vector
 from steph.mil.state import ModelState
-from steph.study.cache import kept
+from steph.study.cache import cached_table
 from steph.study.runs import TARGET, Run, Workbench
-from steph.training.engine import single_thread
+from steph.training.device import single_thread
 
 ALPHA = 0.95
 RANK_RULES = ("released", "paper")
@@ -195,7 +195,7 @@ def runs(bench: Workbench, target: str, sources: Sequence[str], fold: int, preci
             raise Refused(unknown("source", name, known, f"study {bench.study.name}, target {target}"))
     if not sources:
         raise Refused(f"no source to mix {target} with; it has {', '.join(known)}.")
-    found = bench.upstream(Run(target, "steph", fold, bench.study.seed, precision))
+    found = bench.prerequisites(Run(target, "steph", fold, bench.study.seed, precision))
     return {TARGET: found[TARGET], **{name: found[name] for name in sources}}
 
 
@@ -229,7 +229,7 @@ def curves(
             ]  # fmt: skip
         return pd.concat(parts, ignore_index=True).assign(target=target)
 
-    table = kept(bench, "sar", decides, compute)
+    table = cached_table(bench, "sar", decides, compute)
     return table[["target", "source", "layer", "kind", "draw", "lambda", "rule", "sar", "rank", "rows"]]
 
 
@@ -276,7 +276,7 @@ def spectra(
                 parts.append(pd.DataFrame({"model": name, "layer": layer, **columns}))
         return pd.concat(parts, ignore_index=True)
 
-    return kept(bench, "sar_spectra", {name: bench.key(run) for name, run in named.items()}, compute)
+    return cached_table(bench, "sar_spectra", {name: bench.key(run) for name, run in named.items()}, compute)
 
 
 def ranks(spectrum: pd.DataFrame, alpha: float = ALPHA) -> pd.DataFrame:

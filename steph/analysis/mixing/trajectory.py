@@ -20,7 +20,7 @@ from steph.analysis.mixing import dynamics
 from steph.analysis.mixing.landscape import chosen_sources, losses, pair
 from steph.data.manifest import Study
 from steph.methods.registry import method
-from steph.study.runs import Run, Workbench, results, row_of
+from steph.study.runs import Run, Workbench, results
 
 
 def runs(
@@ -101,7 +101,7 @@ def ends(bench: Workbench, chosen: Iterable[Run], device: str = "cpu") -> pd.Dat
                 "first_loss": first["loss_test"],
                 "last_loss": last["loss_test"],
                 "own_head_loss": own["loss_test"].item(),
-                "steph_loss": row_of(bench.record(wanted))["loss"],
+                "steph_loss": bench.finished(wanted).info["metrics"]["loss"],
                 "steps_in": bool(last["loss_test"] < target),
                 "dead": bool(last["w"] == 0),
             }

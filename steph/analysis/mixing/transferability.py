@@ -17,10 +17,11 @@ from steph.analysis.mixing.dynamics import at_the_end, rank_correlation
 from steph.analysis.performance import discrimination
 from steph.data.dataset import Dataset
 from steph.merging.task_vectors import Layout, task_vector
-from steph.study.cache import kept
+from steph.mil.base import network_needing_coords
+from steph.study.cache import cached_table
 from steph.study.runs import SOURCE_FOLD, Run, Workbench
 from steph.survival import concordance_index, risk_score
-from steph.training.engine import needs_coords, parameter_dtype, single_thread
+from steph.training.device import parameter_dtype, single_thread
 
 
 def source_runs(bench: Workbench, precision: str = "fp32") -> dict[str, Run]:
@@ -44,7 +45,7 @@ def transferred(bench: Workbench, targets: Sequence[str], precision: str = "fp32
             "models": {name: bench.key(runs[name]) for name in sources}, "data": bench.dataset(target).fingerprint,
             "max_patches": bench.study.recipe.max_patches,
         }  # fmt: skip
-        table = kept(
+        table = cached_table(
             bench,
             f"transferred-{target}",
             decides,
@@ -87,7 +88,7 @@ def risks_of(
     dtype = parameter_dtype(precision)
     for model in models.values():
         model.to(device, dtype).eval()
-    coords = any(needs_coords(model) for model in models.values())
+    coords = any(network_needing_coords(model) for model in models.values())
     rows = []
     with single_thread():
         for patient in patients:

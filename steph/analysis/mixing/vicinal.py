@@ -38,10 +38,11 @@ from steph.data.dataset import Dataset
 from steph.data.manifest import Study, unknown
 from steph.merging.task_vectors import Layout
 from steph.mil.abmil import ABMIL
-from steph.study.cache import kept
+from steph.study.cache import cached_table
 from steph.study.runs import Workbench
 from steph.survival import concordance_index, nll_loss, risk_score, targets
-from steph.training.engine import seed_everything, single_thread
+from steph.training.device import single_thread
+from steph.training.engine import seed_everything
 
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)
 """Steps of training after which vectors are compared."""
@@ -457,7 +458,7 @@ def of_study(
 ) -> pd.DataFrame:
     """`compare` on the small problem of a study, over `lengths`; kept."""
     settings: dict[str, Any] = {"seeds": list(seeds), "lengths": lengths(bench.study), "lambdas": LAMBDAS, "rate": RATE}
-    return kept(
+    return cached_table(
         bench,
         "vicinal",
         _decides(bench, target, source, fold) | settings,
@@ -478,7 +479,7 @@ def premise_of_study(
         return premise(problem, {"M_0": problem.null, "M_t": problem.null + tau}, seed=seed)
 
     decides = _decides(bench, target, source, fold) | {"seed": seed, "steps": steps}
-    return kept(bench, "vicinal_premise", decides, compute)
+    return cached_table(bench, "vicinal_premise", decides, compute)
 
 
 def _decides(bench: Workbench, target: str, source: str, fold: int) -> dict[str, Any]:

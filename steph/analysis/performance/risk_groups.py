@@ -18,9 +18,10 @@ from steph import Refused
 from steph.analysis.performance.predictions import once, one_seed
 from steph.analysis.performance.significance import p_text
 from steph.methods.registry import title
-from steph.study.cache import kept
+from steph.study.cache import cached_table
 from steph.study.runs import Run, Workbench
-from steph.training.engine import predict, single_thread
+from steph.training.device import single_thread
+from steph.training.engine import predict
 
 
 def training_medians(bench: Workbench, runs: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
@@ -33,20 +34,18 @@ def training_medians(bench: Workbench, runs: Iterable[Run], device: str = "cpu")
     for (dataset, method, seed), own in by_method.items():
         name = f"training_risk-{dataset}-{method}"
         decides = [bench.key(run) for run in own]
-        table = kept(bench, name, decides, lambda own=own: _medians(bench, own, device))  # type: ignore[misc]
+        table = cached_table(bench, name, decides, lambda own=own: _medians(bench, own, device))  # type: ignore[misc]
         tables.append(table.assign(dataset=dataset, method=method, seed=seed))
     return pd.concat(tables, ignore_index=True)[["dataset", "method", "seed", "fold", "n_train", "median"]]
 
 
 def _medians(bench: Workbench, runs: list[Run], device: str) -> pd.DataFrame:
-    rows, recipe = [], bench.study.recipe
+    rows = []
     for run in runs:
         data = bench.dataset(run.dataset)
         with single_thread():
-            known = predict(
-                bench.model(run), data, data.splits.train(run.fold), device, run.precision, recipe.max_patches,
-                recipe.bags_per_step,
-            )  # fmt: skip
+            patients, together = data.splits.train(run.fold), bench.study.recipe.bags_per_step
+            known = predict(bench.model(run), data, patients, bench.compute(run, device), together)
         rows.append({"fold": run.fold, "n_train": len(known), "median": float(known["risk"].median())})
     return pd.DataFrame(rows)
 

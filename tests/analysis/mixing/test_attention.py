@@ -318,7 +318,7 @@ def test_the_own_model_is_the_one_that_was_merged(tiny):
         ("vanilla", 0, 42), ("steph", 0, 7), ("model_average", 0, 7),
         ("vanilla", 1, 42), ("steph", 1, 7), ("model_average", 1, 7),
     ]  # fmt: skip
-    assert tiny.upstream(chosen[1])["(target)"] == chosen[0]
+    assert tiny.prerequisites(chosen[1])["(target)"] == chosen[0]
     assert attention.finished(tiny, "SARC", [0], 7) == [] and "joint" in attention.finished(tiny, "SARC", [0, 1], 42)
     with pytest.raises(Refused, match="unknown data set 'COADREAD'"):
         attention.runs(tiny.study, "COADREAD", [0], 42)

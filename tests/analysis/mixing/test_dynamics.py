@@ -42,7 +42,7 @@ def test_starts_differ_but_merge_the_same_models(bench):
     course = dynamics.dynamics(bench, [first, second])
     wide = course.pivot(index=["epoch", "source"], columns="seed", values="w")
     assert (wide[42] != wide[43]).any()
-    assert bench.upstream(first) == bench.upstream(second)
+    assert bench.prerequisites(first) == bench.prerequisites(second)
 
 
 def test_an_unfinished_run_and_one_without_a_course_are_refused(bench):

@@ -36,7 +36,7 @@ from steph.mil.state import load_into
 from steph.study.execute import Workbench, run_all
 from steph.study.runs import Run, row_of
 from steph.survival import bin_index, nll_loss
-from steph.training.engine import PRECISIONS
+from steph.training.device import PRECISIONS
 
 SOME = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.36, 0.64], [1.0, 0.92], [1.3, 0.2]])
 
