@@ -41,7 +41,7 @@ def test_a_plan_is_told_before_anything_starts(call, tiny):
     [
         (["study", "run", "--study", "tiny", "--method", "stef"], "Did you mean steph"),
         (["study", "run", "--study", "tiny", "--dataset", "SARK"], "Did you mean SARC?"),
-        (["study", "run", "--study", "tiny", "--fold", "7"], "it has 2 folds, 0 to 1"),
+        (["study", "run", "--study", "tiny", "--fold", "7"], "its folds are 0 to 1"),
         (["study", "plan", "--study", "tiny", "--precision", "tf32"], "precision tf32 is an NVIDIA GPU's"),
         (["study", "run", "--study", "tiny", "--device", "cuda:9"], "GPUs here"),
         (["run", "01_baselines", "-p", "study=tiny", "-p", "cancr=LUAD"], "unknown parameter 'cancr'"),

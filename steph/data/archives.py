@@ -6,36 +6,21 @@ elsewhere, has the whole archive refused. What was unpacked is written down in t
 
 from __future__ import annotations
 
-import errno
-import gzip
-import json
-import lzma
-import os
 import shutil
-import struct
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from stat import S_IFMT, S_ISREG
-from typing import IO, Any
+from typing import Any
 
 from steph import Refused
-from steph.files.records import write_json
+from steph.files.atomic import atomic_folder, temporaries
+from steph.files.records import read_json, write_json
 
 ENDINGS = (".tar.gz", ".tgz", ".tar", ".zip")
 RECORD = "unpacked.json"
 """In an unpacked folder: where it came from, and each file's size in bytes."""
-DAMAGED = (
-    tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, struct.error,
-    EOFError, RuntimeError, ValueError, OverflowError,
-)  # fmt: skip
-"""What the readers of archives raise for a damaged one; RuntimeError for one with a password."""
-
-
-class Stop(Refused):
-    """What would refuse every other file as well: no way to the source, no access, no room."""
 
 
 def is_archive(name: str) -> bool:
@@ -52,7 +37,7 @@ def folder_of(archive: Path) -> Path:
 def safe_name(name: str, where: str) -> PurePosixPath:
     """A relative path below a folder. Raises `Refused`, with the name, for any other."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts or not name.isprintable() or set(name) & set("\\:"):
+    if path.is_absolute() or ".." in path.parts or not name.isprintable() or set(name) & set("\\:"):
         raise Refused(
             f"{where}: {name!r} leads out of the folder or is no plain file name; nothing of it is written. "
             "Is this file really from its source?"
@@ -61,105 +46,48 @@ def safe_name(name: str, where: str) -> PurePosixPath:
 
 
 def unpack(archive: Path, folder: Path, name: str, record: Mapping[str, Any]) -> int:
-    """Unpack an archive into `folder`, which appears at the end, whole; returns how many files it holds.
+    """Unpack an archive whose checksum is right into `folder`, which appears at the end, whole; returns how many files
+    it holds.
 
     name: the archive's own name, which tells its kind. record: what is known of its origin, kept in `RECORD`. A folder
-    that is there is replaced. What an interrupted call left is removed first.
+    that is there is replaced. What an interrupted call left is removed first; nobody else may unpack it meanwhile.
 
-    Raises `Refused` for an archive that is damaged or cut off, members that are no plain files or lead elsewhere, a
-    name that stands twice, an archive without files, and `Stop` for a full disk; nothing of it is left then.
+    Raises `Refused` for an archive that cannot be read or holds no files, and members that are no plain files or lead
+    elsewhere, `DiskFull` for a full disk; nothing of it is left then.
     """
-    temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("unpacking", "old"))
-    sizes: dict[str, int] = {}
-    try:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for member, size, content in _members(archive, name, temporary):
-            path = safe_name(member, name)
-            if str(path) in sizes or str(path) == RECORD:
-                raise Refused(f"{name}: {member!r} stands twice in it, or has a name kept for our own record.")
-            _refuse_full_disk(folder, name, size)
-            sizes[str(path)] = _write(temporary / path, content)
-            if sizes[str(path)] != size:
-                raise EOFError(f"{member} has {sizes[str(path)]} of {size} bytes")
+    for leftover in temporaries(folder):
+        shutil.rmtree(leftover)
+    with atomic_folder(folder, replace=lambda: True) as new:
+        try:
+            (_unpack_zip if name.lower().endswith(".zip") else _unpack_tar)(archive, new, name)
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
+            raise Refused(f"{name} cannot be unpacked ({error}); nothing of it was kept.") from None
+        sizes = {p.relative_to(new).as_posix(): p.stat().st_size for p in sorted(new.rglob("*")) if p.is_file()}
         if not sizes:
             raise Refused(f"{name} holds no files.")
-        write_json(temporary / RECORD, {**record, "archive": name, "files": sizes})
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        return len(sizes)
-    except DAMAGED as error:
-        raise Refused(
-            f"{name} is damaged or cut off, after {len(sizes)} whole file(s) ({error}); nothing of it was kept. "
-            f"Remove {archive} and fetch it again."
-        ) from None
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            _refuse_full_disk(folder, name, 1 << 62)
-        raise Refused(f"{name} cannot be unpacked to {folder}: {error}; nothing of it was kept.") from None
-    finally:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        write_json(new / RECORD, {**record, "archive": name, "files": sizes})
+    return len(sizes)
 
 
-def unpacked(folder: Path) -> dict[str, Any] | None:
-    """The record of an unpacked folder; None where `unpack` did not make it. Raises `Refused` for a damaged record."""
-    path = folder / RECORD
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(size, int) for size in record["files"].values()):
-            raise ValueError("sizes that are no numbers")
-        return record
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Refused(f"{path} cannot be read ({error!r}). Remove {folder} and fetch it again.") from None
+def _unpack_tar(archive: Path, folder: Path, name: str) -> None:
+    def plain(member: tarfile.TarInfo, target: str) -> tarfile.TarInfo:
+        if not (member.isreg() or member.isdir()):
+            raise _not_plain(name, member.name)
+        safe_name(member.name, name)
+        return tarfile.data_filter(member, target)
 
-
-def missing_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """Files of an unpacked folder that are gone or have another size now."""
-    paths = ((name, folder / safe_name(name, str(folder / RECORD))) for name in record["files"])
-    return [name for name, path in paths if not path.is_file() or path.stat().st_size != record["files"][name]]
-
-
-def _members(archive: Path, name: str, target: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
-    """Name, size and content of each file in an archive, one after the other."""
-    if name.lower().endswith(".zip"):
-        with zipfile.ZipFile(archive) as zipped:
-            for info in zipped.infolist():
-                # The upper half holds the Unix mode, where the archive was made on Unix.
-                mode = info.external_attr >> 16
-                if S_IFMT(mode) and not S_ISREG(mode) and not info.is_dir():
-                    raise _not_plain(name, info.filename)
-                # The name as it was written: `filename` is already cut and cleaned.
-                safe_name(info.orig_filename.rstrip("/"), name)
-                if not info.is_dir():
-                    yield info.filename, info.file_size, zipped.open(info)
-        return
     with tarfile.open(archive, "r:*") as tape:
-        for member in tape:
-            if not (member.isreg() or member.isdir()):
-                raise _not_plain(name, member.name)
-            if member.isdir() and not PurePosixPath(member.name).parts:
-                continue  # "./"
-            safe_name(member.name, name)
-            try:
-                tarfile.data_filter(member, str(target))
-            except tarfile.FilterError as error:
-                raise Refused(f"{name}: {member.name!r} is not safe to unpack ({error}).") from None
-            if member.isreg():
-                content = tape.extractfile(member)
-                assert content is not None
-                yield member.name, member.size, content
-        # tarfile takes an end between two members for the archive's; a whole one ends in two empty blocks, and reading
-        # to the end has gzip compare its checksum.
-        rest = 0
-        while piece := tape.fileobj.read(1 << 20):
-            rest += len(piece)
-        if not rest:
-            raise EOFError("its end is missing")
+        tape.extractall(folder, filter=plain)
+
+
+def _unpack_zip(archive: Path, folder: Path, name: str) -> None:
+    with zipfile.ZipFile(archive) as zipped:
+        for member in zipped.infolist():
+            mode = S_IFMT(member.external_attr >> 16)  # of Unix, where the archive was made there
+            if mode and not S_ISREG(mode) and not member.is_dir():
+                raise _not_plain(name, member.filename)
+            safe_name(member.orig_filename, name)
+        zipped.extractall(folder)
 
 
 def _not_plain(name: str, member: str) -> Refused:
@@ -169,21 +97,21 @@ def _not_plain(name: str, member: str) -> Refused:
     )
 
 
-def _write(path: Path, content: IO[bytes]) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with content, path.open("xb") as file:
-        shutil.copyfileobj(content, file, 1 << 20)
-        file.flush()
-        os.fsync(file.fileno())
-        return file.tell()
+def unpacked(folder: Path) -> dict[str, Any] | None:
+    """The record of an unpacked folder; None where `unpack` did not make it. Raises `Refused` for a damaged record."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = read_json(path)
+        if not all(isinstance(size, int) for size in record["files"].values()):
+            raise ValueError("sizes that are no numbers")
+        return record
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Refused(f"{path} cannot be read ({error!r}). Remove {folder} and fetch it again.") from None
 
 
-def _refuse_full_disk(folder: Path, name: str, size: int) -> None:
-    free = shutil.disk_usage(folder.parent).free
-    if size > free:
-        more = f"{(size - free) / 1e9:.1f} GB more" if size < 1 << 60 else "more room"
-        raise Stop(
-            f"{name}: the disk of {folder.parent} is full while it is unpacked ({free / 1e9:.2f} GB free); {more} "
-            "needed. Nothing unpacked was kept. Free some, or set STEPH_DATA to a larger disk, and run the same "
-            "command again."
-        )
+def missing_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """Files of an unpacked folder that are gone or have another size now."""
+    paths = ((name, folder / name) for name in record["files"])
+    return [name for name, path in paths if not path.is_file() or path.stat().st_size != record["files"][name]]

@@ -1,30 +1,29 @@
 """Getting a study's data from the sources that its manifest names: labels, the authors' splits, patch features.
 
 What arrives is compared with the source's own size and checksum before anything is made of it. A download that was
-interrupted goes on where it stopped; what is there and whole is not downloaded again. Archives are unpacked below
-``features/`` and then removed (`steph.data.archives`).
+interrupted goes on where it stopped, which `hf_hub_download` does not; what is there and whole is not downloaded again.
+Archives are unpacked below ``features/`` and then removed (`steph.data.archives`).
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from steph import Refused
-from steph.data.archives import Stop, folder_of, is_archive, missing_files, safe_name, unpack, unpacked
+from steph.data.archives import folder_of, is_archive, missing_files, safe_name, unpack, unpacked
 from steph.data.features import check_slides, find_slides, problems_message
 from steph.data.manifest import Source, Study
+from steph.files.atomic import DiskFull, disk_errors, refuse_full_disk
+from steph.files.lock import exclusive
 from steph.files.progress import track
 from steph.files.tables import first
 
@@ -34,7 +33,6 @@ HUB = "https://huggingface.co/datasets/"
 WAITS = (1, 2, 4, 8, 16)
 """Seconds before each further try after a fault of the network or the server."""
 TIMEOUT = 60.0
-PIECE = 1 << 20
 UNPACKED = 1.15
 """How much larger unpacked features are taken to be than their archive: numbers like these hardly shrink."""
 Result = TypeVar("Result")
@@ -58,6 +56,11 @@ class Item:
         """The file while it is downloaded; another content has another one."""
         return self.path.with_name(f".{self.path.name}.{self.checksum.split(':')[1][:12]}.part")
 
+    @property
+    def on_hub(self) -> bool:
+        """Whether the hub of Hugging Face has it."""
+        return self.source.address.startswith(HUB)
+
 
 @dataclass(frozen=True)
 class Fetched:
@@ -66,6 +69,10 @@ class Fetched:
     item: Item
     path: Path
     note: str
+
+
+class Unavailable(Refused):
+    """What would refuse every other file as well: no way to the source, no access."""
 
 
 def fetch(
@@ -83,32 +90,30 @@ def fetch(
     names = list(datasets or study.datasets)
     for name in names:
         study.entry(name)
-    with _alone(root):
+    with exclusive(root / "fetch", busy=f"another process is fetching to {root}; wait for it, or stop it."):
         items = [
             item
             for source in sources(study, kinds)
             for item in (_hub_items if source.address.startswith(HUB) else _plain_items)(study, source, names, root)
         ]
-        found = {item: _found(item) for item in items}
-        missing = [item for item, there in found.items() if there is None]
+        results = {item: _present(item) for item in items}
+        missing = [item for item in items if results[item] is None]
         _check_access(missing)
         _refuse_full_disk(root, missing)
         problems = []
         for item in track(missing, f"{study.name}: fetch"):
             try:
-                found[item] = _get(item, study.features.dim)
-            except Stop:
+                results[item] = _get(item, study.features.dim)
+            except (Unavailable, DiskFull):
                 raise
             except Refused as error:
-                problems.append(f"  {error}")
+                problems.append(f"  {error}\n")
     if problems:
         raise Refused(
-            f"{len(problems)} of {len(items)} files are incomplete:\n"
-            + "\n".join(problems)
-            + "\nThe others are there. "
+            f"{len(problems)} of {len(items)} files are incomplete:\n{''.join(problems)}The others are there. "
             "The same command tries these again."
         )
-    return [there for there in found.values() if there is not None]
+    return [result for result in results.values() if result is not None]
 
 
 def sources(study: Study, kinds: Sequence[str] | None = None) -> list[Source]:
@@ -118,10 +123,10 @@ def sources(study: Study, kinds: Sequence[str] | None = None) -> list[Source]:
             raise Refused(f"--source {kind}: expected {', '.join(KINDS)}.")
         if not any(source.provides == kind for source in study.sources):
             raise Refused(f"the manifest of study {study.name} names no source of {kind} (`sources`).")
-    found = [source for source in study.sources if source.provides in (kinds or KINDS) and source.files]
-    if not found:
+    usable = [source for source in study.sources if source.provides in (kinds or KINDS) and source.files]
+    if not usable:
         raise Refused(f"the manifest of study {study.name} names no source (`sources`) with `files` to fetch.")
-    return found
+    return usable
 
 
 # ------------------------------------------------------------------------------------------------ what there is to get
@@ -137,8 +142,7 @@ def _plain_items(study: Study, source: Source, names: list[str], root: Path) -> 
     if not source.address.startswith(("https://", "http://")):
         raise Refused(f"{source.name}: {source.address} is no web address.")
     path = root / source.provides / safe_name(source.files[0], source.name)
-    md5 = f"md5:{source.md5}"
-    return [Item(source, source.files[0], source.address, source.size_bytes, md5, "", path)]
+    return [Item(source, source.files[0], source.address, source.size_bytes, f"md5:{source.md5}", "", path)]
 
 
 def _hub_items(study: Study, source: Source, names: list[str], root: Path) -> list[Item]:
@@ -148,10 +152,16 @@ def _hub_items(study: Study, source: Source, names: list[str], root: Path) -> li
 
     repo, endpoint = source.address.removeprefix(HUB).strip("/"), os.environ.get("HF_ENDPOINT") or None
     api = HfApi(endpoint=endpoint, library_name="steph")
-    with _told(source), _understood(source):
-        revision = str(_patiently(lambda: api.dataset_info(repo, timeout=TIMEOUT)).sha)
-        tree = api.list_repo_tree(repo, recursive=True, revision=revision, repo_type="dataset")
-        listed = {file.path: file for file in tree if isinstance(file, RepoFile)}
+    with _in_sentences(source):
+        try:
+            revision = str(_patiently(lambda: api.dataset_info(repo, timeout=TIMEOUT)).sha)
+            tree = api.list_repo_tree(repo, recursive=True, revision=revision, repo_type="dataset")
+            listed = {file.path: file for file in tree if isinstance(file, RepoFile)}
+        except (ValueError, KeyError, TypeError) as error:
+            raise Unavailable(
+                f"{source.name}: {source.address} gave no list of files that can be read ({error!r}). Is the address "
+                "right, and does a proxy or a login page stand in between?"
+            ) from None
     items: dict[str, Item] = {}
     for name in names:
         for project in study.entry(name).projects:
@@ -171,18 +181,6 @@ def _hub_items(study: Study, source: Source, names: list[str], root: Path) -> li
     return list(items.values())
 
 
-@contextmanager
-def _understood(source: Source) -> Iterator[None]:
-    """An answer that is not the hub's (a proxy's login page), and an address that names no data set, in a sentence."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError) as error:
-        raise Stop(
-            f"{source.name}: {source.address} gave no list of files that can be read ({error!r}). Is the address "
-            "right, and does a proxy or a login page stand in between?"
-        ) from None
-
-
 def names_of(source: Source, project: str, dataset: str) -> list[str]:
     """`Source.files` for a project of a data set."""
     return [name.replace("{project}", project).replace("{dataset}", dataset) for name in source.files]
@@ -193,7 +191,7 @@ def is_like(path: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(path.lower(), pattern.lower()) for pattern in patterns)
 
 
-def _found(item: Item) -> Fetched | None:
+def _present(item: Item) -> Fetched | None:
     """What is there already; None where the file has to be fetched. Raises `Refused` for a file of another content."""
     if not is_archive(item.path.name):
         if not item.path.exists():
@@ -207,9 +205,8 @@ def _found(item: Item) -> Fetched | None:
     folder = folder_of(item.path)
     record = unpacked(folder)
     if record is None:
-        by_hand = folder.is_dir()
         note = "was there; not unpacked by this command, so nobody knows whether it is whole: `steph data check`"
-        return Fetched(item, folder, note) if by_hand else None
+        return Fetched(item, folder, note) if folder.is_dir() else None
     lost = missing_files(folder, record)
     if lost:
         print(f"{folder}: {len(lost)} file(s) are gone or have another size: {first(lost)}", file=sys.stderr)
@@ -218,186 +215,164 @@ def _found(item: Item) -> Fetched | None:
     return Fetched(item, folder, f"was there{newer}")
 
 
+def _refuse_full_disk(root: Path, missing: list[Item]) -> None:
+    """Refuse to begin what cannot end: archives are there one at a time, unpacked ones all."""
+    arriving = {item: max(item.size - max(_size(item.part), _size(item.path)), 0) for item in missing}
+    archives = [item for item in missing if is_archive(item.path.name)]
+    needed = sum(n for item, n in arriving.items() if item not in archives)
+    needed += max((arriving[item] for item in archives), default=0)
+    unpacked_bytes = sum(item.size for item in archives) * UNPACKED
+    what = f"{len(missing)} file(s)" + (", archives unpacked" if archives else "")
+    refuse_full_disk(root, needed + unpacked_bytes, what, ", take fewer data sets (--dataset), or name one (--out)")
+
+
 # ------------------------------------------------------------------------------------------------ getting it
 
 
 def _check_access(missing: list[Item]) -> None:
-    """Ask for a file of each gated place, before anything is begun. Raises `Stop` where access is refused."""
+    """Ask for a file of each gated place, before anything is begun. Raises `Unavailable` where access is refused."""
     from huggingface_hub import get_hf_file_metadata
-    from huggingface_hub.utils import build_hf_headers
 
-    headers = build_hf_headers(library_name="steph")
-    for item in {item.source.address: item for item in missing if item.source.address.startswith(HUB)}.values():
-        with _told(item.source):
-            _patiently(partial(get_hf_file_metadata, item.url, timeout=TIMEOUT, headers=headers))
+    for item in {item.source.address: item for item in missing if item.on_hub}.values():
+        with _in_sentences(item.source):
+            _patiently(lambda item=item: get_hf_file_metadata(item.url, timeout=TIMEOUT, headers=_headers(item)))  # type: ignore[misc]
 
 
 def _get(item: Item, dim: int) -> Fetched:
     """Fetch one file and put it, or what is in it, to its place."""
-    with _told(item.source):
+    with disk_errors(item.path):
         item.path.parent.mkdir(parents=True, exist_ok=True)
     if not is_archive(item.path.name):
         _download(item)
         item.part.replace(item.path)
         return Fetched(item, item.path, f"fetched, {item.size / 1e6:.1f} MB, checksum right")
     folder = folder_of(item.path)
-    own = item.path.is_file() and _matches(item.path, item)  # Put there by a person: it stays.
-    other = f"; {item.path}, which lay there, is not whole or not the source's and was not used" * item.path.is_file()
-    if not own:
+    note, archive = "", item.path
+    if not _matches(item.path, item):  # else a person put it there: it stays
         _download(item)
+        archive = item.part
+        if item.path.is_file():
+            note = f"; {item.path}, which lay there, is not whole or not the source's and was not used"
     origin = {"source": item.source.address, "revision": item.revision, "checksum": item.checksum}
-    n_files = unpack(item.path if own else item.part, folder, item.path.name, origin)
+    n_files = unpack(archive, folder, item.path.name, origin)
     item.part.unlink(missing_ok=True)
-    return Fetched(item, folder, f"{n_files} files{'' if own else other}{_unusable(folder, dim)}")
-
-
-def _unusable(folder: Path, dim: int) -> str:
-    """What is wrong with slides just unpacked, as text."""
-    found = find_slides([folder])
-    problems = problems_message(check_slides(found, found, dim))
-    return f"\n{problems}" if problems else ""
+    slides = find_slides([folder])
+    problems = problems_message(check_slides(slides, slides, dim))
+    return Fetched(item, folder, f"{n_files} files{note}" + (f"\n{problems}" if problems else ""))
 
 
 def _download(item: Item) -> None:
     """Make ``item.part`` whole: its size and checksum are the source's. Goes on with what is there of it."""
-    for last in (False, True):
-        with _told(item.source):
-            _patiently(lambda: _receive(item), lambda: _size(item.part))
+    for _ in range(2):
+        with _in_sentences(item.source), disk_errors(item.part):
+            _patiently(lambda: _receive(item))
         if _matches(item.part, item):
             return
         item.part.unlink()
-        if last:
-            raise Refused(
-                f"{item.name}: the checksum is wrong (expected {item.checksum}), twice; nothing of it was kept. "
-                "Something on the way changes the file, or the source is being changed: try again later."
-            )
+    raise Refused(
+        f"{item.name}: the checksum is wrong (expected {item.checksum}), twice; nothing of it was kept. "
+        "Something on the way changes the file, or the source is being changed: try again later."
+    )
 
 
 def _receive(item: Item) -> None:
-    """One request for what is still missing of ``item.part``."""
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-    from tqdm import tqdm
+    """Ask for what is still missing of ``item.part``, and again after a drop, as long as something comes."""
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.file_download import http_get
 
-    have = _size(item.part)
-    if have > item.size:
+    if _size(item.part) > item.size:
         item.part.unlink()
-        have = 0
-    if have == item.size and item.part.exists():
-        return
-    hub = item.source.address.startswith(HUB)
-    headers = build_hf_headers(library_name="steph") if hub else {"user-agent": "steph"}
-    headers |= {"accept-encoding": "identity"} | ({"range": f"bytes={have}-"} if have else {})
-    with get_session().stream("GET", item.url, headers=headers, timeout=TIMEOUT) as response:
-        status = response.status_code
-        expected = f"bytes {have}-{item.size - 1}/{item.size}"
-        if status == 416 or (status == 206 and response.headers.get("content-range", "") != expected):
-            item.part.unlink(missing_ok=True)
-            raise _Again(f"the server answered another part of the file than was asked for ({status})")
-        hf_raise_for_status(response)
-        if status not in (200, 206):
-            raise _Again(f"the server answered {status}")
-        bar = tqdm(
-            total=item.size,
-            initial=have if status == 206 else 0,
-            desc=item.path.name,
-            unit="B",
-            unit_scale=True,
-            disable=not sys.stderr.isatty(),
-            leave=False,
-        )
-        with bar, item.part.open("ab" if status == 206 else "wb") as file:
-            for piece in response.iter_raw():
-                file.write(piece)
-                bar.update(len(piece))
-                if file.tell() > item.size:
-                    break
-            file.flush()
-            os.fsync(file.fileno())
-    if _size(item.part) != item.size:
-        raise _Again(f"{_size(item.part)} of {item.size} bytes arrived")
+    try:
+        with item.part.open("ab") as file:
+            http_get(
+                item.url,
+                file,
+                resume_size=_size(item.part),
+                headers=_headers(item),
+                expected_size=item.size,
+                displayed_filename=item.path.name,
+            )
+    except HTTPError:
+        raise
+    except OSError as error:
+        if error.errno is None:  # of the client itself: another size than expected
+            raise _Incomplete(f"{_size(item.part)} of {item.size} bytes arrived") from None
+        raise
 
 
-class _Again(Exception):
-    """A fault that may pass."""
+def _headers(item: Item) -> dict[str, str]:
+    """What is sent with a request. Only the hub gets the user's token."""
+    from huggingface_hub.utils import build_hf_headers
+
+    headers = build_hf_headers(library_name="steph") if item.on_hub else {"user-agent": "steph"}
+    return {**headers, "accept-encoding": "identity"}
 
 
-def _patiently(attempt: Callable[[], Result], progress: Callable[[], int] = lambda: 0) -> Result:
-    """The result of `attempt`, which is repeated after faults of the network or the server, as long as `progress` grows
-    or `WAITS` lasts."""
+class _Incomplete(Exception):
+    """A download ended early, though nothing looked wrong."""
+
+
+def _patiently(attempt: Callable[[], Result]) -> Result:
+    """The result of `attempt`, which is repeated after faults of the network or the server that may pass."""
     from huggingface_hub.errors import HTTPError
 
-    best, tries = progress(), 0
-    while True:
+    for wait in WAITS:
         try:
             return attempt()
-        except (HTTPError, _Again) as error:
+        except (HTTPError, _Incomplete) as error:
             status = getattr(getattr(error, "response", None), "status_code", 500)
-            if progress() > best:
-                best, tries = progress(), 0
-            if tries == len(WAITS) or (status < 500 and status not in (408, 429)):
+            if status < 500 and status not in (408, 416, 429):
                 raise
-            time.sleep(WAITS[tries])
-            tries += 1
+            time.sleep(wait)
+    return attempt()
 
 
 @contextmanager
-def _told(source: Source) -> Iterator[None]:
-    """Faults of the network, the server and the disk, said in a sentence."""
+def _in_sentences(source: Source) -> Iterator[None]:
+    """Faults of the network and the server become sentences."""
     from huggingface_hub import errors, get_token
 
     where = f"{source.name} ({source.address})"
     try:
         yield
     except errors.GatedRepoError as error:
-        said = "the token that was sent has no access" if get_token() else "no token was sent"
-        raise Stop(
-            f"{where} is given to people who asked for it, and {said} ({error.response.status_code}). 1. Open its "
+        reason = "the token that was sent has no access" if get_token() else "no token was sent"
+        raise Unavailable(
+            f"{where} is given to people who asked for it, and {reason} ({error.response.status_code}). 1. Open its "
             "page, log in, accept the terms there and wait until they are confirmed. 2. Make a token that may read "
             "gated repositories (https://huggingface.co/settings/tokens). 3. `hf auth login`, or set HF_TOKEN. Then "
             "run the same command again."
         ) from None
     except errors.RepositoryNotFoundError as error:
-        raise Stop(
+        raise Unavailable(
             f"{where}: no such data set, or it is not shown to you ({error.response.status_code}). Is the address "
             "right? If you have a token, is it still valid (`hf auth whoami`)?"
         ) from None
     except errors.HTTPError as error:
         response = getattr(error, "response", None)
         if response is None:
-            raise Stop(
-                f"{where} cannot be reached: {_line(error)}. Is there a network, a proxy (HTTPS_PROXY), a mirror "
+            raise Unavailable(
+                f"{where} cannot be reached: {error}. Is there a network, a proxy (HTTPS_PROXY), a mirror "
                 "(HF_ENDPOINT)? What has arrived is kept; the same command goes on from there."
             ) from None
         status = response.status_code
         if status == 404:
             raise Refused(f"{where}: not there any more (404): {response.url}.") from None
         if status in (401, 403):
-            raise Stop(
+            raise Unavailable(
                 f"{where} refuses the download ({status}). Where a token is needed, make one that may read it "
                 "(https://huggingface.co/settings/tokens) and `hf auth login`, or set HF_TOKEN."
             ) from None
         fault = "has a fault of its own" if status >= 500 else "refuses the request"
-        raise Stop(f"{where}: the server {fault} ({status}). What has arrived is kept; try again later.") from None
+        raise Unavailable(
+            f"{where}: the server {fault} ({status}). What has arrived is kept; try again later."
+        ) from None
     except errors.OfflineModeIsEnabled:
-        raise Stop(f"{where}: HF_HUB_OFFLINE is set, so nothing is fetched. Unset it, and run again.") from None
-    except _Again as error:
-        raise Stop(
+        raise Unavailable(f"{where}: HF_HUB_OFFLINE is set, so nothing is fetched. Unset it, and run again.") from None
+    except _Incomplete as error:
+        raise Unavailable(
             f"{where}: {error}, {len(WAITS) + 1} times. What has arrived is kept; the same command goes on from there."
         ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise Stop(f"{source.name} cannot be fetched: {error}.") from None
-        raise Stop(
-            f"the disk is full while {source.name} is fetched. What has arrived is kept: free some room, or set "
-            "STEPH_DATA to a larger disk, and the same command goes on from there."
-        ) from None
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-# ------------------------------------------------------------------------------------------------ files and disk
 
 
 def _size(path: Path) -> int:
@@ -406,50 +381,13 @@ def _size(path: Path) -> int:
 
 def _matches(path: Path, item: Item) -> bool:
     """Is the file of the source's size and checksum?"""
-    if _size(path) != item.size:
+    if not path.is_file() or _size(path) != item.size:
         return False
     kind, expected = item.checksum.split(":")
     digest: Any = hashlib.new("sha1" if kind == "git" else kind, usedforsecurity=False)
-    if kind == "git":  # what git calls a file by
+    if kind == "git":  # the name that git gives a file
         digest.update(f"blob {item.size}\0".encode())
     with path.open("rb") as file:
-        while piece := file.read(PIECE):
+        while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest() == expected
-
-
-def _refuse_full_disk(root: Path, missing: list[Item]) -> None:
-    """Refuse to begin what cannot end: archives are there one at a time, unpacked ones all."""
-    arriving = {item: max(item.size - max(_size(item.part), _size(item.path)), 0) for item in missing}
-    archives = [item for item in missing if is_archive(item.path.name)]
-    unpacked_bytes = sum(item.size for item in archives) * UNPACKED
-    needed = sum(n for item, n in arriving.items() if item not in archives) + unpacked_bytes
-    needed += max((arriving[item] for item in archives), default=0)
-    free = shutil.disk_usage(root).free
-    if needed > free:
-        what = f"{len(missing)} file(s)" + (f", {unpacked_bytes / 1e9:.1f} GB of them unpacked" if archives else "")
-        raise Stop(
-            f"{root} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed for {what}: "
-            f"{(needed - free) / 1e9:.1f} GB are missing. Free some, take fewer data sets (--dataset), or set "
-            "STEPH_DATA (or --out) to a larger disk."
-        )
-
-
-@contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Keep a second fetch off the folder. The lock goes with the process, so a killed one leaves none behind."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = (root / ".fetch.lock").open("w")
-    except OSError as error:
-        raise Refused(f"{root} cannot be written: {error}. Choose another folder (STEPH_DATA or --out).") from None
-    with file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refused(f"another process is fetching to {root}; wait for it, or stop it.") from None
-        except (ImportError, OSError):
-            pass  # A file system without locks.
-        yield

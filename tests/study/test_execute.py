@@ -141,7 +141,7 @@ def test_results_leave_out_runs_of_another_key(tiny):
     [
         ({"dataset": "SARK"}, r"unknown data set 'SARK' in study tiny\. Did you mean SARC\?"),
         ({"method": "stef"}, r"unknown method 'stef'.* Did you mean steph[ ?]"),
-        ({"fold": 2}, "fold 2 of study tiny: it has 2 folds, 0 to 1"),
+        ({"fold": 2}, "no fold 2 in study tiny: its folds are 0 to 1"),
         ({"precision": "fp8"}, "precision 'fp8'; expected auto, fp32"),
     ],
 )
