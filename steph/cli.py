@@ -4,55 +4,36 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
+from typer.core import TyperGroup
 
 from steph import Refused
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-data_app = typer.Typer(no_args_is_help=True, help="Labels, features and stores of a study.")
-study_app = typer.Typer(no_args_is_help=True, help="Runs of a study.")
-app.add_typer(data_app, name="data")
-app.add_typer(study_app, name="study")
-
-StudyOption = Annotated[str, typer.Option("--study", help="a study of data_manifest/, or the path of a manifest")]
-DatasetsOption = Annotated[list[str] | None, typer.Option("--dataset", help="repeat for several; default: all")]
-WorkersOption = Annotated[
-    int | None, typer.Option("--workers", min=1, help="processes on the CPU; default: one per core")
-]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:N")]
-Result = TypeVar("Result")
 AGAIN = 0.05
 """Seconds after which an interruption that was dropped comes again."""
 
 
-def _speaks(command: Callable[..., Result]) -> Callable[..., Result]:
+@contextmanager
+def ending_in_a_sentence() -> Iterator[None]:
     """Refusals and interruptions end in a sentence and an exit code, not in a traceback."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Result:
-        try:
-            with _interruptible():
-                return command(*args, **kwargs)
-        except Refused as reason:
-            print(f"steph: {reason}", file=sys.stderr)
-            raise typer.Exit(1) from None
-        except ModuleNotFoundError as error:
-            print(
-                f"steph: the package {error.name} is not installed. `make env` makes the environment.", file=sys.stderr
-            )
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            print("steph: interrupted. What is finished is kept; the same command goes on from there.", file=sys.stderr)
-            raise typer.Exit(130) from None
-
-    return wrapped
+    try:
+        with _interruptible():
+            yield
+    except Refused as reason:
+        print(f"steph: {reason}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except ModuleNotFoundError as error:
+        print(f"steph: the package {error.name} is not installed. `make env` makes the environment.", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("steph: interrupted. What is finished is kept; the same command goes on from there.", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 @contextmanager
@@ -83,33 +64,53 @@ def _interrupt(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
+class Commands(TyperGroup):
+    """The commands of `steph`, each of which ends in a sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with ending_in_a_sentence():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
+data_app = typer.Typer(no_args_is_help=True, help="Labels, features and stores of a study.")
+study_app = typer.Typer(no_args_is_help=True, help="Runs of a study.")
+app.add_typer(data_app, name="data")
+app.add_typer(study_app, name="study")
+
+Option = typer.Option
+StudyOption = Annotated[str, Option("--study", help="a study of data_manifest/, or the path of a manifest")]
+DatasetsOption = Annotated[list[str] | None, Option("--dataset", help="repeat for several; default: all")]
+MethodsOption = Annotated[list[str] | None, Option("--method", help="repeat for several; default: all")]
+FoldsOption = Annotated[list[int] | None, Option("--fold", help="repeat for several; default: all")]
+PrecisionOption = Annotated[str, Option("--precision", help="auto, fp32, fp64, bf16 or tf32")]
+WorkersOption = Annotated[int | None, Option("--workers", min=1, help="processes on the CPU; default: one per core")]
+DeviceOption = Annotated[str, Option("--device", help="cpu, cuda or cuda:N")]
+
+
 @app.command("doctor")
-@_speaks
 def doctor(
     study: StudyOption = "demo",
     device: DeviceOption = "cpu",
-    form: Annotated[
-        Literal["text", "json"], typer.Option("--format", help="text for people, json for programs")
-    ] = "text",
+    form: Annotated[Literal["text", "json"], Option("--format", help="text for people, json for programs")] = "text",
 ) -> None:
     """Check the environment, the machine and a study; say what is wrong and how to mend it. Exit code 1 for a FAIL."""
     from steph.book.doctor import as_json, as_text, examine
 
-    found = examine(study, device)
-    print(as_json(found, study, device) if form == "json" else as_text(found))
-    if any(finding.status == "FAIL" for finding in found):
+    findings = examine(study, device)
+    print(as_json(findings, study, device) if form == "json" else as_text(findings))
+    if any(finding.status == "FAIL" for finding in findings):
         raise typer.Exit(1)
 
 
 @app.command("run")
-@_speaks
 def run_notebook(
     notebook: Annotated[str, typer.Argument(help="a notebook of notebooks/ (01_baselines or baselines), or a path")],
-    parameter: Annotated[
-        list[str] | None, typer.Option("--parameter", "-p", help="name=value, as YAML; repeat")
-    ] = None,
-    study: Annotated[str | None, typer.Option("--study", help="short for -p study=...")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="where the executed copy goes")] = None,
+    parameter: Annotated[list[str] | None, Option("--parameter", "-p", help="name=value, as YAML; repeat")] = None,
+    study: Annotated[str | None, Option("--study", help="short for -p study=...")] = None,
+    output: Annotated[Path | None, Option("--output", "-o", help="where the executed copy goes")] = None,
 ) -> None:
     """Execute a notebook with parameters, all of them checked before any work."""
     from steph.book import notebooks
@@ -131,15 +132,14 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 @study_app.command("run")
-@_speaks
 def study_run(
     study: StudyOption = "demo",
     dataset: DatasetsOption = None,
-    method: Annotated[list[str] | None, typer.Option("--method", help="repeat for several; default: all")] = None,
-    fold: Annotated[list[int] | None, typer.Option("--fold", help="repeat for several; default: all")] = None,
-    seed: Annotated[list[int] | None, typer.Option("--seed", help="repeat for several; default: the study's")] = None,
+    method: MethodsOption = None,
+    fold: FoldsOption = None,
+    seed: Annotated[list[int] | None, Option("--seed", help="repeat for several; default: the study's")] = None,
     device: DeviceOption = "cpu",
-    precision: Annotated[str, typer.Option("--precision", help="auto, fp32, fp64, bf16 or tf32")] = "auto",
+    precision: PrecisionOption = "auto",
     workers: WorkersOption = None,
 ) -> None:
     """Carry out the runs that are not finished yet, and print the mean C-index of all."""
@@ -148,20 +148,19 @@ def study_run(
     from steph.training.device import precision_for
 
     bench = Workbench(study)
-    wanted = plan(bench.study, dataset, method, fold, seed, precision_for(precision, device))
-    _print_means(run_all(bench, wanted, device=device, workers=workers))
+    runs = plan(bench.study, dataset, method, fold, seed, precision_for(precision, device))
+    _print_means(run_all(bench, runs, device=device, workers=workers))
 
 
 @study_app.command("plan")
-@_speaks
 def study_plan(
     study: StudyOption = "demo",
     dataset: DatasetsOption = None,
-    method: Annotated[list[str] | None, typer.Option("--method", help="repeat for several; default: all")] = None,
-    fold: Annotated[list[int] | None, typer.Option("--fold", help="repeat for several; default: all")] = None,
+    method: MethodsOption = None,
+    fold: FoldsOption = None,
     device: DeviceOption = "cpu",
-    precision: Annotated[str, typer.Option("--precision", help="auto, fp32, fp64, bf16 or tf32")] = "auto",
-    by_method: Annotated[bool, typer.Option("--by-method", help="hours by method too")] = False,
+    precision: PrecisionOption = "auto",
+    by_method: Annotated[bool, Option("--by-method", help="hours by method too")] = False,
 ) -> None:
     """What runs there are and what they take, before anything starts; measures this machine, once."""
     from steph.analysis.cost import planning
@@ -178,10 +177,9 @@ def study_plan(
 
 
 @app.command("results")
-@_speaks
 def show_results(
     study: StudyOption = "demo",
-    csv: Annotated[Path | None, typer.Option("--csv", help="write all rows to this file")] = None,
+    csv: Annotated[Path | None, Option("--csv", help="write all rows to this file")] = None,
 ) -> None:
     """Print the mean C-index of every finished run, by data set and method."""
     from steph.files.atomic import atomic_path
@@ -197,31 +195,27 @@ def show_results(
 
 
 def _print_means(table: Any) -> None:
-    problems = table[table["problem"] != ""]
-    for row in problems.itertuples():
+    for row in table[table["problem"] != ""].itertuples():
         print(f"no C-index: {row.dataset} {row.method} fold {row.fold}: {row.problem}")
-    if len(table) > len(problems):
-        means = table.pivot_table(index="dataset", columns="method", values="c_index", sort=False)
-        counts = table.pivot_table(index="dataset", columns="method", values="c_index", aggfunc="count", sort=False)
-        folds = sorted(set(counts.to_numpy().ravel().tolist()))
-        print(f"mean C-index over {', '.join(f'{n:.0f}' for n in folds if n == n)} runs each")
+    defined = table[table["problem"] == ""]
+    if len(defined):
+        counts = sorted(set(defined.groupby(["dataset", "method"]).size()))
+        means = defined.pivot_table(index="dataset", columns="method", values="c_index", sort=False)
+        print(f"mean C-index over {', '.join(map(str, counts))} runs each")
         print(means.round(4).to_string(na_rep=""))
 
 
 @app.command("export")
-@_speaks
 def export_model(
-    dataset: Annotated[str, typer.Option("--dataset", help="the target cancer")],
-    out: Annotated[Path, typer.Option("--out", help="a new folder")],
+    dataset: Annotated[str, Option("--dataset", help="the target cancer")],
+    out: Annotated[Path, Option("--out", help="a new folder")],
     study: StudyOption = "demo",
-    method: Annotated[str, typer.Option("--method")] = "steph",
-    fold: Annotated[int, typer.Option("--fold")] = 0,
-    seed: Annotated[int | None, typer.Option("--seed", help="default: the study's")] = None,
-    drop_unused: Annotated[
-        bool, typer.Option("--drop-unused", help="leave out sources that no patient has in use")
-    ] = False,
+    method: Annotated[str, Option("--method")] = "steph",
+    fold: Annotated[int, Option("--fold")] = 0,
+    seed: Annotated[int | None, Option("--seed", help="default: the study's")] = None,
+    drop_unused: Annotated[bool, Option("--drop-unused", help="leave out sources that no patient has in use")] = False,
     device: DeviceOption = "cpu",
-    precision: Annotated[str, typer.Option("--precision", help="that of the run; auto goes by the device")] = "auto",
+    precision: Annotated[str, Option("--precision", help="that of the run; auto goes by the device")] = "auto",
 ) -> None:
     """Write a finished run's model to a folder that predicts without the study."""
     from steph.deploy.export import export, told
@@ -237,20 +231,17 @@ def export_model(
 
 
 @app.command("predict")
-@_speaks
 def predict_patient(
-    model: Annotated[Path, typer.Option("--model", help="a folder that `steph export` made")],
-    features: Annotated[
-        list[Path] | None, typer.Option("--features", help="a slide's feature file, .h5 or .pt")
-    ] = None,
+    model: Annotated[Path, Option("--model", help="a folder that `steph export` made")],
+    features: Annotated[list[Path] | None, Option("--features", help="a slide's feature file, .h5 or .pt")] = None,
     more: Annotated[list[Path] | None, typer.Argument(help="more slides of the same patient")] = None,
     table: Annotated[
-        Path | None, typer.Option("--table", help="many patients: a CSV with patient_id and path, a row per slide")
+        Path | None, Option("--table", help="many patients: a CSV with patient_id and path, a row per slide")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="a new folder for the report; with --table a CSV")] = None,
-    patient: Annotated[str | None, typer.Option("--patient", help="default: the first slide's name")] = None,
+    out: Annotated[Path | None, Option("--out", help="a new folder for the report; with --table a CSV")] = None,
+    patient: Annotated[str | None, Option("--patient", help="default: the first slide's name")] = None,
     patch_px: Annotated[
-        int | None, typer.Option("--patch-px", min=1, help="edge of a patch in level-0 pixels; default: as found")
+        int | None, Option("--patch-px", min=1, help="edge of a patch in level-0 pixels; default: as found")
     ] = None,
     device: DeviceOption = "cpu",
 ) -> None:
@@ -273,15 +264,14 @@ def predict_patient(
             rows.to_csv(temporary, index=False)
         print(f"{out}: {len(rows)} patients")
         return
-    found = loaded.predict(slides, patient, patch_px)
-    print(summary(found, loaded))
+    prediction = loaded.predict(slides, patient, patch_px)
+    print(summary(prediction, loaded))
     if out is not None:
-        write_report(found, loaded, out)
+        write_report(prediction, loaded, out)
         print(f"report: {out / 'report.html'}")
 
 
 @app.command("book")
-@_speaks
 def build_book(study: StudyOption = "demo", device: DeviceOption = "cpu", workers: WorkersOption = None) -> None:
     """Run what is missing, execute the notebooks, build the book."""
     from steph.book import build as book
@@ -291,11 +281,10 @@ def build_book(study: StudyOption = "demo", device: DeviceOption = "cpu", worker
 
 
 @app.command("convert")
-@_speaks
 def convert_weights(
     source: Annotated[Path, typer.Argument(help="weights: the authors' .pth, or our .safetensors")],
     target: Annotated[Path, typer.Argument(help="where they go, in the format of this name's ending")],
-    null: Annotated[Path | None, typer.Option("--null", help="the null model (M_0) they were trained from")] = None,
+    null: Annotated[Path | None, Option("--null", help="the null model (M_0) they were trained from")] = None,
 ) -> None:
     """Carry weights over from the authors' checkpoints to our files, or back; bit for bit, and no pickle is loaded."""
     from steph.deploy.checkpoints import convert
@@ -304,56 +293,53 @@ def convert_weights(
 
 
 @data_app.command("list")
-@_speaks
 def data_list(study: StudyOption = "tcga") -> None:
     """Data sets of a study, what of their data is there, and where the rest can be had."""
     from steph.data.inventory import inventory
     from steph.data.manifest import load_study
 
-    found = load_study(study)
-    table = inventory(found)
-    print(f"{found.title}\ndata root: {found.data}\n")
+    manifest = load_study(study)
+    table = inventory(manifest)
+    print(f"{manifest.title}\ndata root: {manifest.data}\n")
     rows = [list(table.columns), *table.to_numpy().tolist()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    for source in found.sources:
+    for source in manifest.sources:
         gate = "gated; " if source.gated else ""
         print(f"\n{source.name}: {source.provides}\n  {source.address}\n  {gate}licence: {source.licence}")
 
 
 @data_app.command("fetch")
-@_speaks
 def data_fetch(
     study: StudyOption = "tcga",
     dataset: DatasetsOption = None,
     source: Annotated[
-        list[str] | None, typer.Option("--source", help="labels, splits or features; repeat; default: all")
+        list[str] | None, Option("--source", help="labels, splits or features; repeat; default: all")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="default: the study's data root")] = None,
+    out: Annotated[Path | None, Option("--out", help="default: the study's data root")] = None,
 ) -> None:
     """Download from the manifest's sources, compare with their checksums, unpack; goes on where it stopped."""
     from steph.data.fetch import fetch
     from steph.data.manifest import load_study
 
-    for found in fetch(load_study(study), dataset, source, out):
-        print(f"{found.path}: {found.note}")
+    for fetched in fetch(load_study(study), dataset, source, out):
+        print(f"{fetched.path}: {fetched.note}")
 
 
 @data_app.command("labels")
-@_speaks
 def data_labels(
-    cdr: Annotated[Path, typer.Option("--cdr", help="TCGA-CDR table, .csv or .xlsx")],
-    slides: Annotated[Path, typer.Option("--slides", help="slide list (text or CSV), or a folder of feature files")],
-    out: Annotated[Path | None, typer.Option("--out", help="default: labels/ of the study's data root")] = None,
+    cdr: Annotated[Path, Option("--cdr", help="TCGA-CDR table, .csv or .xlsx")],
+    slides: Annotated[Path, Option("--slides", help="slide list (text or CSV), or a folder of feature files")],
+    out: Annotated[Path | None, Option("--out", help="default: labels/ of the study's data root")] = None,
     study: StudyOption = "tcga",
 ) -> None:
     """Build the label tables of a study from TCGA-CDR."""
     from steph.data.labels import build_labels
     from steph.data.manifest import load_study
 
-    found = load_study(study)
-    summary = build_labels(found, cdr, slides, out or found.data / "labels")
+    manifest = load_study(study)
+    summary = build_labels(manifest, cdr, slides, out or manifest.data / "labels")
     print(summary.to_string(index=False))
     for reason, count in summary.attrs["dropped"].items():
         print(f"left out: {count} slide(s): {reason}")
@@ -362,7 +348,6 @@ def data_labels(
 
 
 @data_app.command("check")
-@_speaks
 def data_check(study: StudyOption = "tcga", dataset: DatasetsOption = None) -> None:
     """List every slide file that cannot be used, and why; check the content of stores that are there."""
     from steph.data.dataset import check_dataset
@@ -370,41 +355,34 @@ def data_check(study: StudyOption = "tcga", dataset: DatasetsOption = None) -> N
     from steph.data.manifest import load_study
     from steph.data.store import Store
 
-    found, bad = load_study(study), 0
-    for name in dataset or found.datasets:
-        table = check_dataset(found, name)
-        problems = table[table["problem"] != ""]
-        bad += len(problems)
-        print(problems_message(table) if len(problems) else f"{name}: {len(table)} slides, all usable")
-        stored = found.data / "stores" / f"{name}.h5"
-        if stored.is_file():
-            Store.open(stored).verify(progress=True)
+    manifest, unusable = load_study(study), 0
+    for name in dataset or manifest.datasets:
+        table = check_dataset(manifest, name)
+        problems = (table["problem"] != "").sum()
+        unusable += problems
+        print(problems_message(table) if problems else f"{name}: {len(table)} slides, all usable")
+        store = manifest.data / "stores" / f"{name}.h5"
+        if store.is_file():
+            Store.open(store).verify(progress=True)
             print(f"{name}: the store holds what was packed")
-    if bad:
+    if unusable:
         raise typer.Exit(1)
 
 
 @data_app.command("pack")
-@_speaks
 def data_pack(
     study: StudyOption = "tcga",
     dataset: DatasetsOption = None,
-    allow_missing: Annotated[bool, typer.Option(help="leave out missing slides of patients who keep one")] = False,
+    allow_missing: Annotated[bool, Option(help="leave out missing slides of patients who keep one")] = False,
 ) -> None:
     """Pack slide feature files into one store per data set; it can be interrupted and goes on."""
     from steph.data.dataset import pack_dataset
     from steph.data.manifest import load_study
 
-    found = load_study(study)
-    for name in dataset or found.datasets:
-        store = pack_dataset(found, name, allow_missing)
-        print(f"{name}: {store.path}")
-
-
-def main() -> None:
-    """`python -m steph.cli`."""
-    app()
+    manifest = load_study(study)
+    for name in dataset or manifest.datasets:
+        print(f"{name}: {pack_dataset(manifest, name, allow_missing).path}")
 
 
 if __name__ == "__main__":
-    main()
+    app()

@@ -92,16 +92,12 @@ class Deleted:
 
 
 def test_an_interruption_is_not_lost_while_an_object_is_deleted(capsys):
-    @cli._speaks
-    def command():
+    before = sys.unraisablehook
+    with pytest.raises(typer.Exit) as end, cli.ending_in_a_sentence():
         Deleted()
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             time.sleep(0.01)
-
-    before = sys.unraisablehook
-    with pytest.raises(typer.Exit) as end:
-        command()
     assert end.value.exit_code == 130 and sys.unraisablehook is before
     said = capsys.readouterr().err
     assert "What is finished is kept" in said and "Traceback" not in said

@@ -40,6 +40,7 @@ from steph.deploy.checkpoints import read_weights
 from steph.deploy.predict import load_model
 from steph.deploy.report import write_report
 from steph.files.records import file_sha256, read_sealed, write_sealed
+from steph.files.templates import render
 from steph.methods.registry import method
 from steph.mil.state import load_state
 from steph.plots.display import show_link, styled
@@ -510,7 +511,7 @@ def test_tables_and_pages_escape_markup(build):
         wide = pd.DataFrame([[1]], index=pd.MultiIndex.from_tuples([(name, "a")]), columns=[["a"], [name]])
         for html in (styled(table).to_html(), styled(table, index=False).to_html(), styled(wide).to_html()):
             assert name not in html and "&lt;" in html
-        assert name not in pages.markdown(pd.DataFrame({"a": [name]}))
+        assert name not in render("steph.book", "registry.md", methods=pd.DataFrame({"a": [name]}))
     study = load_study("tiny").model_copy(update={"title": MARKUP[0]})
     assert MARKUP[0] not in pages.status(Workbench(study), {}, results("tiny"))
 

@@ -98,14 +98,14 @@ def test_the_book_is_asked_for_as_it_asks_itself(fresh, jobs):
     """Chapters with the parameters, and under the names, with which the book finds them; the twin's runs too."""
     found = jobs.all_jobs("tiny", "cpu", None, None)
     records = {Path(record) for job in found["runs"] for record in job["records"]}
-    assert {fresh.folder(run) / COMPLETION for run in book.needed_runs(fresh.study)} <= records
+    assert {fresh.folder(run) / COMPLETION for run in book.needed_runs(fresh)} <= records
     assert any(path.is_relative_to(fresh.study.build.parent / "tiny_twin") for path in records)
     chapters = book.chapters(fresh.study)
     assert len(found["chapters"]) == len(chapters)
     for job, chapter in zip(found["chapters"], chapters, strict=True):
         words = shlex.split(job["command"])
         given = dict(_assignment(words[i + 1]) for i, word in enumerate(words) if word == "-p")
-        assert given == book._given(chapter, "cpu") and str(chapter.source) in words
+        assert given == chapter.given("cpu") and str(chapter.source) in words
         assert words[-2:] == ["--output", str(book.executed_path(fresh.study, chapter))]
 
 

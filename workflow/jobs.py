@@ -1,8 +1,8 @@
 """What there is to do of a study, cut into jobs, as JSON; the Snakefile beside it reads that.
 
-The graph is the library's own (`steph.study.runs`, `steph.book.build`); nothing of it is repeated here. A job holds runs of one
-data set, fold and seed, because starting Python and loading the features takes longer than some of them train. What is
-finished is no job's business: no engine can decide to do it again, or delete it.
+The graph is the library's own (`steph.study.runs`, `steph.book.build`); nothing of it is repeated here. A job holds
+runs of one data set, fold and seed, because starting Python and loading the features takes longer than some of them
+train. What is finished is in no job: no engine can decide to do it again, or delete it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def of_chapters(bench: Workbench, device: str, all_of_them: bool) -> list[dict[s
     jobs = []
     for chapter in book.chapters(bench.study) if all_of_them else book.outdated(bench, device):
         executed = book.executed_path(bench.study, chapter)
-        given = book._given(chapter, device).items()
+        given = chapter.given(device).items()
         parameters = [word for name, value in given for word in ("-p", f"{name}={json.dumps(value)}")]
         jobs.append({
             "name": f"chapter_{chapter.name}",
@@ -91,10 +91,10 @@ def all_jobs(study: str, device: str, datasets: list[str] | None, methods: list[
     bench, precision = Workbench(study), precision_for("auto", device)
     if datasets or methods:
         return {"runs": of_runs(bench, _possible(bench, datasets, methods, precision), device)}
-    runs = of_runs(bench, book.needed_runs(bench.study, precision), device)
+    runs = of_runs(bench, book.needed_runs(bench, precision), device)
     twin = controls.twin(bench.study)
     if twin is not None:
-        runs += of_runs(Workbench(twin), controls.twin_runs(bench.study, precision=precision), device)
+        runs += of_runs(Workbench(twin), book.chapter_runs(bench, "twin_runs", precision), device)
     command = [bench.study.address, "--device", device]
     return {
         "runs": runs,
@@ -115,7 +115,7 @@ def _possible(bench: Workbench, datasets: list[str] | None, methods: list[str] |
 def run_further(study: str, device: str) -> None:
     """Carry out the runs that chapters show and that follow from the results of others; they cannot be told before."""
     bench = Workbench(study)
-    run_all(bench, book.further_runs(bench, precision_for("auto", device)), device=device, workers=1)
+    run_all(bench, book.chapter_runs(bench, "further_runs", precision_for("auto", device)), device=device, workers=1)
 
 
 def main() -> None:

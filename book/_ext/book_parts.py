@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import subprocess
 import sys
 from html import escape
 from pathlib import Path, PurePosixPath
+
+from steph.book import pages
 
 NOTEBOOKS = "build/book/notebooks/"
 LAB = "http://localhost:8888/lab/tree/notebooks"
@@ -54,21 +55,14 @@ def plain_signature(app, what, name, obj, options, signature, returns):
 def repository(project: Path = PROJECT) -> tuple[str, str] | None:
     """ "owner/name" on GitHub and the branch, if the checkout's remote `origin` is there; else None."""
 
-    def git(*command: str) -> str:
-        try:
-            done = subprocess.run(["git", "-C", str(project), *command], capture_output=True, text=True)
-        except OSError:
-            return ""
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    top = git("rev-parse", "--show-toplevel")
+    top = pages.git(project, "rev-parse", "--show-toplevel")
     if not top or Path(top).resolve() != project.resolve():
         return None
     match = re.fullmatch(
         r"(?:https://(?:[^@/]+@)?|ssh://git@|git@)github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?",
-        git("remote", "get-url", "origin"),
+        pages.git(project, "remote", "get-url", "origin"),
     )
-    branch = git("symbolic-ref", "--short", "HEAD") or "main"
+    branch = pages.git(project, "symbolic-ref", "--short", "HEAD") or "main"
     return (match[1], branch) if match else None
 
 
@@ -117,8 +111,9 @@ def side_by_side(app, env, *which) -> list[str]:
     for name in ("sphinx_multitoc_numbering", "sphinx_jupyterbook_latex"):
         if name in app.extensions:
             app.extensions[name].parallel_read_safe = True
-    for name in ("book", "doctor", "plots", "predict", "scorecard"):
-        importlib.import_module(f"steph.{name}")
+    for modules in pages.rooms().values():
+        for name in modules:
+            importlib.import_module(name)
     return []
 
 

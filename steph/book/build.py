@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -18,33 +20,34 @@ from urllib.parse import unquote
 import yaml
 
 from steph import PROJECT, Refused
-from steph.analysis.mixing import controls, dynamics, trajectory
+from steph.analysis.mixing import controls
 from steph.book import notebooks, pages
-from steph.data.manifest import Study
+from steph.data.manifest import Study, unknown
 from steph.files.atomic import atomic_path
+from steph.files.records import read_json
 from steph.study.execute import end_with_parent, end_workers, run_all
 from steph.study.runs import Run, Workbench, plan, results
 from steph.training.device import precision_for
 
 SHELF = PROJECT / "build" / "book"
-"""What the builder reads besides book/: gated notebooks, the files they link to, and pages made by `steph.book.pages`."""
+"""What the builder reads besides book/: gated notebooks, the files they link to, pages of `steph.book.pages`."""
 
 BUILDER = "from jupyter_book.cli.main import main; main()"  # the package cannot be run with -m
-
-LAST = "10_scorecard"
-"""The chapter that closes the book; the others come by their numbers."""
-
-TARGETS = {
-    "04_landscapes": ("BRCA", "BLCA"),  # Figs. 4, 6, S3; Fig. S5
-    "06_dynamics": ("BRCA", "KIPAN", "LUNG"),  # Figs. 8, 9; S1; S2
-    "08_interpretability": ("COADREAD",),  # Fig. S4
-}
-"""The cancers of the paper's figures, for chapters about one; the first takes the chapter, each other a copy of it."""
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """One notebook of the book, the name of its executed copy, and the parameters it is published with."""
+    """One notebook of the book, the name of its executed copy, and the parameters it is published with.
+
+    A notebook says under ``steph`` in its metadata what else the book needs to know; each entry is optional:
+
+    - targets: the cancers of the paper's figures, for a chapter about one; the first takes the chapter, each other a
+      copy of it;
+    - runs: "module:function" that lists runs the chapter shows, beyond the study's plan, so that they are made together
+      and in parallel. The function is given what it takes of study, bench, dataset, fold, seed, seeds, precision;
+    - further_runs: the same, for runs that follow from results of others, so they come second;
+    - twin_runs: the same, for runs of the study's twin.
+    """
 
     notebook: str
     name: str
@@ -55,66 +58,78 @@ class Chapter:
         """The notebook that is executed."""
         return notebooks.NOTEBOOKS / f"{self.notebook}.ipynb"
 
+    def given(self, device: str) -> dict[str, Any]:
+        """The parameters that the chapter is executed with: those that differ from what the notebook declares."""
+        takes = notebooks.declared(self.source)
+        values = {**self.parameters, "device": device}
+        return {name: value for name, value in values.items() if name in takes and value != takes[name]}
+
+    def runs(self, kind: str, bench: Workbench, precision: str) -> list[Run]:
+        """The runs that the notebook's metadata lists under "runs", "further_runs" or "twin_runs"."""
+        name = _metadata(self.source).get(kind)
+        if name is None:
+            return []
+        p = notebooks.check(self.parameters, notebooks.declared(self.source), f"notebook {self.notebook}")
+        values = {
+            "study": bench.study, "bench": bench, "dataset": p.dataset, "fold": p.folds[0], "seed": p.seed,
+            "seeds": p.seeds, "precision": precision,
+        }  # fmt: skip
+        function = pkgutil.resolve_name(name)
+        return function(**{name: values[name] for name in inspect.signature(function).parameters if name in values})
+
+
+def _metadata(notebook: Path) -> dict[str, Any]:
+    """What a notebook says of itself as a chapter; see `Chapter`."""
+    entries, known = read_json(notebook)["metadata"].get("steph", {}), ["targets", "runs", "further_runs", "twin_runs"]
+    for name in entries:
+        if name not in known:
+            raise Refused(unknown("entry", name, known, f"the metadata of {notebook}, under steph"))
+    return entries
+
 
 def chapters(study: Study) -> list[Chapter]:
-    """The chapters that make the book, in reading order: every notebook of ``notebooks/``, some for several cancers."""
-    names = sorted((path.stem for path in notebooks.NOTEBOOKS.glob("*.ipynb")), key=lambda name: (name == LAST, name))
-    return [chapter for name in names for chapter in _copies(study, name)]
+    """The chapters that make the book, in reading order: each notebook of ``_toc.yml``, some for several cancers."""
+    return [chapter for name in pages.notebooks_in_contents() for chapter in _copies(study, name)]
 
 
 def _copies(study: Study, notebook: str) -> Iterator[Chapter]:
     """A chapter, and its copies for other cancers. A study that has none of those takes its first."""
-    own = {"study": study.address}
-    takes = notebooks.declared(notebooks.NOTEBOOKS / f"{notebook}.ipynb")
+    path, parameters = notebooks.NOTEBOOKS / f"{notebook}.ipynb", {"study": study.address}
+    takes = notebooks.declared(path)
     if takes.get("dataset", "all") == "all":
-        yield Chapter(notebook, notebook, own)
+        yield Chapter(notebook, notebook, parameters)
         return
-    wanted = TARGETS.get(notebook, (takes["dataset"],))
-    first, *others = [name for name in wanted if name in study.datasets] or [next(iter(study.datasets))]
-    yield Chapter(notebook, notebook, {**own, "dataset": first})
+    targets = _metadata(path).get("targets", [takes["dataset"]])
+    main, *others = [name for name in targets if name in study.datasets] or [next(iter(study.datasets))]
+    yield Chapter(notebook, notebook, {**parameters, "dataset": main})
     for dataset in others:
-        yield Chapter(notebook, f"{notebook}-{dataset}", {**own, "dataset": dataset})
+        yield Chapter(notebook, f"{notebook}-{dataset}", {**parameters, "dataset": dataset})
 
 
-def needed_runs(study: Study, precision: str = "fp32") -> list[Run]:
+def needed_runs(bench: Workbench, precision: str = "fp32") -> list[Run]:
     """Every run of the study that the book shows; made before the notebooks are executed, several at a time."""
-    own = []
-    for chapter in chapters(study):
-        takes = notebooks.check({**notebooks.declared(chapter.source), **chapter.parameters})
-        seeds = [takes.seed + i for i in range(takes.n_seeds)]
-        if chapter.notebook == "06_dynamics":
-            own += dynamics.runs(study, takes.dataset, takes.folds[0], seeds, precision)
-        elif chapter.notebook == "11_controls":
-            own += controls.runs(study, seeds, precision)
-    return list(dict.fromkeys([*plan(study, precision=precision), *own]))
+    return list(dict.fromkeys([*plan(bench.study, precision=precision), *chapter_runs(bench, "runs", precision)]))
 
 
-def further_runs(bench: Workbench, precision: str = "fp32") -> list[Run]:
-    """Runs that chapters show and that follow from the results of others: so they come second."""
-    found = []
-    for chapter in chapters(bench.study):
-        if chapter.notebook == "06_dynamics":
-            takes = notebooks.check({**notebooks.declared(chapter.source), **chapter.parameters})
-            seeds = [takes.seed + i for i in range(takes.n_seeds)]
-            walks, again = trajectory.shown(bench, takes.dataset, takes.folds[0], seeds, None, precision)
-            found += [*walks, *again]
-    return list(dict.fromkeys(found))
+def chapter_runs(bench: Workbench, kind: str, precision: str = "fp32") -> list[Run]:
+    """The runs that all chapters list under "runs", "further_runs" or "twin_runs"; see `Chapter`."""
+    runs = [run for chapter in chapters(bench.study) for run in chapter.runs(kind, bench, precision)]
+    return list(dict.fromkeys(runs))
 
 
 def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None) -> Path:
     """Everything from records to pages; what is finished is not repeated. Returns the path of the first page."""
     precision = precision_for("auto", device)
-    run_all(bench, needed_runs(bench.study, precision), device=device, workers=workers)
-    run_all(bench, further_runs(bench, precision), device=device, workers=workers)
+    run_all(bench, needed_runs(bench, precision), device=device, workers=workers)
+    run_all(bench, chapter_runs(bench, "further_runs", precision), device=device, workers=workers)
     twin = controls.twin(bench.study)
     if twin is not None:
-        run_all(twin, controls.twin_runs(bench.study, precision=precision), device=device, workers=workers)
+        run_all(twin, chapter_runs(bench, "twin_runs", precision), device=device, workers=workers)
     stale = outdated(bench, device)
     for chapter in chapters(bench.study):
         if chapter not in stale:
             print(f"{chapter.name}: up to date", file=sys.stderr)
-    work = [(chapter.source, _given(chapter, device), executed_path(bench.study, chapter)) for chapter in stale]
-    _execute(work, 1 if device != "cpu" else workers or os.cpu_count() or 1)
+    _execute(bench.study, stale, device, 1 if device != "cpu" else workers or os.cpu_count() or 1)
     shelve(bench)
     return build_pages(bench.study)
 
@@ -124,34 +139,30 @@ def outdated(bench: Workbench, device: str = "cpu") -> list[Chapter]:
 
     def fresh(chapter: Chapter) -> bool:
         executed = executed_path(bench.study, chapter)
-        return notebooks.up_to_date(executed, chapter.source, _given(chapter, device), bench) and all(
+        return notebooks.up_to_date(executed, chapter.source, chapter.given(device), bench) and all(
             (executed.parent / link).is_file() for link in linked_files(executed)
         )
 
     return [chapter for chapter in chapters(bench.study) if not fresh(chapter)]
 
 
-def _given(chapter: Chapter, device: str) -> dict[str, Any]:
-    """The parameters that a chapter is executed with: those that differ from what the notebook says."""
-    takes = notebooks.declared(chapter.source)
-    wanted = {**chapter.parameters, "device": device}
-    return {name: value for name, value in wanted.items() if name in takes and value != takes[name]}
-
-
-def _execute(work: list[tuple[Path, dict[str, Any], Path]], workers: int) -> None:
-    """Execute notebooks, several at a time, each in a process of its own. The first that fails ends it."""
-    if workers == 1 or len(work) < 2:
-        for source, given, target in work:
-            notebooks.execute(source, given, target, progress=sys.stderr.isatty())
-            print(f"{target.stem}: executed", file=sys.stderr)
+def _execute(study: Study, stale: list[Chapter], device: str, workers: int) -> None:
+    """Execute chapters, several at a time, each in a process of its own. The first that fails ends it."""
+    if not stale:
         return
+    progress = workers == 1 and sys.stderr.isatty()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(work)), mp_context=context, initializer=end_with_parent) as pool:
-        futures = [pool.submit(notebooks.execute, *arguments, progress=False) for arguments in work]
+    with ProcessPoolExecutor(min(workers, len(stale)), mp_context=context, initializer=end_with_parent) as pool:
+        futures = {
+            chapter.name: pool.submit(
+                notebooks.execute, chapter.source, chapter.given(device), executed_path(study, chapter), progress
+            )
+            for chapter in stale
+        }
         try:
-            for future, (_, _, target) in zip(futures, work, strict=True):
+            for name, future in futures.items():
                 future.result()
-                print(f"{target.stem}: executed", file=sys.stderr)
+                print(f"{name}: executed", file=sys.stderr)
         except KeyboardInterrupt:
             end_workers()
             raise
@@ -173,11 +184,11 @@ def shelve(bench: Workbench) -> None:
     study, infos = bench.study, {}
     shutil.rmtree(SHELF / "files", ignore_errors=True)
     (SHELF / "files").mkdir(parents=True)
-    known = {f"{chapter.name}.ipynb" for chapter in chapters(study)}
+    listed = chapters(study)
     for old in (SHELF / "notebooks").glob("*.ipynb"):
-        if old.name not in known:
+        if old.stem not in {chapter.name for chapter in listed}:
             old.unlink()
-    for chapter in chapters(study):
+    for chapter in listed:
         target = SHELF / "notebooks" / f"{chapter.name}.ipynb"
         target.unlink(missing_ok=True)
         executed = executed_path(study, chapter)
@@ -191,24 +202,21 @@ def shelve(bench: Workbench) -> None:
         _copy(executed, target, executed)
     runs = results(bench)
     _write("status.md", pages.status(bench, infos, runs))
-    _write("found.md", pages.found(study, runs))
+    _write("findings.md", pages.findings(study, runs))
     for name, text in pages.reference().items():
         _write(f"reference/{name}.md", text)
-    listed = [(c.name, c.notebook, _title(c)) for c in chapters(study)]
-    _write("_toc.yml", pages.contents(listed))
+    copies: dict[str, list[tuple[str, str]]] = {chapter.notebook: [] for chapter in listed}
+    for chapter in listed:
+        if chapter.name != chapter.notebook:
+            copies[chapter.notebook].append(
+                (chapter.name, f"{_title(chapter.source)}: {chapter.parameters['dataset']}")
+            )
+    _write("_toc.yml", pages.contents(copies))
 
 
-def _title(chapter: Chapter) -> str:
-    """A copy's title in the table of contents: its notebook's, and its cancer."""
-    first = re.search(r"^# (.+)$", _markdown_of(chapter.source), re.MULTILINE)
-    return ": ".join([first[1] if first else chapter.notebook, *chapter.name.split("-")[1:]])
-
-
-def _markdown_of(notebook: Path) -> str:
-    import nbformat
-
-    cells = nbformat.read(notebook, as_version=4).cells
-    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+def _title(notebook: Path) -> str:
+    """The title in a notebook's first cell."""
+    return "".join(read_json(notebook)["cells"][0]["source"]).partition("\n")[0].removeprefix("# ")
 
 
 def linked_files(executed: Path) -> list[str]:
@@ -226,8 +234,8 @@ def linked_files(executed: Path) -> list[str]:
 
 def _copy(source: Path, target: Path, executed: Path) -> None:
     if not source.is_file():
-        again = f"steph run {executed.stem.partition('-')[0]}"
-        raise Refused(f"{executed} links to {source}, which is not there. Run it again: {again}")
+        command = f"steph run {executed.stem.partition('-')[0]}"
+        raise Refused(f"{executed} links to {source}, which is not there. Run it again: {command}")
     with atomic_path(target) as temporary:
         shutil.copyfile(source, temporary)
 
@@ -242,20 +250,18 @@ def build_pages(study: Study) -> Path:
     configuration = yaml.safe_load((PROJECT / "_config.yml").read_text(encoding="utf-8"))
     if study.synthetic is None:
         del configuration["html"]["announcement"]  # the banner that says: synthetic
-    own = configuration["sphinx"]["local_extensions"]  # seen from the configuration, which lies elsewhere now
-    configuration["sphinx"]["local_extensions"] = {name: str(PROJECT / path) for name, path in own.items()}
+    extensions = configuration["sphinx"]["local_extensions"]  # relative to the configuration, which lies elsewhere now
+    configuration["sphinx"]["local_extensions"] = {name: str(PROJECT / path) for name, path in extensions.items()}
     _write("_config.yml", yaml.safe_dump(configuration))
     output = SHELF / "_build" / "html" / "index.html"
-    builder = [sys.executable, "-c", BUILDER, "build", str(PROJECT), "--path-output", str(SHELF)]
-    builder += ["--config", str(SHELF / "_config.yml"), "--toc", str(SHELF / "_toc.yml")]
-    command = [*builder, "-W", "-n", "--keep-going"]
+    command = [sys.executable, "-c", BUILDER, "build", str(PROJECT), "--path-output", str(SHELF)]
+    command += ["--config", str(SHELF / "_config.yml"), "--toc", str(SHELF / "_toc.yml"), "-W", "-n", "--keep-going"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment)
     log = SHELF / "build.log"
     log.write_text(done.stdout + done.stderr, encoding="utf-8")
     if done.returncode != 0 or not output.is_file():
         lines = [line for line in (done.stdout + done.stderr).splitlines() if "WARNING" in line or "ERROR" in line]
-        raise Refused(
-            "the book was not built:\n" + "\n".join(lines[-15:] or done.stderr.splitlines()[-15:]) + f"\nSee {log}"
-        )
+        end = "\n".join(lines[-15:] or done.stderr.splitlines()[-15:])
+        raise Refused(f"the book was not built:\n{end}\nSee {log}")
     return output

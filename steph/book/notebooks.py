@@ -13,11 +13,11 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from steph import PROJECT, Refused
@@ -52,12 +52,107 @@ class Parameters:
     device: str
     precision: str
 
+    @property
+    def seeds(self) -> list[int]:
+        """The random starts: `seed` and those that follow it."""
+        return [self.seed + i for i in range(self.n_seeds)]
+
+
+PARAMETERS: dict[str, tuple[Any, tuple[type, ...]]] = {
+    "study": ("demo", (str,)),
+    "dataset": ("all", (str,)),
+    "sources": ("auto", (str, list)),
+    "patients": ("auto", (str, list)),
+    "folds": ("all", (str, int, list)),
+    "seed": (None, (int, NoneType)),
+    "n_seeds": (1, (int,)),
+    "device": ("cpu", (str,)),
+    "precision": ("auto", (str,)),
+}
+"""Every parameter that a notebook may declare: its default, and the types it may have."""
+
+
+def check(
+    given: Mapping[str, Any], takes: Mapping[str, Any] | None = None, where: str = "the parameters of notebooks"
+) -> Parameters:
+    """Check parameters by name, type and value, and complete them: the one place where this is done.
+
+    given: what a person chose. takes: names and defaults of the notebook's parameters cell; None is every parameter
+    that there is. where: whose they are, for messages. Raises `Refused` for the first that cannot be used.
+    """
+    takes = {name: default for name, (default, _) in PARAMETERS.items()} if takes is None else takes
+    for names, known, owner in ((given, takes, where), (takes, PARAMETERS, "the parameters of notebooks")):
+        for name in names:
+            if name not in known:
+                raise Refused(unknown("parameter", name, list(known), owner))
+    values = {name: given.get(name, takes.get(name, default)) for name, (default, _) in PARAMETERS.items()}
+    for name, value in values.items():
+        types = PARAMETERS[name][1]
+        if not isinstance(value, types) or isinstance(value, bool):
+            expected = " or ".join("none" if kind is NoneType else kind.__name__ for kind in types)
+            raise Refused(f"parameter {name} = {value!r} is of type {type(value).__name__}; expected {expected}.")
+    study, dataset = load_study(values["study"]), values["dataset"]
+    if dataset != "all":
+        study.entry(dataset)
+    if (values["seed"] is not None and values["seed"] < 0) or values["n_seeds"] < 1:
+        raise Refused(f"seed = {values['seed']}, n_seeds = {values['n_seeds']}; expected seed >= 0 and n_seeds >= 1.")
+    check_device(values["device"])
+    return Parameters(
+        study=study,
+        bench=Workbench(study),
+        dataset=dataset,
+        datasets=list(study.datasets) if dataset == "all" else [dataset],
+        sources=_sources(values["sources"], study, dataset),
+        patients=None if values["patients"] == "auto" else _listed(values["patients"]),
+        folds=_folds(values["folds"], study),
+        seed=study.seed if values["seed"] is None else values["seed"],
+        n_seeds=values["n_seeds"],
+        device=values["device"],
+        precision=precision_for(values["precision"], values["device"]),
+    )
+
+
+def _listed(value: str | int | list) -> list[str]:
+    """What a list, a single value, or a text such as "KIPAN,BLCA" names, without repeats."""
+    items = value if isinstance(value, list) else str(value).strip("[] ").split(",")
+    return list(dict.fromkeys(str(item).strip() for item in items))
+
+
+def _folds(value: str | int | list, study: Study) -> list[int]:
+    """Folds of a study; "all" is every one."""
+    if value == "all":
+        return list(range(study.n_folds))
+    try:
+        folds = [int(item) for item in _listed(value)]
+    except ValueError:
+        raise Refused(f"parameter folds = {value!r}; expected all, or folds such as 0,1,2.") from None
+    if not folds:
+        raise Refused(f"folds = {value!r} names no fold of study {study.name}: its folds are 0 to {study.n_folds - 1}.")
+    for fold in folds:
+        study.check_fold(fold)
+    return folds
+
+
+def _sources(value: str | list, study: Study, dataset: str) -> list[str] | None:
+    """Source cancers of a target; "all" is every one."""
+    if value == "auto":
+        return None
+    known = list(study.datasets) if dataset == "all" else study.sources_of(dataset)
+    names = known if value == "all" else _listed(value)
+    for name in names:
+        if name not in known:
+            raise Refused(unknown("source", name, known, f"study {study.name}, target {dataset}"))
+    return names
+
+
+# ---------------------------------------------------------------------------------------------- in a notebook
+
 
 def start(namespace: Mapping[str, Any]) -> Parameters:
-    """Check the parameters of the notebook whose globals are given; set the plots' style; say if all is synthetic; let
+    """Begin a notebook: check the parameters among its globals, set the plots' style, say if all is synthetic, and let
     a notebook that is open for editing follow changes to the library (`follow_library`).
 
-    Raises `Refused` for a name that the notebook does not take (papermill injects a misspelt parameter with a mere
+    Raises `Refused` for a name that the notebook does not declare (papermill injects a misspelt parameter with a mere
     warning), for a wrong type and an impossible value.
     """
     from IPython.display import Markdown, display
@@ -66,7 +161,10 @@ def start(namespace: Mapping[str, Any]) -> Parameters:
 
     # Some packages ask for widgets when they are imported; progress is text here.
     warnings.filterwarnings("ignore", message="IProgress not found")
-    checked = check({name: namespace[name] for name in _assigned_by_cells(namespace.get("In", []))})
+    executed = [source for source in namespace.get("In", []) if source.lstrip().startswith(MARK)]
+    cells = [_assignments(source) for source in executed]
+    given = {name: namespace[name] for cell in cells for name in cell}
+    checked = check(given, cells[0] if cells else {}, "this notebook")
     set_style()
     if FOLDER_VARIABLE not in os.environ:
         follow_library(checked.bench)
@@ -83,13 +181,12 @@ def follow_library(bench: Workbench) -> None:
     shell = get_ipython()
     if shell is None:
         return
-    seen = _library_times()
+    times = _library_times()
 
     def forget_keys(*_: Any) -> None:
-        nonlocal seen
-        now = _library_times()
-        if now != seen:
-            seen = now
+        nonlocal times
+        if times != (now := _library_times()):
+            times = now
             forget_code(bench)
 
     shell.run_line_magic("load_ext", "autoreload")
@@ -111,113 +208,6 @@ def forget_code(bench: Workbench) -> None:
     bench._keys.clear()
 
 
-def check(given: Mapping[str, Any]) -> Parameters:
-    """Parameters by name, checked and completed. Raises `Refused` for the first that cannot be used."""
-    for name in given:
-        if name not in DEFAULTS:
-            raise Refused(unknown("notebook parameter", name, list(DEFAULTS), "the parameters that notebooks take"))
-    values = {**DEFAULTS, **given}
-    for name, value in values.items():
-        _check_type(name, value)
-    study = load_study(values["study"])
-    dataset = values["dataset"]
-    if dataset != "all":
-        study.entry(dataset)
-    if (values["seed"] is not None and values["seed"] < 0) or values["n_seeds"] < 1:
-        raise Refused(f"seed = {values['seed']}, n_seeds = {values['n_seeds']}; expected seed >= 0 and n_seeds >= 1.")
-    check_device(values["device"])
-    return Parameters(
-        study=study,
-        bench=Workbench(study),
-        dataset=dataset,
-        datasets=list(study.datasets) if dataset == "all" else [dataset],
-        sources=_sources(values["sources"], study, dataset),
-        patients=_names(values["patients"]),
-        folds=_folds(values["folds"], study),
-        seed=study.seed if values["seed"] is None else values["seed"],
-        n_seeds=values["n_seeds"],
-        device=values["device"],
-        precision=precision_for(values["precision"], values["device"]),
-    )
-
-
-DEFAULTS: dict[str, Any] = {
-    "study": "demo",
-    "dataset": "all",
-    "sources": "auto",
-    "patients": "auto",
-    "folds": "all",
-    "seed": None,
-    "n_seeds": 1,
-    "device": "cpu",
-    "precision": "auto",
-}
-"""Every parameter that a notebook may take."""
-
-TYPES: dict[str, tuple[type, ...]] = {
-    "study": (str,),
-    "dataset": (str,),
-    "sources": (str, list),
-    "patients": (str, list),
-    "folds": (str, int, list),
-    "seed": (int, type(None)),
-    "n_seeds": (int,),
-    "device": (str,),
-    "precision": (str,),
-}
-
-
-def _check_type(name: str, value: Any) -> None:
-    if not isinstance(value, TYPES[name]) or isinstance(value, bool):
-        expected = " or ".join("none" if t is type(None) else t.__name__ for t in TYPES[name])
-        raise Refused(f"notebook parameter {name} = {value!r} is of type {type(value).__name__}; expected {expected}.")
-
-
-def _folds(value: str | int | list, study: Study) -> list[int]:
-    """Folds from "all", a number, a list, or a text such as "0,2"."""
-    if value == "all":
-        return list(range(study.n_folds))
-    parts = value.strip("[] ").split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
-    try:
-        folds = [int(str(part)) for part in parts]
-    except ValueError:
-        raise Refused(f"notebook parameter folds = {value!r}; expected all, or folds such as 0,1,2.") from None
-    if not folds:
-        raise Refused(f"folds = {value!r} names no fold of study {study.name}: its folds are 0 to {study.n_folds - 1}.")
-    for fold in folds:
-        study.check_fold(fold)
-    return list(dict.fromkeys(folds))
-
-
-def _names(value: str | list) -> list[str] | None:
-    """Names from a list or a text such as "KIPAN,BLCA"; None for "auto"."""
-    if value == "auto":
-        return None
-    names = value if isinstance(value, list) else value.strip("[] ").split(",")
-    return list(dict.fromkeys(str(name).strip() for name in names))
-
-
-def _sources(value: str | list, study: Study, dataset: str) -> list[str] | None:
-    """Names of source cancers for a target; "all" takes every one."""
-    known = list(study.datasets) if dataset == "all" else study.sources_of(dataset)
-    names = known if value == "all" else _names(value)
-    for name in names or []:
-        if name not in known:
-            raise Refused(unknown("source", name, known, f"study {study.name}, target {dataset}"))
-    return names
-
-
-def _assigned_by_cells(executed: Sequence[str]) -> list[str]:
-    """Names that the notebook's parameters cell assigns; refuses others that a later such cell assigns."""
-    cells = [_assignments(source) for source in executed if source.lstrip().startswith(MARK)]
-    takes = list(cells[0]) if cells else []
-    for cell in cells[1:]:
-        for name in cell:
-            if name not in takes:
-                raise Refused(unknown("parameter", name, takes, "this notebook"))
-    return takes
-
-
 def _assignments(source: str) -> dict[str, ast.expr]:
     """Values assigned to plain names in a piece of code."""
     nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
@@ -231,12 +221,9 @@ def find(name: str | Path) -> Path:
     """A notebook by path, also below ``notebooks/`` (``templates/new_method``), or by name (``01_baselines``,
     ``baselines``). Raises `Refused` for one that is not there."""
     path = Path(name)
-    try:
-        for candidate in (path, NOTEBOOKS / path.with_suffix(".ipynb")):
-            if candidate.suffix == ".ipynb" and candidate.is_file():
-                return candidate
-    except (OSError, ValueError):
-        pass  # A name that no file can have.
+    for candidate in (path, NOTEBOOKS / path.with_suffix(".ipynb")):
+        if candidate.suffix == ".ipynb" and candidate.is_file():
+            return candidate
     known = sorted(NOTEBOOKS.glob("*.ipynb"))
     for candidate in known:
         if path.stem in (candidate.stem, candidate.stem.partition("_")[2]):
@@ -247,79 +234,37 @@ def find(name: str | Path) -> Path:
 def declared(notebook: Path) -> dict[str, Any]:
     """Parameters and defaults of a notebook's cell tagged ``parameters``. Raises `Refused` where there is none."""
     try:
-        cells = read_json(notebook)["cells"]
-        cell = next(c for c in cells if "parameters" in c.get("metadata", {}).get("tags", []))
-        source = "".join(cell["source"])
-        if not source.startswith(MARK):
-            raise Refused(f"the parameters cell of {notebook} must begin with the line {MARK!r}.")
-        return {name: ast.literal_eval(value) for name, value in _assignments(source).items()}
-    except StopIteration:
-        raise Refused(f"{notebook} has no cell tagged 'parameters'; tag the one that assigns them.") from None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        SyntaxError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        MemoryError,
-    ) as error:
+        tagged = [c for c in read_json(notebook)["cells"] if "parameters" in c.get("metadata", {}).get("tags", [])]
+        source = "".join(tagged[0]["source"]) if tagged else ""
+        takes = {name: ast.literal_eval(value) for name, value in _assignments(source).items()}
+    except Exception as error:  # a person's file, which can be wrong in any way
         raise Refused(f"{notebook} is not a notebook with plain parameters: {error}") from None
+    if not tagged:
+        raise Refused(f"{notebook} has no cell tagged 'parameters'; tag the one that assigns them.")
+    if not source.startswith(MARK):
+        raise Refused(f"the parameters cell of {notebook} must begin with the line {MARK!r}.")
+    return takes
 
 
 def output_path(notebook: Path, checked: Parameters, takes: Mapping[str, Any]) -> Path:
     """Where the executed copy goes: ``build/<study>/notebooks/``, named after the notebook and its data set."""
-    which = f"-{checked.dataset}" if "dataset" in takes and checked.dataset != takes["dataset"] else ""
-    return checked.study.build / "notebooks" / f"{notebook.stem}{which}.ipynb"
+    suffix = f"-{checked.dataset}" if "dataset" in takes and checked.dataset != takes["dataset"] else ""
+    return checked.study.build / "notebooks" / f"{notebook.stem}{suffix}.ipynb"
 
 
 def execute(notebook: Path, given: Mapping[str, Any], output: Path | None = None, progress: bool = True) -> Path:
     """Execute a notebook with parameters; returns the executed copy, which has its completion record beside it.
 
     Raises `Refused` for parameters that cannot be used (before a kernel starts), for an error in a cell (what was
-    executed is kept as ``...failed.ipynb``), and for a kernel that died, as it does when memory runs out.
+    executed is saved as ``...failed.ipynb``), and for a kernel that died, as it does when memory runs out.
     """
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
     takes = declared(notebook)
-    for name in given:
-        if name not in takes:
-            raise Refused(unknown("parameter", name, list(takes), f"notebook {notebook.name}"))
-    checked = check({**takes, **given})
+    checked = check(given, takes, f"notebook {notebook.name}")
     target = output or output_path(notebook, checked, takes)
     completion_path(target).unlink(missing_ok=True)
     started = time.perf_counter()
-    failed = target.with_name(f"{target.stem}.failed.ipynb")
-    with atomic_path(target) as temporary, _kernels_know(target.parent):
-        working = temporary.with_suffix(".ipynb")
-        try:
-            papermill.execute_notebook(
-                _literally(notebook),
-                _literally(working),
-                dict(given),
-                language="python",
-                kernel_name="python3",
-                progress_bar=progress,
-                cwd=PROJECT,
-                request_save_on_cell_execute=False,  # what is executed is whole at its end, or kept as failed
-                # Else it warns that it listens on this machine, and may call its regular end an error.
-                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-            )
-        except PapermillExecutionError as error:
-            working.replace(failed)
-            raise Refused(f"{notebook.name} stopped: {error.ename}: {error.evalue}\nSee {failed}") from None
-        except DeadKernelError:
-            raise Refused(
-                f"the kernel of {notebook.name} died; most often the system ended it for want of memory. Finished runs "
-                "are kept: run the same command again, with fewer workers or on a larger machine."
-            ) from None
-        finally:
-            if working.exists():
-                working.replace(temporary)
-    failed.unlink(missing_ok=True)
+    with atomic_path(target) as temporary:
+        _run_cells(notebook, given, temporary, target, progress)
     write_sealed(
         completion_path(target),
         {
@@ -338,23 +283,49 @@ def execute(notebook: Path, given: Mapping[str, Any], output: Path | None = None
     return target
 
 
+def _run_cells(notebook: Path, given: Mapping[str, Any], output: Path, target: Path, progress: bool) -> None:
+    """Run a notebook's cells in a kernel and write the executed copy to `output`, where it is not to stay.
+
+    target: where it will lie; its kernel knows the folder, so that links to files hold there. A copy that stopped at an
+    error is saved beside it.
+    """
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    working, failed = output.with_suffix(".ipynb"), target.with_name(f"{target.stem}.failed.ipynb")
+    os.environ[FOLDER_VARIABLE] = str(target.parent.resolve())
+    try:
+        papermill.execute_notebook(
+            _literally(notebook),
+            _literally(working),
+            dict(given),
+            language="python",
+            kernel_name="python3",
+            progress_bar=progress,
+            cwd=PROJECT,
+            request_save_on_cell_execute=False,  # what is executed is whole at its end, or saved as failed
+            # Else it warns that it listens on this machine, and may call its regular end an error.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+        )
+    except PapermillExecutionError as error:
+        working.replace(failed)
+        raise Refused(f"{notebook.name} stopped: {error.ename}: {error.evalue}\nSee {failed}") from None
+    except DeadKernelError:
+        raise Refused(
+            f"the kernel of {notebook.name} died; most often the system ended it for want of memory. Finished runs "
+            "are kept: run the same command again, with fewer workers or on a larger machine."
+        ) from None
+    finally:
+        del os.environ[FOLDER_VARIABLE]
+        if working.exists():
+            working.replace(output)
+    failed.unlink(missing_ok=True)
+
+
 def _literally(path: Path) -> str:
     """A path as papermill takes it, which fills in what stands in braces."""
     return str(path).replace("{", "{{").replace("}", "}}")
-
-
-@contextmanager
-def _kernels_know(folder: Path) -> Iterator[None]:
-    """Kernels started meanwhile know in which folder their notebook will lie, so that its links to files hold there."""
-    before = os.environ.get(FOLDER_VARIABLE)
-    os.environ[FOLDER_VARIABLE] = str(folder.resolve())
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[FOLDER_VARIABLE]
-        else:
-            os.environ[FOLDER_VARIABLE] = before
 
 
 def completion_path(executed: Path) -> Path:
@@ -379,8 +350,7 @@ def completion(executed: Path) -> dict[str, Any]:
 def state(notebook: Path, given: Mapping[str, Any], bench: Workbench) -> str:
     """Hash of all that an executed notebook shows: its source and parameters, the library and the packages, the study's
     manifest, data and finished runs, the same of its twin where there is one, the paper's tables."""
-    source = read_json(notebook)["cells"]
-    cells = [[cell["cell_type"], "".join(cell["source"])] for cell in source]
+    cells = [[cell["cell_type"], "".join(cell["source"])] for cell in read_json(notebook)["cells"]]
     files = [*sorted((PROJECT / "steph").rglob("*.py")), *sorted((MANIFESTS / "paper").glob("*"))]
     studies = [bench.study]
     if (MANIFESTS / f"{bench.study.name}_twin.yaml").is_file():
@@ -402,7 +372,7 @@ def _data_state(study: Study) -> list[list[Any]]:
         return []
     labels = [[path.name, file_sha256(path)] for path in sorted((study.data / "labels").glob("*.csv"))]
     stores = [(path.name, path.stat()) for path in sorted((study.data / "stores").glob("*.h5"))]
-    return [*labels, *([name, found.st_size, found.st_mtime_ns] for name, found in stores)]
+    return [*labels, *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stores)]
 
 
 def up_to_date(executed: Path, notebook: Path, given: Mapping[str, Any], bench: Workbench) -> bool:

@@ -1,1 +1,1 @@
-"""Files and folders that are whole or absent, locks, records, tables, progress."""
+"""Files and folders that are whole or absent, locks, records, tables, templates, progress."""

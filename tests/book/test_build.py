@@ -15,7 +15,8 @@ from steph.book.notebooks import completion_path
 from steph.data.manifest import load_study
 from steph.files.records import file_sha256, read_sealed, write_sealed
 from steph.plots import show_link
-from steph.study.runs import results
+from steph.plots.display import FOLDER_VARIABLE
+from steph.study.runs import Run, Workbench, results
 from tests.conftest import REFERENCE, in_copy
 
 
@@ -37,6 +38,20 @@ def shelf(tiny, monkeypatch, tmp_path):
     yield tmp_path / "book"
     shutil.rmtree(tiny.study.build / "notebooks")
     shutil.rmtree(tables)
+
+
+@pytest.fixture
+def fresh_notebook(tmp_path, monkeypatch):
+    """A function that writes a notebook of a given ``steph`` in its metadata, and its chapter."""
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+
+    def declare(entries):
+        text = "# Parameters\nstudy = 'demo'\ndataset = 'BRCA'\nfolds = [1]\nseed = 7\nn_seeds = 2"
+        cell = nbformat.v4.new_code_cell(text, metadata={"tags": ["parameters"]})
+        notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"steph": entries})
+        nbformat.write(notebook, tmp_path / "12_new.ipynb")
+
+    return declare, Chapter("12_new", "12_new", {"study": "tiny", "dataset": "LIHC"})
 
 
 def test_finished_notebooks_pass_the_gate(tiny, shelf):
@@ -72,13 +87,13 @@ def test_status_page_tells_what_stands_behind_the_book(tiny, shelf):
     infos = {"00_data": {"status": "complete", "seconds": 1.5, "device": "cpu"}}
     page = pages.status(tiny, infos, results(tiny))
     assert "**synthetic**" in page and "| 00_data | complete | 1.5 | cpu |" in page
-    assert pages.code_state() in page and "## Analyses kept\n" in page
+    assert pages.code_state() in page and "## Saved analyses\n" in page
     for method in ("vanilla", "steph", "model_average", "hypernetwork_only"):
         assert f"| {method} | 6 |" in page
 
 
 def test_the_book_needs_every_method_and_every_start(tiny):
-    runs = needed_runs(tiny.study)
+    runs = needed_runs(tiny)
     assert {r.method for r in runs} >= {"vanilla", "steph"} and len({r.seed for r in runs}) >= 3
     assert len(runs) == len(set(runs))
 
@@ -87,7 +102,7 @@ def test_what_is_not_current_is_executed_again(tiny, shelf):
     assert {c.name for c in outdated(tiny)} == {c.name for c in chapters(tiny.study)}  # nobody executed them
     for chapter in chapters(tiny.study):
         record = completion_path(executed_path(tiny.study, chapter))
-        given = book._given(chapter, "cpu")
+        given = chapter.given("cpu")
         state = notebooks.state(chapter.source, given, tiny)
         write_sealed(record, {**read_sealed(record), "state": state})
     assert outdated(tiny) == []
@@ -102,37 +117,45 @@ def test_a_builder_that_fails_is_an_error(tiny, monkeypatch, tmp_path):
         build_pages(tiny.study)
 
 
-def test_chapters_are_the_notebooks_and_the_scorecard_is_last():
+def test_chapters_are_the_notebooks_in_the_order_of_the_contents():
     names = [chapter.name for chapter in chapters(load_study("demo"))]
     assert {name.partition("-")[0] for name in names} == {p.stem for p in (PROJECT / "notebooks").glob("*.ipynb")}
     assert names[0] == "00_data" and names[-1] == "10_scorecard"
     assert [n for n in names if n.startswith("06")] == ["06_dynamics", "06_dynamics-KIPAN", "06_dynamics-LUNG"]
 
 
+def test_a_chapter_says_which_runs_it_needs(fresh_notebook, monkeypatch):
+    """By name and without a line in the library; what it says wrongly is refused."""
+    bench = Workbench("tiny")
+    declare, chapter = fresh_notebook
+    declare({"runs": "steph.analysis.mixing.dynamics:runs"})
+    assert chapter.runs("runs", bench, "fp64") == [Run("LIHC", "steph", 1, seed, "fp64") for seed in (7, 8)]
+    assert chapter.runs("further_runs", bench, "fp64") == []
+    declare({"run": "steph.analysis.mixing.dynamics:runs"})
+    with pytest.raises(Refused, match=r"unknown entry 'run' in the metadata of .*\. Did you mean runs"):
+        chapter.runs("runs", bench, "fp64")
+
+
 def test_a_study_without_the_papers_cancers_takes_its_first():
-    (own,) = [chapter for chapter in chapters(load_study("tiny")) if chapter.notebook == "06_dynamics"]
-    assert own.name == "06_dynamics" and own.parameters["dataset"] == "LIHC"
+    (chosen,) = [chapter for chapter in chapters(load_study("tiny")) if chapter.notebook == "06_dynamics"]
+    assert chosen.name == "06_dynamics" and chosen.parameters["dataset"] == "LIHC"
 
 
-def test_links_hold_where_the_notebook_lies(tiny, tmp_path, monkeypatch):
+def test_links_hold_where_the_notebook_lies(tmp_path, monkeypatch):
     """In the executed copy, in one written elsewhere, and in a notebook that is open for editing."""
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data["text/html"]))
-    path = tmp_path / "build" / "s p" / "tables" / "a.csv"
-    for folder in (tmp_path / "build" / "s p" / "notebooks", tmp_path / "out"):
-        with notebooks._kernels_know(folder):
-            show_link(path)
     monkeypatch.chdir(tmp_path)
-    show_link(path)
-    cells = [nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", data={"text/html": html})])
-             for html in shown]  # fmt: skip
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    for folder in (tmp_path / "build" / "s p" / "notebooks", tmp_path / "out", None):
+        monkeypatch.setenv(FOLDER_VARIABLE, str(folder)) if folder else monkeypatch.delenv(FOLDER_VARIABLE)
+        show_link(tmp_path / "build" / "s p" / "tables" / "a.csv")
+    outputs = [nbformat.v4.new_output("display_data", data={"text/html": html}) for html in shown]
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=outputs)]), tmp_path / "a.ipynb")
     assert linked_files(tmp_path / "a.ipynb") == [
         "../tables/a.csv",
         "../build/s p/tables/a.csv",
         "build/s p/tables/a.csv",
     ]
-    assert "FOLDER" not in "".join(os.environ.get(name, "") for name in ("STEPH_NOTEBOOK_FOLDER",))
 
 
 # ------------------------------------------------------------------------------------------- the whole of it
@@ -162,7 +185,7 @@ import pandas as pd
 from steph.book.build import needed_runs
 from steph.study.runs import Workbench, results
 bench = Workbench("tiny")
-results(bench).merge(pd.DataFrame([asdict(run) for run in needed_runs(bench.study)])).to_csv(sys.stdout, index=False)
+results(bench).merge(pd.DataFrame([asdict(run) for run in needed_runs(bench)])).to_csv(sys.stdout, index=False)
 """
 
 

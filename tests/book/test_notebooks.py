@@ -36,7 +36,7 @@ def notebook(tmp_path, build_folder):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"datset": "SARC"}, r"unknown notebook parameter 'datset'.* Did you mean dataset"),
+        ({"datset": "SARC"}, r"unknown parameter 'datset'.* Did you mean dataset"),
         ({"dataset": "SARK"}, r"unknown data set 'SARK' in study tiny\. Did you mean SARC\?"),
         ({"study": "dem"}, r"unknown study 'dem'.* Did you mean demo"),
         ({"folds": [0, 2]}, "no fold 2 in study tiny: its folds are 0 to 1"),
@@ -172,7 +172,7 @@ def test_the_projects_notebooks_declare_known_parameters():
     assert len(found) > 12
     for path in found:
         takes = declared(path)
-        assert set(takes) <= set(notebooks.DEFAULTS) and "study" in takes, path.name
+        assert set(takes) <= set(notebooks.PARAMETERS) and "study" in takes, path.name
         check(takes)
         cells = json.loads(path.read_text())["cells"]
         assert any("start(globals())" in "".join(cell["source"]) for cell in cells), path.name
@@ -288,7 +288,7 @@ def test_a_change_to_the_library_shows_in_the_next_cell_and_in_the_keys_of_runs(
     with client.setup_kernel(env={**os.environ, "PYTHONPATH": str(copy)}):
         run(0), run(1)
         before = run(2)
-        change("analysis/statistics.py", "95 % interval", "95 percent")
+        change("analysis/performance/statistics.py", "95 % interval", "95 percent")
         said = run(3)
         change("survival.py", "from __future__ import annotations\n", "from __future__ import annotations\n\nNEW = 1\n")
         keyed = run(4)

@@ -34,11 +34,22 @@ pytestmark = pytest.mark.xdist_group("book")
 # ------------------------------------------------------------------------------------------- made by `pages`
 
 
-def test_every_module_stands_on_one_page_of_the_reference():
+def test_every_module_stands_on_the_page_of_its_room():
+    rooms = pages.rooms()
     files = [path.relative_to(PROJECT).with_suffix("") for path in (PROJECT / "steph").rglob("*.py")]
     modules = sorted(".".join(f.parent.parts if f.name == "__init__" else f.parts) for f in files)
-    listed = [module for _, roots in pages.REFERENCE.values() for module in pages.modules_of(roots)]
-    assert sorted(listed) == modules
+    assert sorted(module for listed in rooms.values() for module in listed) == modules
+    assert rooms[pages.GROUND][0] == "steph" and rooms["data"][0] == "steph.data"
+    assert "steph.analysis.mixing.sar" in rooms["analysis"] and "steph.survival" in rooms[pages.GROUND]
+
+
+def test_a_room_says_what_is_in_it():
+    written = pages.reference()
+    for room, modules in pages.rooms().items():
+        assert f"]({room}.md) | " in written["index"] and f"]({room}.md) |  |" not in written["index"], room
+        assert [line for line in written[room].splitlines() if "automodule" in line] == [
+            f".. automodule:: {module}" for module in modules
+        ]
 
 
 def test_the_registry_page_has_a_row_for_every_method():
@@ -54,17 +65,14 @@ def test_the_command_page_tells_every_option():
         assert text in page
 
 
-def test_contents_follow_the_study_and_the_project_lists_those_of_the_demo():
-    listed = pages.contents([("00_data", "00_data", None), ("06_x", "06_x", None), ("06_x-KIPAN", "06_x", "X: KIPAN")])
-    part = next(p for p in yaml.safe_load(listed)["parts"] if p["caption"] == pages.ANALYSES)
-    assert [chapter["file"] for chapter in part["chapters"]] == [
-        f"build/book/notebooks/{n}" for n in ("00_data", "06_x")
-    ]
-    assert part["chapters"][1]["sections"] == [{"file": "build/book/notebooks/06_x-KIPAN", "title": "X: KIPAN"}]
-    toc = yaml.safe_load((PROJECT / "_toc.yml").read_text(encoding="utf-8"))
-    part = next(p for p in toc["parts"] if p["caption"] == pages.ANALYSES)
-    in_project = [e["file"] for chapter in part["chapters"] for e in (chapter, *chapter.get("sections", []))]
-    assert [Path(file).name for file in in_project] == [chapter.name for chapter in chapters(load_study("demo"))]
+def test_contents_follow_the_study():
+    toc = yaml.safe_load(pages.contents({"00_data": [], "06_dynamics": [("06_dynamics-KIPAN", "Dynamics: KIPAN")]}))
+    entries = {entry["file"]: entry.get("sections") for part in toc["parts"] for entry in part["chapters"]}
+    assert entries["build/book/notebooks/00_data"] is None
+    section = {"file": "build/book/notebooks/06_dynamics-KIPAN", "title": "Dynamics: KIPAN"}
+    assert entries["build/book/notebooks/06_dynamics"] == [section]
+    listed = [entry["file"] for entry in entries["build/book/reference/index"]]
+    assert listed == [f"build/book/reference/{name}" for name in pages.reference() if name != "index"]
 
 
 def test_every_page_of_the_book_folder_is_in_the_contents():
@@ -73,18 +81,18 @@ def test_every_page_of_the_book_folder_is_in_the_contents():
         assert f"book/{path.stem}\n" in listed, f"{path.name} is not in _toc.yml"
 
 
-def test_what_was_found_is_made_of_records(tiny, tmp_path, monkeypatch):
+def test_findings_are_made_of_records(tiny):
     table = results(tiny)
     with pytest.raises(Refused, match=r"scorecard\.csv is not there; .*steph run 10_scorecard"):
-        pages.found(tiny.study, table)
+        pages.findings(tiny.study, table)
     written = tiny.study.build / "tables" / "scorecard.csv"
     written.parent.mkdir(exist_ok=True)
     pd.DataFrame({"verdict": ["reproduced", "x", "x"], "points": ["open"] * 3}).to_csv(written)
     try:
-        text = pages.found(tiny.study, table)
+        text = pages.findings(tiny.study, table)
         assert "**synthetic**" in text and "Of 3 claims of the paper: 2 x, 1 reproduced." in text
         assert re.search(r"better than the cancer's own model\? \| \+0\.03\d \| [+-]0\.\d{3} \| [+-]0\.\d{3} to", text)
-        lacking = pages.found(tiny.study, table[table["method"] != "roupkt"])
+        lacking = pages.findings(tiny.study, table[table["method"] != "roupkt"])
         assert "better than ROUPKT, which runs all models? | +0.014 | — |  | no answer" in lacking
     finally:
         written.unlink()

@@ -58,6 +58,12 @@ def shown(
     return walks, runs(bench.study, target, sources[:1], fold, seeds, precision)
 
 
+def chapter_runs(bench: Workbench, dataset: str, fold: int, seeds: Sequence[int], precision: str) -> list[Run]:
+    """All trainings of `shown`: what the chapter on a target needs once STEPH's own runs are finished."""
+    walks, again = shown(bench, dataset, fold, seeds, precision=precision)
+    return list(dict.fromkeys([*walks, *again]))
+
+
 def trajectories(bench: Workbench, chosen: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
     """The courses of runs (`runs`) in the plane: source, seed, epoch (1, 2, ...), w, lambda, c_s, c_t, and the losses
     of `steph.analysis.mixing.landscape.losses` at that very point, computed there and not read off the grid.

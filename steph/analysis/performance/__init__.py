@@ -1,1 +1,1 @@
-""""""
+"""How good predictions are: discrimination, calibration, groups of risk, and tests of differences."""
