@@ -229,9 +229,9 @@ def test_templates_run_as_they_stand(own_build, name, runs):
 
 
 METHOD = """
-from steph.methods.registry import METHODS, Ingredients, Method
+from steph.methods.registry import METHODS, Inputs, Method
 from steph.study.runs import Run, Workbench
-def built(x: Ingredients, scale):
+def built(x: Inputs, scale):
     {body}
 METHODS["own"] = Method("Own", "own", built, "", options={{"scale": {scale}}})
 try:
