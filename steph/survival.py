@@ -121,29 +121,41 @@ class _NllOfLogits(torch.autograd.Function):
         return grads[0] * ctx.saved_tensors[0], None, None, None, None
 
 
-def concordance_index(time_days: Any, event: Any, risk: Any, tied_tol: float = 1e-8) -> float:
+TIED = 1e-8
+"""Risks this near count as tied."""
+
+
+def comparable_pairs(time: np.ndarray, event: np.ndarray) -> np.ndarray:
+    """Which pairs of N patients a C-index compares: (D, N) bool, the D with an event, in their order, against all. A
+    pair is comparable when the earlier of the two had the event, or both times are equal and only one had."""
+    died = time[event][:, None]
+    return (time > died) | ((time == died) & ~event)
+
+
+def concordant_pairs(risk: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Is the first of each pair at the higher risk, (D, N) from risks (D,) and (N,)? 1 yes, 0 no, 1/2 tied (`TIED`)."""
+    difference = risk[:, None] - other
+    return (difference > TIED) + 0.5 * (np.abs(difference) <= TIED)
+
+
+def concordance_index(time_days: Any, event: Any, risk: Any) -> float:
     """Harrell's C-index on continuous time: the share of comparable pairs in which the shorter survival has the
-    higher risk. A pair is comparable when the earlier of the two had the event, or both times are equal and only one
-    had; risks within `tied_tol` count one half (lifelines has no such tolerance; otherwise the two agree).
+    higher risk, of those that are comparable (`comparable_pairs`); risks within `TIED` count one half (lifelines has no
+    such tolerance; otherwise the two agree).
 
     time_days, event, risk: (N,); event 1 or 0; higher risk = worse. Raises `Refused` where no pair is comparable
     (fewer than two patients, or no event before the longest follow-up) or a time or risk is not finite.
     """
     time, risk = _numbers(time_days, "follow-up times"), _numbers(risk, "risks")
-    seen = np.asarray(event).astype(bool)
+    died = np.asarray(event).astype(bool)
     if not np.isfinite(time).all():
         raise Refused(f"{int((~np.isfinite(time)).sum())} of {time.size} follow-up times are missing or infinite.")
     if not np.isfinite(risk).all():
         raise Refused(f"{int((~np.isfinite(risk)).sum())} of {risk.size} risks are not finite; the model diverged.")
-    score, pairs = 0.0, 0
-    for i in np.flatnonzero(seen):
-        later = (time > time[i]) | ((time == time[i]) & ~seen)
-        difference = risk[i] - risk[later]
-        score += np.count_nonzero(difference > tied_tol) + 0.5 * np.count_nonzero(np.abs(difference) <= tied_tol)
-        pairs += difference.size
-    if pairs == 0:
+    comparable = comparable_pairs(time, died)
+    if not comparable.any():
         raise Refused(
-            f"no comparable pair among {time.size} patients with {int(seen.sum())} events: the C-index is undefined. "
+            f"no comparable pair among {time.size} patients with {int(died.sum())} events: the C-index is undefined. "
             "Use a fold or a cohort in which somebody with an event was followed for less time than somebody else."
         )
-    return float(score / pairs)
+    return float(concordant_pairs(risk[died], risk)[comparable].sum() / comparable.sum())

@@ -17,14 +17,15 @@ import pandas as pd
 import yaml
 
 from steph import PROJECT, Refused, __version__
-from steph.analysis.performance.statistics import compare, read
+from steph.analysis.performance.estimates import conclusion, with_interval
+from steph.analysis.performance.statistics import compare
 from steph.data.manifest import Study
 from steph.files.records import read_record, versions
 from steph.files.templates import render
 from steph.methods.registry import METHODS
 from steph.study.paper import paper_gain, tables_of_methods
 from steph.study.runs import Workbench
-from steph.study.tables import VALUES, steadiest
+from steph.study.tables import VALUES, primary_outcome
 
 NOTEBOOKS, REFERENCE = "build/book/notebooks", "build/book/reference"
 """Where executed notebooks and pages of the reference lie, as the table of contents names them."""
@@ -130,7 +131,7 @@ def findings(study: Study, runs: pd.DataFrame) -> str:
     """The first page's findings, in Markdown: what STEPH gains over other methods with intervals, how we read
     it, and how the scorecard ends. runs: of `steph.study.runs.results`."""
     chosen = runs[(runs["seed"] == study.seed) & (runs["precision"] == runs["precision"].mode()[0])]
-    value = steadiest(chosen)
+    value = primary_outcome(chosen)
     rivals = {
         "vanilla": "the cancer's own model",
         "roupkt": "ROUPKT, which runs all models",
@@ -162,9 +163,9 @@ def _gain(runs: pd.DataFrame, rival: str, text: str, value: str) -> dict[str, st
     try:
         gain = compare(runs, "steph", rival, value).gain
     except Refused as reason:
-        return {**row, "gain here": "—", "95 % interval": "", "read as": f"no answer: {reason}"}
-    span = "none" if pd.isna(gain.low) else f"{gain.low:+.3f} to {gain.high:+.3f}"
-    return {**row, "gain here": f"{gain.value:+.3f}", "95 % interval": span, "read as": read(gain)}
+        return {**row, "gain here (95 % interval)": "—", "conclusion": f"no answer: {reason}"}
+    here = with_interval(gain.value, gain.low, gain.high)
+    return {**row, "gain here (95 % interval)": here, "conclusion": conclusion(gain)}
 
 
 def _means(runs: pd.DataFrame, value: str) -> tuple[float, float] | None:

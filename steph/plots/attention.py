@@ -20,7 +20,7 @@ from steph.analysis.mixing.attention import (
     times_even,
     title,
 )
-from steph.analysis.performance.statistics import Estimate
+from steph.analysis.performance.estimates import Estimate
 from steph.plots.style import MUTED, WIDTH, colour_of, marker_of
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ def attention_maps(
 ) -> Figure:
     """Attention of two models over the tissue, a row per slide: the first's, the second's, and the difference.
 
-    tables: as `steph.analysis.mixing.attention.beside` gives them, one per patient; with tumour where it is known, which is
-    then outlined. Each patch is a square of its own size at its place. Colour is its percentile among the slide's
-    patches; below each map, what that is in attention, over an even share of the patient's patches (1 / N). The top
-    patches of the patient under either model are ringed and numbered in its map.
+    tables: as `steph.analysis.mixing.attention.beside` gives them, one per patient; with tumour where it is known,
+    which is then outlined. Each patch is a square of its own size at its place. Colour is its percentile among the
+    slide's patches; below each map, what that is in attention, over an even share of the patient's patches (1 / N). The
+    top patches of the patient under either model are ringed and numbered in its map.
     labels: of the patients. names: the models' titles. slides: of each patient the ones with the most attention under
     the second model. edge: of patches, in level-0 pixels, where a slide's coordinates do not tell it.
     Raises `Refused` where a slide has no coordinates.
@@ -192,8 +192,8 @@ def _scale_bar(ax: Axes, part: pd.DataFrame, size: int) -> None:
 
 
 def attention_agreement(table: pd.DataFrame) -> Figure:
-    """How alike two models attend, over patients (rows of `steph.analysis.mixing.attention.measured`): how many patches each
-    pools from, the rank correlation of their attention, and how much of the most attended they have in common."""
+    """How alike two models attend, over patients (rows of `steph.analysis.mixing.attention.measured`): how many patches
+    each pools from, the rank correlation of their attention, and how much of the most attended they have in common."""
     import matplotlib.pyplot as plt
 
     own, merged = (table[table["method"] == name].reset_index(drop=True) for name in (OWN, MERGED))

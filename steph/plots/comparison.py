@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from steph.analysis.performance.statistics import NOISE
+from steph.analysis.performance.estimates import MIN_DIFFERENCE
 from steph.methods.registry import title
 from steph.plots.style import MUTED, WIDTH, colour_of, write_cell
 from steph.study.paper import AVERAGE
@@ -83,7 +83,7 @@ def _axis_label(value: str) -> str:
     return "C-index on external patients" if value.startswith("external") else "C-index on the test fold"
 
 
-def intervals(table: pd.DataFrame, margin: float = NOISE) -> Figure:
+def intervals(table: pd.DataFrame, margin: float = MIN_DIFFERENCE) -> Figure:
     """Differences with their intervals, a row each: columns label, difference, low, high, paper (an open diamond;
     may be NaN). The grey band is the margin within which nothing is read."""
     import matplotlib.pyplot as plt
@@ -138,8 +138,8 @@ def gains(tables: Mapping[str, pd.DataFrame], reference: str) -> Figure:
 def sweeps(tables: Mapping[str, pd.DataFrame], default: str = "STEPH") -> Figure:
     """A panel per setting: what each of its values gains over the default, with 95 % intervals, beside the paper's.
 
-    tables: by the setting's name, `steph.analysis.performance.statistics.compared` with the values as `row`; the default's own gain
-    is 0. The grey band is the margin within which nothing is read.
+    tables: by the setting's name, `steph.analysis.performance.statistics.compared` with the values as `row`; the
+    default's own gain is 0. The grey band is the margin within which nothing is read.
     """
     import matplotlib.pyplot as plt
 
@@ -149,7 +149,7 @@ def sweeps(tables: Mapping[str, pd.DataFrame], default: str = "STEPH") -> Figure
         gain = table["gain"].fillna(0.0).where(table["mean"].notna()).to_numpy(float)
         paper = table["paper_gain"].to_numpy(float)
         paper = np.where(np.isnan(paper) & table["gain"].isna().to_numpy(), 0.0, paper)
-        ax.axhspan(-NOISE, NOISE, color="#F0F1F3", zorder=0, linewidth=0)
+        ax.axhspan(-MIN_DIFFERENCE, MIN_DIFFERENCE, color="#F0F1F3", zorder=0, linewidth=0)
         ax.axhline(0, color=MUTED, linewidth=0.9)
         ax.vlines(at, table["low"].to_numpy(float), table["high"].to_numpy(float), color="#0072B2", linewidth=1.6)
         ax.plot(at, gain, "o-", color="#0072B2", markersize=4.5, label="here, with its 95 % interval")

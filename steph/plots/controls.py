@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from steph.analysis.performance.statistics import NOISE
+from steph.analysis.performance.estimates import MIN_DIFFERENCE
 from steph.plots.style import MUTED, WIDTH, write_cell
 from steph.study.tables import VALUES
 
@@ -23,11 +23,11 @@ _LOOK = {
 _HEADS = {False: "If it is transfer, beyond the band:", True: "Gains without any source:"}
 
 
-def transfer_controls(summary: pd.DataFrame, titles: dict[str, str], margin: float = NOISE) -> Figure:
+def transfer_controls(summary: pd.DataFrame, titles: dict[str, str], margin: float = MIN_DIFFERENCE) -> Figure:
     """Differences with their 95 % intervals: a row per comparison, a panel per place, a mark per kind of patients.
 
-    summary: of `steph.analysis.mixing.controls.side_by_side`. titles: by place, in the order of the panels. The grey band is
-    the margin within which nothing is read. What has no answer is not drawn; the tables give the reason.
+    summary: of `steph.analysis.mixing.controls.side_by_side`. titles: by place, in the order of the panels. The grey
+    band is the margin within which nothing is read. What has no answer is not drawn; the tables give the reason.
     """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MultipleLocator
@@ -62,11 +62,12 @@ def transfer_controls(summary: pd.DataFrame, titles: dict[str, str], margin: flo
     return fig
 
 
-def starts_of_all(choice: pd.DataFrame, gains: pd.DataFrame, margin: float = NOISE) -> Figure:
+def starts_of_all(choice: pd.DataFrame, gains: pd.DataFrame, margin: float = MIN_DIFFERENCE) -> Figure:
     """Left, a heat map of what each target's choice of sources is correlated with; right, what each start gains on it.
     The last row is the mean over targets.
 
-    choice: of `steph.analysis.mixing.controls.choice_wide`; may have no columns. gains: of `start_gains`, target, seed, gain.
+    choice: of `steph.analysis.mixing.controls.choice_wide`; may have no columns. gains: of `start_gains`, target, seed,
+    gain.
     """
     import matplotlib.pyplot as plt
 

@@ -119,8 +119,8 @@ def epochs_by_sources(times: pd.DataFrame) -> Figure:
 
 def predictions(times: pd.DataFrame, counted: pd.DataFrame) -> Figure:
     """Seconds (a dot per round, a bar for the median) and memory of one prediction, methods in the order of what they
-    compute. times: `steph.analysis.cost.timing.prediction_times`; counted: `steph.analysis.cost.operations.counted`, whose cost
-    in multiples of the cancer's own model stands as a tick beside its time."""
+    compute. times: `steph.analysis.cost.timing.prediction_times`; counted: `steph.analysis.cost.operations.counted`,
+    whose cost in multiples of the cancer's own model stands as a tick beside its time."""
     import matplotlib.pyplot as plt
 
     products = counted.set_index("method")["products"]

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from steph.analysis.performance.significance import p_text
-from steph.analysis.performance.statistics import NOISE
+from steph.analysis.performance.estimates import MIN_DIFFERENCE, p_text, with_interval
 from steph.methods.registry import title
 from steph.plots.style import DAYS_PER_YEAR, EVENT, MUTED, WIDTH, colour_of, marker_of, write_cell
 from steph.study.paper import AVERAGE
@@ -33,7 +32,7 @@ def gains_by_dataset(folds: pd.DataFrame, patients: pd.DataFrame, first: str) ->
     fig, axes = plt.subplots(1, len(others), figsize=size, sharex=True, sharey=True, squeeze=False)
     for ax, other in zip(axes[0], others, strict=True):
         _band(ax, len(rows))
-        ax.axvspan(-NOISE, NOISE, color="#E5E7EB", zorder=0, linewidth=0)
+        ax.axvspan(-MIN_DIFFERENCE, MIN_DIFFERENCE, color="#E5E7EB", zorder=0, linewidth=0)
         ax.axvline(0, color=MUTED, linewidth=0.9)
         for table, shift, colour, marker in ((folds, -0.16, "#0072B2", "o"), (patients, 0.16, "#E69F00", "s")):
             own = table[table["against"] == other].set_index("dataset").reindex(rows)
@@ -45,7 +44,7 @@ def gains_by_dataset(folds: pd.DataFrame, patients: pd.DataFrame, first: str) ->
     handles = [
         plt.Line2D([], [], color="#0072B2", marker="o", markersize=4, label="mean of folds (Nadeau-Bengio)"),
         plt.Line2D([], [], color="#E69F00", marker="s", markersize=4, label="all pairs of patients (bootstrap)"),
-        plt.Rectangle((0, 0), 1, 1, color="#E5E7EB", label=f"± {NOISE}: not read"),
+        plt.Rectangle((0, 0), 1, 1, color="#E5E7EB", label=f"± {MIN_DIFFERENCE}: not read"),
     ]
     fig.legend(handles=handles, loc="outside lower center", ncols=3)
     return fig
@@ -152,8 +151,8 @@ def risk_groups(groups: pd.DataFrame, tests: pd.DataFrame, datasets: Sequence[st
             ax.step(at, curve.survival_function_.iloc[:, 0], where="post", color=colour, linewidth=1.4,
                     linestyle=(0, (5, 1.2)) if high else "-")  # fmt: skip
         found = tests[(tests["dataset"] == dataset) & (tests["method"] == method)].iloc[0]
-        reach = f"({found['low']:.2f} to {found['high']:.2f})"
-        text = found["problem"] or f"HR {found['hazard_ratio']:.2f} {reach}\nlog-rank p {p_text(found['p'])}"
+        ratio = with_interval(found["hazard_ratio"], found["low"], found["high"], form=".2f")
+        text = found["problem"] or f"HR {ratio}\nlog-rank p {p_text(found['p'])}"
         ax.text(0.98, 0.97, text, transform=ax.transAxes, ha="right", va="top", fontsize=7.5, wrap=True)
         ax.set(ylim=(0, 1.03), xlim=(0, longest * 1.02), xticks=ticks, title=f"{dataset}, {title(method)}")
         ax.set_yticks([0, 0.5, 1])

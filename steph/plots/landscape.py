@@ -23,7 +23,8 @@ LOWER, COLOURS = "#C81E1E", "Blues"
 
 def loss_planes(table: pd.DataFrame, target: str, source: str) -> Figure:
     """One pair in full, as Fig. 4: (a) training and (b) test loss over (C_s, C_t), smoothed; (c) the loss along the
-    line of mixtures and the least that is reached when w scales them. table: of `steph.analysis.mixing.landscape.landscape`.
+    line of mixtures and the least that is reached when w scales them. table: of
+    `steph.analysis.mixing.landscape.landscape`.
     """
     import matplotlib.pyplot as plt
 

@@ -52,7 +52,7 @@ PARTS = {
 
 
 def by_part(card: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """`scorecard` to look at, under headings: section, claim, paper, here, verdict with its reason."""
+    """Format `scorecard` for display, under headings: section, claim, paper, here, verdict with its reason."""
     heading = card["section"].map(lambda section: next(h for start, h in PARTS.items() if section.startswith(start)))
     shown = card[["section", "claim", "paper"]].assign(here=card["ours"], verdict=card["verdict"] + ": " + card["why"])
     return {part: shown[heading == part] for part in dict.fromkeys(PARTS.values()) if (heading == part).any()}

@@ -10,6 +10,7 @@ import pandas as pd
 from steph import Refused
 from steph.analysis.cost import operations, timing
 from steph.analysis.mixing import attention, landscape
+from steph.analysis.performance.estimates import BETTER, WORSE, conclusion, with_interval
 from steph.methods.registry import title
 from steph.scorecard.rules import Claim, Evidence, Finding
 from steph.study.paper import paper_table
@@ -234,8 +235,8 @@ def _attention(id: str, text: str, value: Callable[[pd.DataFrame], pd.Series], u
             raise Refused("nobody has marked the tumour on these slides.")
         gain = attention.gain(found, value(found), unit=["dataset"])
         where = f"over {found['dataset'].nunique()} data sets"
-        ours = f"{unit} {gain.value:+.2f} ({gain.low:+.2f} to {gain.high:+.2f}) {where}"
-        answer = {"yes": "agrees", "no, the reverse": "disagrees"}.get(attention.answered(gain), "unclear")
+        ours = f"{unit} {with_interval(gain.value, gain.low, gain.high, form='+.2f')} {where}"
+        answer = {BETTER: "agrees", WORSE: "disagrees"}.get(conclusion(gain, margin=0), "unclear")
         return Finding(ours, answer, "the interval over data sets lies above 0, or below")
 
     return Claim(id, "D.7, Fig. S4", text, lambda: "two slides shown, without a number", check)

@@ -10,7 +10,8 @@ import pandas as pd
 from steph import Refused
 from steph.analysis.cost.operations import learnable_parameters
 from steph.analysis.mixing.dynamics import USED_BELOW
-from steph.analysis.performance.statistics import NOISE, compare, interval
+from steph.analysis.performance.estimates import MIN_DIFFERENCE, interval
+from steph.analysis.performance.statistics import compare
 from steph.methods.registry import title
 from steph.scorecard.rules import POINTS, Claim, Evidence, Finding, judge_gain, judge_wins
 from steph.study.paper import (
@@ -261,9 +262,9 @@ def _beta_on_blca() -> Claim:
         smaller = [name for name, beta in paper_labels("table4").items() if float(beta) < 0.05]
         gains = {m: compare(own, m, "steph").gain for m in smaller}
         ours = "; ".join(f"{title(m)}: {gain.value:+.4f}, {interval(gain)}" for m, gain in gains.items())
-        if any(gain.low > 0 and gain.value >= NOISE for gain in gains.values()):
+        if any(gain.low > 0 and gain.value >= MIN_DIFFERENCE for gain in gains.values()):
             return Finding(ours, "agrees", "one of them is better by at least the margin, its interval above 0")
-        if all(gain.high < NOISE for gain in gains.values()):
+        if all(gain.high < MIN_DIFFERENCE for gain in gains.values()):
             return Finding(ours, "disagrees", "none of them can be better by the margin")
         return Finding(ours, "unclear", "five folds of one data set do not tell differences of this size")
 

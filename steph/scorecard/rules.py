@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.analysis.performance.statistics import NOISE, Estimate
+from steph.analysis.performance.estimates import MIN_DIFFERENCE, Estimate
 from steph.data.manifest import Study
 from steph.study.paper import paper_table
 
@@ -104,19 +104,19 @@ def verdict(claim: Claim, evidence: Evidence) -> dict[str, str]:
 def judge_gain(gain: Estimate, paper: float) -> tuple[str, str]:
     """Does a gain in C-index agree with the paper's? Returns the answer and why.
 
-    agrees: the interval lies above 0 and the gain is at least `NOISE`. disagrees: the gain falls short of the paper's
-    by at least `NOISE`, and the paper's lies above the interval. Everything else is unclear.
+    agrees: the interval lies above 0 and the gain is at least `MIN_DIFFERENCE`. disagrees: the gain falls short of the
+    paper's by at least `MIN_DIFFERENCE`, and the paper's lies above the interval. Everything else is unclear.
     """
     if np.isnan(gain.low):
         return "unclear", "one fold of one data set gives no interval"
-    if gain.low > 0 and gain.value >= NOISE:
-        return "agrees", f"the interval lies above 0 and the gain is at least {NOISE}"
-    if paper - gain.value >= NOISE and gain.high < paper:
+    if gain.low > 0 and gain.value >= MIN_DIFFERENCE:
+        return "agrees", f"the interval lies above 0 and the gain is at least {MIN_DIFFERENCE}"
+    if paper - gain.value >= MIN_DIFFERENCE and gain.high < paper:
         return "disagrees", f"the paper's {paper:+.4f} lies above the interval"
-    if 0 < paper < NOISE:
-        return "unclear", f"the paper's {paper:+.4f} is itself less than the {NOISE} that one seed can show"
+    if 0 < paper < MIN_DIFFERENCE:
+        return "unclear", f"the paper's {paper:+.4f} is itself less than the {MIN_DIFFERENCE} that one seed can show"
     if gain.low > 0:
-        return "unclear", f"a gain below {NOISE} is not read from one seed"
+        return "unclear", f"a gain below {MIN_DIFFERENCE} is not read from one seed"
     return "unclear", "the interval includes 0" if gain.high > 0 else "below 0, but by less than the margin"
 
 

@@ -28,9 +28,9 @@ def described(methods: Sequence[str]) -> pd.DataFrame:
 def summary(results: pd.DataFrame, value: str = "c_index") -> pd.DataFrame:
     """Mean and sample standard deviation over folds, a row per method and data set, then `AVERAGE` over several.
 
-    results: as `steph.study.execute.results` gives them; one row per data set, method and fold (choose one seed and precision).
-    Returns dataset, method, mean, std, n (folds), undefined (which folds or data sets have no value; then mean and std
-    are NaN). Data sets and methods keep the order in which they come.
+    results: as `steph.study.execute.results` gives them; one row per data set, method and fold (choose one seed and
+    precision). Returns dataset, method, mean, std, n (folds), undefined (which folds or data sets have no value; then
+    mean and std are NaN). Data sets and methods keep the order in which they come.
     """
     refuse_repeats(results)
     rows = []
@@ -160,8 +160,8 @@ def gains_over(table: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
     return found
 
 
-def steadiest(results: pd.DataFrame) -> str:
-    """The value with the least noise: that of external patients where all results have it, else of the test folds."""
+def primary_outcome(results: pd.DataFrame) -> str:
+    """The C-index with the least noise: that of external patients where all results have it, else of the test folds."""
     return "external_c_index" if results["external_c_index"].notna().all() else "c_index"
 
 

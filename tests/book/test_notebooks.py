@@ -269,7 +269,7 @@ def test_a_change_to_the_library_shows_in_the_next_cell_and_in_the_keys_of_runs(
     skip = shutil.ignore_patterns("build", ".*", "__pycache__", "*.egg-info", "tests", "book")
     shutil.copytree(PROJECT, copy, ignore=skip)
     begin = (
-        "from steph.analysis.performance.statistics import Estimate, interval\nfrom steph.book.notebooks import start\n"
+        "from steph.analysis.performance.estimates import Estimate, interval\nfrom steph.book.notebooks import start\n"
     )
     first = PARAMETERS, begin + "from steph.study.runs import Run\np = start(globals())"
     look = "print(interval(Estimate(1.0, 0.5, 1.5)), p.bench.key(Run('SARC', 'vanilla', 0, 42)))"
@@ -288,7 +288,7 @@ def test_a_change_to_the_library_shows_in_the_next_cell_and_in_the_keys_of_runs(
     with client.setup_kernel(env={**os.environ, "PYTHONPATH": str(copy)}):
         run(0), run(1)
         before = run(2)
-        change("analysis/performance/statistics.py", "95 % interval", "95 percent")
+        change("analysis/performance/estimates.py", "95 % interval", "95 percent")
         said = run(3)
         change("survival.py", "from __future__ import annotations\n", "from __future__ import annotations\n\nNEW = 1\n")
         keyed = run(4)

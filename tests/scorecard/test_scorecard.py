@@ -9,7 +9,7 @@ import pytest
 from steph import Refused, scorecard
 from steph.analysis.cost import operations
 from steph.analysis.mixing.landscape import grid
-from steph.analysis.performance.statistics import Estimate
+from steph.analysis.performance.estimates import Estimate
 from steph.data.manifest import load_study
 from steph.scorecard import NOT_REPRODUCED, REPRODUCED, UNDECIDED, Evidence
 from steph.study import paper

@@ -7,12 +7,13 @@ import pandas as pd
 
 from steph import Refused
 from steph.analysis.cost.operations import counts, printed_gflops, reads
-from steph.analysis.performance.statistics import Estimate, compare
+from steph.analysis.performance.estimates import Estimate
+from steph.analysis.performance.statistics import compare
 from steph.data.manifest import Study
 from steph.methods.registry import METHODS, title
 from steph.study.paper import AVERAGE, paper_c_index
 from steph.study.runs import Workbench
-from steph.study.tables import on_common_folds, steadiest
+from steph.study.tables import on_common_folds, primary_outcome
 
 PARADIGMS = ("vanilla", "roupkt", "steph")
 """The learning paradigms that Fig. 2 compares: cancer-specific, transfer of representations, merging."""
@@ -26,7 +27,7 @@ def performance_and_cost(results: pd.DataFrame, counted: pd.DataFrame, value: st
     results: of the methods, on the data sets and folds that all of them have. counted: `operations`. value: the
     C-index of test folds or of external patients; None takes the steadier. Raises `Refused` where there is none.
     """
-    value = value or steadiest(results)
+    value = value or primary_outcome(results)
     common = on_common_folds(results, list(results["method"].unique()))
     if common.empty or common[value].isna().any():
         raise Refused(f"the methods have no data set and fold in common where each has a {value}.")
@@ -75,8 +76,9 @@ def bag_sizes(bench: Workbench) -> np.ndarray:
 
 
 def sampling_costs(times: pd.DataFrame) -> pd.DataFrame:
-    """`steph.analysis.cost.timing.sampling_times` to look at: of each bag and sample, how many times the operations and the
-    seconds of the cancer's own model a prediction by STEPH takes; seconds are compared round by round, medians told."""
+    """Format `steph.analysis.cost.timing.sampling_times` for display: of each bag and sample, how many times the
+    operations and the seconds of the cancer's own model a prediction by STEPH takes; seconds are compared round by
+    round, medians told."""
     own = times[times["reads"] == 0].set_index(["patches", "round"])[["seconds", "products"]]
     beside = times[times["reads"] > 0].join(own, on=["patches", "round"], rsuffix=" (own)")
     found = (
@@ -97,14 +99,14 @@ def sampling_costs(times: pd.DataFrame) -> pd.DataFrame:
 def sampling_scores(results: pd.DataFrame, study: Study, sizes: np.ndarray, value: str | None = None) -> pd.DataFrame:
     """What a sample costs in C-index in a study, a row per method (`sampling_methods`) that was run: method, reads
     (patches at most), share (of all patches, that are read), × Vanilla (operations of a prediction on a bag of mean
-    size), C-index (mean over data sets), − STEPH (`steph.analysis.performance.statistics.compare`), low and high (its 95 %
-    interval).
+    size), C-index (mean over data sets), − STEPH (`steph.analysis.performance.statistics.compare`), low and high (its
+    95 % interval).
 
     results: of finished runs. sizes: `bag_sizes`. value: the C-index of test folds or of external patients; None takes
     the steadier. Raises `Refused` where methods have no data set and fold in common.
     """
     names = [name for name in sampling_methods(study, int(sizes.max())) if name in set(results["method"])]
-    value = value or steadiest(results)
+    value = value or primary_outcome(results)
     common, mean = on_common_folds(results, names), round(float(sizes.mean()))
     # Somebody may have run one cancer on more folds than the others.
     everywhere = common.groupby("fold")["dataset"].transform("nunique") == common["dataset"].nunique()

@@ -328,7 +328,7 @@ def training_operations(names: Sequence[str], study: Study | None = None, n: int
 
 
 def parameter_table(study: Study) -> pd.DataFrame:
-    """Table S4's parameters to look at: counted at the paper's dimensions, printed, counted at the study's."""
+    """Format Table S4's parameters for display: counted at the paper's dimensions, printed, counted at the study's."""
     counted, here = learnable_parameters(), learnable_parameters(study)
     printed = paper_table("table_s4").set_index("method")["learnable_params_m"]
     rows = [
@@ -350,7 +350,7 @@ def printed_gflops() -> dict[str, float]:
 
 
 def table_s4(counted: pd.DataFrame) -> pd.DataFrame:
-    """`of_methods` at the paper's dimensions to look at, beside Table S4."""
+    """Format `of_methods` at the paper's dimensions for display, beside Table S4."""
     printed = counted["method"].map(printed_gflops())
     return pd.DataFrame(
         {

@@ -161,8 +161,8 @@ def paper_seconds(table: str) -> pd.Series:
 
 
 def epoch_table(times: pd.DataFrame, table: str, reference: str, counted: dict[str, int] | None = None) -> pd.DataFrame:
-    """Table S6 or S7 to look at: seconds measured here, how many times the reference's, the same in the paper, and by
-    the operations of training (`training_operations`), if they were counted."""
+    """Format Table S6 or S7 for display: seconds measured here, how many times the reference's, the same in the paper,
+    and by the operations of training (`training_operations`), if they were counted."""
     own, ratios, printed = epoch_summary(times), epoch_ratios(times, reference), paper_seconds(table)
     rows = own.merge(ratios[["method", "ratio"]], on="method").set_index("method")
     rows = rows.reindex([name for name in printed.index if name in rows.index])
@@ -320,8 +320,8 @@ def brief(study: Study) -> float:
 
 
 def prediction_table(times: pd.DataFrame, counted: pd.DataFrame) -> pd.DataFrame:
-    """`prediction_times` to look at, beside what was counted (`operations`): median seconds and their range, how many
-    times those of the cancer's own model they are, the same by operations, memory."""
+    """Format `prediction_times` for display, beside what was counted (`operations`): median seconds and their range,
+    how many times those of the cancer's own model they are, the same by operations, memory."""
     seconds = times.groupby("method", sort=False)["seconds"].agg(["median", "min", "max"])
     rows = seconds.join(counted.set_index("method")["products"]).join(times.groupby("method")["memory"].first())
     own = rows[rows.index == "vanilla"].iloc[0]

@@ -21,7 +21,7 @@ from torch import nn
 
 from steph import Refused
 from steph.analysis.mixing.dynamics import rank_correlation
-from steph.analysis.performance.statistics import Estimate
+from steph.analysis.performance.estimates import Estimate, mean_of, with_interval
 from steph.data.bags import RaggedBatch, sampled
 from steph.data.dataset import NO_COORDS, Dataset
 from steph.data.manifest import Study
@@ -459,22 +459,6 @@ def title(method: str) -> str:
     return "Untrained (M₀)" if method == UNTRAINED else title_of_method(method)
 
 
-def mean_of(values: pd.Series | np.ndarray) -> Estimate:
-    """Mean of the defined values with its 95 % interval by Student's t, values taken as independent (patients under the
-    very same models, or data sets); NaN where none is defined."""
-    from scipy.stats import t
-
-    found = np.asarray(values, dtype=float)
-    found = found[~np.isnan(found)]
-    if len(found) == 0:
-        return Estimate(np.nan)
-    mean = float(found.mean())
-    if len(found) < 2:
-        return Estimate(mean)
-    reach = float(t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / np.sqrt(len(found)))
-    return Estimate(mean, mean - reach, mean + reach)
-
-
 def times_even(table: pd.DataFrame, zone: str) -> pd.Series:
     """Attention that a zone gets, over an even share: 1 where its patches get no more than any; missing for patients
     who have none of it."""
@@ -510,20 +494,13 @@ def gain(
     return mean_of(wide[first] - wide[second])
 
 
-def answered(gain: Estimate) -> str:
-    """Whether a gain is there, in words: its interval lies above 0, below it, or on both sides."""
-    if np.isnan(gain.low):
-        return "not shown (no interval)"
-    return "yes" if gain.low > 0 else "no, the reverse" if gain.high < 0 else "not shown"
-
-
 def _by_unit(table: pd.DataFrame, values: pd.Series, unit: Sequence[str]) -> pd.DataFrame:
     return table.assign(value=values).groupby([*unit, "method"], sort=False)["value"].mean().unstack("method")
 
 
 def agreement_table(table: pd.DataFrame) -> pd.DataFrame:
-    """`measured` to look at, a row per method: how many patches it pools from, of how many, and how alike that is to
-    M_t. Means over patients with 95 % intervals."""
+    """Format `measured` for display, a row per method: how many patches it pools from, of how many, and how alike that
+    is to M_t. Means over patients with 95 % intervals."""
     values = {
         "effective patches": (table["effective"], ".1f"),
         "of the bag": (table["effective_share"], ".0%"),
@@ -534,9 +511,9 @@ def agreement_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def tumour_table(table: pd.DataFrame, unit: Sequence[str] = PATIENT) -> pd.DataFrame:
-    """`measured` of known tissue to look at, a row per method: AUC of attention for tumour patches, what it gains over
-    M_t, and the attention on the tumour and on its border, over an even share. Means over patients (or other units)
-    with 95 % intervals."""
+    """Format `measured` of known tissue for display, a row per method: AUC of attention for tumour patches, what it
+    gains over M_t, and the attention on the tumour and on its border, over an even share. Means over patients (or other
+    units) with 95 % intervals."""
     gains = by_method(table, table["auc"], unit).set_index("method")
     columns = ["gain", "gain_low", "gain_high"]
     wide = _wide(
@@ -548,8 +525,8 @@ def tumour_table(table: pd.DataFrame, unit: Sequence[str] = PATIENT) -> pd.DataF
         },
         unit,
     )
-    said = [_said(Estimate(*gains.loc[method, columns]), "+.2f") if method != OWN else "" for method in gains.index]
-    wide.insert(2, f"AUC − {title(OWN)}", said)
+    text = [with_interval(*gains.loc[method, columns], form="+.2f") if method != OWN else "" for method in gains.index]
+    wide.insert(2, f"AUC − {title(OWN)}", text)
     return wide
 
 
@@ -563,15 +540,7 @@ def _wide(
     wide = pd.DataFrame({"method": [title(method) for method in methods]})
     for name, (value, form) in values.items():
         found = by_method(table, value, unit).set_index("method").loc[methods, ["mean", "low", "high"]]
-        wide[name] = [_said(Estimate(*row), form) for row in found.to_numpy()]
+        wide[name] = [with_interval(*row, form=form) for row in found.to_numpy()]
     for name in like:
         wide.loc[[methods.index(OWN)], name] = ""
     return wide
-
-
-def _said(estimate: Estimate, form: str) -> str:
-    if np.isnan(estimate.value):
-        return "undefined"
-    if np.isnan(estimate.low):
-        return f"{estimate.value:{form}}"
-    return f"{estimate.value:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"

@@ -17,11 +17,22 @@ import pandas as pd
 
 from steph import Refused
 from steph.analysis.mixing import dynamics
-from steph.analysis.performance.statistics import NOISE, Comparison, Estimate, ceiling, compare, interval, read
+from steph.analysis.performance.estimates import (
+    BETTER,
+    INCONCLUSIVE,
+    MIN_DIFFERENCE,
+    WORSE,
+    Estimate,
+    around,
+    conclusion,
+    interval,
+    reach_of_mean,
+)
+from steph.analysis.performance.statistics import Comparison, ceiling, compare
 from steph.data.manifest import MANIFESTS, Study, load_study
 from steph.methods.registry import title
 from steph.study.runs import Run, Workbench, plan
-from steph.study.tables import VALUES, refuse_repeats, steadiest
+from steph.study.tables import VALUES, primary_outcome, refuse_repeats
 
 START_FOLD = 0
 """The fold on which starts are compared."""
@@ -55,7 +66,7 @@ CONTROLS: list[Control] = [
             "vanilla"),
     Control("target-gain", "Is STEPH with λ = 1 better than the own model?", "steph_lambda1", "vanilla"),
 ]  # fmt: skip
-"""First those that must be "yes" if STEPH transfers, then the rivals, in the same order."""
+"""First those that must be true if STEPH transfers, then the rivals, in the same order."""
 
 METHODS = list(dict.fromkeys(m for c in CONTROLS for m in (c.second, c.first)))
 """The methods that the controls compare."""
@@ -63,7 +74,7 @@ METHODS = list(dict.fromkeys(m for c in CONTROLS for m in (c.second, c.first)))
 TWIN_METHODS = ["vanilla", "hypernetwork_only", "steph_random_sources", "steph"]
 """Those that are run on the twin too."""
 
-ESTIMATE = ["difference", "low", "high", "reading"]
+ESTIMATE = ["difference", "low", "high", "conclusion"]
 
 
 # ------------------------------------------------------------------------------------------------- runs
@@ -118,10 +129,9 @@ def twin_runs(study: Study, seed: int | None = None, precision: str = "fp32") ->
 
 def control_table(results: pd.DataFrame, controls: Iterable[Control] | None = None) -> pd.DataFrame:
     """A row per control and kind of patients: id, rival, question, comparison, on (test folds; external patients where
-    the study has some), difference, low, high, reading.
+    the study has some), difference, low, high, conclusion.
 
-    reading: "yes" where the interval lies above 0 and the difference is at least `NOISE`; "no, the reverse" where the
-    same holds the other way round; else "not shown". "no answer: ..." where something is undefined or was not run.
+    conclusion: as `estimates.conclusion` words it; "no answer: ..." where something is undefined or was not run.
     """
     rows = []
     for control in CONTROLS if controls is None else controls:
@@ -168,7 +178,7 @@ def ceilings(parts: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataF
     """`statistics.ceiling` of studies side by side: a row per method, and for each study its mean C-index, the true
     risk's and the share, on the patients with the least noise. parts: by name, the results and the oracle's."""
     found = {
-        name: ceiling(results, oracle, steadiest(results)).set_index("method").add_suffix(f", {name}")
+        name: ceiling(results, oracle, primary_outcome(results)).set_index("method").add_suffix(f", {name}")
         for name, (results, oracle) in parts.items()
     }
     return pd.concat(found.values(), axis=1).reset_index()
@@ -193,11 +203,11 @@ def _answer(comparison: Callable[[], Comparison]) -> dict[str, Any]:
 
 
 def _no_answer(reason: str) -> dict[str, Any]:
-    return {"difference": np.nan, "low": np.nan, "high": np.nan, "reading": f"no answer: {reason}"}
+    return {"difference": np.nan, "low": np.nan, "high": np.nan, "conclusion": f"no answer: {reason}"}
 
 
 def _estimate(found: Estimate) -> dict[str, Any]:
-    return {"difference": found.value, "low": found.low, "high": found.high, "reading": read(found)}
+    return {"difference": found.value, "low": found.low, "high": found.high, "conclusion": conclusion(found)}
 
 
 def _apart(own: pd.DataFrame, other: pd.DataFrame, control: Control, value: str) -> Comparison:
@@ -268,7 +278,7 @@ FOLLOWS = {
 
 
 def choice_wide(table: pd.DataFrame) -> pd.DataFrame:
-    """`choices` to look at: targets in rows, means over starts of what is known, and the mean over all last."""
+    """Format `choices` for display: targets in rows, means over starts of what is known, and the mean over all last."""
     means = table.groupby("target", sort=False)[list(FOLLOWS)].mean()
     means.loc["Mean"] = means.mean()
     return means.dropna(axis=1, how="all").rename(columns=FOLLOWS).rename_axis(index=None)
@@ -277,15 +287,9 @@ def choice_wide(table: pd.DataFrame) -> pd.DataFrame:
 def mean_over(table: pd.DataFrame, value: str) -> Estimate:
     """Mean of a column of `choices` with a 95 % interval by Student's t, the wider of two: over targets, over starts.
     NaN where nothing is known."""
-    from scipy.stats import t
-
     wide = table.pivot(index="target", columns="seed", values=value)
-    mean, reach = float(np.nanmean(wide)) if wide.notna().any(axis=None) else np.nan, []
-    for axis in (0, 1):
-        means = wide.mean(axis=axis).dropna()
-        if len(means) > 1:
-            reach.append(float(t.ppf(0.975, len(means) - 1) * means.std() / np.sqrt(len(means))))
-    return Estimate(mean, mean - max(reach), mean + max(reach)) if reach else Estimate(mean)
+    mean = float(np.nanmean(wide)) if wide.notna().any(axis=None) else np.nan
+    return around(mean, *(reach_of_mean(wide.mean(axis=axis).dropna()) for axis in (0, 1)))
 
 
 def chosen(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -313,7 +317,7 @@ def chosen(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def start_gains(starts: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
     """What each start gains over the cancer's own model on each target: target, seed, c_index, gain; on the patients
     with the least noise. starts: STEPH's results from several starts on one fold; own: those of vanilla."""
-    value = steadiest(pd.concat([starts, own], ignore_index=True))
+    value = primary_outcome(pd.concat([starts, own], ignore_index=True))
     base = own.set_index(["dataset", "fold"])[value].astype(float)
     c_index = starts[value].astype(float)
     gain = c_index.to_numpy() - base.loc[pd.MultiIndex.from_frame(starts[["dataset", "fold"]])].to_numpy()
@@ -333,9 +337,9 @@ def c_index_by_start(gains: pd.DataFrame) -> pd.DataFrame:
 
 
 def gain_by_start(starts: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
-    """The mean gain of each start over the cancers' own models: seed, on, difference, low, high, reading; see
+    """The mean gain of each start over the cancers' own models: seed, on, difference, low, high, conclusion; see
     `start_gains`."""
-    value = steadiest(pd.concat([starts, own], ignore_index=True))
+    value = primary_outcome(pd.concat([starts, own], ignore_index=True))
     rows = []
     for seed in sorted(starts["seed"].unique()):
         both = pd.concat([starts[starts["seed"] == seed], own], ignore_index=True)
@@ -348,11 +352,13 @@ def gain_by_start(starts: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
 
 
 CORRELATION = "rank correlation"
+HOLDS, REVERSED = "holds", "reversed"
 
 
 def conditions(summary: pd.DataFrame, choice: pd.DataFrame) -> pd.DataFrame:
     """What would have to be true if STEPH transfers, a row each, on the patients with the least noise: id, control,
-    condition, on, difference, low, high, reading ("yes": it is true; "no answer: ..." where it cannot be asked).
+    condition, on, difference, low, high, conclusion (`HOLDS`, `REVERSED` or inconclusive; "no answer: ..." where it
+    cannot be asked).
 
     summary: of `side_by_side`. choice: of `choices`.
     """
@@ -389,7 +395,7 @@ def conditions(summary: pd.DataFrame, choice: pd.DataFrame) -> pd.DataFrame:
         mean = mean_over(belongs, column)
         known = _no_answer(lacking) if np.isnan(mean.value) else _estimate(mean)
         rows.append({"id": id, "control": control, "condition": condition, "on": CORRELATION, **known})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).replace({"conclusion": {BETTER: HOLDS, WORSE: REVERSED}})
 
 
 _SAID = {
@@ -407,20 +413,20 @@ _SAID = {
 
 
 def _cells(rows: pd.DataFrame) -> dict[str, Any]:
-    """The estimate and the reading of the first of some rows."""
+    """The estimate and the conclusion of the first of some rows."""
     return dict(rows[ESTIMATE].iloc[0])
 
 
 def said(row: Mapping[Any, Any]) -> str:
-    """The estimate and reading of a row in words. Where nothing is shown it says whether a gain of the margin is
+    """The estimate and conclusion of a row in words. Where nothing is shown it says whether a gain of the margin is
     excluded: then the difference is known to be small."""
     if pd.isna(row["difference"]):
-        return str(row["reading"]).rstrip(".")
+        return str(row["conclusion"]).rstrip(".")
     estimate = Estimate(row["difference"], row["low"], row["high"])
-    excluded = row["reading"] == "not shown" and row["on"] != CORRELATION and row["high"] < NOISE
+    excluded = row["conclusion"] == INCONCLUSIVE and row["on"] != CORRELATION and row["high"] < MIN_DIFFERENCE
     return (
-        f"{estimate.value:+.3f} ({interval(estimate)}), {row['reading']}"
-        + f"; a difference of {NOISE} is excluded" * excluded
+        f"{estimate.value:+.3f} ({interval(estimate)}), {row['conclusion']}"
+        + f"; a difference of {MIN_DIFFERENCE} is excluded" * excluded
     )
 
 
@@ -432,7 +438,7 @@ def verdicts(summary: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     for row in table.to_dict("records"):
         beside = ""
         rival = rows.get((HERE, f"{row['id']}-gain", row["on"]))
-        if rival is not None and rival["reading"] == "yes" and not pd.isna(row["difference"]):
+        if rival is not None and rival["conclusion"] == BETTER and not pd.isna(row["difference"]):
             # STEPH's gain on the folds of these two: the rival's and STEPH's lead over it.
             whole = rival["difference"] + row["difference"]
             share = f": {rival['difference'] / whole:.0%} of STEPH's gain" if whole > 0 else ""
@@ -447,21 +453,21 @@ def verdicts(summary: pd.DataFrame, table: pd.DataFrame) -> list[str]:
 
 def decision(table: pd.DataFrame) -> str:
     """What the `conditions` together allow to say."""
-    asked = table[~table["reading"].str.startswith("no answer")].set_index("id")
+    asked = table[~table["conclusion"].str.startswith("no answer")].set_index("id")
     if "gain" not in asked.index:
         return "STEPH and the cancers' own models could not be compared: nothing can be said."
-    if asked.loc["gain", "reading"] != "yes":
+    if asked.loc["gain", "conclusion"] != HOLDS:
         return "No gain over the cancers' own models is shown, so there is nothing yet for transfer to explain."
     others = asked.drop(index="gain")
-    passed = int((others["reading"] == "yes").sum())
+    passed = int((others["conclusion"] == HOLDS).sum())
     if passed == len(others) == len(table) - 1:
         return f"There is a gain, and it passes all {passed} controls: what these records show is transfer."
     if passed == len(others):
         missing = ", ".join(table.loc[~table["id"].isin(asked.index), "control"])
         return f"There is a gain, and it passes the {passed} controls that could be asked. Not asked: {missing}."
-    reverse = others["reading"].str.startswith("no, the reverse")
+    undecided = ~others["conclusion"].isin([HOLDS, REVERSED])
     parts = []
-    for words, rows in (("not passed", others[~reverse & (others["reading"] != "yes")]), ("reversed", others[reverse])):
+    for words, rows in (("not passed", others[undecided]), ("reversed", others[others["conclusion"] == REVERSED])):
         if len(rows):
             parts.append(f"{words}: {', '.join(rows['control'])}")
     return (

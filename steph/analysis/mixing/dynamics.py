@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
+from steph.analysis.performance.estimates import with_interval
 from steph.data.manifest import Study
 from steph.data.synthetic import planted_similarity
 from steph.files.records import Record
@@ -96,11 +97,11 @@ def by_source(course: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_source_wide(table: pd.DataFrame, n_starts: int) -> pd.DataFrame:
-    """`by_source` to look at: w and lambda as "mean (least to largest)", counts out of the number of starts."""
+    """Format `by_source` for display: w and lambda as "mean (least to largest)", counts out of the number of starts."""
 
     def spread(name: str) -> list[str]:
         columns = (table[f"{name}_{part}"] for part in ("mean", "min", "max"))
-        return [f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in zip(*columns, strict=True)]
+        return [with_interval(*numbers, form=".2f") for numbers in zip(*columns, strict=True)]
 
     counts = {"used": table["used"], "largest w": table["top"]}
     return pd.DataFrame(

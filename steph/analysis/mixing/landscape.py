@@ -332,8 +332,8 @@ def summaries(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def summaries_wide(found: pd.DataFrame) -> pd.DataFrame:
-    """`summaries` to look at: M_t's loss, the best lambda and its gain on training and test patients, and what the
-    lambda of the training patients gains on others."""
+    """Format `summaries` for display: M_t's loss, the best lambda and its gain on training and test patients, and what
+    the lambda of the training patients gains on others."""
     shown = {"source": found["source"]}
     for which in ("train", "test"):
         shown[f"λ best on {which}"] = found[f"lambda_{which}"]
@@ -347,7 +347,7 @@ def summaries_wide(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def magnitudes_wide(found: pd.DataFrame, which: str = "test") -> pd.DataFrame:
-    """`summaries` to look at: how far lambda alone goes on a set of patients, and how far with w."""
+    """Format `summaries` for display: how far lambda alone goes on a set of patients, and how far with w."""
     names = {"target": "M_t", "best": "best λ, w = 1", "ray": "best λ and w", "plane": "least in the plane"}
     return pd.DataFrame({"source": found["source"], **{name: found[f"{k}_{which}"] for k, name in names.items()}})
 
@@ -356,8 +356,8 @@ def magnitudes_wide(found: pd.DataFrame, which: str = "test") -> pd.DataFrame:
 
 
 def chosen_sources(last: pd.DataFrame, n: int = AUTO) -> pd.DataFrame:
-    """Sources to look at, of one finished STEPH run (`steph.analysis.mixing.dynamics.at_the_end`): the n of largest final w
-    and the one of smallest, so that one is there that STEPH left out.
+    """Sources to look at, of one finished STEPH run (`steph.analysis.mixing.dynamics.at_the_end`): the n of largest
+    final w and the one of smallest, so that one is there that STEPH left out.
 
     Returns source, rank (of w, 1 = largest), w, lambda, share = w (1 - lambda). The first has the largest share: STEPH
     takes most of it. A w may be large where lambda is 1; then it is the target's own model that counts. Of equal ones

@@ -126,7 +126,7 @@ def of_finished(bench: Workbench, target: str, fold: int = 0, precision: str = "
 
 
 def ends_wide(found: pd.DataFrame) -> pd.DataFrame:
-    """`ends` to look at."""
+    """Format `ends` for display."""
     names = {
         "w": "w", "lambda": "λ", "target_loss": "M_t", "first_loss": "first epoch", "last_loss": "last epoch",
         "own_head_loss": "last, STEPH's head", "steph_loss": "STEPH itself",

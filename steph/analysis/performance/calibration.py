@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
+from steph.analysis.performance.estimates import p_text, with_interval
 from steph.analysis.performance.predictions import curves, once, one_seed
-from steph.analysis.performance.significance import p_text
 from steph.analysis.performance.time_dependent import end_of_year
 from steph.methods.registry import title
 
@@ -103,16 +103,16 @@ def expected_events(survival: Any) -> float:
 
 
 def summary_wide(table: pd.DataFrame) -> pd.DataFrame:
-    """`summary` to look at."""
+    """Format `summary` for display."""
 
     def text(row: pd.Series) -> dict[str, Any]:
-        reach = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+        ratio = with_interval(row["ratio"], row["low"], row["high"], form=".2f")
         return {
             "data set": row["dataset"],
             "method": title(row["method"]),
             "observed": row["observed"],
             "expected": "" if pd.isna(row["expected"]) else f"{row['expected']:.1f}",
-            "observed / expected": f"undefined ({row['problem']})" if row["problem"] else reach,
+            "observed / expected": f"{ratio} ({row['problem']})" if row["problem"] else ratio,
             "D-calibration p": p_text(row["d_calibration"]),
         }
 

@@ -9,7 +9,7 @@ import pandas as pd
 from steph import Refused
 from steph.data.dataset import Dataset
 from steph.study.paper import paper_table
-from steph.study.tables import VALUES, c_index_table, steadiest, summary
+from steph.study.tables import VALUES, c_index_table, primary_outcome, summary
 from steph.survival import concordance_index
 
 
@@ -42,8 +42,8 @@ def cohort_numbers(datasets: Iterable[Dataset]) -> pd.DataFrame:
 
 
 def cohort_table(numbers: pd.DataFrame, synthetic: bool) -> pd.DataFrame:
-    """`cohort_numbers` to look at: for each number ours and the paper's, and whether they agree (a synthetic cohort is
-    smaller on purpose, so it is not asked)."""
+    """Format `cohort_numbers` for display: for each number ours and the paper's, and whether they agree (a synthetic
+    cohort is smaller on purpose, so it is not asked)."""
     names = {"patients": "patients", "slides": "slides", "survival_rate_pct": "survival rate (%)"}
     names |= {"mean_patches": "patches (mean)", "max_patches": "patches (max)"}
     pairs = {}
@@ -96,9 +96,9 @@ def oracle_table(datasets: Iterable[Dataset], folds: Sequence[int]) -> pd.DataFr
 
 
 def oracle_wide(oracle: pd.DataFrame) -> pd.DataFrame:
-    """`oracle_table` to look at: data sets in rows; test folds and, where there are some, external patients."""
+    """Format `oracle_table` for display: data sets in rows; test folds and, where there are some, external patients."""
     table = c_index_table(oracle).set_axis([VALUES["c_index"]], axis=1)
-    if steadiest(oracle) == "external_c_index":
+    if primary_outcome(oracle) == "external_c_index":
         means = summary(oracle, "external_c_index").set_index("dataset")["mean"]
         table[VALUES["external_c_index"]] = means.map("{:.4f}".format)
     return table

@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
+from steph.analysis.performance.estimates import with_interval
 from steph.analysis.performance.predictions import one_seed
 from steph.methods.registry import title
 from steph.study.paper import AVERAGE
+from steph.survival import comparable_pairs, concordant_pairs
 
-TIED = 1e-8
-"""Risks this near count as tied, as in `steph.survival.concordance_index`."""
 MOST_UNDEFINED = 0.05
 """Share of resamples that may be without a comparable pair; above it there is no interval."""
 
@@ -52,13 +52,10 @@ def pairs_of(predictions: pd.DataFrame) -> Pairs:
     rows = predictions.assign(place=place)
     for fold, own in rows.groupby("fold", sort=True):
         time, event, risk = (own[c].to_numpy(t) for c, t in (("time_days", float), ("event", bool), ("risk", float)))
-        later = (time > time[:, None]) | ((time == time[:, None]) & ~event)
-        earlier = event[:, None] & later
-        difference = risk[:, None] - risk
-        right = (difference > TIED) + 0.5 * (np.abs(difference) <= TIED)
         here = own["place"].to_numpy(int)
-        comparable[np.ix_(here, here)] += earlier
-        concordant[np.ix_(here, here)] += earlier * right
+        pairs, at = comparable_pairs(time, event), np.ix_(here[event], here)
+        comparable[at] += pairs
+        concordant[at] += pairs * concordant_pairs(risk[event], risk)
         stratum[here[stratum[here] < 0]] = int(str(fold))
     return Pairs(comparable, concordant, stratum)
 
@@ -92,8 +89,8 @@ def resampled(predictions: pd.DataFrame, n: int = 500, seed: int = 0) -> pd.Data
     """C-indices of each data set and method (the index) for the patients seen (column "seen") and in n resamples of
     them (columns 0..n-1), the same resamples for all methods; then `AVERAGE`, over data sets, where there are several.
 
-    predictions: as `steph.analysis.performance.predictions.out_of_fold` gives them, of one seed. Raises `Refused` where methods do
-    not stand on the same patients and folds of a data set.
+    predictions: as `steph.analysis.performance.predictions.out_of_fold` gives them, of one seed. Raises `Refused` where
+    methods do not stand on the same patients and folds of a data set.
     """
     one_seed(predictions)
     rows = {}
@@ -134,21 +131,19 @@ def gains(samples: pd.DataFrame, first: str, others: Sequence[str]) -> pd.DataFr
 
 
 def intervals_wide(table: pd.DataFrame) -> pd.DataFrame:
-    """`intervals` of C-indices to look at: data sets in rows, methods in columns."""
+    """Format `intervals` of C-indices for display: data sets in rows, methods in columns."""
     return _wide(table.reset_index(), "method", "value", ".3f")
 
 
 def gains_wide(table: pd.DataFrame) -> pd.DataFrame:
-    """`gains` to look at: data sets in rows, the other methods in columns."""
+    """Format `gains` for display: data sets in rows, the other methods in columns."""
     return _wide(table, "against", "gain", "+.3f")
 
 
 def _wide(table: pd.DataFrame, columns: str, value: str, form: str) -> pd.DataFrame:
     def text(row: pd.Series) -> str:
-        if row["problem"]:
-            number = "undefined" if pd.isna(row[value]) else f"{row[value]:{form}}"
-            return f"{number} ({row['problem']})"
-        return f"{row[value]:{form}} ({row['low']:{form}} to {row['high']:{form}})"
+        number = with_interval(row[value], row["low"], row["high"], form=form)
+        return f"{number} ({row['problem']})" if row["problem"] else number
 
     wide = table.assign(text=table.apply(text, axis=1)).pivot(index="dataset", columns=columns, values="text")
     wide = wide.loc[table["dataset"].unique(), table[columns].unique()]

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
+from steph.analysis.performance.estimates import p_text, with_interval
 from steph.analysis.performance.predictions import once, one_seed
-from steph.analysis.performance.significance import p_text
 from steph.methods.registry import title
 from steph.study.cache import cached_table
 from steph.study.runs import Run, Workbench
@@ -87,8 +87,10 @@ def compared(groups: pd.DataFrame) -> pd.DataFrame:
 
 
 def compared_wide(table: pd.DataFrame) -> pd.DataFrame:
-    """`compared` to look at."""
-    ratio = [row.problem or f"{row.hazard_ratio:.2f} ({row.low:.2f} to {row.high:.2f})" for row in table.itertuples()]
+    """Format `compared` for display."""
+    ratio = [
+        row.problem or with_interval(row.hazard_ratio, row.low, row.high, form=".2f") for row in table.itertuples()
+    ]
     shown = {"data set": table["dataset"], "method": table["method"].map(title)}
     for name in ("low", "high"):
         counts = zip(table[f"events_{name}"], table[f"n_{name}"], strict=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
+from steph.analysis.performance.estimates import p_text, student_reach, with_interval
 from steph.analysis.performance.statistics import Comparison, compare
 from steph.methods.registry import title
 
@@ -30,7 +31,7 @@ def corrected_t_test(comparison: Comparison) -> pd.DataFrame:
     gain, error = comparison.gains["gain"].to_numpy(float), comparison.gains["error"].to_numpy(float)
     certain = np.where(gain == 0, 0.0, np.copysign(np.inf, gain))
     ratio = np.divide(gain, error, out=certain, where=error > 0)
-    reach = error * t.ppf(1 - LEVEL / 2, comparison.n_folds - 1)
+    reach = student_reach(error, comparison.n_folds - 1)
     p = 2 * t.sf(np.abs(ratio), comparison.n_folds - 1)
     return comparison.gains[["gain"]].assign(low=gain - reach, high=gain + reach, t=ratio, p=p)
 
@@ -97,33 +98,23 @@ def against_each(results: pd.DataFrame, first: str, others: Sequence[str], value
 
 
 def against_each_wide(table: pd.DataFrame, first: str) -> pd.DataFrame:
-    """`against_each` to look at."""
+    """Format `against_each` for display."""
     shown = {
         "against": table["against"].map(title),
         f"{title(first)} ahead on": [f"{a} of {n}" for a, n in zip(table["ahead"], table["datasets"], strict=True)],
-        "mean gain": [_with_interval(row) for _, row in table.iterrows()],
+        "mean gain": [with_interval(r.gain, r.low, r.high, form="+.4f", ends="+.3f") for r in table.itertuples()],
         **{name: table[column].map(p_text) for name, column in CORRECTED.items()},
     }
     return pd.DataFrame(shown)
 
 
 def by_dataset_wide(table: pd.DataFrame) -> pd.DataFrame:
-    """`by_dataset` to look at, by rising p."""
+    """Format `by_dataset` for display, by rising p."""
     table = table.sort_values("p", kind="stable")
     shown = {
         "data set": table["dataset"],
         "against": table["against"].map(title),
-        "mean gain": [_with_interval(row) for _, row in table.iterrows()],
+        "mean gain": [with_interval(r.gain, r.low, r.high, form="+.4f", ends="+.3f") for r in table.itertuples()],
         **{name: table[column].map(p_text) for name, column in CORRECTED.items()},
     }
     return pd.DataFrame(shown)
-
-
-def _with_interval(row: pd.Series) -> str:
-    reach = "" if pd.isna(row["low"]) else f" ({row['low']:+.3f} to {row['high']:+.3f})"
-    return f"{row['gain']:+.4f}{reach}"
-
-
-def p_text(p: float) -> str:
-    """A p-value as text."""
-    return "" if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,4 +1,4 @@
-"""Statistics of two methods compared: gains with intervals that know what folds share, and when a gain is read."""
+"""Statistics of two methods compared: gains with intervals that know what folds share, beside the paper's."""
 
 from __future__ import annotations
 
@@ -9,22 +9,18 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
+from steph.analysis.performance.estimates import (
+    Estimate,
+    around,
+    conclusion,
+    interval,
+    reach_of_mean,
+    student_reach,
+    with_interval,
+)
 from steph.methods.registry import title
 from steph.study.paper import AVERAGE, paper_average, paper_c_index, paper_labels, paper_wins
 from steph.study.tables import refuse_repeats, summary
-
-NOISE = 0.025
-"""Differences of two C-indices below this are not read: a mean over 13 x 5 test folds varies by .010 to .014 from one
-draw of the cohort to the next."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval (NaN where there is none)."""
-
-    value: float
-    low: float = np.nan
-    high: float = np.nan
 
 
 @dataclass(frozen=True)
@@ -43,16 +39,10 @@ class Comparison:
     def gain(self) -> Estimate:
         """Mean gain over data sets with a 95 % interval by Student's t, the wider of two: one takes the data sets as
         they are and the folds as noise, the other the data sets as a sample of all there could be."""
-        from scipy.stats import t
-
         c, mean = len(self.gains), float(self.gains["gain"].mean())
-        reach = []
-        if self.n_folds > 1:
-            error = float(np.sqrt((self.gains["error"] ** 2).sum()) / c)
-            reach.append(float(t.ppf(0.975, c * (self.n_folds - 1))) * error)
-        if c > 1:
-            reach.append(float(t.ppf(0.975, c - 1)) * float(self.gains["gain"].std()) / np.sqrt(c))
-        return Estimate(mean, mean - max(reach), mean + max(reach)) if reach else Estimate(mean)
+        error = float(np.sqrt((self.gains["error"] ** 2).sum()) / c)
+        within = float(student_reach(error, c * (self.n_folds - 1))) if self.n_folds > 1 else np.nan
+        return around(mean, within, reach_of_mean(self.gains["gain"]))
 
     @property
     def wins(self) -> Estimate:
@@ -118,24 +108,6 @@ def _folds(results: pd.DataFrame, j: int) -> int:
     return known[0] if known else j
 
 
-def interval(estimate: Estimate, form: str = "+.3f") -> str:
-    """The interval as text: "95 % interval +0.010 to +0.050"."""
-    if np.isnan(estimate.low):
-        return "no interval"
-    return f"95 % interval {estimate.low:{form}} to {estimate.high:{form}}"
-
-
-def read(gain: Estimate) -> str:
-    """ "yes", "no, the reverse" or "not shown"; see `control_table`."""
-    if np.isnan(gain.low):
-        return "not shown (no interval)"
-    if gain.low > 0 and gain.value >= NOISE:
-        return "yes"
-    if gain.high < 0 and gain.value <= -NOISE:
-        return "no, the reverse"
-    return "not shown"
-
-
 def ceiling(results: pd.DataFrame, oracle: pd.DataFrame, value: str = "c_index") -> pd.DataFrame:
     """Mean C-index of each method beside that of the true risk on the same cells, and the share of the way from a coin
     (0.5) to it: method, mean, oracle, share. Raises `Refused` where a value is undefined."""
@@ -176,13 +148,15 @@ def compared(
 
 
 def compared_wide(table: pd.DataFrame, reference: str = "STEPH") -> pd.DataFrame:
-    """`compared` to look at: here, the paper, what is gained over the reference here (with its interval) and in the
-    paper. What is undefined says so."""
+    """Format `compared` for display: here, the paper, what is gained over the reference here (with its interval) and in
+    the paper. What is undefined says so."""
 
     def text(row: pd.Series) -> dict[str, str]:
-        gain = "" if pd.isna(row["gain"]) else f"{row['gain']:+.4f}"
-        if gain and not pd.isna(row["low"]):
-            gain += f" ({row['low']:+.3f} to {row['high']:+.3f})"
+        gain = (
+            ""
+            if pd.isna(row["gain"])
+            else with_interval(row["gain"], row["low"], row["high"], form="+.4f", ends="+.3f")
+        )
         return {
             "": title(row["method"]),
             "here": f"undefined ({row['problem']})" if pd.isna(row["mean"]) else f"{row['mean']:.4f}",
@@ -196,7 +170,7 @@ def compared_wide(table: pd.DataFrame, reference: str = "STEPH") -> pd.DataFrame
 
 
 def beside_two(results: pd.DataFrame, methods: Sequence[str], references: tuple[str, str]) -> pd.DataFrame:
-    """Methods that the paper lacks, to look at: C-index here and the difference to each of two methods."""
+    """Format methods that the paper lacks for display: C-index here and the difference to each of two methods."""
     parts = [compared_wide(compared(results, methods, reference=each), title(each)) for each in references]
     differences = [part.drop(columns=["", "here"]) for part in parts]
     return pd.concat([parts[0][["", "here"]], *differences], axis=1).fillna("")
@@ -215,10 +189,10 @@ def wins_table(results: pd.DataFrame, first: str, others: Sequence[str]) -> pd.D
     return pd.DataFrame(rows, columns=["against", "here", "paper"])
 
 
-def said(results: pd.DataFrame, first: str, second: str, value: str = "c_index") -> str:
-    """A comparison in words: the difference, its interval, and whether the first is better."""
+def in_words(results: pd.DataFrame, first: str, second: str, value: str = "c_index") -> str:
+    """A comparison in words: the difference, its interval, and the conclusion about the first method."""
     try:
         gain = compare(results, first, second, value).gain
     except Refused as reason:
         return f"no answer: {str(reason).rstrip('.')}"
-    return f"{gain.value:+.3f} ({interval(gain)}); better? {read(gain)}"
+    return f"{gain.value:+.3f} ({interval(gain)}): {conclusion(gain)}"

@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.analysis.performance.discrimination import TIED
 from steph.analysis.performance.predictions import curves, one_seed
 from steph.methods.registry import title
 from steph.study.paper import AVERAGE
 from steph.study.runs import Workbench
+from steph.survival import concordant_pairs
 
 LEAST_FOLLOWED, LEAST_EVENTS = 0.10, 5
 """Horizons of a data set are the years by which at least so many patients had an event, and past which at least this
@@ -96,10 +96,9 @@ def auc_parts(time: Any, event: Any, risk: Any, followed: Step, horizon: float) 
     """
     time, event, risk = np.asarray(time, float), np.asarray(event, bool), np.asarray(risk, float)
     case, control = event & (time <= horizon), time > horizon
-    difference = risk[case][:, None] - risk[control]
-    right = (difference > TIED) + 0.5 * (np.abs(difference) <= TIED)
     weight = 1 / _positive(followed(time[case]), time[case])
-    return float(weight @ right.sum(axis=1)), float(weight.sum() * control.sum())
+    right = concordant_pairs(risk[case], risk[control]).sum(axis=1)
+    return float(weight @ right), float(weight.sum() * control.sum())
 
 
 def brier_parts(time: Any, event: Any, survival: Any, followed: Step, days: Any) -> np.ndarray:
@@ -144,10 +143,10 @@ def by_year(bench: Workbench, predictions: pd.DataFrame) -> pd.DataFrame:
     """Each method at each of its data set's `horizons`: dataset, method, year, cases, controls, auc, brier, reference,
     survival, problem.
 
-    predictions: as `steph.analysis.performance.predictions.out_of_fold` gives them, of one seed. auc: over pairs within folds, as
-    the C-index of `steph.analysis.performance.discrimination`. brier: mean over patients. reference: the Brier score of the
-    survival of each fold's training patients (Kaplan-Meier), given to every test patient. survival: of the data set's
-    patients. Where a number is undefined it is NaN, and problem says why.
+    predictions: as `steph.analysis.performance.predictions.out_of_fold` gives them, of one seed. auc: over pairs within
+    folds, as the C-index of `steph.analysis.performance.discrimination`. brier: mean over patients. reference: the
+    Brier score of the survival of each fold's training patients (Kaplan-Meier), given to every test patient. survival:
+    of the data set's patients. Where a number is undefined it is NaN, and problem says why.
     """
     one_seed(predictions)
     width = bench.study.network.bin_width_days
@@ -233,7 +232,7 @@ def over_years(table: pd.DataFrame, width_days: float = 365) -> pd.DataFrame:
 
 
 def over_years_wide(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """A column of `over_years` to look at: data sets in rows, the years looked at and methods in columns."""
+    """Format a column of `over_years` for display: data sets in rows, the years looked at and methods in columns."""
     form = "{:+.3f}" if column == "skill" else "{:.3f}"
     text = [f"undefined ({p})" if p else form.format(v) for p, v in zip(table["problem"], table[column], strict=True)]
     wide = table.assign(text=text).pivot(index="dataset", columns="method", values="text")

@@ -291,22 +291,12 @@ def test_an_undefined_value_is_left_out_and_counted():
     table.loc[(table["patient_id"] == "P0") & (table["method"] == "steph"), "auc"] = np.nan
     rows = attention.by_method(table, table["auc"]).set_index("method")
     assert rows["n"].to_dict() == {"vanilla": 4, "steph": 3} and rows.loc["steph", "gain"] == pytest.approx(0.1)
-    assert np.isnan(attention.mean_of([np.nan]).value)
-    assert np.isnan(attention.mean_of([0.3]).low)
 
 
 def test_over_data_sets_each_counts_once():
     table = pd.concat([made(), made("LIHC").iloc[:2]], ignore_index=True)
     rows = attention.by_method(table, table["auc"], ["dataset"]).set_index("method")
     assert rows["mean"].to_dict() == pytest.approx({"vanilla": (0.65 + 0.5) / 2, "steph": (0.75 + 0.6) / 2})
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "answer"),
-    [(0.01, 0.2, "yes"), (-0.1, -0.01, "no, the reverse"), (-0.1, 0.1, "not shown"), (np.nan, np.nan, "no interval")],
-)
-def test_a_gain_is_answered_by_its_interval(low, high, answer):
-    assert answer in attention.answered(attention.Estimate((low + high) / 2, low, high))
 
 
 # ------------------------------------------------------------------------------------------------ studies

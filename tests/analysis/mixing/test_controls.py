@@ -96,13 +96,13 @@ def test_the_notebook_compares_as_many_starts_as_the_chapter_says():
 
 def test_controls_are_read_with_care():
     table = shifted(0.05).assign(external_c_index=lambda x: x["c_index"])
-    found = controls.control_table(table).set_index(["id", "on"])["reading"]
+    found = controls.control_table(table).set_index(["id", "on"])["conclusion"]
     for on in ("test folds", "external patients"):
-        assert found["gain", on] == found["capacity-gain", on] == "yes"
-        assert found["capacity", on] == "not shown"
+        assert found["gain", on] == found["capacity-gain", on] == "better"
+        assert found["capacity", on] == "inconclusive"
         assert found["noise", on].startswith("no answer: ") and "no results to compare" in found["noise", on]
     reverse = controls.control_table(shifted(-0.05)).set_index("id")
-    assert reverse.loc["gain", "reading"] == "no, the reverse" and set(reverse["on"]) == {"test folds"}
+    assert reverse.loc["gain", "conclusion"] == "worse" and set(reverse["on"]) == {"test folds"}
 
 
 def test_a_gain_less_the_twins():
@@ -110,15 +110,15 @@ def test_a_gain_less_the_twins():
     other = other[other["method"] != "steph_lambda1"]
     found = controls.against_twin(own, other).set_index(["id", "on"])
     row = found.loc[("gain", "external patients")]
-    assert row["difference"] == pytest.approx(0.07, abs=0.002) and row["reading"] == "yes"
+    assert row["difference"] == pytest.approx(0.07, abs=0.002) and row["conclusion"] == "better"
     assert row["low"] < row["difference"] < row["high"]
     assert found.loc[("capacity", "test folds"), "difference"] == pytest.approx(0.05, abs=0.003)
     # The hypernetwork alone gains 0.02 here and nothing there: too little to be read.
-    assert found.loc[("capacity-gain", "test folds"), "reading"] == "not shown"
+    assert found.loc[("capacity-gain", "test folds"), "conclusion"] == "inconclusive"
     first_two = controls.against_twin(own[own["fold"] < 2], other).set_index(["id", "on"])
     pd.testing.assert_frame_equal(found, first_two)  # other folds have no counterpart
     fewer = own[(own["method"] != "steph") | (own["fold"] != 1)]  # so has one that only one of the methods was run on
-    assert controls.against_twin(fewer, other).loc[0, "reading"] == "yes"
+    assert controls.against_twin(fewer, other).loc[0, "conclusion"] == "better"
 
 
 def test_gains_less_the_twins_know_the_folds_of_the_cross_validation():
@@ -134,9 +134,9 @@ def test_gains_less_the_twins_know_the_folds_of_the_cross_validation():
 def test_an_undefined_fold_has_no_answer_and_says_which():
     own, other = made(TRANSFER), made({}, folds=2)
     other.loc[(other["dataset"] == "CESC") & (other["fold"] == 1) & (other["method"] == "steph"), "c_index"] = None
-    found = controls.against_twin(own, other).set_index(["id", "on"])["reading"]
+    found = controls.against_twin(own, other).set_index(["id", "on"])["conclusion"]
     assert found["gain", "test folds"].startswith("no answer: ") and "CESC, fold 1" in found["gain", "test folds"]
-    assert found["gain", "external patients"] == "yes"
+    assert found["gain", "external patients"] == "better"
 
 
 def test_side_by_side():
@@ -219,7 +219,7 @@ def test_two_sources_give_no_correlation_and_no_answer():
     assert choice[list(controls.FOLLOWS)].isna().all(axis=None)
     assert controls.choice_wide(choice).shape == (4, 0)
     table = controls.conditions(controls.side_by_side(made(TRANSFER)), choice).set_index("id")
-    assert table.loc["starts", "reading"].startswith("no answer: it takes two starts")
+    assert table.loc["starts", "conclusion"].startswith("no answer: it takes two starts")
 
 
 def test_the_interval_is_the_wider_of_targets_and_starts():
@@ -248,10 +248,10 @@ def test_what_each_start_gains():
     spread = controls.c_index_by_start(gains).set_index("target")
     assert spread.loc["SARC"].tolist() == pytest.approx([0.6, 0.1, 0.5, 0.7])
     table = controls.gain_by_start(starts, own).set_index("seed")
-    assert table["difference"].tolist() == pytest.approx([0.1, 0.0, 0.2]) and table.loc[1, "reading"] == "yes"
+    assert table["difference"].tolist() == pytest.approx([0.1, 0.0, 0.2]) and table.loc[1, "conclusion"] == "better"
     starts.loc[starts["seed"] == 2, "c_index"] = None
     assert np.isnan(controls.c_index_by_start(controls.start_gains(starts, own))["C-index, mean"]).all()
-    assert controls.gain_by_start(starts, own).loc[1, "reading"].startswith("no answer: ")
+    assert controls.gain_by_start(starts, own).loc[1, "conclusion"].startswith("no answer: ")
 
 
 # ------------------------------------------------------------------------------------------- what they say
@@ -268,7 +268,7 @@ def asked(gains: dict[str, float], in_twin: dict[str, float] | None, of_target: 
 
 def test_transfer_passes_every_control():
     summary, table = asked(TRANSFER, {})
-    assert set(table["reading"]) == {"yes"}
+    assert set(table["conclusion"]) == {"holds"}
     assert controls.decision(table) == (
         "There is a gain, and it passes all 6 controls: what these records show is transfer."
     )
@@ -279,9 +279,9 @@ def test_transfer_passes_every_control():
 
 def test_a_network_that_gains_alone_passes_none():
     summary, table = asked(NETWORK, NETWORK, of_target=0.0)
-    reading = table.set_index("id")["reading"]
-    assert reading["gain"] == "yes" and reading["starts"] == "no, the reverse"
-    assert (reading.drop(["gain", "starts"]) == "not shown").all()
+    reading = table.set_index("id")["conclusion"]
+    assert reading["gain"] == "holds" and reading["starts"] == "reversed"
+    assert (reading.drop(["gain", "starts"]) == "inconclusive").all()
     found = controls.decision(table)
     assert "passes 0 of 6 controls" in found and "reversed: several starts" in found and "do not show" in found
     lines = controls.verdicts(summary, table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from steph.analysis.performance import cohort_tables
 from steph.data.manifest import load_study
-from steph.study.tables import steadiest
+from steph.study.tables import primary_outcome
 from tests.helpers.made_results import shifted
 
 
@@ -26,4 +26,4 @@ def test_cohort_and_splits_of_a_small_study(tmp_path, monkeypatch):
     assert (
         list(shown.columns) == ["test folds", "external patients"] and "±" not in shown.loc["SARC", "external patients"]
     )
-    assert steadiest(oracle) == "external_c_index" and steadiest(shifted(0)) == "c_index"
+    assert primary_outcome(oracle) == "external_c_index" and primary_outcome(shifted(0)) == "c_index"

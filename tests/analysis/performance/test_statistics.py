@@ -102,10 +102,10 @@ def test_an_undefined_fold_stands_in_the_comparison_as_what_it_is():
 
 def test_comparisons_in_words_and_tables():
     table = shifted(0.05).assign(external_c_index=lambda x: x["c_index"] - 0.1 * (x["method"] == "steph"))
-    assert statistics.said(table, "steph", "vanilla").startswith("+0.050 (95 % interval +0.0")
-    assert statistics.said(table, "steph", "vanilla").endswith("better? yes")
-    assert statistics.said(table, "steph", "vanilla", "external_c_index").endswith("better? no, the reverse")
-    assert statistics.said(table, "steph", "roupkt") == (
+    assert statistics.in_words(table, "steph", "vanilla").startswith("+0.050 (95 % interval +0.0")
+    assert statistics.in_words(table, "steph", "vanilla").endswith("): better")
+    assert statistics.in_words(table, "steph", "vanilla", "external_c_index").endswith("): worse")
+    assert statistics.in_words(table, "steph", "roupkt") == (
         "no answer: STEPH, ROUPKT: one of them has no results to compare"
     )
     wins = statistics.wins_table(table, "steph", ["vanilla", "roupkt"]).set_index("against")
