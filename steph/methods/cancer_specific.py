@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from steph.methods.base import Inputs, Method
-from steph.mil import FineTuned, Model, new_network
+from steph.mil import FineTuned, Model
 
 
 def vanilla(x: Inputs) -> Model:
@@ -19,7 +21,7 @@ def finetuned_head(x: Inputs) -> Model:
 def mean_network(x: Inputs) -> Model:
     """A new mean-pooling network as wide as the hypernetwork, without any other cancer's model."""
     wide = x.dimensions.model_copy(update={"dim_emb": x.settings["dim_hidden"]})
-    return new_network("mean_mil", x.dim, wide)
+    return replace(x, dimensions=wide).network()
 
 
 def joint(x: Inputs) -> Model:
@@ -63,5 +65,6 @@ METHODS = {
         mean_network,
         "control: a mean-pooling network of the hypernetwork's size, no other cancer's model in it",
         settings=("dim_hidden",),
+        network="mean_mil",
     ),
 }

@@ -10,15 +10,17 @@ import torch
 from steph import PROJECT, Refused
 from steph.data.dataset import Dataset
 from steph.data.manifest import load_study
-from steph.methods import builders
-from steph.methods.registry import METHODS, Method, method
+from steph.methods import METHODS, Inputs, Method, method
+from steph.methods.base import Settings
+from steph.methods.cancer_specific import vanilla
+from steph.methods.merging import steph
 from steph.mil.state import load_state, state_of
-from steph.study.execute import Run, _execute, run, run_all
+from steph.study import Run, execute, plan, results, run, run_all
 from steph.study.paper import paper_labels, tables_of_methods
-from steph.study.runs import SOURCE_FOLD, TARGET, code_of, plan, results
+from steph.study.runs import SOURCE_FOLD, TARGET
 from steph.training.device import single_thread
 from steph.training.engine import predict
-from steph.training.selection import INNER_FOLDS, best_value, grid_search
+from tests.helpers.spy import spied
 
 PAPER = PROJECT / "data_manifest" / "paper"
 SARC = Run("SARC", "steph", 1, 42)
@@ -30,6 +32,7 @@ def possible(name):
 
 
 EVERY = sorted(filter(possible, METHODS))
+FREE = ("steph_free_cosine", "steph_free_concordance", "steph_free_scores")
 
 
 # ------------------------------------------------------------------------------------------------ complete
@@ -60,7 +63,7 @@ def test_a_sweep_changes_one_setting_of_steph(name):
 
 
 def test_options_reach_the_models(tiny):
-    x = ingredients(tiny, "steph")
+    x = inputs(tiny, "steph")
     built = {name: METHODS[name].build(x, **METHODS[name].options) for name in ("steph", "steph_beta0.01", "steph_k1")}
     assert built["steph"].beta == tiny.study.steph.beta and built["steph_beta0.01"].beta == 0.01
     assert (built["steph"].top_k, built["steph_k1"].top_k) == (tiny.study.steph.top_k, 1)
@@ -69,7 +72,7 @@ def test_options_reach_the_models(tiny):
     with_target = METHODS["steph_lambda0_with_target"]
     model = with_target.build(x, **with_target.options)
     assert model.source_names == ["SARC", "CESC", "LIHC"] and model.mix == 0
-    assert builders.steph(x, sources=1, top_k=1).source_names == ["CESC"]
+    assert steph(x, sources=1, top_k=1).source_names == ["CESC"]
 
 
 # ------------------------------------------------------------------------------------------------ what cannot be
@@ -139,7 +142,7 @@ def test_the_releases_table_of_nearest_sources_needs_its_source(tiny):
 
 def test_models_of_another_network_are_refused(tiny):
     """A network's models are merged onto its own M_0 and with no other's."""
-    x = ingredients(tiny, "steph")
+    x = inputs(tiny, "steph")
     other = replace(x, target_state=tiny.state(replace(SARC, method="ilra", fold=0)))
     for name in ("steph", "adamerging", "ties_am", "model_average"):
         with pytest.raises(Refused, match="different networks cannot be merged"):
@@ -153,74 +156,64 @@ def test_models_of_another_network_are_refused(tiny):
 # ------------------------------------------------------------------------------------------------ who was looked at
 
 
-def ingredients(bench, name, fold=1):
-    wanted = replace(SARC, method=name, fold=fold)
-    states = {role: bench.state(first) for role, first in bench.prerequisites(wanted).items()}
-    data = bench.dataset("SARC")
-    return builders.Ingredients(
-        study=bench.study,
+def inputs(bench, name, fold=1):
+    this = replace(SARC, method=name, fold=fold)
+    states = {role: bench.state(needed) for role, needed in bench.prerequisites(this).items()}
+    study, data, entry = bench.study, bench.dataset("SARC"), METHODS[name]
+    return Inputs(
         data=data,
         patients=data.splits.train(fold),
-        network_name=METHODS[name].network,
-        null_state=bench.null_state(METHODS[name].network),
+        network_name=entry.network,
+        dim=study.features.dim,
+        dimensions=study.network,
+        recipe=study.recipe,
+        settings=Settings(entry.settings_of(study, len(data.cohort))),
+        null_state=bench.null_state(entry.network),
         target_state=states.pop(TARGET, None),
         source_states=states,
-        seed=42,
     )
 
 
-class Spy:
-    """Who of which data set is asked for, while a method is built and trained."""
-
-    def __init__(self, monkeypatch):
-        self.seen = []
-        for name in ("batch", "labels", "n_patches", "check_coords"):
-            self.watch(monkeypatch, name)
-
-    def watch(self, monkeypatch, name):
-        plain = getattr(Dataset, name)
-
-        def watched(dataset, patients, *args, **kwargs):
-            self.seen += [(dataset.name, patient) for patient in patients]
-            return plain(dataset, patients, *args, **kwargs)
-
-        monkeypatch.setattr(Dataset, name, watched)
-
-
-class Trained(Exception):
-    """Raised in place of the first prediction: training is over."""
+def test_a_setting_that_a_method_does_not_declare_is_refused(tiny):
+    x = inputs(tiny, "vanilla")
+    with pytest.raises(Refused, match=r"steph\.beta of the study and does not declare it"):
+        x.settings["beta"]
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_no_test_patient_is_looked_at_before_predictions(tiny, monkeypatch, tmp_path, name):
+def test_no_test_patient_is_looked_at_before_predictions_and_nobody_else_by_them(tiny, monkeypatch, name):
     """In building, choosing and training, a method asks for training patients of its fold and for nobody else, of no
-    data set. Selections inside (best source, gamma) use `steph.training.engine.predict`, not the study's, so they are seen."""
-    wanted = replace(SARC, method=name)
-    run_all(tiny, tiny.prerequisites(wanted).values(), workers=1)
-    folder = tiny.folder
-    monkeypatch.setattr(tiny, "folder", lambda r: tmp_path if r == wanted else folder(r))  # as if never run: it chooses
-    spy = Spy(monkeypatch)
+    data set but, for joint learning, of all. Selections inside (best source, gamma) are among what is watched."""
+    this = replace(SARC, method=name)
+    if METHODS[name].joint:
+        this = replace(this, dataset=next(iter(tiny.study.datasets)))  # where it is trained
+    run_all(tiny, tiny.prerequisites(this).values(), workers=1)
+    record, started = tiny.record, []
+    monkeypatch.setattr(tiny, "record", lambda r: None if r == this else record(r))  # as if never run: it chooses
+    monkeypatch.setattr(execute, "write_record", lambda *_: None)
+    predict_hazards = execute.predict_hazards
+    with spied(monkeypatch) as looked_at:
+        predicts = lambda *args: started.append(len(looked_at)) or predict_hazards(*args)  # noqa: E731
+        monkeypatch.setattr(execute, "predict_hazards", predicts)
+        execute._build_train_record(tiny, this, "cpu")
+    before, after = set(looked_at[: started[0]]), set(looked_at[started[0] :])
+    names = tiny.study.datasets if METHODS[name].joint else [this.dataset]
+    allowed = {(d, patient) for d in names for patient in tiny.dataset(d).splits.train(1)}
+    assert before <= allowed, sorted(before - allowed)[:5]
+    assert before or not any(p.requires_grad for p in tiny.untrained(this).parameters()), "the spy sees who trains"
+    data = tiny.dataset(this.dataset)
+    external = set(data.external.cohort.patients["patient_id"])
+    assert after == {(this.dataset, patient) for patient in {*data.splits.test(1), *external}}
 
-    def stop(*_args, **_kwargs):
-        raise Trained
 
-    monkeypatch.setattr("steph.study.execute.predict", stop)
-    with pytest.raises(Trained):
-        _execute(tiny, wanted, "cpu")
-    allowed = {("SARC", patient) for patient in tiny.dataset("SARC").splits.train(1)}
-    assert set(spy.seen) <= allowed, sorted(set(spy.seen) - allowed)[:5]
-    model = tiny.untrained(wanted)
-    assert spy.seen or not any(p.requires_grad for p in model.parameters()), "the spy sees who trains"
-
-
-def test_the_spy_sees_a_leak(tiny, monkeypatch, tmp_path):
+def test_the_spy_sees_a_leak(tiny, monkeypatch):
     def leaky(x):
         x.data.labels(x.data.splits.test(1))
-        return builders.vanilla(x)
+        return vanilla(x)
 
     monkeypatch.setitem(METHODS, "vanilla", Method("Leaky", "cancer_specific", leaky, "a leak"))
     with pytest.raises(AssertionError):
-        test_no_test_patient_is_looked_at_before_predictions(tiny, monkeypatch, tmp_path, "vanilla")
+        test_no_test_patient_is_looked_at_before_predictions_and_nobody_else_by_them(tiny, monkeypatch, "vanilla")
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -238,87 +231,13 @@ def test_nothing_that_a_method_stands_on_saw_a_test_patient(tiny, name):
 
 
 def test_a_reloaded_model_repeats_no_choice(tiny, monkeypatch):
-    for name in ("finetuned_representation", "steph_gamma_search"):
-        wanted = replace(SARC, method=name)
+    for name in ("finetuned_representation", "steph_gamma_search", *FREE):
+        this = replace(SARC, method=name)
         done = run(tiny, "SARC", name, 1)
         assert done.info["facts"]
-        spy = Spy(monkeypatch)
-        assert tiny.model(wanted).facts == done.info["facts"]
-        assert not spy.seen
-
-
-def test_the_source_is_the_best_on_training_patients(tiny):
-    facts = run(tiny, "SARC", "finetuned_representation", 1).info["facts"]
-    found = facts["transfer_performance"]
-    assert list(found) == ["CESC", "LIHC"] and facts["source"] == max(found, key=found.get)
-    model = tiny.model(replace(SARC, method="finetuned_representation"))
-    chosen = tiny.state(replace(SARC, dataset=facts["source"], method="vanilla", fold=SOURCE_FOLD))
-    assert torch.equal(model.encoder.network.embed.weight, chosen["embed.weight"])
-
-
-# ------------------------------------------------------------------------------------------------ gamma's search
-
-
-def test_a_searched_gamma_gives_the_run_of_that_gamma(tiny):
-    found = run(tiny, "SARC", "steph_gamma_search", 1)
-    gamma = found.info["facts"]["gamma"]
-    scores = pd.DataFrame(found.info["facts"]["inner_c_index"])
-    assert len(scores) == INNER_FOLDS * 5 and gamma == best_value(scores)
-    given = run(tiny, "SARC", f"steph_gamma{gamma:g}", 1)
-    for name in ("model.safetensors", "predictions.csv"):
-        assert found.info["files"][name] == given.info["files"][name]
-
-
-def test_who_judges_a_value_trained_none_of_what_is_merged(tiny, monkeypatch):
-    """Each inner fold: the own model and the merged ones are trained on the same patients, and judged on all others."""
-    data, log = tiny.dataset("SARC"), []
-    patients = data.splits.train(0)
-
-    class Network(torch.nn.Linear):
-        def __init__(self, kind):
-            super().__init__(data.store.dim, 32)
-            self.kind = kind
-
-        def forward(self, bags):
-            return super().forward(torch.stack([bags.bag(i).mean(0) for i in range(len(bags))]))
-
-    def fit(model, dataset, train, *_args):
-        log.append((model.kind, "train", frozenset(train)))
-
-    def judge(model, dataset, judged, *args):
-        log.append((model.kind, "judge", frozenset(judged)))
-        return predict(model, dataset, judged, *args)
-
-    monkeypatch.setattr("steph.training.selection.fit", fit)
-    monkeypatch.setattr("steph.training.selection.predict", judge)
-    study = tiny.study
-    scores = grid_search(
-        (0.1, 0.2),
-        own=lambda: Network("own"),
-        merged=lambda state, value: Network(f"merged {value}"),
-        dataset=data,
-        patients=patients,
-        recipe=study.recipe,
-        network=study.network,
-        seed=3,
-    )
-    assert scores[["value", "fold"]].to_numpy().tolist() == [[v, f] for f in range(INNER_FOLDS) for v in (0.1, 0.2)]
-    judged_all = []
-    for fold in range(INNER_FOLDS):
-        own, *rest = log[5 * fold : 5 * fold + 5]
-        assert own[:2] == ("own", "train")
-        for (kind, what, who), value in zip(rest, (0.1, 0.1, 0.2, 0.2), strict=True):
-            assert kind == f"merged {value}"
-            assert who == own[2] if what == "train" else who == set(patients) - own[2]
-        judged_all += rest[-1][2]
-    assert sorted(judged_all) == sorted(patients)
-
-
-def test_the_first_of_equal_values_is_chosen():
-    scores = pd.DataFrame(
-        {"value": [0, 0.1, 0.2] * 2, "fold": [0] * 3 + [1] * 3, "c_index": [0.5, 0.7, 0.7, 0.5, 0.7, 0.7]}
-    )
-    assert best_value(scores) == 0.1
+        with spied(monkeypatch) as looked_at:
+            assert tiny.model(this).facts == done.info["facts"]
+        assert not looked_at
 
 
 # ------------------------------------------------------------------------------------------------ the same again
@@ -326,11 +245,12 @@ def test_the_first_of_equal_values_is_chosen():
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_method_repeated_gives_the_same_bits(tiny, tmp_path, monkeypatch, name):
-    wanted = replace(SARC, method=name)
-    first = run(tiny, *(wanted.dataset, wanted.method, wanted.fold))
+    this = replace(SARC, method=name)
+    first = run(tiny, "SARC", name, 1)
     folder = tiny.folder
-    monkeypatch.setattr(tiny, "folder", lambda r: tmp_path if r == wanted else folder(r))
-    again = _execute(tiny, wanted, "cpu")
+    monkeypatch.setattr(tiny, "folder", lambda r: tmp_path if r == this else folder(r))
+    execute._execute(tiny, this, "cpu")
+    again = tiny.record(this)
     assert again.path == tmp_path
     for file in ("model.safetensors", "predictions.csv", "predictions_external.csv"):
         assert again.info["files"][file] == first.info["files"][file], file
@@ -339,9 +259,9 @@ def test_a_method_repeated_gives_the_same_bits(tiny, tmp_path, monkeypatch, name
 
 @pytest.mark.parametrize("name", EVERY)
 def test_only_what_is_trained_is_kept_and_it_moved(tiny, name):
-    wanted = replace(SARC, method=name)
+    this = replace(SARC, method=name)
     done = run(tiny, "SARC", name, 1)
-    model = tiny.untrained(wanted)
+    model = tiny.untrained(this)
     kept = load_state(done.file("model.safetensors"))
     trained = state_of(model, trainable_only=True)
     assert set(kept) == set(trained or state_of(model))
@@ -359,31 +279,3 @@ def test_a_reloaded_model_predicts_what_was_recorded(tiny, name):
         again = predict(tiny.model(replace(SARC, method=name)), data, data.splits.test(1))
     recorded = pd.read_csv(done.file("predictions.csv"), float_precision="round_trip")
     assert again["risk"].tolist() == recorded["risk"].tolist()
-
-
-def test_a_method_follows_the_code_of_its_builder_and_of_what_it_calls(monkeypatch):
-    before = {name: code_of(METHODS[name]) for name in ("vanilla", "steph", "adamerging", "surgery_am", "roupkt")}
-
-    def steph(x, **options):
-        return None
-
-    steph.__module__ = "steph.methods.builders"
-    monkeypatch.setattr(builders, "steph", steph)
-    after = {name: code_of(METHODS[name]) for name in before}
-    assert {name for name in before if before[name] != after[name]} == {"adamerging", "surgery_am"}
-
-
-def test_a_method_follows_the_modules_that_its_builder_names(monkeypatch):
-    asked = []
-    monkeypatch.setattr("steph.study.runs.code_fingerprint", lambda *modules: asked.append(set(modules)) or "")
-    expected = {
-        "roupkt": {"steph.mil.transfer", "steph.mil.abmil"},
-        "surgery_am": {"steph.merging.surgery", "steph.merging.pairs", "steph.merging.steph"},
-        "transmil": {"steph.mil.transmil"},
-        "hypernetwork_only": {"steph.mil.mean_mil"},
-        "steph_gamma_search": {"steph.training.selection", "steph.merging.steph"},
-        "model_average": {"steph.merging.average"},
-    }
-    for name, modules in expected.items():
-        code_of(METHODS[name])
-        assert modules | {"steph.training.engine", "steph.survival"} <= asked[-1], name
