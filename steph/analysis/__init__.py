@@ -1,1 +1,5 @@
-"""Analyses of the paper's section 5.3 and of our own: each reads records or models and returns tidy tables."""
+"""Analyses of records and models: are predictions good, what do task vectors do, what does it cost?"""
+
+from steph.analysis.mixing.sar import subspace_alignment_ratio
+
+__all__ = ["subspace_alignment_ratio"]
