@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -20,6 +21,7 @@ from packaging.utils import canonicalize_name
 
 import steph
 from steph import PROJECT
+from steph.data.manifest import load_study
 
 WHOLE = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
 PYPROJECT, TOOLS = WHOLE["project"], WHOLE["tool"]
@@ -221,6 +223,38 @@ def test_page_opens_with_its_question_and_closes_with_a_take_away(page):
     if page.stem not in ("index", "glossary", "bibliography"):
         assert "?" in text.split("\n## ")[0], "no question before the first section"
         assert ":class: tip" in text, "no take-away"
+
+
+def texts() -> dict[str, str]:
+    """What people read about the project, by file: Markdown pages, and the Markdown cells of notebooks."""
+    pages = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "book").glob("*.md"))]
+    written = {page.name: page.read_text(encoding="utf-8") for page in pages}
+    for path in sorted((PROJECT / "notebooks").rglob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        written[path.name] = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    return written
+
+
+TO_BE_WRITTEN = re.compile(r"12_NAME|data_manifest/(clinic|demo_seed1|tcga_repeated)")
+"""Files that the text asks its reader to write."""
+
+
+@pytest.mark.parametrize(("page", "text"), texts().items(), ids=texts())
+def test_modules_functions_and_files_in_the_text_exist(page, text):
+    settings = {f"steph.{name}" for name in load_study("demo").steph.model_dump()}  # of a manifest
+    for name in set(re.findall(r"\bsteph(?:\.[A-Za-z_]\w*)+", text)) - settings:
+        pkgutil.resolve_name(name)
+    folders = "steph|tests|notebooks|book|data_manifest|workflow|benchmarks"
+    for name in set(re.findall(rf"(?<![\w/.~])(?:{folders})/[\w./*-]*\w", text)):
+        assert TO_BE_WRITTEN.search(name) or list(PROJECT.glob(name)), f"{page} names {name}, which is not there"
+
+
+def test_the_readme_draws_every_room():
+    tree = read("README.md").split("`steph/` is a handful of rooms.")[1].split("How to change things")[0]
+    rows = [line[4:].split("  ") for line in tree.splitlines() if line.startswith("    ")]
+    drawn = {name.strip() for row in rows for name in row[:2] if re.fullmatch(r"[a-z]+(/|\.py)", name.strip())}
+    modules = [path for path in (PROJECT / "steph").iterdir() if not path.name.startswith("_")]
+    assert drawn == {f"{path.name}/" if path.is_dir() else path.name for path in modules}
 
 
 def test_commands_in_the_text_exist():
