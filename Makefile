@@ -52,7 +52,7 @@ lab: $(STAMP) ## the notebooks in JupyterLab
 bench: $(STAMP) ## speed, as ratios to a plain implementation and to the machine
 	$(BIN)/python -m benchmarks
 
-torture: $(STAMP) ## kills, damaged files, full disks, odd input: what a study must survive (twenty minutes)
+torture: $(STAMP) ## kills, full disks, dead kernels: what a study must survive (ten minutes)
 	MPLBACKEND=agg $(BIN)/python -m tests.torture
 
 clean: ## delete the book, results on made-up cohorts and caches; results of other studies stay

@@ -106,3 +106,21 @@ def test_an_interruption_is_not_lost_while_an_object_is_deleted(capsys):
 def test_data_list_names_sources_and_terms(call):
     done = call("data", "list", "--study", "tcga")
     assert done.exit_code == 0 and "UNI2-h" in done.output and "licence" in done.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["results", "--study"], ["doctor", "--study"], ["study", "run", "--study", "tiny", "--dataset"],
+        ["study", "run", "--study", "tiny", "--method"], ["study", "run", "--study", "tiny", "--device"],
+        ["run", "--"], ["run", "01_baselines", "-p"],
+    ],
+)  # fmt: skip
+def test_commands_answer_any_name_with_a_sentence(build, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("../../evil", "", "a\nb", "$(touch evil)", "<script>", "{x}", "~nobody/x", "-rf", "steph@../x"):
+        done = CliRunner().invoke(app, [*command, name])
+        assert done.exit_code in (1, 2), (name, done.output)
+        assert done.exception is None or isinstance(done.exception, SystemExit), (name, done.exception)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from steph import Refused
 from steph.survival import bin_index, concordance_index, nll_loss, nll_of_logits, risk_score, survival_curve
@@ -141,3 +142,35 @@ def test_concordance_refuses_times_that_are_no_numbers(time):
 def test_bins_refuse_text():
     with pytest.raises(Refused, match="expected numbers"):
         bin_index(["x"])
+
+
+@given(st.lists(st.floats(), max_size=20), st.integers(1, 40), st.floats(1, 1e6))
+@example([0.0, 5e-324, 1.7e308], 32, 365.0)
+def test_every_time_has_one_interval_or_is_refused(days, n_bins, width):
+    if not all(np.isfinite(day) and day >= 0 for day in days):
+        with pytest.raises(Refused, match="missing, infinite or negative"):
+            bin_index(days, n_bins, width)
+        return
+    bins = bin_index(days, n_bins, width)
+    assert bins.dtype == np.int64 and bins.shape == (len(days),) and ((bins >= 0) & (bins < n_bins)).all()
+    assert (np.diff(bins[np.argsort(days, kind="stable")]) >= 0).all(), "longer is never an earlier interval"
+
+
+@given(
+    hnp.arrays(np.float64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.floats(0, 1)),
+    st.randoms(use_true_random=False),
+    st.floats(0, 1),
+)
+@example(np.zeros((2, 3)), None, 0.5)
+@example(np.ones((2, 3)), None, 0.5)
+def test_losses_and_risks_of_any_hazards_are_finite(hazards, chance, alpha):
+    n, bins = hazards.shape
+    where = torch.tensor([chance.randrange(bins) if chance else 0 for _ in range(n)])
+    event = torch.tensor([chance.random() < 0.5 if chance else i % 2 == 0 for i in range(n)])
+    given_hazards = torch.from_numpy(hazards)
+    each = nll_loss(given_hazards, where, event, alpha, reduction="none")
+    assert each.shape == (n,) and torch.isfinite(each).all() and (each >= -1e-9).all()
+    assert nll_loss(given_hazards, where, event, alpha).item() == pytest.approx(each.mean().item())
+    curve, risk = survival_curve(given_hazards), risk_score(given_hazards)
+    assert (curve >= 0).all() and (curve <= 1).all() and (curve[:, 1:] <= curve[:, :-1]).all()
+    assert (risk <= 0).all() and (risk >= -bins).all()

@@ -21,7 +21,7 @@ from steph.data import synthetic
 from steph.data.bags import RaggedBatch, sampled
 from steph.data.cohort import COLUMNS, Cohort, read_cohort
 from steph.data.features import check_slides, find_slides
-from steph.data.manifest import Study, at_home
+from steph.data.manifest import Study, expand_user
 from steph.data.packing import pack
 from steph.data.resident import resident
 from steph.data.splits import EXTERNAL, Splits, load_splits
@@ -329,7 +329,7 @@ def feature_folders(study: Study, name: str) -> list[Path]:
     found: set[Path] = set()
     for pattern in entry.folders or study.features.folders:
         for project in entry.projects:
-            path = at_home(pattern.replace("{project}", project).replace("{dataset}", name))
+            path = expand_user(pattern.replace("{project}", project).replace("{dataset}", name))
             base = Path(path.anchor) if path.is_absolute() else study.data
             rest = str(path.relative_to(path.anchor))
             try:

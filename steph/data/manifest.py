@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from difflib import get_close_matches
 from pathlib import Path
-from reprlib import Repr
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from steph import PROJECT, Refused
 from steph.data.splits import check_fold
@@ -18,24 +17,6 @@ MANIFESTS = PROJECT / "data_manifest"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][-._A-Za-z0-9]*$", max_length=100)]
 """Becomes a part of paths: no separator, nothing that a shell or a page understands, short enough for a file."""
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
-
-
-def _possible(path: str) -> str:
-    if "\0" in path or any(len(part.encode(errors="replace")) > 255 for part in path.split("/")) or len(path) > 2000:
-        raise ValueError("no file or folder can have this name")
-    return path
-
-
-Place = Annotated[str, AfterValidator(_possible)]
-"""A path, or a pattern of paths."""
-
-
-BAD_VALUES = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
-"""What PyYAML raises, beside its own errors, for values such as a 13th month, and for endless nesting."""
-
-SHOWN = Repr()
-"""How much of a wrong value an error shows: aliases of aliases make values without end."""
-SHOWN.maxlevel, SHOWN.maxstring, SHOWN.maxother = 2, 200, 200
 
 
 class _Strict(BaseModel):
@@ -78,7 +59,7 @@ class Features(_Strict):
     precision: Literal["float32", "float16"] = Field(default="float32", description="number format of the packed store")
     patch_size_px: Positive = 256
     magnification: float = 20
-    folders: list[Place] = Field(
+    folders: list[str] = Field(
         default=["features/TCGA-{project}*"],
         description="folders under the data root, searched with their subfolders for slide files; {project} is "
         "replaced by each of a data set's projects, {dataset} by its name; * and ? match as in a shell",
@@ -95,7 +76,7 @@ class DatasetEntry(_Strict):
         default=None, ge=0, le=100, description="patients without an event, Table S1"
     )
     mean_patches: Positive | None = Field(default=None, description="patches per slide, Table S1")
-    folders: list[Place] | None = Field(default=None, description="in place of features.folders")
+    folders: list[str] | None = Field(default=None, description="in place of features.folders")
 
 
 class Synthetic(_Strict):
@@ -159,7 +140,7 @@ class Study(_Strict):
     name: Name
     title: str
     synthetic: Synthetic | None = None
-    data_root: Place = Field(
+    data_root: str = Field(
         default="",
         description="labels/, splits/, features/ and stores/ lie in it; relative to the checkout; STEPH_DATA replaces "
         "it for a real study; empty: data/ in the study's build folder",
@@ -200,13 +181,13 @@ class Study(_Strict):
     @property
     def data(self) -> Path:
         """The data root."""
-        given = self.data_root if self.synthetic else os.environ.get("STEPH_DATA", "") or self.data_root
-        return PROJECT / at_home(given) if given else self.build / "data"
+        root = self.data_root if self.synthetic else os.environ.get("STEPH_DATA", "") or self.data_root
+        return PROJECT / expand_user(root) if root else self.build / "data"
 
     @property
     def build(self) -> Path:
         """Where everything made for the study goes: ``build/<study>``; STEPH_BUILD replaces ``build``."""
-        return at_home(os.environ.get("STEPH_BUILD") or str(PROJECT / "build")).resolve() / self.name
+        return expand_user(os.environ.get("STEPH_BUILD") or str(PROJECT / "build")).resolve() / self.name
 
     @property
     def n_folds(self) -> int:
@@ -228,7 +209,7 @@ class Study(_Strict):
         return sorted(set(self.datasets) - {dataset})
 
 
-def at_home(text: str) -> Path:
+def expand_user(text: str) -> Path:
     """A path, ~ and ~user replaced. Raises `Refused` for a user whom nobody knows here."""
     try:
         return Path(text).expanduser()
@@ -236,12 +217,12 @@ def at_home(text: str) -> Path:
         raise Refused(f"{text}: there is no such user's home here. Write the path without ~.") from None
 
 
-def unknown(what: str, found: str, known: list[str], where: str) -> str:
+def unknown(what: str, name: str, known: list[str], where: str) -> str:
     """The message for a name that does not exist: the nearest names, and all of them."""
-    near = get_close_matches(str(found).lower(), [name.lower() for name in known], n=3, cutoff=0.5)
+    near = get_close_matches(str(name).lower(), [name.lower() for name in known], n=3, cutoff=0.5)
     near = [name for name in known if name.lower() in near]
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"unknown {what} {found!r} in {where}.{hint} It has: {', '.join(known)}."
+    return f"unknown {what} {name!r} in {where}.{hint} It has: {', '.join(known)}."
 
 
 def load_study(name: str | Path) -> Study:
@@ -257,7 +238,7 @@ def load_study(name: str | Path) -> Study:
         return study
     except ValidationError as error:
         lines = [
-            f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {SHOWN.repr(e.get('input'))})" for e in error.errors()
+            f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {e.get('input')!r:.200})" for e in error.errors()
         ]
         raise Refused(f"study manifest {path} is not valid:\n" + "\n".join(lines)) from None
 
@@ -266,39 +247,32 @@ def _manifest_path(name: str | Path) -> Path:
     path = Path(name)
     if path.suffix not in {".yaml", ".yml"}:
         path = MANIFESTS / f"{name}.yaml"
-        if not _is_file(path):
+        if not path.is_file():
             known = sorted(p.stem for p in MANIFESTS.glob("*.yaml"))
             raise Refused(unknown("study", str(name), known, str(MANIFESTS)) + " Or give the path of a YAML file.")
-    if not _is_file(path):
+    if not path.is_file():
         raise Refused(f"no study manifest at {path}. Give a name of data_manifest/ or the path of a YAML file.")
     return path
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # A name that no file can have.
-        return False
-
-
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, *BAD_VALUES) as error:
-        raise Refused(f"study manifest {path} is not readable YAML: {error or type(error).__name__}") from None
+    except (yaml.YAMLError, OSError, ValueError, TypeError) as error:  # the last two: such values as a 13th month
+        raise Refused(f"study manifest {path} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise Refused(f"study manifest {path} holds {type(values).__name__}; expected keys and values.")
     if "extends" not in values:
         return values
-    if path.resolve() in seen:
+    if path.resolve() in extended_by:
         raise Refused(f"study manifest {path} extends itself.")
     base = str(values.pop("extends"))
     beside = path.parent / f"{base}.yaml"
     try:
-        below = beside if _is_file(beside) else _manifest_path(base)
+        below = beside if beside.is_file() else _manifest_path(base)
     except Refused as reason:
         raise Refused(f"study manifest {path} extends {base}: {reason}") from None
-    return _merge(_read(below, (*seen, path.resolve())), values)
+    return _merge(_read(below, (*extended_by, path.resolve())), values)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

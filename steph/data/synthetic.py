@@ -19,8 +19,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import heapq
-import inspect
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -132,7 +130,7 @@ def made_fingerprint(provenance: Mapping[str, Any], features: Mapping[str, Any])
 @cache
 def _code() -> str:
     """Hash of this module's code; comments do not count."""
-    return fingerprint(ast.dump(ast.parse(inspect.getsource(sys.modules[__name__]))))
+    return fingerprint(ast.dump(ast.parse(Path(__file__).read_text(encoding="utf-8"))))
 
 
 def provenance(study: Study, dataset: str, external: bool = False) -> dict[str, Any]:

@@ -158,6 +158,24 @@ def test_links_hold_where_the_notebook_lies(tmp_path, monkeypatch):
     ]
 
 
+def test_links_of_an_executed_notebook_do_not_leave_the_shelf(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(book, "SHELF", tmp_path / "shelf")
+    (tmp_path / "secret.csv").write_text("secret")
+    study = load_study("tiny")
+    chapter = chapters(study)[0]
+    executed = executed_path(study, chapter)
+    executed.parent.mkdir(parents=True)
+    href = "../" * 40 + str(tmp_path / "secret.csv").lstrip("/")
+    data = {"text/html": f'<p class="to-file"><a href="{href}" download>CSV</a></p>'}
+    cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", data=data)])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), executed)
+    write_sealed(completion_path(executed), {"status": "complete", "notebook": file_sha256(executed)})
+    monkeypatch.setattr(book, "chapters", lambda _: [chapter])
+    with pytest.raises(Refused, match="links to"):
+        shelve(Workbench(study))
+    assert (tmp_path / "secret.csv").read_text() == "secret"
+
+
 # ------------------------------------------------------------------------------------------- the whole of it
 
 

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from steph import PROJECT, Refused
-from steph.data.cohort import COLUMNS, read_cohort, write_cohort
+from steph.data.cohort import COLUMNS, cohort_from, read_cohort, write_cohort
+from steph.data.splits import load_splits
 
 TCGA = PROJECT.parent / "shared" / "tcga"
 
@@ -132,3 +135,46 @@ def test_a_real_table_of_the_authors_is_read() -> None:
     cohort = read_cohort(TCGA / "dss_tables" / "tcga_sarc" / "tcga_sarc_survival.csv", "SARC")
     assert (len(cohort), len(cohort.slides), int(cohort.patients["event"].sum())) == (248, 591, 78)
     assert cohort.patients["n_slides"].max() == 30
+
+
+IDS = st.one_of(st.sampled_from(["A", "B", "A ", "nan", "", "../A", "-A", "a/b", "a b"]), st.text(max_size=8))
+TIMES = st.one_of(st.floats(), st.integers(-5, 10_000), st.sampled_from(["12", " 7", "x", "", None, "1e400", True]))
+EVENTS = st.one_of(st.sampled_from([0, 1, "1", "0.0", "true", True, None, "dead", 2, 1.0]), st.text(max_size=3))
+CELLS = [IDS, IDS, st.text(max_size=4), TIMES, EVENTS]
+
+
+@given(st.data())
+def test_any_table_is_a_cohort_or_refused(data: st.DataObject) -> None:
+    """Right but for at most one cell, or made of odd cells alone."""
+    rows = [[f"P{i // 2}", f"S{i}", "X", 10.0 * (i // 2), i // 2 % 2] for i in range(data.draw(st.integers(1, 6)))]
+    if data.draw(st.booleans()):
+        rows = [[data.draw(cell) for cell in CELLS] for _ in rows]
+    else:
+        column = data.draw(st.integers(0, 4))
+        data.draw(st.sampled_from(rows))[column] = data.draw(CELLS[column])
+    try:
+        cohort = cohort_from(pd.DataFrame(rows, columns=COLUMNS), "X", "here")
+    except Refused as refused:
+        assert "here" in str(refused)
+        return
+    slides, patients = cohort.slides, cohort.patients
+    assert slides["slide_id"].is_unique and all(
+        name == Path(name).name and name.isascii() for name in slides["slide_id"]
+    )
+    assert slides["time_days"].between(0, 1e308).all() and slides["event"].dtype == bool
+    assert patients["patient_id"].is_unique and patients["n_slides"].sum() == len(slides)
+    joined = slides.merge(patients, on="patient_id")
+    assert (joined["time_days_x"] == joined["time_days_y"]).all() and (joined["event_x"] == joined["event_y"]).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["A", "TCGA-3C-AALI", "patient 1", "Ä 7", "7", "007", "O'Neil", "a,b", 'q"uote', "=1+1"]
+)
+def test_a_patient_is_the_same_in_every_table(name: str, tmp_path: Path) -> None:
+    rows = [(patient, f"S{i}", "X", 100.0 * i, i % 2) for i, patient in enumerate([name, *"BCDEFGH"])]
+    cohort = cohort_from(pd.DataFrame(rows, columns=COLUMNS), "X", "here")
+    write_cohort(cohort, tmp_path / "labels.csv")
+    again = read_cohort(tmp_path / "labels.csv", "X")
+    assert again.fingerprint == cohort.fingerprint and list(again.slides_of) == [name, *"BCDEFGH"]
+    made = load_splits(cohort, tmp_path / "splits", 2, 0)
+    assert load_splits(again, tmp_path / "splits", 2, 0).fingerprint == made.fingerprint

@@ -8,6 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from steph import Refused
 from steph.data import features
@@ -244,3 +247,68 @@ def test_patches_of_another_size_than_the_studys_are_a_problem(tmp_path):
 def test_long_lists_are_cut_but_counted(tmp_path):
     message = problems_message(check_slides([f"S{i}" for i in range(300)], {}, DIM))
     assert "300 of 300" in message and "and 280 more" in message
+
+
+KINDS = st.sampled_from(["f2", "f4", "f8", ">f4", "i4", "u1", "?", "c8", "S3", "i8"])
+SHAPES = st.lists(st.integers(0, 5), min_size=0, max_size=4).map(tuple)
+
+
+@st.composite
+def feature_files(draw):
+    """What may stand in a feature file: arrays by name, and whether they are chunked."""
+    names = draw(st.lists(st.sampled_from(["features", "coords", "feats", "annots"]), unique=True, max_size=3))
+    n, dim = draw(st.integers(0, 5)), draw(st.integers(0, 4))
+    made = {}
+    for name in names:
+        own = draw(st.sampled_from([(n, dim if name == "features" else 2), (1, n, dim if name == "features" else 2)]))
+        shape = draw(st.one_of(st.just(own), SHAPES))
+        kind = draw(st.one_of(st.just("f4" if name == "features" else "i8"), KINDS))
+        made[name] = draw(hnp.arrays(np.dtype(kind), shape))
+    return made, draw(st.booleans()), draw(st.booleans())
+
+
+def is_of_a_known_layout(arrays):
+    """What the module says that it reads."""
+    features, coords = (arrays.get(name) for name in ("features", "coords"))
+    if features is None or features.dtype.kind != "f":
+        return False
+    n = features.shape[-2] if features.ndim > 1 else 0
+    placed = coords is None or (coords.dtype.kind in "iu" and coords.shape in {(n, 2), (1, n, 2)})
+    return placed and (features.ndim == 2 or (features.ndim == 3 and features.shape[0] == 1))
+
+
+def same(a, b):
+    return a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+
+
+@given(feature_files())
+@example(({"features": np.ones((1, 3, 2), "f4"), "coords": np.ones((1, 3, 2), "i8")}, True, False))
+@example(({"features": np.ones((1, 2), "f4"), "coords": np.ones((1, 2), "i8")}, False, False))
+@example(({"features": np.ones((1, 1, 2), "f4"), "coords": np.ones((1, 1, 2), "i8")}, False, False))
+def test_a_feature_file_is_read_as_it_is_or_refused(tmp_path_factory, made):
+    arrays, chunked, grouped = made
+    path = tmp_path_factory.mktemp("any") / "slide.h5"
+    with h5py.File(path, "w") as file:
+        if grouped and "features" not in arrays:
+            file.create_group("features")
+        for name, value in arrays.items():
+            whole = chunked and value.size > 0 and value.ndim > 0
+            file.create_dataset(name, data=value, **({"chunks": True, "compression": "gzip"} if whole else {}))
+    try:
+        info = inspect(path)
+    except Refused as refused:
+        assert str(path) in str(refused)
+        info = None
+    assert (info is not None) == is_of_a_known_layout(arrays)
+    table = check_slides(["slide"], {"slide": path}, 2)
+    assert (table["problem"][0] == "") == (info is not None and info.dim == 2 and info.n_patches > 0)
+    if info is None:
+        return
+    features, coords = (arrays.get(name) for name in ("features", "coords"))
+    expected = features.reshape(features.shape[-2:])
+    assert (info.n_patches, info.dim) == expected.shape and info.has_coords == (coords is not None)
+    values, places = read(path)
+    assert same(values, expected)
+    assert (places is None and coords is None) or same(places, coords.reshape(-1, 2))
+    pieces = list(blocks(path))
+    assert not pieces or same(np.concatenate([piece for piece, _ in pieces]), expected)

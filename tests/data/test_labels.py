@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from steph import PROJECT, Refused
 from steph.data.cohort import COLUMNS, read_cohort
@@ -264,3 +269,17 @@ def test_a_real_xlsx_gives_the_same_outcomes(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(
         read_outcomes(tmp_path / "cdr.xlsx", "DSS"), from_csv.loc[table["bcr_patient_barcode"]]
     )
+
+
+@given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace")))
+@example(b"\xff\xfe")
+@example(b'"')
+@example(b"S,T,X,1\nS,U,X,1,1,1,1\n")
+def test_any_bytes_are_read_or_refused(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        readers = {"t.csv": partial(read_outcomes, endpoint="DSS"), "t.xlsx": partial(read_outcomes, endpoint="DSS"),
+                   "s.csv": read_slides, "s.txt": read_slides}  # fmt: skip
+        for name, reader in readers.items():
+            (Path(folder) / name).write_bytes(content)
+            with suppress(Refused):
+                reader(Path(folder) / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -283,3 +284,24 @@ def test_the_authors_files_cannot_be_repeated(cohort: Cohort, tmp_path: Path) ->
     released(cohort, tmp_path / "SARC")
     with pytest.raises(Refused, match=r"SARC holds the authors' splits, one cross-validation.*repeats it 2 times"):
         load_splits(cohort, tmp_path, 5, 42, repeats=2)
+
+
+MEMBER = st.sampled_from([*(f"P{i:03}" for i in range(6)), "", "P9", " P001", "p001"])
+
+
+@given(
+    st.permutations(range(6)), st.lists(st.tuples(MEMBER, st.sampled_from(["0", "1", "2", "x", "", "1.0"])), max_size=3)
+)
+def test_a_file_of_folds_divides_the_cohort_or_is_refused(order: list[int], more: list[tuple[str, str]]) -> None:
+    cohort = cohort_of([0, 1] * 3, name="X")
+    rows = [(f"P{i:03}", str(k % 2)) for k, i in enumerate(order)] + more
+    with tempfile.TemporaryDirectory() as folder:
+        pd.DataFrame(rows, columns=["patient_id", "fold"]).to_csv(Path(folder) / "X.csv", index=False)
+        if more:
+            with pytest.raises(Refused, match=r"X\.csv"):
+                load_splits(cohort, Path(folder), 2, 0)
+            return
+        splits = load_splits(cohort, Path(folder), 2, 0)
+    for fold in range(2):
+        assert sorted(splits.train(fold) + splits.test(fold)) == list(cohort.slides_of)
+        assert set(splits.test(fold)) == {patient for patient, of in rows if of == str(fold)}

@@ -2,12 +2,16 @@
 
 import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from steph import Refused
 from steph.data import packing
@@ -15,6 +19,7 @@ from steph.data.features import find_slides, read
 from steph.data.manifest import Features
 from steph.data.packing import pack, write_store
 from steph.data.store import Store
+from steph.mil.state import load_state
 from tests.data.test_features import DIM, cohort_of, write_h5
 from tests.helpers.fabricate import LAYOUTS, fabricate
 
@@ -218,3 +223,28 @@ def test_no_text_of_a_store_lies_behind_a_pointer(tmp_path):
         assert not any(h5py.check_vlen_dtype(value.dtype) for value in file.values())
         file.attrs["encoder"] = "UNI2-h"
     assert Store.open(store.path).description == store.description
+
+
+@given(st.binary(max_size=300), st.integers(0, 4000), st.sampled_from(["h5", "pt", "store", "safetensors"]))
+def test_damaged_files_are_refused_or_what_they_were(tmp_path_factory, junk, at, kind):
+    """Bytes overwritten somewhere, or the file cut there."""
+    folder = tmp_path_factory.mktemp("damaged")
+    path, features, slide = folder / f"slide.{kind}", np.arange(40.0, dtype="f4").reshape(5, DIM), "S1"
+    if kind == "h5":
+        write_h5(path, features=features)
+    elif kind == "pt":
+        torch.save(torch.from_numpy(features), path)
+    elif kind == "store":
+        write_store(path, SINGLE, [(slide, features, None)], [5], {})
+    else:
+        save_file({"a": torch.from_numpy(features)}, path)
+    content = path.read_bytes()
+    at %= len(content)
+    path.write_bytes(content[:at] + junk + content[at + len(junk) :] if len(junk) % 2 else content[:at])
+    with suppress(Refused):
+        if kind == "store":
+            assert np.array_equal(Store.open(path).bag([slide]), features)
+        elif kind == "safetensors":
+            load_state(path)
+        else:
+            read(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from itertools import product
 from types import SimpleNamespace
@@ -505,3 +506,22 @@ def test_a_trajectory_that_leaves_the_landscape_is_shown_whole_and_told_by_sourc
     fig = plots.trajectories(paths(2, reach=1.5), {"SARC": plane()}, "BRCA")
     assert fig.axes[0].get_xlim()[1] > 1.5 and "SARC, start 1" in texts(fig)
     assert "SARC → BRCA" in texts(plots.trajectories(paths(), {"SARC": plane()}, "BRCA"))
+
+
+@pytest.mark.parametrize("name", ["$\\frac$", "$x$", "$", "a_b^c $"])
+def test_a_patient_s_name_is_no_formula(name):
+    n = 9
+    columns = {"patient_id": name, "slide_id": "S", "x": np.arange(n) * 256, "y": 0, "patch": range(n)}
+    for model in ("vanilla", "steph"):
+        columns |= {f"attention_{model}": 1 / n, f"percentile_{model}": np.linspace(0, 1, n)}
+        columns |= {"difference": 0.0, f"rank_{model}": np.arange(1, n + 1)}
+    figure = plots.attention_maps([pd.DataFrame(columns)], names={"vanilla": "a", "steph": "b"})
+    figure.savefig(io.BytesIO())
+    assert name.replace("$", r"\$") in figure.axes[0].get_title(loc="left")
+
+
+def test_a_link_is_quoted(tmp_path, monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: written.write(data["text/html"]))
+    plots.show_link(tmp_path / 'a"><script>.csv')
+    assert "<script>" not in written.getvalue() and written.getvalue().count('"') == 4

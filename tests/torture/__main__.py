@@ -10,8 +10,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from . import corruption, faults, fuzz, kills
-from .harness import Report
+from . import faults, kills
 
 
 def main() -> int:
@@ -19,10 +18,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--kills", type=int, default=50, help="kills of a study, at random moments (default 50)")
-    parser.add_argument("--corruptions", type=int, default=2000, help="damaged files (default 2000)")
-    parser.add_argument("--minutes", type=float, default=5, help="of fuzzing, all readers together (default 5)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other moments and files (default 0)")
-    parser.add_argument("--keep", type=Path, help="where the files behind findings of the fuzzer go")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other moments (default 0)")
     chosen = parser.parse_args()
     unknown = set(chosen.parts) - set(PARTS)
     if unknown:
@@ -47,21 +43,6 @@ def _kills(folder: Path, chosen: argparse.Namespace) -> None:
     print(f"  {', '.join(f'{n} {way}' for way, n in done.items())}")
 
 
-def _corruptions(folder: Path, chosen: argparse.Namespace) -> None:
-    _told(corruption.torture(folder, chosen.corruptions, chosen.seed), "corruptions")
-
-
-def _fuzz(folder: Path, chosen: argparse.Namespace) -> None:
-    _told(fuzz.torture(folder, chosen.minutes, chosen.seed, chosen.keep), "executions")
-
-
-def _told(report: Report, what: str) -> None:
-    print(report.table())
-    print(f"  {report.total()} {what}, {len(report.findings)} findings")
-    if report.findings:
-        raise AssertionError("\n".join(report.findings))
-
-
 def _fault(part: Callable[[Path], None]) -> Callable[[Path, argparse.Namespace], None]:
     return lambda folder, _: part(folder)
 
@@ -74,8 +55,6 @@ PARTS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
     "read-only": _fault(faults.read_only),
     "clock": _fault(faults.clock),
     "manifest": _fault(faults.changed_manifest),
-    "corruptions": _corruptions,
-    "fuzz": _fuzz,
 }
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import nbformat
 
 from steph import Refused
 from steph.book.notebooks import completion, completion_path
-from steph.files import records
+from steph.files import atomic, records
 from steph.study.execute import run_all
 from steph.study.runs import Run, Workbench, results
 
@@ -143,7 +143,7 @@ def every_write_fails_once(
     folder: Path, study: Path, runs: Sequence[Run], expected: dict[str, str], say: Callable[[str], object] = print
 ) -> None:
     """Each write of runs, and of what they stand on, finds the disk full once; the same call goes on each time."""
-    to_disk, full = records._to_disk, 0
+    flush, full = atomic._flush, 0
     tried = set()
 
     def fails(path: Path) -> None:
@@ -151,9 +151,9 @@ def every_write_fails_once(
         if file not in tried:
             tried.add(file)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        to_disk(path)
+        flush(path)
 
-    with patch.dict(os.environ, {"STEPH_BUILD": str(folder)}), patch.object(records, "_to_disk", fails):
+    with patch.dict(os.environ, {"STEPH_BUILD": str(folder)}), patch.object(atomic, "_flush", fails):
         while full < 500:
             try:
                 run_all(Workbench(study), runs, workers=1)
