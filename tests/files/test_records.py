@@ -6,8 +6,7 @@ import textwrap
 import pytest
 
 from steph import Refused
-from steph.files import records
-from steph.files.records import code_fingerprint, fingerprint, read_record, write_json, write_record
+from steph.files.records import fingerprint, read_record, write_json, write_record
 
 
 def writer(text):
@@ -74,27 +73,6 @@ def test_json_is_plain(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"x": [1, "é"]}
     with pytest.raises(ValueError):
         write_json(tmp_path / "b.json", {"x": float("nan")})
-
-
-def test_code_fingerprint_follows_imports_and_ignores_words(tmp_path, monkeypatch):
-    package = tmp_path / "steph_code_test"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "low.py").write_text("def f():\n    return 1\n")
-    (package / "high.py").write_text("from steph_code_test.low import f\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(records, "NUMERIC", ("steph_code_test.",))
-
-    def now():
-        code_fingerprint.cache_clear()
-        records._code.cache_clear()
-        return code_fingerprint("steph_code_test.high")
-
-    first = now()
-    (package / "low.py").write_text('def f():\n    """Words."""\n    return 1  # more words\n')
-    assert now() == first
-    (package / "low.py").write_text("def f():\n    return 2\n")
-    assert now() != first
 
 
 def test_a_digit_that_changed_in_a_completion_is_noticed(tmp_path):
