@@ -18,8 +18,7 @@ from benchmarks.steps import Dimensions, make_steph
 from steph.data.bags import RaggedBatch
 from steph.data.manifest import Network
 from steph.merging.steph import STEPH
-from steph.mil import NETWORKS
-from steph.mil.base import network_needing_coords
+from steph.mil import NETWORKS, Model, network_needing_coords
 from steph.survival import concordance_index, nll_loss, risk_score
 from steph.training.device import PRECISIONS, parameter_dtype, products
 
@@ -53,7 +52,7 @@ BAGS, LARGEST = 32, 600
 class Problem:
     """A model in evaluation mode, its patients and what became of them; all in double precision on the CPU."""
 
-    model: nn.Module
+    model: Model
     batch: RaggedBatch
     bins: Tensor
     event: Tensor
@@ -79,7 +78,7 @@ def problem(
     return Problem(model, RaggedBatch(features, offsets, coords), torch.from_numpy(time), torch.from_numpy(event), time)
 
 
-def _model(name: str, dim_in: int, network: Network) -> nn.Module:
+def _model(name: str, dim_in: int, network: Network) -> Model:
     torch.manual_seed(0)
     if name != "steph":
         return NETWORKS[name](dim_in, network)
@@ -102,9 +101,9 @@ def numbers(given: Problem, device: str, precision: str) -> tuple[Tensor, Tensor
     model = copy.deepcopy(given.model).to(device, parameter_dtype(precision))
     batch = given.batch.to(device, PRECISIONS[precision])
     with products(precision):
-        logits = model(batch)
+        logits, auxiliary, _ = model.forward_pass(batch)
         loss = nll_loss(torch.sigmoid(logits), given.bins.to(device), given.event.to(device))
-        (loss + model.auxiliary_loss() if isinstance(model, STEPH) else loss).backward()
+        (loss if auxiliary is None else loss + auxiliary).backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     gradient = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
     return logits.detach().double().cpu(), gradient.double().cpu()

@@ -25,6 +25,7 @@ from steph.data.resident import held_bytes, release
 from steph.data.splits import EXTERNAL
 from steph.data.store import Store
 from steph.files.atomic import refuse_full_disk
+from steph.training.device import Compute
 from steph.training.engine import fit
 
 PATIENTS, MEAN_PATCHES = 828, 10_700
@@ -109,5 +110,6 @@ def epochs(
         })  # fmt: skip
         started, read_before = time.perf_counter(), read
 
-    fit(model, data, patients, recipe, Network(dim_emb=d.dim_emb, dim_attn=d.dim_attn), 0, device, precision, report)
+    compute, network_dimensions = Compute(device, precision), Network(dim_emb=d.dim_emb, dim_attn=d.dim_attn)
+    fit(model, data, patients, recipe, network_dimensions, 0, compute, report)
     return rows

@@ -82,6 +82,8 @@ class Surgery(Model):
 
     def deployed(self) -> Surgery:
         merged = self.merged.network.deployed()
+        if merged is self.merged.network:
+            return self
         assert isinstance(merged, BagEncoder)
         model = Surgery(merged, self.target.network, self.adapter.down.out_features, self.head_of)
         model.adapter = self.adapter

@@ -1,8 +1,9 @@
 """Every way of merging goes through the same suite.
 
 Three registries are walked: merges of a pair (`steph.merging.PAIR_MERGES`), the methods that merge (those of
-`steph.methods.registry.METHODS` that ask for the target's and the sources' models), and the variants of STEPH and AdaMerging
+`steph.methods.METHODS` that ask for the target's and the sources' models), and the variants of STEPH and AdaMerging
 below. What is new in the first two is found here and fails until it says what it does with itself, or what it trains.
+What holds for every class of model stands in `tests/mil/test_contract.py`.
 """
 
 from dataclasses import replace
@@ -12,45 +13,22 @@ import torch
 
 from steph import Refused
 from steph.data.bags import RaggedBatch
-from steph.data.manifest import Network, Recipe
-from steph.merging import PAIR_MERGES, Surgery, apply_task_vector, merge_pairs, model_average, task_vector
+from steph.data.manifest import Network, Recipe, load_study
+from steph.merging import PAIR_MERGES, Surgery, apply_task_vector, merge_pairs, model_average
 from steph.merging.steph import STEPH, mixture_coefficients
 from steph.merging.ties import trim
-from steph.methods.registry import METHODS, Ingredients
+from steph.methods import METHODS, Inputs
+from steph.methods.base import Settings
 from steph.mil import ABMIL, NETWORKS
-from steph.mil.state import ModelState, load_into, state_fingerprint, state_of
+from steph.mil.state import load_into, state_of
+from steph.training.device import Compute
 from steph.training.engine import Trainer
 from tests.conftest import assert_states_close
-from tests.merging.test_adamerging import adamerging
+from tests.helpers.made_pool import Pool, adamerging, encoder, moved
+from tests.training.test_engine import Patients
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 DIMENSIONS = Network(dim_emb=16, dim_attn=8, n_bins=8)
-
-
-def encoder(state):
-    return {name: value for name, value in state.items() if not name.startswith("head.")}
-
-
-class Pool:
-    """M_0, the target's model and three sources' of a small network, in double precision."""
-
-    def __init__(self, make):
-        torch.manual_seed(0)
-        self.make = make
-        self.null = state_of(make())
-        self.null.origin = state_fingerprint(self.null)
-        self.target, *models = (self.near_null() for _ in range(4))
-        self.sources = dict(zip(["a", "b", "c"], models, strict=True))
-
-    def near_null(self):
-        moved = {name: value + 0.3 * torch.randn_like(value) for name, value in self.null.items()}
-        return ModelState(moved, self.null.origin)
-
-    def vector(self, state):
-        return encoder(task_vector(state, self.null))
-
-    def all(self, state):
-        return dict.fromkeys(self.sources, state)
 
 
 @pytest.fixture
@@ -79,13 +57,12 @@ def trimmed(tau):
 
 def isotropic(tau):
     """tau, its matrices' singular values made equal: the fixed direction of Iso-C."""
-    found = {}
+    directions = dict(tau)
     for name, value in tau.items():
         if value.ndim == 2:
             u, s, vh = torch.linalg.svd(value, full_matrices=False)
-            value = s.mean() * (u @ vh)
-        found[name] = value
-    return found
+            directions[name] = s.mean() * (u @ vh)
+    return directions
 
 
 def sum_of_matrices(tau):
@@ -154,7 +131,7 @@ def test_a_merge_knows_no_layers(network, merge, float64):
 
 
 def test_merged_pairs_of_models_that_are_the_null_model(pool, merge):
-    for state in merge_pairs(pool.null, pool.null, pool.all(pool.null), merge).values():
+    for state in merge_pairs(pool.null, pool.null, dict.fromkeys(pool.sources, pool.null), merge).values():
         assert_states_close(dict(state), dict(pool.null))
 
 
@@ -176,8 +153,8 @@ def test_pairs_of_different_networks_are_refused(pool, merge):
 
 
 def dense(**options):
-    reading = {"dim_hidden": 7, "dropout": 0.0, "top_k": 3}
-    return lambda p: STEPH(p.null, p.target, p.sources, network=p.make(), **{**reading, **options})
+    options = {"dim_hidden": 7, "dropout": 0.0, "top_k": 3, **options}
+    return lambda p: STEPH(p.null, p.target, p.sources, network=p.make(), **options)
 
 
 def pairs(name, **options):
@@ -216,19 +193,12 @@ def variant(request):
     return VARIANTS[request.param]
 
 
-def looped(base, vectors, coefficients):
-    found = dict(base)
-    for c, tau in zip(coefficients, vectors, strict=True):
-        found = {name: value + c * tau[name] if name in tau else value for name, value in found.items()}
-    return found
-
-
 def test_the_merged_state_is_the_looped_sum(pool, bags, variant):
     model = variant(pool).eval()
     vectors = model.encoder.states()[1:]
     for bag in bags:
         coefficients = mixture_coefficients(*model.batch_coefficients([bag]))[0]
-        expected = looped(encoder(pool.null), vectors, coefficients)
+        expected = moved(encoder(pool.null), vectors, coefficients)
         merged = model.merged_state(bag)
         assert_states_close(encoder(merged), expected)
         # And it is what the bag is seen through.
@@ -238,8 +208,7 @@ def test_the_merged_state_is_the_looped_sum(pool, bags, variant):
 
 
 def test_zero_task_vectors_give_the_null_model_back(pool, bags, variant):
-    still = Pool(pool.make)
-    still.null, still.target, still.sources = pool.null, pool.null, pool.all(pool.null)
+    still = pool.changed(target=pool.null, sources=dict.fromkeys(pool.sources, pool.null))
     merged = variant(still).merged_state(bags[0])
     assert_states_close(encoder(merged), encoder(pool.null))
 
@@ -248,11 +217,9 @@ def test_zero_task_vectors_give_the_null_model_back(pool, bags, variant):
 def test_identical_models_are_a_fixed_point(pool, bags, name):
     """Where all models are M, merging moves along its one task vector; with coefficients that sum to 1, not at all."""
     torch.manual_seed(1)
-    still = Pool(pool.make)
-    still.null, still.target, still.sources = pool.null, pool.target, pool.all(pool.target)
-    model = PLAIN[name](still)
+    model = PLAIN[name](pool.changed(sources=dict.fromkeys(pool.sources, pool.target)))
     share = mixture_coefficients(*model.batch_coefficients([bags[0]]))[0].sum()
-    expected = looped(encoder(pool.null), [pool.vector(pool.target)], [share])
+    expected = moved(encoder(pool.null), [pool.vector(pool.target)], [share])
     assert_states_close(encoder(model.merged_state(bags[0])), expected)
     if model.weight == "parameter" and model.top_k is None:
         assert share.item() == pytest.approx(1)
@@ -260,10 +227,9 @@ def test_identical_models_are_a_fixed_point(pool, bags, name):
 
 
 def test_identical_models_average_to_themselves(pool):
-    assert_states_close(model_average(pool.null, pool.target, pool.all(pool.target), merge_head=True), pool.target)
-    assert_states_close(
-        encoder(model_average(pool.null, pool.null, pool.all(pool.null))), encoder(pool.null)
-    )  # zero task vectors
+    for state in (pool.target, pool.null):
+        twins = dict.fromkeys(pool.sources, state)
+        assert_states_close(model_average(pool.null, state, twins, merge_head=True), state)
 
 
 def test_order_of_sources_does_not_matter_to_the_average(pool):
@@ -275,18 +241,15 @@ def test_order_of_sources_does_not_matter_to_the_average(pool):
 
 def test_order_of_sources_does_not_matter(pool, bags, variant):
     model = variant(pool).eval()
-    turned = Pool(pool.make)
-    turned.null, turned.target = pool.null, pool.target
-    turned.sources = dict(reversed(pool.sources.items()))
-    other = variant(turned).eval()
+    other = variant(pool.changed(sources=dict(reversed(pool.sources.items())))).eval()
     order = [model.source_names.index(name) for name in other.source_names]
     assert order != sorted(order)
-    own = state_of(model, trainable_only=True)
+    trained = state_of(model, trainable_only=True)
     per_source = ("_head.3.", "weight_vector", "ratio_vector")
     if model.weight_vector is not None:  # unequal weights, or any order would do
-        own["weight_vector"] = torch.linspace(0.1, 0.7, len(order))
-    load_into(model, own)
-    load_into(other, {k: v[order] if any(part in k for part in per_source) else v for k, v in own.items()})
+        trained["weight_vector"] = torch.linspace(0.1, 0.7, len(order))
+    load_into(model, trained)
+    load_into(other, {k: v[order] if any(part in k for part in per_source) else v for k, v in trained.items()})
     torch.testing.assert_close(other(bags), model(bags), **EXACT)
     plain = dict(zip(model.source_names, model.coefficients(bags[0])[0].tolist(), strict=True))
     assert dict(zip(other.source_names, other.coefficients(bags[0])[0].tolist(), strict=True)) == pytest.approx(plain)
@@ -308,7 +271,7 @@ def test_lambda_of_one_is_a_scaled_target_vector(pool, bags, top_k, weight):
     torch.manual_seed(2)
     model = dense(top_k=top_k, mix=1.0, weight=weight)(pool)
     w, _, selected = model.coefficients(bags[0])
-    expected = looped(encoder(pool.null), [pool.vector(pool.target)], [w[selected].sum()])
+    expected = moved(encoder(pool.null), [pool.vector(pool.target)], [w[selected].sum()])
     assert_states_close(encoder(model.merged_state(bags[0])), expected)
 
 
@@ -327,7 +290,7 @@ TRAINS = {
     "steph_param_lambda": HYPER | {"ratio_vector"},
     "steph_gamma_search": MIXING,
     "steph_param_w": {"weight_vector", "hyper.embed", "hyper.mix_head", "head"},
-    "steph_merged_head": MIXING - {"head"},
+    **dict.fromkeys(["steph_merged_head", "steph_as_written"], MIXING - {"head"}),
     "steph_random_sources": MIXING,
     "steph_patch_gcn": MIXING,
     "steph_subsampled": MIXING,
@@ -360,7 +323,7 @@ def trained_parts(name, model):
 def update(model, bags):
     """One update at a rate that moves whatever has a gradient."""
     trainer = Trainer(model.train(), Recipe(lr=0.1, warmup_epochs=0), 10)
-    frozen = model.frozen(bags) if hasattr(model, "frozen") else None
+    frozen = model.frozen_features(bags) if model.has_frozen_features else None
     trainer.step(bags, torch.tensor([0, 1, 2, 7]), torch.tensor([1, 0, 1, 1]), frozen)
 
 
@@ -399,28 +362,29 @@ def merging_methods():
 
 
 @pytest.mark.parametrize("name", merging_methods())
-def test_nothing_but_what_a_method_names_is_trained(name, tiny, float64):
-    study, entry = tiny.study, METHODS[name]
-    dim = study.features.dim
-    pool = Pool(lambda: NETWORKS[entry.network](dim, study.network))
-    dataset = tiny.dataset("SARC")
-    sources = [f"s{i}" for i in range(12)]
-    x = Ingredients(
-        study=study,
-        data=dataset,
-        patients=dataset.splits.train(0),
+def test_nothing_but_what_a_method_names_is_trained(name, float64):
+    entry, data = METHODS[name], Patients()
+    pool = Pool(lambda: NETWORKS[entry.network](data.dim, DIMENSIONS))
+    inputs = Inputs(
+        data=data,
+        patients=data.ids[:20],
         network_name=entry.network,
+        dim=data.dim,
+        dimensions=DIMENSIONS,
+        recipe=Recipe(),
+        settings=Settings(entry.settings_of(load_study("tiny"), len(data.ids))),
         null_state=pool.null,
         target_state=pool.target,
-        source_states={source: pool.near_null() for source in sources},
-        known={"gamma": 0.01} if name == "steph_gamma_search" else {},  # found before
+        source_states={f"s{i}": pool.near_null() for i in range(12)},
+        facts={"gamma": 0.01} if name == "steph_gamma_search" else {},  # it was searched before
+        compute=Compute(precision="fp64"),
     )
     if entry.after:
-        first = METHODS[entry.after]
-        x = replace(x, stage_state=state_of(first.build(x, **first.options), trainable_only=True))
-    bags = [torch.randn(n, dim) for n in (3, 9, 1, 5)]
+        stage = METHODS[entry.after].build(inputs, **METHODS[entry.after].options)
+        inputs = replace(inputs, stage_state=state_of(stage, trainable_only=True))
+    bags = [torch.randn(n, data.dim) for n in (3, 9, 1, 5)]
     coords = [torch.arange(2 * len(bag)).view(-1, 2) for bag in bags]
-    check_update(name, entry.build(x, **entry.options), RaggedBatch.from_bags(bags, coords))
+    check_update(name, entry.build(inputs, **entry.options), RaggedBatch.from_bags(bags, coords))
 
 
 def test_what_is_said_to_be_trained_is_checked(pool):

@@ -8,9 +8,8 @@ from steph.merging import Surgery
 from steph.merging.surgery import Adapter
 from steph.mil import ABMIL
 from steph.mil.state import load_into, state_of
-from steph.survival import nll_loss
 from steph.training.engine import fit, predict
-from tests.merging.test_adamerging import adamerging
+from tests.helpers.made_pool import adamerging
 from tests.training.test_engine import NETWORK, Patients
 
 
@@ -33,9 +32,9 @@ def made(seed=0, **options):
     torch.manual_seed(seed)
     null, target, one, two = (state_of(ABMIL(5, 8, 4, 8)) for _ in range(4))
     merged = adamerging(null, target, {"target": target, "one": one, "two": two}, dropout=0.25)
-    own = ABMIL(5, 8, 4, 8)
-    load_into(own, target)
-    return Surgery(merged, own, **options)
+    target_model = ABMIL(5, 8, 4, 8)
+    load_into(target_model, target)
+    return Surgery(merged, target_model, **options)
 
 
 def test_it_starts_as_the_merged_model():
@@ -61,19 +60,15 @@ def test_only_the_adapter_is_trained_and_labels_train_nothing():
     assert history["auxiliary_loss"].iloc[-1] < 0.8 * history["auxiliary_loss"].iloc[0]
 
 
-def test_the_engine_follows_features_of_networks_without_dropout():
-    """What is handed back during training is what the frozen networks say of a bag in evaluation."""
-    model, data = made(rank=3), Patients()
-    model.train()
-    assert not model.merged.network.training and not model.target.network.training
+def test_the_loss_is_the_distance_from_the_features_of_the_target_without_dropout():
+    model, data = made(rank=3).train(), Patients()
     batch = data.batch(data.ids[:6])
-    frozen = model.frozen(batch)
-    expected = torch.stack([model.merged.network.eval().encode(batch), model.target.network.eval().encode(batch)], 1)
-    assert torch.equal(frozen, expected)
-    assert torch.equal(model(None, frozen), model(batch))
-    model(None, frozen)
-    wanted = (model.adapter(frozen[:, 0]) - frozen[:, 1]).abs().mean()
-    assert model.auxiliary_loss().item() == pytest.approx(wanted.item(), rel=1e-6)
+    frozen = model.frozen_features(batch)
+    merged, target = (part.network.eval().encode(batch) for part in (model.merged, model.target))
+    assert torch.equal(frozen, torch.stack([merged, target], 1))
+    expected = (model.adapter(merged) - target).abs().mean()
+    assert model.forward_pass(None, frozen).auxiliary_loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert model.forward_pass(batch).auxiliary_loss is None, "the target's own model was not asked"
 
 
 def test_which_head_reads_is_an_option():
@@ -85,11 +80,3 @@ def test_which_head_reads_is_an_option():
     assert torch.equal(original(batch), original.target.network.head(features))
     with pytest.raises(Refused, match="head = 'magic'"):
         made(head="magic")
-
-
-def test_there_is_no_loss_without_the_targets_features():
-    model, data = made(), Patients()
-    logits = model(data.batch(data.ids[:2]))
-    assert torch.isfinite(nll_loss(torch.sigmoid(logits), torch.tensor([0, 1]), torch.tensor([1, 0])))
-    with pytest.raises(Refused, match="`frozen` features"):
-        model.auxiliary_loss()

@@ -1,19 +1,78 @@
-"""Representation transfer as a run of a study."""
+"""Representation transfer: which source is chosen, and by whom."""
 
-from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
+import pytest
 import torch
 
+from steph import Refused
+from steph.data.manifest import Recipe
+from steph.methods.transfer import NEAREST, best_source, nearest_source, transfer_performance
+from steph.mil import ForwardPass, Model
 from steph.study import Run, run
 from steph.study.runs import SOURCE_FOLD
+from steph.survival import concordance_index
+from steph.training.device import Compute
+from steph.training.engine import predict
+from tests.training.test_engine import Patients
 
-SARC = Run("SARC", "finetuned_representation", 1, 42)
+
+class Knowing(Model):
+    """Hazards that follow a share of the truth: the patches' mean is the patient's log-risk."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def forward_pass(self, bags, frozen=None):
+        mean = bags.mean(bags.features.mean(1, keepdim=True))
+        return ForwardPass(self.share * mean.expand(-1, 8) - 2)
 
 
-def test_the_source_is_the_best_on_training_patients(tiny):
+def performance(data, **shares):
+    """The transfer performance of models that know such shares of the truth, on the first 20 patients."""
+    x = SimpleNamespace(network=Knowing, data=data, patients=data.ids[:20], compute=Compute(), recipe=Recipe())
+    return transfer_performance(x, shares)
+
+
+def test_the_best_source_is_the_one_that_ranks_the_patients_best():
+    data = Patients()
+    scores = performance(data, a=-1.0, b=1.0, c=0.0, d=1.0)
+    assert list(scores.index) == list("abcd") and scores["c"] == 0.5 and scores["b"] > 0.9
+    assert scores["a"] == pytest.approx(1 - scores["b"])
+    assert best_source(scores) == "b", "the first of equals"
+    table = predict(Knowing(1.0), data, data.ids[:20])
+    assert scores["b"] == concordance_index(table["time_days"], table["event"], table["risk"])
+    with pytest.raises(Refused, match="pool is empty"):
+        best_source(pd.Series(dtype=float))
+
+
+def test_a_run_takes_the_source_that_is_best_on_its_training_patients(tiny):
     facts = run(tiny, "SARC", "finetuned_representation", 1).info["facts"]
-    found = facts["transfer_performance"]
-    assert list(found) == ["CESC", "LIHC"] and facts["source"] == max(found, key=found.get)
-    model = tiny.model(SARC)
-    chosen = tiny.state(replace(SARC, dataset=facts["source"], method="vanilla", fold=SOURCE_FOLD))
+    scores = facts["transfer_performance"]
+    assert list(scores) == ["CESC", "LIHC"] and facts["source"] == max(scores, key=scores.get)
+    model = tiny.model(Run("SARC", "finetuned_representation", 1, 42))
+    chosen = tiny.state(Run(facts["source"], "vanilla", SOURCE_FOLD, 42))
     assert torch.equal(model.encoder.network.embed.weight, chosen["embed.weight"])
+
+
+def test_other_patients_labels_do_not_choose_the_source():
+    """Test patients' labels turned upside down: the choice on training patients stays."""
+    data = Patients()
+    before = performance(data, a=-1.0, b=1.0)
+    days = data.table["time_days"].to_numpy().copy()
+    days[20:] = days[20:][np.argsort(np.argsort(-days[20:]))]
+    data.table["time_days"] = days
+    pd.testing.assert_series_equal(performance(data, a=-1.0, b=1.0), before)
+
+
+def test_nearest_sources_are_the_releases():
+    everyone = sorted(NEAREST)
+    assert len(everyone) == 13 and all(name != source and source in NEAREST for name, source in NEAREST.items())
+    assert nearest_source("BRCA", everyone) == "GBMLGG"
+    with pytest.raises(Refused, match="no LAML"):
+        nearest_source("LAML", everyone)
+    with pytest.raises(Refused, match=r"names GBMLGG .* the pool lacks it: CESC, LIHC"):
+        nearest_source("BRCA", ["CESC", "LIHC"])

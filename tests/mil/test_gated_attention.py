@@ -1,4 +1,4 @@
-"""Attention pooling by hand is autograd's, in any precision, in chunks, with and without what it remembers."""
+"""Attention pooling by hand is autograd's, in any precision, in chunks, whatever is saved for the way back."""
 
 import pytest
 import torch
@@ -7,18 +7,18 @@ from torch.nn import functional as F
 from steph.data import RaggedBatch
 from steph.mil import ABMIL
 from steph.mil import gated_attention as module
-from steph.mil.gated_attention import NAMES, attend, attend_with_gradient, kept_mask, kept_of
+from steph.mil.gated_attention import NAMES, attend, attend_with_gradient, dropout_mask, to_save
 
 SIZES = (5, 1, 300, 17, 40)
 
 
-def plain(parameters, batch, kept=None):
-    """The same, as a textbook writes it; kept: the dropout mask with its scale."""
+def plain(parameters, batch, mask=None):
+    """The same, as a textbook writes it; mask: that of the dropout, with its scale."""
     p = parameters
     embedded = F.relu(F.linear(batch.features, p["embed.weight"], p["embed.bias"]))
     tanh = torch.tanh(F.linear(embedded, p["gate_tanh.weight"], p["gate_tanh.bias"]))
     gated = tanh * torch.sigmoid(F.linear(embedded, p["gate_sigmoid.weight"], p["gate_sigmoid.bias"]))
-    gated = gated if kept is None else gated * kept
+    gated = gated if mask is None else gated * mask
     scores = F.linear(gated, p["score.weight"], p["score.bias"]).squeeze(1)
     return batch.softmax(scores) @ embedded
 
@@ -37,19 +37,19 @@ def gradients(features, weighting, parameters):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize(
-    ("chunk", "kept"),
+    ("chunk", "policy"),
     [(2048, (10**6, 10**6)), (50, (10**6, 10**6)), (64, (10, 10**6)), (64, (10, 20))],
     ids=["whole", "chunks", "gates twice", "all twice"],
 )
-def test_features_and_gradients_are_autograds(problem, monkeypatch, chunk, kept, dropout):
+def test_features_and_gradients_are_autograds(problem, monkeypatch, chunk, policy, dropout):
     parameters, batch, weighting = problem
     monkeypatch.setattr(module, "CHUNKS", {"cpu": chunk})
-    monkeypatch.setattr(module, "KEPT", {"cpu": kept})
+    monkeypatch.setattr(module, "SAVE_UP_TO", {"cpu": policy})
     torch.manual_seed(3)
     found = attend_with_gradient(parameters, batch, dropout)
     torch.manual_seed(3)
     keep = (1 - dropout) ** 2
-    mask = kept_mask((sum(SIZES), 12), keep, batch.features.device) / keep if dropout else None
+    mask = dropout_mask((sum(SIZES), 12), keep, batch.features.device) / keep if dropout else None
     expected = plain(parameters, batch, mask)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
     for mine, theirs in zip(
@@ -72,7 +72,7 @@ def test_half_precision_is_near(problem):
         assert (mine.double() - theirs).norm() <= 0.05 * theirs.norm() + 1e-3
 
 
-def test_nothing_is_remembered_where_there_is_no_way_back(problem):
+def test_nothing_is_saved_where_there_is_no_way_back(problem):
     parameters, batch, _ = problem
     saved = attend(parameters, batch, 0.0)[1]
     assert saved.embedded is None and saved.gates is None
@@ -80,17 +80,17 @@ def test_nothing_is_remembered_where_there_is_no_way_back(problem):
         assert not attend_with_gradient(parameters, batch, 0.0).requires_grad
 
 
-def test_the_larger_a_batch_the_less_is_kept():
+def test_the_larger_a_batch_the_less_is_saved():
     cpu = torch.device("cpu")
-    assert [kept_of(n, cpu) for n in (1, 65_536, 65_537, 262_144, 262_145)] == [
+    assert [to_save(n, cpu) for n in (1, 65_536, 65_537, 262_144, 262_145)] == [
         "everything", "everything", "embedding", "embedding", "scores"
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("keep", [0.5625, 0.1, 0.9])
-def test_masks_keep_what_they_should(keep):
+def test_masks_leave_as_many_as_they_should(keep):
     torch.manual_seed(0)
-    found = kept_mask((1000, 1000), keep, torch.device("cpu"))
+    found = dropout_mask((1000, 1000), keep, torch.device("cpu"))
     assert found.shape == (1000, 1000) and found.float().mean().item() == pytest.approx(keep, abs=2e-3)
     # No pattern from drawing four at a time.
     lanes = found.view(-1, 4).float()

@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from steph import Refused
 from steph.data import RaggedBatch
@@ -13,13 +12,9 @@ from steph.data.cohort import write_cohort
 from steph.data.dataset import feature_folders, open_dataset, pack_dataset
 from steph.data.features import find_slides, read
 from steph.data.manifest import Network, Study
-from steph.merging import merged_encoder
-from steph.merging.merged_encoder import MergedEncoder
-from steph.merging.steph import STEPH
 from steph.mil import NETWORKS, patch_gcn
-from steph.mil.base import network_needing_coords
 from steph.mil.patch_gcn import PatchGCN, graph_of, neighbours
-from steph.mil.state import state_of
+from steph.training.device import Compute
 from steph.training.engine import fit, predict, seed_everything
 from tests.data.test_features import DIM, cohort_of, write_h5
 from tests.helpers.fabricate import fabricate
@@ -37,51 +32,7 @@ def network(float64):
     return PatchGCN(6, 12, 8, 4).eval()
 
 
-def test_parameters_and_work_are_the_papers():
-    with torch.device("meta"):
-        network = NETWORKS["patch_gcn"](1536, PAPER).eval()
-        features = torch.empty(10_000, 1536)
-    assert sum(p.numel() for p in network.parameters()) == 1_687_330
-    batch = RaggedBatch.from_bags([features], [grid(10_000, 100)])
-    with FlopCounterMode(display=False) as counter:
-        network(batch)
-    assert counter.get_total_flops() / 1e9 == pytest.approx(33.4, rel=0.01)
-
-
 # ------------------------------------------------------------------------------------------------ graph
-
-
-def test_small_bags_under_weights_of_their_own_go_together_with_the_numbers_and_gradients_of_each_alone(network):
-    draw = torch.Generator().manual_seed(1)
-    states = [
-        {k: torch.randn(v.shape, generator=draw) * 0.3 for k, v in network.state_dict().items()} for _ in range(3)
-    ]
-    states[0] |= {k: v.clone() for k, v in network.state_dict().items()}
-    encoder = MergedEncoder(network, states[0], states[1:])
-    sizes = [
-        12,
-        1,
-        5,
-        30,
-    ]  # the first of two slides, on one of which a patch is alone; fewer neighbours than 8 in others
-    features = torch.randn(sum(sizes), 6, generator=draw)
-    coords = torch.cat([grid(11), grid(1), grid(1), grid(5, 3), grid(30, 7)])
-    batch = RaggedBatch(features, (0, 12, 13, 18, 48), coords, (0, 11, 12, 13, 18, 48))
-    c = torch.rand(4, 2, generator=draw).requires_grad_()
-    out_of = torch.randn(4, 12, generator=draw)
-    together = encoder(c, batch)
-    [d_together] = torch.autograd.grad((together * out_of).sum(), c)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merged_encoder, "SMALL", 0)
-        alone = encoder(c, batch)
-    [d_alone] = torch.autograd.grad((alone * out_of).sum(), c)
-    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(d_together, d_alone, rtol=1e-9, atol=1e-11)
-    assert d_alone.abs().min() > 1e-3
-    network.train()
-    torch.manual_seed(3)
-    dropped = encoder(c, batch)
-    assert not torch.allclose(dropped, together) and torch.isfinite(dropped).all()
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 9, 10, 200])
@@ -180,15 +131,8 @@ def test_every_parameter_learns(network):
 def test_bags_without_coordinates_are_refused(network):
     with pytest.raises(Refused, match=r"Patch-GCN needs the coordinates.*coords=True"):
         network([torch.randn(5, 6)])
-    with pytest.raises(Refused, match="takes one bag; this batch has 2"):
+    with pytest.raises(Refused, match="one bag was expected; this batch has 2"):
         network.attention(RaggedBatch.from_bags([torch.randn(5, 6)] * 2, [grid(5)] * 2))
-
-
-def test_works_at_the_demos_size():
-    network = NETWORKS["patch_gcn"](32, Network(dim_emb=32)).eval()
-    sizes = range(1, 41)
-    batch = RaggedBatch.from_bags([torch.randn(n, 32) for n in sizes], [grid(n) for n in sizes])
-    assert network(batch).isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -220,7 +164,7 @@ def trained(study, network):
     seed_everything(0)
     model = NETWORKS[network](DIM, study.network)
     fit(model, dataset, everyone, study.recipe, study.network, seed=0)
-    return model, predict(model, dataset, everyone, max_patches=study.recipe.max_patches)
+    return model, predict(model, dataset, everyone, Compute(max_patches=study.recipe.max_patches))
 
 
 def test_trains_on_a_data_set_with_coordinates_and_sampled_bags(study):
@@ -245,10 +189,3 @@ def test_a_data_set_without_coordinates_is_refused_before_training(study):
     with pytest.raises(Refused, match=r"PatchGCN needs patches' coordinates, and 24 of 24 slides of LUNG have none"):
         trained(study, "patch_gcn")
     assert len(trained(study, "ilra")[1]) == 12
-
-
-def test_a_model_that_holds_such_a_network_asks_for_coordinates_too(network):
-    null = state_of(network)
-    model = STEPH(null, null, {"a": null, "b": null}, top_k=1, dim_hidden=3, network=network)
-    assert network_needing_coords(model) == network_needing_coords(network) == "PatchGCN"
-    assert network_needing_coords(NETWORKS["abmil"](6, PAPER)) is None

@@ -10,15 +10,26 @@ from torch import nn
 from steph import Refused
 from steph.data import RaggedBatch
 from steph.data.manifest import Network, Recipe
+from steph.merging.steph import RELEASED_NAMES as STEPH_NAMES
 from steph.merging.steph import STEPH
 from steph.merging.steph import convert_released as convert_steph
-from steph.mil import ABMIL, convert_released
+from steph.mil import ABMIL, ROUPKT, FineTuned, Model, convert_released
 from steph.mil.abmil import RELEASED_NAMES
 from steph.mil.state import load_into, state_of
-from steph.training import memory
-from steph.training.device import single_thread
-from steph.training.engine import AdamW, Trainer, fit, learning_rate_factor, parameter_groups, predict, seed_everything
+from steph.training import engine, memory
+from steph.training.device import Compute, single_thread
+from steph.training.engine import (
+    AdamW,
+    Trainer,
+    fit,
+    learning_rate_factor,
+    parameter_groups,
+    predict,
+    prefetched,
+    seed_everything,
+)
 from tests.conftest import assert_states_close
+from tests.helpers.made_pool import adamerging
 
 
 @pytest.mark.parametrize(
@@ -54,8 +65,6 @@ def released_names(numbers, which, table):
 
 
 def test_weight_decay_groups_are_the_releases(reference):
-    from steph.merging.steph import RELEASED_NAMES as STEPH_NAMES
-
     numbers = reference("i_lr_groups")
     null = state_of(ABMIL(4, 3, 2, 2))
     pool = {"a": null, "b": null}
@@ -64,37 +73,47 @@ def test_weight_decay_groups_are_the_releases(reference):
         "steph_nn": STEPH(null, null, pool, top_k=1, dim_hidden=3),
         "steph_param": STEPH(null, null, pool, top_k=1, dim_hidden=3, mix="parameter"),
         "steph_fix": STEPH(null, null, pool, top_k=1, dim_hidden=3, mix=0.5),
+        "adamerging": adamerging(null, null, pool),
+        "dynamic_w": adamerging(null, null, pool, weight="hypernetwork", dim_hidden=3),
     }
+    merging = {**STEPH_NAMES, "vecmix_layer": "ratio_vector", "merge_weight": "weight_vector"}
     for name, model in models.items():
-        table = {**STEPH_NAMES, "vecmix_layer": "ratio_vector"} if name != "abmil" else {}
+        table = {} if name == "abmil" else merging
         plain, decayed = groups_of(model)
         assert plain == released_names(numbers, f"group_nodecay__{name}", table), name
         assert decayed == released_names(numbers, f"group_decay__{name}", table), name
         assert [g["weight_decay"] for g in parameter_groups(model, 1e-5)] == numbers[f"group_wd__{name}"].tolist()
 
 
-@pytest.mark.parametrize("name", ["abmil", "steph"])
+@pytest.mark.parametrize("name", ["abmil", "steph", "adamerging"])
 def test_five_updates_land_on_the_releases_weights(reference, float64, name):
     numbers = reference("k_train_steps")
     states = {k: convert_released(numbers.state(k)) for k in ("theta0", "theta_t", *(f"theta_s{i}" for i in range(5)))}
+    pool = {f"s{i}": states[f"theta_s{i}"] for i in range(5)}
     if name == "abmil":
         model, convert = ABMIL(24, 16, 12, 8, dropout=0.0), convert_released
-    else:
-        pool = {f"s{i}": states[f"theta_s{i}"] for i in range(5)}
+    elif name == "steph":
         model = STEPH(
             states["theta0"], states["theta_t"], pool, top_k=int(numbers["K"]), dim_hidden=16, dropout=0.0,
             beta=float(numbers["beta"]), gamma=float(numbers["gamma"]),
         )  # fmt: skip
         convert = convert_steph
+    else:
+        model = adamerging(states["theta0"], states["theta_t"], {"target": states["theta_t"], **pool})
+
+        def convert(state):
+            layers = {k: v for k, v in state.items() if k != "merge_weight"}
+            return {"weight_vector": state["merge_weight"], **convert_steph(layers)}
+
     load_into(model, convert(numbers.state(f"{name}_init")))
     trainer = Trainer(model.train(), Recipe(), int(numbers["steps_per_epoch"]))
     for step in range(5):
         bags = [numbers.tensor(f"bag_{i}") for i in range(4 * step, 4 * step + 4)]
         bins, event = numbers.tensor("labels")[4 * step : 4 * step + 4].T
-        used, seen = trainer.step(RaggedBatch.from_bags(bags), bins, event)
+        used, numbers_of_step = trainer.step(RaggedBatch.from_bags(bags), bins, event)
         nll, _, _, total, rate = numbers[f"{name}_record_nll_merge_mix_total_lr"][step]
-        assert seen[0].item() == pytest.approx(nll, rel=1e-10)
-        assert (seen[0] + seen[1]).item() == pytest.approx(total, rel=1e-10)
+        assert numbers_of_step[0].item() == pytest.approx(nll, rel=1e-10)
+        assert numbers_of_step[:2].sum().item() == pytest.approx(total, rel=1e-10)
         assert used == pytest.approx(rate, rel=1e-10, abs=1e-20)
         if step + 1 in (1, 2, 5):
             trained = state_of(model, trainable_only=True)
@@ -119,7 +138,7 @@ def test_the_optimizer_is_pytorchs_bit_for_bit_and_leaves_alone_what_has_no_grad
         optimizer.step(rate)
         reference.step()
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), update
-    optimizer.forget_gradients()
+    optimizer.zero_grad()
     assert all(p.grad is None for p in ours) and not torch.equal(ours[0], ours[1])
 
 
@@ -201,22 +220,14 @@ def test_predictions_are_aligned_by_patient_whatever_the_order():
 
 
 def test_only_the_last_epochs_model_is_kept_and_frozen_parts_stay():
-    class Frozen(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = ABMIL(5, 8, 4, 8).requires_grad_(False)
-            self.inner.head.requires_grad_(True)
-
-        def forward(self, bags):
-            return self.inner(bags)
-
     data = Patients()
-    model = Frozen()
+    model = ABMIL(5, 8, 4, 8).requires_grad_(False)
+    model.head.requires_grad_(True)
     before = state_of(model)
     fit(model, data, data.ids, Recipe(lr=0.02, epochs=2), NETWORK, 0)
     after = state_of(model)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"inner.head.weight", "inner.head.bias"}
+    assert changed == {"head.weight", "head.bias"}
 
 
 def test_what_cannot_be_trained_is_refused():
@@ -258,7 +269,7 @@ def test_half_precision_predicts_nearly_the_same(tiny, name):
     model = tiny.model(Run("SARC", name, 0, tiny.study.seed))
     data = tiny.dataset("SARC")
     patients = data.splits.test(0)
-    single, half = (predict(model, data, patients, precision=precision) for precision in ("fp32", "bf16"))
+    single, half = (predict(model, data, patients, Compute(precision=precision)) for precision in ("fp32", "bf16"))
     difference = (single.filter(like="survival_") - half.filter(like="survival_")).abs().to_numpy()
     assert 0 < difference.max() < 0.03
     assert next(model.parameters()).dtype == torch.float32  # products in half precision, parameters not
@@ -274,33 +285,28 @@ def test_training_in_half_precision_is_a_run_of_its_own(tiny, name):
     assert table["loss"].astype(float).diff().abs().iloc[1] < 0.1 * float(table["loss"].iloc[0])
 
 
-def test_what_is_loaded_ahead_comes_in_order():
-    from steph.training.engine import ahead
-
-    assert (
-        list(ahead(lambda x: 2 * x, range(5), "cpu"))
-        == list(ahead(lambda x: 2 * x, range(5), "cuda"))
-        == [0, 2, 4, 6, 8]
-    )
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_prefetched_comes_in_order(device):
+    assert list(prefetched(lambda x: 2 * x, range(5), Compute(device))) == [0, 2, 4, 6, 8]
 
 
 def test_a_step_without_memory_is_repeated_without_the_held_features(monkeypatch):
-    from steph.training import engine as training
+    calls, targets = [], ("bins", "event")
 
-    calls = []
-
-    def step(batch):
-        calls.append(batch)
+    def step(*arguments):
+        calls.append(arguments)
         if len(calls) == 1:
             raise torch.OutOfMemoryError("full")
         return "done"
 
-    monkeypatch.setattr(training, "release", lambda device, refuse: True)
-    assert training._with_memory(step, "batch", "cuda", "SARC") == "done" and calls == ["batch", "batch"]
+    monkeypatch.setattr(engine, "release", lambda device, refuse: True)
+    assert engine._with_memory(step, "batch", targets, "cuda", "SARC") == "done"
+    assert calls == [("batch", *targets)] * 2
     calls.clear()
-    monkeypatch.setattr(training, "release", lambda device, refuse: False)
+    monkeypatch.setattr(engine, "release", lambda device, refuse: False)
+    batch = RaggedBatch.from_bags([torch.ones(7, 2), torch.ones(3, 2)])
     with pytest.raises(Refused, match="cuda has too little memory for a step with a bag of 7 patches"):
-        training._with_memory(step, RaggedBatch.from_bags([torch.ones(7, 2), torch.ones(3, 2)]), "cuda", "SARC")
+        engine._with_memory(step, batch, targets, "cuda", "SARC")
 
 
 def test_what_does_not_fit_is_refused_before_it_is_tried(monkeypatch):
@@ -313,14 +319,14 @@ def test_what_does_not_fit_is_refused_before_it_is_tried(monkeypatch):
 
 
 def stepped(make, batch, part, monkeypatch):
-    """What is seen of an update, and the parameters after it, where so many patches go through together."""
-    monkeypatch.setitem(memory.PART, "cpu", part)
+    """The numbers of an update and the gradients of it, where at most so many patches go through together."""
+    monkeypatch.setitem(engine.PART, "cpu", part)
     torch.manual_seed(0)
     model = make().double().train()
     trainer = Trainer(model, Recipe(lr=0.1, warmup_epochs=0), 10)
-    frozen = model.frozen(batch) if hasattr(model, "frozen") else None
-    seen = trainer.step(batch, torch.tensor([0, 1, 2, 3, 1]), torch.tensor([1, 0, 1, 0, 1]).bool(), frozen)[1]
-    return seen, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    frozen = model.frozen_features(batch) if model.has_frozen_features else None
+    numbers = trainer.step(batch, torch.tensor([0, 1, 2, 3, 1]), torch.tensor([1, 0, 1, 0, 1]).bool(), frozen)[1]
+    return numbers, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def abmil_of_some(dropout=0.0):
@@ -337,9 +343,9 @@ def steph_of_some():
 @pytest.mark.parametrize("part", [1, 40])
 def test_an_update_in_parts_has_the_gradient_of_the_whole(make, part, monkeypatch):
     batch = RaggedBatch.from_bags([torch.randn(n, 6, dtype=torch.float64) for n in (4, 60, 5, 1, 30)])
-    seen, gradients = stepped(make, batch, 10**6, monkeypatch)
+    numbers, gradients = stepped(make, batch, 10**6, monkeypatch)
     in_parts, others = stepped(make, batch, part, monkeypatch)
-    torch.testing.assert_close(in_parts, seen, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(in_parts, numbers, rtol=1e-12, atol=1e-14)
     assert sum(g.abs().sum() for g in gradients.values()) > 0
     assert_states_close(others, gradients, rtol=1e-9)
 
@@ -365,3 +371,46 @@ def test_the_next_batch_is_announced_while_one_is_worked_on(monkeypatch):
     fit(ABMIL(5, 8, 4, 8), data, data.ids, Recipe(epochs=1), NETWORK, 0)
     first, second = (patients for what, patients in said if what == "batch")
     assert said == [("prefetch", second), ("batch", first), ("batch", second)]
+
+
+class Counting(Patients):
+    """Counts how often each patient's patches are asked for."""
+
+    def __init__(self):
+        super().__init__(32)
+        self.asked = dict.fromkeys(self.ids, 0)
+
+    def batch(self, patients, *args, **kwargs):
+        for patient in patients:
+            self.asked[patient] += 1
+        return super().batch(patients, *args, **kwargs)
+
+
+class Recomputing(Model):
+    """The same model without frozen features: everything is computed in every epoch."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.monitored = model, model.monitored
+
+    def forward_pass(self, bags, frozen=None):
+        return self.model.forward_pass(bags)
+
+
+def small_roupkt():
+    return ROUPKT(ABMIL(5, 8, 4, 8), {name: ABMIL(5, 8, 4, 8) for name in ("own", "a", "b")}, top_k=2)
+
+
+@pytest.mark.parametrize("make", [small_roupkt, lambda: FineTuned(ABMIL(5, 8, 4, 8), fresh_head=False)])
+def test_frozen_features_are_computed_once_and_give_the_same_training(make):
+    states, histories = [], []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        model, data = make(), Counting()
+        fitted = Recomputing(model) if wrapped else model
+        histories.append(fit(fitted, data, data.ids, Recipe(lr=0.01, epochs=3), NETWORK, 0).drop(columns="seconds"))
+        states.append(state_of(model, trainable_only=True))
+        assert set(data.asked.values()) == {3 if wrapped else 1 + 3 * model.reads_patches}
+    pd.testing.assert_frame_equal(*histories, rtol=1e-4)
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-3, atol=1e-5)
