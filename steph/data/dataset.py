@@ -23,6 +23,7 @@ from steph.data.cohort import COLUMNS, Cohort, read_cohort
 from steph.data.features import check_slides, find_slides
 from steph.data.manifest import Study, expand_user
 from steph.data.packing import pack
+from steph.data.patients import PatientData
 from steph.data.resident import resident
 from steph.data.splits import EXTERNAL, Splits, load_splits
 from steph.data.store import Store, describe
@@ -38,7 +39,7 @@ HUGE_PAGES_MIN_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, eq=False)
-class Dataset:
+class Dataset(PatientData):
     """One data set of a study. A patient is the sample; the bag holds the patches of all the patient's slides, in table
     order.
 
@@ -76,7 +77,6 @@ class Dataset:
 
     @property
     def dim(self) -> int:
-        """Width of the features."""
         return self.store.dim
 
     def slides(self, patient_id: str) -> list[str]:
@@ -92,11 +92,6 @@ class Dataset:
         coords: bool = False,
         max_patches: int | None = None,
     ) -> RaggedBatch:
-        """The patients' bags in the order given; features (N, D) in `dtype` on `device`, a copy of the store's.
-
-        coords: also the patches' coordinates, (N, 2) int32 on the CPU, and where slides start. max_patches: larger bags
-        are sampled down to this many (`steph.data.bags.sampled`). Raises `Refused` for an unknown patient.
-        """
         self._refuse_unknown(patient_ids)
         pieces = [self._rows(patient, max_patches) for patient in patient_ids]
         most = sys.maxsize if max_patches is None else max_patches
@@ -123,7 +118,6 @@ class Dataset:
         return RaggedBatch(features, offsets, places, (0, *accumulate(map(_length, flat))))
 
     def prefetch(self, patient_ids: Sequence[str]) -> None:
-        """Have the system read these patients' features from the disk meanwhile, for a `batch` that follows soon."""
         if self.n_patches(patient_ids).sum() * self.store.dim > PREFETCH_MIN_VALUES:
             self.store.prefetch(slide for patient in patient_ids for slide in self._slides[patient])
 
@@ -150,7 +144,6 @@ class Dataset:
         return [piece for piece in np.split(rows, ends) if len(piece)]
 
     def check_coords(self, patient_ids: Sequence[str], network: str) -> None:
-        """Raise `Refused` where slides of these patients have no coordinates, which `network` needs."""
         self._refuse_unknown(patient_ids)
         slides = [slide for patient in patient_ids for slide in self._slides[patient]]
         without = [s for s in slides if (np.asarray(self.store.coords_of([s])[:2]) == NO_COORDS).all()]
@@ -162,7 +155,6 @@ class Dataset:
             )
 
     def n_patches(self, patient_ids: Sequence[str]) -> np.ndarray:
-        """Patches in each patient's bag, (B,) int64."""
         self._refuse_unknown(patient_ids)
         counts = self._patch_counts
         return np.array([counts[patient] for patient in patient_ids], dtype=np.int64)
@@ -173,7 +165,6 @@ class Dataset:
         return {patient: sum(size[slide] for slide in slides) for patient, slides in self._slides.items()}
 
     def labels(self, patient_ids: Sequence[str]) -> pd.DataFrame:
-        """patient_id, time_days (float), event (bool), one row per patient in the order given."""
         self._refuse_unknown(patient_ids)
         return self._labels.loc[list(patient_ids)].reset_index(drop=True)
 

@@ -13,11 +13,12 @@ import torch
 from steph import Refused
 from steph.data.bags import RaggedBatch
 from steph.data.dataset import Dataset
+from steph.data.patients import PatientData
 from steph.files.tables import first
 
 
-class JointDataset:
-    """The union of data sets, with what training asks of one (`batch`, `labels`, `n_patches`, `dim`, `check_coords`).
+class JointDataset(PatientData):
+    """The union of data sets.
 
     A patient is named ``<data set>/<patient_id>``, since two data sets may use the same number for two people.
     Raises `Refused` where there is none.
@@ -31,7 +32,6 @@ class JointDataset:
 
     @property
     def dim(self) -> int:
-        """Width of the features."""
         return next(iter(self.parts.values())).dim
 
     def train(self, fold: int) -> list[str]:
@@ -56,15 +56,13 @@ class JointDataset:
         return [f"{name}/{patient}" for name, patient in training]
 
     def labels(self, patient_ids: Sequence[str]) -> pd.DataFrame:
-        """patient_id, time_days (float), event (bool), one row per patient in the order given."""
-        found = self._found(list(dict.fromkeys(patient_ids)))
         tables = []
-        for data in self.parts.values():
-            own = {name: patient for name, of, patient in found if of is data}
-            if own:
-                tables.append(data.labels(list(own.values())).assign(patient_id=list(own)))
-        table = pd.concat(tables).set_index("patient_id", drop=False)
-        return table.loc[list(patient_ids)].reset_index(drop=True)
+        members = self._members(list(dict.fromkeys(patient_ids)))
+        for part in self.parts.values():
+            local_ids = {name: patient for name, data, patient in members if data is part}
+            if local_ids:
+                tables.append(part.labels(list(local_ids.values())).assign(patient_id=list(local_ids)))
+        return pd.concat(tables).set_index("patient_id", drop=False).loc[list(patient_ids)].reset_index(drop=True)
 
     def batch(
         self,
@@ -74,25 +72,21 @@ class JointDataset:
         coords: bool = False,
         max_patches: int | None = None,
     ) -> RaggedBatch:
-        """The patients' bags in the order given (see `Dataset.batch`)."""
         options: dict[str, Any] = {"device": device, "dtype": dtype, "coords": coords, "max_patches": max_patches}
-        return _joined([data.batch([patient], **options) for _, data, patient in self._found(patient_ids)])
+        return _joined([data.batch([patient], **options) for _, data, patient in self._members(patient_ids)])
 
     def prefetch(self, patient_ids: Sequence[str]) -> None:
-        """See `Dataset.prefetch`."""
-        for _, data, patient in self._found(patient_ids):
+        for _, data, patient in self._members(patient_ids):
             data.prefetch([patient])
 
     def n_patches(self, patient_ids: Sequence[str]) -> np.ndarray:
-        """Patches in each patient's bag, (B,) int64."""
-        return np.concatenate([data.n_patches([patient]) for _, data, patient in self._found(patient_ids)])
+        return np.concatenate([data.n_patches([patient]) for _, data, patient in self._members(patient_ids)])
 
     def check_coords(self, patient_ids: Sequence[str], network: str) -> None:
-        """Raise `Refused` where slides of these patients have no coordinates, which `network` needs."""
-        for _, data, patient in self._found(patient_ids):
+        for _, data, patient in self._members(patient_ids):
             data.check_coords([patient], network)
 
-    def _found(self, patient_ids: Sequence[str]) -> list[tuple[str, Dataset, str]]:
+    def _members(self, patient_ids: Sequence[str]) -> list[tuple[str, Dataset, str]]:
         """The name here, the data set and the name there of each patient."""
         named = [(patient, *str(patient).partition("/")[::2]) for patient in patient_ids]
         unknown = [name for name, of, _ in named if of not in self.parts]

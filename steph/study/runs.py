@@ -17,6 +17,7 @@ from steph import Refused
 from steph.data.dataset import Dataset, dataset_fingerprint, open_dataset
 from steph.data.joint import JointDataset
 from steph.data.manifest import Study, load_study, unknown
+from steph.data.patients import PatientData
 from steph.files.records import Record, fingerprint, read_record, write_record
 from steph.methods import METHODS, Inputs, Method, known_method, method
 from steph.methods.base import Settings
@@ -112,7 +113,7 @@ class Workbench:
         """Is this the run that trains the joint model of its fold and seed?"""
         return run.entry.joint and run.dataset == next(iter(self.study.datasets))
 
-    def training_set(self, run: Run) -> tuple[Dataset | JointDataset, list[str]]:
+    def training_set(self, run: Run) -> tuple[PatientData, list[str]]:
         """The data that a run trains on, and the patients of it."""
         if self._trains_for_all(run):
             union = JointDataset([self.dataset(name) for name in self.study.datasets])

@@ -22,9 +22,8 @@ from torch.optim.adamw import adamw
 
 from steph import Refused
 from steph.data.bags import PART, RaggedBatch, as_batch, parts
-from steph.data.dataset import Dataset
-from steph.data.joint import JointDataset
 from steph.data.manifest import Network, Recipe
+from steph.data.patients import PatientData
 from steph.data.resident import release
 from steph.mil.base import Model, network_needing_coords
 from steph.survival import bin_index, nll_of_logits, risk_score, survival_curve
@@ -143,7 +142,7 @@ class Trainer:
 
 def fit(
     model: Model,
-    dataset: Dataset | JointDataset,
+    dataset: PatientData,
     patients: Sequence[str],
     recipe: Recipe,
     network: Network,
@@ -216,7 +215,7 @@ def fit(
 
 
 def loader(
-    model: nn.Module, dataset: Dataset | JointDataset, patients: Sequence[str], compute: Compute
+    model: nn.Module, dataset: PatientData, patients: Sequence[str], compute: Compute
 ) -> Callable[[Sequence[str]], RaggedBatch]:
     """What gives a model its batches of these patients. Raises `Refused` where it needs coordinates that are not
     there."""
@@ -276,7 +275,7 @@ def _groups(patients: Sequence[str], together: int) -> list[Sequence[str]]:
 
 @torch.no_grad()
 def predict_hazards(
-    model: Model, dataset: Dataset, patients: Sequence[str], compute: Compute | None = None, together: int = 1
+    model: Model, dataset: PatientData, patients: Sequence[str], compute: Compute | None = None, together: int = 1
 ) -> Tensor:
     """Hazards (N, T) of patients in the order given, in double precision on the CPU; arguments as of `predict`."""
     compute, patients = compute or Compute(), list(patients)
@@ -289,7 +288,7 @@ def predict_hazards(
 
 
 def predict(
-    model: Model, dataset: Dataset, patients: Sequence[str], compute: Compute | None = None, together: int = 1
+    model: Model, dataset: PatientData, patients: Sequence[str], compute: Compute | None = None, together: int = 1
 ) -> pd.DataFrame:
     """Predictions for patients, one row each in the order given: patient_id, time_days, event (0/1), risk (higher =
     worse) and survival_1..T, the probability of surviving each interval.
@@ -300,7 +299,7 @@ def predict(
     return prediction_table(dataset, patients, predict_hazards(model, dataset, patients, compute, together))
 
 
-def prediction_table(dataset: Dataset, patients: Sequence[str], hazards: Tensor) -> pd.DataFrame:
+def prediction_table(dataset: PatientData, patients: Sequence[str], hazards: Tensor) -> pd.DataFrame:
     """The table of `predict`, of hazards (N, T)."""
     survival = survival_curve(hazards)
     labels = dataset.labels(list(patients)).astype({"event": int})
