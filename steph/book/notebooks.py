@@ -24,7 +24,6 @@ from steph import PROJECT, Refused
 from steph.data.manifest import MANIFESTS, Study, load_study, unknown
 from steph.files.atomic import atomic_path
 from steph.files.records import file_sha256, fingerprint, read_json, read_sealed, versions, write_sealed
-from steph.plots.display import FOLDER_VARIABLE
 from steph.study.runs import Workbench
 from steph.training.device import check_device, precision_for
 
@@ -158,6 +157,7 @@ def start(namespace: Mapping[str, Any]) -> Parameters:
     from IPython.display import Markdown, display
 
     from steph.plots import set_style
+    from steph.plots.display import FOLDER_VARIABLE
 
     # Some packages ask for widgets when they are imported; progress is text here.
     warnings.filterwarnings("ignore", message="IProgress not found")
@@ -292,6 +292,8 @@ def _run_cells(notebook: Path, given: Mapping[str, Any], output: Path, target: P
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
+
+    from steph.plots.display import FOLDER_VARIABLE
 
     working, failed = output.with_suffix(".ipynb"), target.with_name(f"{target.stem}.failed.ipynb")
     os.environ[FOLDER_VARIABLE] = str(target.parent.resolve())

@@ -1,58 +1,43 @@
 """Figures and tables: one file per subject, all of them at hand as `plots.NAME`."""
 
-from steph.plots.attention import attention_agreement as attention_agreement
-from steph.plots.attention import attention_by_dataset as attention_by_dataset
-from steph.plots.attention import attention_maps as attention_maps
-from steph.plots.attention import attention_on_tumour as attention_on_tumour
-from steph.plots.cohort import follow_up as follow_up
-from steph.plots.cohort import kaplan_meier as kaplan_meier
-from steph.plots.cohort import patches as patches
-from steph.plots.cohort import similarity as similarity
-from steph.plots.comparison import c_index as c_index
-from steph.plots.comparison import gains as gains
-from steph.plots.comparison import intervals as intervals
-from steph.plots.comparison import sweeps as sweeps
-from steph.plots.controls import starts_of_all as starts_of_all
-from steph.plots.controls import transfer_controls as transfer_controls
-from steph.plots.display import file_name as file_name
-from steph.plots.display import show_blocks as show_blocks
-from steph.plots.display import show_figure as show_figure
-from steph.plots.display import show_link as show_link
-from steph.plots.display import show_styled as show_styled
-from steph.plots.display import show_table as show_table
-from steph.plots.display import show_text as show_text
-from steph.plots.display import styled as styled
-from steph.plots.display import write_table as write_table
-from steph.plots.dynamics import course as course
-from steph.plots.dynamics import courses as courses
-from steph.plots.dynamics import starts as starts
-from steph.plots.dynamics import trajectories as trajectories
-from steph.plots.efficiency import epochs as epochs
-from steph.plots.efficiency import epochs_by_sources as epochs_by_sources
-from steph.plots.efficiency import performance_and_cost as performance_and_cost
-from steph.plots.efficiency import predictions as predictions
-from steph.plots.efficiency import sampling as sampling
-from steph.plots.evidence import accuracy as accuracy
-from steph.plots.evidence import auc_by_year as auc_by_year
-from steph.plots.evidence import calibration as calibration
-from steph.plots.evidence import gains_by_dataset as gains_by_dataset
-from steph.plots.evidence import hazard_ratios as hazard_ratios
-from steph.plots.evidence import risk_groups as risk_groups
-from steph.plots.evidence import transferability as transferability
-from steph.plots.landscape import loss_planes as loss_planes
-from steph.plots.landscape import loss_planes_of_pairs as loss_planes_of_pairs
-from steph.plots.sar import against_rotated as against_rotated
-from steph.plots.sar import alignment as alignment
-from steph.plots.sar import dominant_directions as dominant_directions
-from steph.plots.style import DAYS_PER_YEAR as DAYS_PER_YEAR
-from steph.plots.style import WIDTH as WIDTH
-from steph.plots.style import colour_of as colour_of
-from steph.plots.style import colour_of_dataset as colour_of_dataset
-from steph.plots.style import label_ends as label_ends
-from steph.plots.style import line_of_dataset as line_of_dataset
-from steph.plots.style import marker_of as marker_of
-from steph.plots.style import set_style as set_style
-from steph.plots.style import stamp as stamp
-from steph.plots.vicinal import convexity as convexity
-from steph.plots.vicinal import nearness as nearness
-from steph.plots.vicinal import tested_mixtures as tested_mixtures
+# ruff: noqa: F401
+from steph.plots.attention import attention_agreement, attention_by_dataset, attention_maps, attention_on_tumour
+from steph.plots.cohort import follow_up, kaplan_meier, patches, similarity
+from steph.plots.comparison import c_index, gains, intervals, sweeps
+from steph.plots.controls import starts_of_all, transfer_controls
+from steph.plots.display import (
+    file_name,
+    show_blocks,
+    show_figure,
+    show_link,
+    show_styled,
+    show_table,
+    show_text,
+    styled,
+    write_table,
+)
+from steph.plots.dynamics import course, courses, starts, trajectories
+from steph.plots.efficiency import epochs, epochs_by_sources, performance_and_cost, predictions, sampling
+from steph.plots.evidence import (
+    accuracy,
+    auc_by_year,
+    calibration,
+    gains_by_dataset,
+    hazard_ratios,
+    risk_groups,
+    transferability,
+)
+from steph.plots.landscape import loss_planes, loss_planes_of_pairs
+from steph.plots.sar import against_rotated, alignment, dominant_directions
+from steph.plots.style import (
+    DAYS_PER_YEAR,
+    WIDTH,
+    colour_of,
+    colour_of_dataset,
+    label_ends,
+    line_of_dataset,
+    marker_of,
+    set_style,
+    stamp,
+)
+from steph.plots.vicinal import convexity, nearness, tested_mixtures

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.figure import Figure
 
 from steph.analysis.mixing.attention import (
     MERGED,
@@ -21,23 +26,15 @@ from steph.analysis.mixing.attention import (
     title,
 )
 from steph.analysis.performance.estimates import Estimate
-from steph.plots.style import MUTED, WIDTH, colour_of, marker_of
+from steph.plots.parts import colour_bar, legend, name_rows, stripe_rows
+from steph.plots.style import INK, MUTED, ORANGE, WIDTH, colour_of, marker_of
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-OUTLINE = "#D55E00"
-INK = "#1F2937"
+SLIDES, RINGED = 3, 5
+"""Of a patient, so many slides with the most attention under the second model are shown, and so many patches ringed."""
 
 
 def attention_maps(
-    tables: Sequence[pd.DataFrame],
-    labels: Sequence[str] | None = None,
-    names: Mapping[str, str] | None = None,
-    top: int = 5,
-    slides: int = 3,
-    edge: int = 256,
+    tables: Sequence[pd.DataFrame], labels: Sequence[str], names: Mapping[str, str], edge: int
 ) -> Figure:
     """Attention of two models over the tissue, a row per slide: the first's, the second's, and the difference.
 
@@ -45,35 +42,30 @@ def attention_maps(
     which is then outlined. Each patch is a square of its own size at its place. Colour is its percentile among the
     slide's patches; below each map, what that is in attention, over an even share of the patient's patches (1 / N). The
     top patches of the patient under either model are ringed and numbered in its map.
-    labels: of the patients. names: the models' titles. slides: of each patient the ones with the most attention under
-    the second model. edge: of patches, in level-0 pixels, where a slide's coordinates do not tell it.
-    Raises `Refused` where a slide has no coordinates.
+    labels: of the patients. names: the titles of the two models. edge: of patches, in level-0 pixels, where a slide's
+    coordinates do not tell it. Raises `Refused` where a slide has no coordinates.
     """
-    import matplotlib.pyplot as plt
-
+    first, second = names
     rows: list[tuple[str, pd.DataFrame, int]] = []
-    for i, table in enumerate(tables):
+    for table, label in zip(tables, labels, strict=True):
         refuse_without_places(table)
-        label = labels[i] if labels else str(table["patient_id"].iloc[0])
-        parts, n_slides = _most_attended(table, slides), table["slide_id"].nunique()
-        for number, part in parts:
-            slide = f", slide {number} of {n_slides}" if n_slides > 1 else ""
-            rows.append((label.replace("$", r"\$") + slide, part, len(table)))  # a patient's name is no formula
-    first, second = _models(tables[0])
-    shown = {first: title(first), second: title(second), **(names or {})}
+        parts = table.groupby("slide_id", observed=True)
+        chosen = parts[f"attention_{second}"].sum().nlargest(SLIDES).index
+        for number, (name, part) in enumerate(parts, start=1):
+            slide = f", slide {number} of {len(parts)}" if len(parts) > 1 else ""
+            if name in chosen:
+                rows.append((label.replace("$", r"\$") + slide, part, len(table)))  # a patient's name is no formula
     sizes = [patch_size(part["x"].to_numpy(int), part["y"].to_numpy(int)) or edge for _, part, _ in rows]
-    heights = [
-        min(max(_height_over_width(part, size), 0.35), 1.6) for (_, part, _), size in zip(rows, sizes, strict=True)
-    ]
-    inches = [0.86 * WIDTH / 3 * height + 0.75 for height in heights]
-    fig, axes = plt.subplots(
-        len(rows), 3, figsize=(WIDTH, sum(inches)), squeeze=False, gridspec_kw={"height_ratios": inches}
-    )
+    inches = []
+    for (_, part, _), size in zip(rows, sizes, strict=True):
+        wide, high = (float(np.ptp(part[axis].to_numpy(int))) + 2 * size for axis in "xy")
+        inches.append(0.86 * WIDTH / 3 * min(max(high / wide, 0.35), 1.6) + 0.75)
+    fig, axes = plt.subplots(len(rows), 3, figsize=(WIDTH, sum(inches)), squeeze=False, height_ratios=inches)
     for (label, part, n), size, line in zip(rows, sizes, axes, strict=True):
         for ax, model in zip(line, (first, second), strict=False):
             image = _squares(ax, part, part[f"percentile_{model}"].to_numpy(), size, "viridis", (0, 1))
             _raw_scale(fig, ax, image, part[f"attention_{model}"].to_numpy() * n)
-            _ring(ax, part, part[f"rank_{model}"].to_numpy(), size, top)
+            _ring(ax, part, part[f"rank_{model}"].to_numpy(), size)
         image = _squares(ax := line[2], part, part["difference"].to_numpy(), size, "RdBu_r", (-1, 1))
         bar = _bar(fig, ax, image, [-0.8, 0, 0.8], ["−80", "0", "+80"])
         bar.set_label("difference of percentiles", fontsize=7)
@@ -81,35 +73,15 @@ def attention_maps(
             _outline(ax, part, size)
             _frame(ax, part, size)
         _scale_bar(line[0], part, size)
-        line[0].set_title(f"{label}\n{shown[first]}")
-        line[1].set_title(f"\n{shown[second]}")
-        line[2].set_title(f"\n{shown[second]} − {shown[first]}")
+        line[0].set_title(f"{label}\n{names[first]}")
+        line[1].set_title(f"\n{names[second]}")
+        line[2].set_title(f"\n{names[second]} − {names[first]}")
     return fig
-
-
-def _models(table: pd.DataFrame) -> tuple[str, str]:
-    first, second = (name.removeprefix("rank_") for name in table.columns if name.startswith("rank_"))
-    return first, second
-
-
-def _most_attended(table: pd.DataFrame, slides: int) -> list[tuple[int, pd.DataFrame]]:
-    """The parts of a table that are a slide's, at most so many, in the patient's order, each with its number there."""
-    total = table.groupby("slide_id", observed=True)[f"attention_{_models(table)[1]}"].sum()
-    chosen = set(total.nlargest(slides).index)
-    parts = table.groupby("slide_id", observed=True)
-    return [(number, part) for number, (name, part) in enumerate(parts, start=1) if name in chosen]
-
-
-def _height_over_width(part: pd.DataFrame, size: int) -> float:
-    wide, high = (float(np.ptp(part[axis].to_numpy(int))) + 2 * size for axis in "xy")
-    return high / wide
 
 
 def _squares(
     ax: Axes, part: pd.DataFrame, values: np.ndarray, size: int, colours: str, limits: tuple[float, float]
 ) -> Any:
-    from matplotlib.collections import PolyCollection
-
     corner = part[["x", "y"]].to_numpy(float)
     shape = np.array([(0, 0), (1, 0), (1, 1), (0, 1)]) * size
     few = len(part) <= 400  # of more, lines between patches would cover them
@@ -134,9 +106,6 @@ def _frame(ax: Axes, part: pd.DataFrame, size: int) -> None:
 
 def _outline(ax: Axes, part: pd.DataFrame, size: int) -> None:
     """The border of the tumour, where it is known."""
-    from matplotlib import patheffects
-    from matplotlib.collections import LineCollection
-
     if "tumour" not in part:
         return
     inside = {(int(x), int(y)) for x, y in part.loc[part["tumour"], ["x", "y"]].to_numpy(int)}
@@ -148,17 +117,15 @@ def _outline(ax: Axes, part: pd.DataFrame, size: int) -> None:
         if (x + size * step[0], y + size * step[1]) not in inside
     ]
     halo = [patheffects.Stroke(linewidth=3.4, foreground="white"), patheffects.Normal()]
-    lines = LineCollection(segments, colors=OUTLINE, linewidths=1.8, capstyle="round", zorder=4)
+    lines = LineCollection(segments, colors=ORANGE, linewidths=1.8, capstyle="round", zorder=4)
     lines.set_path_effects(halo)
     ax.add_collection(lines)
 
 
-def _ring(ax: Axes, part: pd.DataFrame, rank: np.ndarray, size: int, top: int) -> None:
+def _ring(ax: Axes, part: pd.DataFrame, rank: np.ndarray, size: int) -> None:
     """Numbers on the most attended patches, in rings."""
-    from matplotlib import patheffects
-
     halo = [patheffects.withStroke(linewidth=2, foreground="white")]
-    for row in np.flatnonzero(rank <= top):
+    for row in np.flatnonzero(rank <= RINGED):
         x, y = (float(part[axis].iloc[row]) + size / 2 for axis in "xy")
         ax.scatter(x, y, s=80, facecolors="none", edgecolors=INK, linewidths=0.9, zorder=5, path_effects=halo)
         ax.text(x, y, str(rank[row]), fontsize=6.5, ha="center", va="center_baseline", color=INK, zorder=6,
@@ -174,10 +141,9 @@ def _raw_scale(fig: Figure, ax: Axes, image: Any, times: np.ndarray) -> None:
 
 
 def _bar(fig: Figure, ax: Axes, image: Any, at: Sequence[float], labels: Sequence[str]) -> Any:
-    bar = fig.colorbar(image, ax=ax, orientation="horizontal", shrink=0.7, aspect=22, pad=0.03)
+    bar = colour_bar(fig, image, ax, orientation="horizontal", shrink=0.7, aspect=22, pad=0.03)
     bar.set_ticks(list(at), labels=list(labels))
     bar.ax.tick_params(labelsize=7, length=2, pad=1.5)
-    bar.outline.set_visible(False)
     return bar
 
 
@@ -194,10 +160,8 @@ def _scale_bar(ax: Axes, part: pd.DataFrame, size: int) -> None:
 def attention_agreement(table: pd.DataFrame) -> Figure:
     """How alike two models attend, over patients (rows of `steph.analysis.mixing.attention.measured`): how many patches
     each pools from, the rank correlation of their attention, and how much of the most attended they have in common."""
-    import matplotlib.pyplot as plt
-
     own, merged = (table[table["method"] == name].reset_index(drop=True) for name in (OWN, MERGED))
-    fig, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.6), gridspec_kw={"width_ratios": [1.1, 1, 1]})
+    fig, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.6), width_ratios=[1.1, 1, 1])
     ax = axes[0]
     ax.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=":")
     shares = (part["effective_share"] for part in (own, merged))
@@ -223,8 +187,6 @@ def attention_on_tumour(table: pd.DataFrame) -> Figure:
     """Whether attention finds the tumour (rows of `measured` of known tissue): left the AUC for tumour patches of every
     patient with the mean and its 95 % interval, a row per method; right what each part of the tissue gets, over an even
     share, under M_t, STEPH and the untrained network."""
-    import matplotlib.pyplot as plt
-
     methods = list(table["method"].unique())
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 0.3 * max(len(methods), 5) + 1.3))
     rng = np.random.default_rng(0)  # spreads the dots; the same in every run
@@ -236,9 +198,7 @@ def attention_on_tumour(table: pd.DataFrame) -> Figure:
         _mean(left, means[method], i, method)
     left.axvline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
     left.set(xlim=(-0.02, 1.02), title="AUC of attention for tumour", xlabel="0.5: blind to it, 1: all above the rest")
-    left.set_yticks(range(len(methods)), [title(method) for method in methods])
-    left.set_ylim(len(methods) - 0.5, -0.5)
-    left.grid(axis="y", visible=False)
+    name_rows(left, [title(method) for method in methods], ticks=True)
     compared = [method for method in (OWN, MERGED, UNTRAINED) if method in methods]
     for j, zone in enumerate(ZONES):
         found = _means(table, times_even(table, zone))
@@ -248,35 +208,28 @@ def attention_on_tumour(table: pd.DataFrame) -> Figure:
     right.axvline(1, color=MUTED, linewidth=0.8, linestyle=":")
     right.set(title="attention, × even share", xlabel="1: as much as any patch")
     right.set_xlim(left=0)
-    right.set_yticks(range(len(ZONES)), list(ZONES.values()))
-    right.set_ylim(len(ZONES) - 0.5, -0.5)
-    right.grid(axis="y", visible=False)
-    fig.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    name_rows(right, list(ZONES.values()), ticks=True)
+    legend(fig, right, 3)
     return fig
 
 
-def attention_by_dataset(table: pd.DataFrame, methods: Sequence[str] = (OWN, MERGED, "model_average")) -> Figure:
+def attention_by_dataset(table: pd.DataFrame) -> Figure:
     """AUC of attention for tumour patches, a row per data set: mean over its patients with the 95 % interval, for some
     methods. table: as `steph.analysis.mixing.attention.over_datasets` gives it."""
-    import matplotlib.pyplot as plt
-
-    shown = [method for method in methods if (table["method"] == method).any()]
+    shown = [method for method in (OWN, MERGED, "model_average") if (table["method"] == method).any()]
     datasets = list(table["dataset"].unique())
     fig, ax = plt.subplots(figsize=(WIDTH, 0.3 * len(datasets) + 1.2))
+    stripe_rows(ax, len(datasets))
     for i, dataset in enumerate(datasets):
-        if i % 2:
-            ax.axhspan(i - 0.5, i + 0.5, color="#F3F4F6", zorder=0, linewidth=0)
         part = table[table["dataset"] == dataset]
         means = _means(part, part["auc"])
         for k, method in enumerate(shown):
             y = i + 0.24 * (k - (len(shown) - 1) / 2)
             _mean(ax, means[method], y, method, label=title(method) if i == 0 else None)
     ax.axvline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
-    ax.set_yticks(range(len(datasets)), datasets)
-    ax.set_ylim(len(datasets) - 0.5, -0.5)
+    name_rows(ax, datasets, ticks=True)
     ax.set(xlim=(0, 1.01), xlabel="AUC of attention for tumour patches, mean over test patients")
-    ax.grid(axis="y", visible=False)
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(shown))
+    legend(fig, ax, len(shown))
     return fig
 
 

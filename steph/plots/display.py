@@ -6,19 +6,17 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from steph.files.atomic import atomic_path
 from steph.plots.style import stamp
 from steph.training.device import precision_for
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 FOLDER_VARIABLE = "STEPH_NOTEBOOK_FOLDER"
 """Environment variable: the folder in which a notebook that is being executed will lie."""
@@ -42,7 +40,6 @@ def file_name(name: str, p: Any) -> str:
 def show_figure(fig: Figure, name: str, p: Any) -> Path:
     """Stamp a figure, write it as SVG and PNG to ``build/<study>/figures/`` and display it. p: the notebook's
     `steph.book.notebooks.Parameters`. Returns the path of the PNG."""
-    import matplotlib.pyplot as plt
     from IPython.display import display
 
     stamp(fig, p.study)

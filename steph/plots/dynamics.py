@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
-import numpy as np
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from steph.plots.landscape import draw_plane, loss_bar, loss_levels
-from steph.plots.style import WIDTH, colour_of_dataset, label_ends, line_of_dataset, write_cell
+from steph.plots.landscape import draw_plane, like_target, loss_bar, loss_levels
+from steph.plots.parts import colour_bar, heat_map, key, label_sides, legend, panels
+from steph.plots.style import WIDTH, colour_of_dataset, label_ends, line_of_dataset
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+_EDGE = "#7F1D1D"
 
 
 def course(course: pd.DataFrame, target: str) -> Figure:
@@ -21,8 +23,6 @@ def course(course: pd.DataFrame, target: str) -> Figure:
 
     course: as `steph.analysis.mixing.dynamics.dynamics` gives it, of one seed.
     """
-    import matplotlib.pyplot as plt
-
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4))
     for ax, name, symbol in zip(axes, ("lambda", "w"), ("λ", "w"), strict=True):
         wide = course.pivot(index="epoch", columns="source", values=name)
@@ -35,21 +35,16 @@ def course(course: pd.DataFrame, target: str) -> Figure:
     return fig
 
 
-def courses(course: pd.DataFrame, name: str = "w", named: int = 3) -> Figure:
-    """The course of w (or lambda) from each start, a panel each; the sources that end with the largest are named, the
+def courses(course: pd.DataFrame) -> Figure:
+    """The course of w from each start, a panel each; the three sources that end with the largest are named, the
     others grey. What the panels do not have in common is the start's doing, not the cancers'."""
-    import matplotlib.pyplot as plt
-
     seeds = list(course["seed"].unique())
-    columns = min(3, len(seeds))
-    rows = -(-len(seeds) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(WIDTH, 2.0 * rows + 0.3), sharey=True, squeeze=False)
-    top = max(1e-9, float(course[name].max())) * 1.05
-    for ax in axes.flat[len(seeds) :]:
-        ax.set_visible(False)
-    for ax, seed in zip(axes.flat, seeds, strict=False):
-        wide = course[course["seed"] == seed].pivot(index="epoch", columns="source", values=name)
-        largest = wide.iloc[-1].nlargest(named)
+    fig, axes = panels(len(seeds), 3, lambda rows, _: (WIDTH, 2.0 * rows + 0.3), sharey=True)
+    top = max(1e-9, float(course["w"].max())) * 1.05
+    label_sides(axes, "", "w")
+    for ax, seed in zip(axes, seeds, strict=True):
+        wide = course[course["seed"] == seed].pivot(index="epoch", columns="source", values="w")
+        largest = wide.iloc[-1].nlargest(3)
         for source in [*wide.columns.difference(largest.index), *largest.index]:
             shown = source in largest.index
             colour, line = (colour_of_dataset(source), line_of_dataset(source)) if shown else ("#C5CBD3", "-")
@@ -57,14 +52,10 @@ def courses(course: pd.DataFrame, name: str = "w", named: int = 3) -> Figure:
         _epochs(ax, wide.index, top)
         ax.set_title(f"start {seed}")
         label_ends(ax, largest, top, rows_of_text=9)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("λ" if name == "lambda" else name)
     return fig
 
 
 def _epochs(ax: Axes, epochs: pd.Index, top: float) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     ax.set(ylim=(0, top), xlim=(epochs.min() - 0.5, epochs.max()), xlabel="epoch")
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
@@ -72,39 +63,21 @@ def _epochs(ax: Axes, epochs: pd.Index, top: float) -> None:
 def starts(last: pd.DataFrame, planted: pd.Series | None = None) -> Figure:
     """Final w of each source (rows) under each start (columns), lambda written in it; beside it, where known, what the
     source and the target were made to share. last: as `steph.analysis.mixing.dynamics.at_the_end` gives it."""
-    import matplotlib.pyplot as plt
-
     w = last.pivot(index="source", columns="seed", values="w")
     order = (w.mean(axis=1) if planted is None else planted.loc[w.index]).sort_values(ascending=False).index
-    lam = last.pivot(index="source", columns="seed", values="lambda").loc[order].to_numpy()
-    values, seeds = w.loc[order].to_numpy(), [str(seed) for seed in w.columns]
-    ratios = [len(seeds)] if planted is None else [len(seeds), 1]
-    fig, axes = plt.subplots(
-        1,
-        len(ratios),
-        figsize=(min(WIDTH, 2.2 + 0.8 * sum(ratios)), 0.27 * len(order) + 1.2),
-        squeeze=False,
-        gridspec_kw={"width_ratios": ratios},
-    )
-    largest = max(float(values.max()), 1e-9)
-    image = axes[0, 0].imshow(values, cmap="Blues", vmin=0, vmax=largest, aspect="auto")
-    for i, j in np.ndindex(*values.shape):
-        text = f"λ {lam[i, j]:.2f}" if values[i, j] > 0 else "–"
-        write_cell(axes[0, 0], j, i, text, dark=bool(values[i, j] > 0.6 * largest))
-    axes[0, 0].set_xticks(range(len(seeds)), seeds)
-    axes[0, 0].set_yticks(range(len(order)), list(order))
+    w, lam = w.loc[order], last.pivot(index="source", columns="seed", values="lambda").loc[order]
+    ratios = [w.shape[1]] if planted is None else [w.shape[1], 1]
+    size = (min(WIDTH, 2.2 + 0.8 * sum(ratios)), 0.27 * len(order) + 1.2)
+    fig, axes = plt.subplots(1, len(ratios), figsize=size, squeeze=False, width_ratios=ratios)
+    largest = max(float(w.to_numpy().max()), 1e-9)
+    texts = lam.map("λ {:.2f}".format).where(w > 0, "–")
+    image = heat_map(axes[0, 0], w, "Blues", (0, largest), texts, w > 0.6 * largest)
     axes[0, 0].set(xlabel="seed of the hypernetwork", title="final w (colour)")
-    fig.colorbar(image, ax=axes[0, 0], shrink=0.8, pad=0.02).outline.set_visible(False)
+    colour_bar(fig, image, axes[0, 0], shrink=0.8, pad=0.02)
     if planted is not None:
-        shared = planted.loc[order].to_numpy()
-        axes[0, 1].imshow(shared[:, None], cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
-        for i, value in enumerate(shared):
-            write_cell(axes[0, 1], 0, i, f"{value:.2f}", dark=abs(value) > 0.6)
+        shared = planted.loc[order].to_frame()
+        heat_map(axes[0, 1], shared, "RdBu_r", (-1, 1), shared.map("{:.2f}".format), shared.abs() > 0.6)
         axes[0, 1].set(xticks=[], yticks=[], title="planted")
-    for ax in axes.flat:
-        ax.grid(visible=False)
-        ax.spines[:].set_visible(False)
-        ax.tick_params(length=0)
     return fig
 
 
@@ -114,21 +87,18 @@ def trajectories(paths: pd.DataFrame, tables: Mapping[str, pd.DataFrame], target
 
     paths: as `steph.analysis.mixing.trajectory.trajectories` gives it. tables: the landscape of each source.
     """
-    import matplotlib.pyplot as plt
-
     of_runs = [(str(source), seed, path) for (source, seed), path in paths.groupby(["source", "seed"], sort=False)]
-    columns = min(3, len(of_runs))
-    rows = -(-len(of_runs) // columns)
-    size = (WIDTH * max(2, columns) / 3, 2.35 * rows + 0.5)
-    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
+
+    def size(rows: int, columns: int) -> tuple[float, float]:
+        return WIDTH * max(2, columns) / 3, 2.35 * rows + 0.5
+
+    fig, axes = panels(len(of_runs), 3, size, sharey=True)
     several = paths["seed"].nunique() > 1
     levels = loss_levels(pd.concat([tables[source] for source, _, _ in of_runs]), "loss_test")
     far = max(1.0, float(paths[["c_s", "c_t"]].to_numpy().max()) * 1.04)
     last = int(paths["epoch"].max())
     shades, scale = plt.get_cmap("Reds"), plt.Normalize(1 - 0.3 * last, last)  # the first epoch is not white
-    for ax in axes.flat[len(of_runs) :]:
-        ax.set_visible(False)
-    for i, (ax, (source, seed, path)) in enumerate(zip(axes.flat, of_runs, strict=False)):
+    for ax, (source, seed, path) in zip(axes, of_runs, strict=True):
         image = draw_plane(ax, tables[source], "loss_test", levels, lower=False)
         ax.plot(path["c_s"], path["c_t"], color=_EDGE, linewidth=0.7, zorder=6)
         ax.scatter(
@@ -136,17 +106,11 @@ def trajectories(paths: pd.DataFrame, tables: Mapping[str, pd.DataFrame], target
             linewidths=0.5, clip_on=False,
         )  # fmt: skip
         ax.set(xlim=(0, far), ylim=(0, far), title=f"{source}, start {seed}" if several else f"{source} → {target}")
-        ax.set_ylabel(r"$C_t = w\lambda$" if i % columns == 0 else "")
-        ax.set_xlabel(r"$C_s = w(1-\lambda)$" if i >= len(of_runs) - columns else "")
+        ax.set(xlabel="", ylabel="")
+    label_sides(axes, r"$C_s = w(1-\lambda)$", r"$C_t = w\lambda$")
     loss_bar(fig, image, axes, shrink=0.7, label="test loss")
-    keys = [
-        plt.Line2D([], [], marker="o", markersize=5, linestyle="", markerfacecolor=shades(scale(epoch)),
-                   label=f"epoch {epoch}", markeredgecolor=_EDGE, markeredgewidth=0.5)
-        for epoch in sorted({1, (1 + last) // 2, last})
-    ]  # fmt: skip
-    keys.append(plt.Line2D([], [], color="#1F2937", linewidth=0.9, linestyle="--", label=r"as much loss as $M_t$"))
-    fig.legend(handles=keys, loc="outside lower center", ncols=4)
+    dot: Any = {"marker": "o", "markersize": 5, "linestyle": "", "markeredgecolor": _EDGE, "markeredgewidth": 0.5}
+    epochs = sorted({1, (1 + last) // 2, last})
+    keys = [key(f"epoch {epoch}", markerfacecolor=shades(scale(epoch)), **dot) for epoch in epochs]
+    legend(fig, [*keys, like_target()], 4)
     return fig
-
-
-_EDGE = "#7F1D1D"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from steph.analysis.cost.timing import epoch_ratios, of_both_stages, paper_seconds
 from steph.methods.registry import title
-from steph.plots.style import MUTED, WIDTH, colour_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from steph.plots.parts import PAPERS, draw_bar, draw_dots, legend, name_rows
+from steph.plots.style import INK, MUTED, WIDTH, colour_of
 
 
 def performance_and_cost(here: pd.DataFrame, paper: pd.DataFrame, where: str = "here") -> Figure:
@@ -22,8 +22,6 @@ def performance_and_cost(here: pd.DataFrame, paper: pd.DataFrame, where: str = "
 
     here, paper: of `steph.analysis.cost.efficiency.performance_and_cost` and `paper_performance_and_cost`.
     """
-    import matplotlib.pyplot as plt
-
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.5))
     for ax, table, heading in zip(axes, (paper, here), ("the paper (TCGA)", where), strict=True):
         drawn = table is paper
@@ -57,7 +55,7 @@ def _label_points(ax: Axes, table: pd.DataFrame) -> None:
     steps = gap * np.arange(len(rows))
     # Only names that would lie on each other are moved: places that rise by `gap` at least, as near as can be.
     places = isotonic_regression(y - steps).x + steps
-    line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4}
+    line: Any = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4}
     for i, (name, n) in enumerate(zip(rows["method"], rows["networks"], strict=True)):
         text = title(name) + (f" ({n} networks)" if n > 2 else "")
         moved = abs(places[i] - y[i]) > gap / 2
@@ -74,31 +72,25 @@ def _label_points(ax: Axes, table: pd.DataFrame) -> None:
 def epochs(times: pd.DataFrame) -> Figure:
     """Seconds of a training epoch of each method, as in Table S6: a dot per round, a bar for the median, an open
     diamond where the paper's ratio to AdaMerging would be. times: `steph.analysis.cost.timing.epoch_times`."""
-    import matplotlib.pyplot as plt
-
     wide, printed = of_both_stages(times), paper_seconds("table_s6")
     names = [name for name in ("vanilla", *printed.index) if name in wide]
     fig, ax = plt.subplots(figsize=(WIDTH, 0.32 * len(names) + 1.0))
     scale = wide["adamerging"].median() / printed["adamerging"] if "adamerging" in wide else np.nan
     for y, name in enumerate(names):
-        own, colour = wide[name], colour_of(name)
-        ax.scatter(own, np.full(len(own), y), s=10, color=colour, alpha=0.45, linewidths=0, zorder=2)
-        ax.plot([own.median()] * 2, [y - 0.32, y + 0.32], color=colour, linewidth=2.6, zorder=3)
+        seconds, colour = wide[name], colour_of(name)
+        draw_dots(ax, seconds, y, colour, size=10)
+        draw_bar(ax, seconds.median(), y, 0.32, colour)
         if name in printed:
-            ax.plot(printed[name] * scale, y, marker="D", markersize=5, markerfacecolor="white",
-                    markeredgecolor=colour, zorder=4)  # fmt: skip
-    ax.set_yticks(range(len(names)), [title(name) for name in names])
-    ax.set(ylim=(len(names) - 0.5, -0.5), xlabel="seconds of an epoch (◇ the paper's, scaled to AdaMerging's here)")
+            ax.plot(printed[name] * scale, y, markersize=5, markeredgecolor=colour, zorder=4, **PAPERS)
+    name_rows(ax, [title(name) for name in names], ticks=True)
+    ax.set_xlabel("seconds of an epoch (◇ the paper's, scaled to AdaMerging's here)")
     ax.set_xlim(left=min(0.0, ax.get_xlim()[0]))
-    ax.grid(axis="y", visible=False)
     return fig
 
 
 def epochs_by_sources(times: pd.DataFrame) -> Figure:
     """Seconds of an epoch of STEPH against its number of sources m, as in Table S7, each as a multiple of the smallest
     m's: the median over rounds with its quartiles, and the paper's."""
-    import matplotlib.pyplot as plt
-
     printed = paper_seconds("table_s7")
     names = [name for name in printed.index if name in set(times["method"])]
     rows = epoch_ratios(times, names[0]).set_index("method").loc[names]
@@ -107,13 +99,13 @@ def epochs_by_sources(times: pd.DataFrame) -> Figure:
     colour = colour_of("steph")
     ax.fill_between(m, rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0, label="here, quartiles")
     ax.plot(m, rows["ratio"], "o-", color=colour, markersize=4.5, label="here, median of rounds")
-    ax.plot(m, printed[names] / printed[names[0]], "D--", color="#1F2937", markerfacecolor="white", markersize=4.5,
-            linewidth=0.9, label="the paper")  # fmt: skip
+    look: Any = {"color": INK, "linestyle": "--", "markersize": 4.5, "linewidth": 0.9, **PAPERS}
+    ax.plot(m, printed[names] / printed[names[0]], label="the paper", **look)
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, 0.9), max(high, 1.15))
     ax.set(xlabel="m, sources merged (K = m)", ylabel=f"seconds of an epoch\n÷ those of m = {m[0]}")
     ax.set_xticks(m)
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    legend(fig, ax, 3)
     return fig
 
 
@@ -121,8 +113,6 @@ def predictions(times: pd.DataFrame, counted: pd.DataFrame) -> Figure:
     """Seconds (a dot per round, a bar for the median) and memory of one prediction, methods in the order of what they
     compute. times: `steph.analysis.cost.timing.prediction_times`; counted: `steph.analysis.cost.operations.counted`,
     whose cost in multiples of the cancer's own model stands as a tick beside its time."""
-    import matplotlib.pyplot as plt
-
     products = counted.set_index("method")["products"]
     names = sorted(times["method"].unique(), key=lambda name: products[name])
     of = {name: times[times["method"] == name] for name in names}
@@ -130,16 +120,15 @@ def predictions(times: pd.DataFrame, counted: pd.DataFrame) -> Figure:
     own = of["vanilla"]["seconds"].median() / products["vanilla"]
     for y, name in enumerate(names):
         seconds, colour = of[name]["seconds"], colour_of(name)
-        left.scatter(seconds, np.full(len(seconds), y), s=12, color=colour, alpha=0.5, linewidths=0, zorder=2)
-        left.plot([seconds.median()] * 2, [y - 0.3, y + 0.3], color=colour, linewidth=2.6, zorder=3)
-        left.plot(products[name] * own, y, marker="|", markersize=9, color="#1F2937", markeredgewidth=1, zorder=4)
+        draw_dots(left, seconds, y, colour, size=12, alpha=0.5)
+        draw_bar(left, seconds.median(), y, 0.3, colour)
+        left.plot(products[name] * own, y, marker="|", markersize=9, color=INK, markeredgewidth=1, zorder=4)
         right.barh(y, of[name]["memory"].iloc[0] / 1e6, height=0.55, color=colour)
-    left.set_yticks(range(len(names)), [title(name) for name in names])
+    name_rows(left, [title(name) for name in names], ticks=True)
+    right.grid(axis="y", visible=False)
     patches = times["patches"].iloc[0]
     left.set(xscale="log", xlabel=f"seconds of a prediction, {patches:,} patches\n(| by Vanilla's pace)")
-    right.set(xlabel="memory (MB), beyond\nthe model and the bag", ylim=(len(names) - 0.5, -0.5))
-    for ax in (left, right):
-        ax.grid(axis="y", visible=False)
+    right.set(xlabel="memory (MB), beyond\nthe model and the bag")
     left.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     return fig
 
@@ -148,8 +137,6 @@ def sampling(costs: pd.DataFrame) -> Figure:
     """What a prediction by STEPH takes over one by the cancer's own model, against the size of the bag: measured (dots)
     and by operations (lines), a colour for each number of patches that the hypernetwork reads. costs:
     `steph.analysis.cost.efficiency.sampling_costs`."""
-    import matplotlib.pyplot as plt
-
     fig, ax = plt.subplots(figsize=(WIDTH * 0.72, 2.9))
     whole = costs["reads"] == costs["patches"]
     shades = plt.get_cmap("viridis")(np.linspace(0.15, 0.8, costs.loc[~whole, "reads"].nunique() + 1))
@@ -163,5 +150,5 @@ def sampling(costs: pd.DataFrame) -> Figure:
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     ax.set_xticks(sorted(set(costs["patches"])), minor=False)
     ax.minorticks_off()
-    fig.legend(*ax.get_legend_handles_labels(), title="the hypernetwork reads", loc="outside lower center", ncols=3)
+    legend(fig, ax, 3, title="the hypernetwork reads")
     return fig

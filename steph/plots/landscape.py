@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from steph.analysis.mixing.landscape import best_magnitude, lambda_line, lower_range, smoothed, square
-from steph.plots.style import WIDTH
+from steph.plots.parts import colour_bar, key, legend
+from steph.plots.style import BLUE, GREEN, GREY, INK, MUTED, WIDTH
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-SETS = {"train": ("training", "#4D4D4D"), "test": ("test", "#0072B2"), "external": ("external", "#009E73")}
+SETS = {"train": ("training", GREY), "test": ("test", BLUE), "external": ("external", GREEN)}
 """Sets of patients: word and colour."""
 LOWER, COLOURS = "#C81E1E", "Blues"
 """What is lower than M_t; the losses, light for small ones."""
@@ -26,8 +27,6 @@ def loss_planes(table: pd.DataFrame, target: str, source: str) -> Figure:
     line of mixtures and the least that is reached when w scales them. table: of
     `steph.analysis.mixing.landscape.landscape`.
     """
-    import matplotlib.pyplot as plt
-
     fig, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.2), height_ratios=[1.25, 1])
     for ax, which, letter in zip(axes[0], ("train", "test"), "ab", strict=True):
         image = draw_plane(ax, table, f"loss_{which}")
@@ -39,7 +38,7 @@ def loss_planes(table: pd.DataFrame, target: str, source: str) -> Figure:
         ax.set_xlabel(r"$\lambda$  (0: $M_s$, 1: $M_t$)")
     axes[1, 0].set_ylabel("loss")
     axes[0, 0].set_ylabel(r"$C_t$")
-    fig.legend(handles=_keys(magnitude=True), loc="outside lower center", ncols=3)
+    legend(fig, _keys(magnitude=True), 3)
     return fig
 
 
@@ -47,8 +46,6 @@ def loss_planes_of_pairs(tables: Mapping[str, pd.DataFrame], target: str) -> Fig
     """Several sources of one target, as Figs. 6, S3 and S5: for each the test loss over (C_s, C_t), smoothed, and below
     it the loss along the line of mixtures, less that of M_t, for every set of patients. All planes share their colours.
     """
-    import matplotlib.pyplot as plt
-
     columns = min(3, len(tables))
     rows = -(-len(tables) // columns)
     size = (WIDTH * max(2, columns) / 3, 3.9 * rows + 0.5)
@@ -61,7 +58,7 @@ def loss_planes_of_pairs(tables: Mapping[str, pd.DataFrame], target: str) -> Fig
         plane, below = axes[2 * (i // columns), i % columns], axes[2 * (i // columns) + 1, i % columns]
         image = draw_plane(plane, table, "loss_test", levels)
         plane.set_title(f"{source} → {target}")
-        below.axhline(0, color="#6B7280", linewidth=0.8)
+        below.axhline(0, color=MUTED, linewidth=0.8)
         for column in lines[source].columns[1:]:
             below.plot(lines[source]["lambda"], lines[source][column], color=SETS[column.removeprefix("loss_")][1])
         below.set(ylim=(low * 1.15 - 0.002, high * 1.5), xlim=(0, 1), xlabel=r"$\lambda$")
@@ -75,8 +72,8 @@ def loss_planes_of_pairs(tables: Mapping[str, pd.DataFrame], target: str) -> Fig
         for row in (0, 1):
             axes[2 * (i // columns) + row, i % columns].set_visible(False)
     loss_bar(fig, image, axes[::2], shrink=0.6, label="test loss")
-    shown = [column.removeprefix("loss_") for column in next(iter(lines.values())).columns[1:]]
-    fig.legend(handles=[*_keys(magnitude=False), *_set_keys(shown)], loc="outside lower center", ncols=3)
+    shown = [SETS[column.removeprefix("loss_")] for column in next(iter(lines.values())).columns[1:]]
+    legend(fig, [*_keys(magnitude=False), *(key(f"{word} patients", color=colour) for word, colour in shown)], 3)
     return fig
 
 
@@ -89,9 +86,9 @@ def draw_plane(ax: Axes, table: pd.DataFrame, column: str, levels: np.ndarray | 
     image = ax.contourf(at, at, values, levels=levels, cmap=COLOURS, extend="max")
     line = lambda_line(table)
     # As computed, not smoothed: smoothing would move it off M_t.
-    ax.contour(at, at, square(table, column).T, levels=[float(line[column].iloc[-1])], colors="#1F2937",
+    ax.contour(at, at, square(table, column).T, levels=[float(line[column].iloc[-1])], colors=INK,
                linewidths=0.9, linestyles="--")  # fmt: skip
-    ax.plot([1, 0], [0, 1], color="#1F2937", linewidth=1)
+    ax.plot([1, 0], [0, 1], color=INK, linewidth=1)
     found = lower_range(line, column) if lower else None
     if found:
         ends = np.array([[1 - lam, lam] for lam in found])
@@ -100,7 +97,7 @@ def draw_plane(ax: Axes, table: pd.DataFrame, column: str, levels: np.ndarray | 
             ax.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": LOWER, "linewidth": 1.4,
                                                         "shrinkA": 0, "shrinkB": 0})  # fmt: skip
     for name, (x, y), place in (("M_0", (0, 0), (5, 6)), ("M_s", (1, 0), (-17, 6)), ("M_t", (0, 1), (5, -11))):
-        ax.plot(x, y, "o", color="#1F2937", markersize=5, clip_on=False, zorder=5)
+        ax.plot(x, y, "o", color=INK, markersize=5, clip_on=False, zorder=5)
         ax.annotate(f"${name}$", (x, y), place, textcoords="offset points", fontsize=9, zorder=6,
                     bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6})  # fmt: skip
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel=r"$C_s$", aspect="equal")
@@ -112,12 +109,9 @@ def draw_plane(ax: Axes, table: pd.DataFrame, column: str, levels: np.ndarray | 
 
 def loss_bar(fig: Figure, image: Any, axes: Any, **options: Any) -> None:
     """The colour bar of losses, with round numbers at its ticks."""
-    from matplotlib.ticker import MaxNLocator
-
     low, high = image.levels[0], image.levels[-1]
     ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
-    bar = fig.colorbar(image, ax=axes, pad=0.02, ticks=ticks, format="%.4g", **options)
-    bar.outline.set_visible(False)
+    bar = colour_bar(fig, image, axes, pad=0.02, ticks=ticks, format="%.4g", **options)
     bar.ax.tick_params(labelsize=7.5)
 
 
@@ -125,7 +119,7 @@ def draw_line(ax: Axes, table: pd.DataFrame, which: str, magnitude: bool) -> Non
     """The loss along the line of mixtures, its least marked, M_t's as a dashed line; magnitude: also the least loss
     when w scales the mixture."""
     column, colour, line = f"loss_{which}", SETS[which][1], lambda_line(table)
-    ax.axhline(float(line[column].iloc[-1]), color="#1F2937", linewidth=0.9, linestyle="--")
+    ax.axhline(float(line[column].iloc[-1]), color=INK, linewidth=0.9, linestyle="--")
     found = lower_range(line, column)
     if found:
         ax.axvspan(*found, color=LOWER, alpha=0.12, linewidth=0)
@@ -152,24 +146,19 @@ def _from_target(table: pd.DataFrame) -> pd.DataFrame:
     return line.assign(**{name: line[name] - line[name].iloc[-1] for name in line.columns[1:]})
 
 
-def _keys(magnitude: bool) -> list[Any]:
-    import matplotlib.pyplot as plt
+def like_target() -> Any:
+    """The entry of a legend for the contour at the loss of M_t."""
+    return key(r"as much loss as $M_t$", color=INK, linewidth=0.9, linestyle="--")
 
+
+def _keys(magnitude: bool) -> list[Any]:
     keys = [
-        plt.Line2D([], [], color="#1F2937", linewidth=1, label=r"$\lambda\tau_t+(1-\lambda)\tau_s$"),
-        plt.Line2D([], [], color="#1F2937", linewidth=0.9, linestyle="--", label=r"as much loss as $M_t$"),
-        plt.Line2D([], [], color=LOWER, linewidth=2.2, label=r"mixtures of less loss than $M_t$"),
+        key(r"$\lambda\tau_t+(1-\lambda)\tau_s$", color=INK, linewidth=1),
+        like_target(),
+        key(r"mixtures of less loss than $M_t$", color=LOWER, linewidth=2.2),
     ]
     if magnitude:
-        keys += [
-            plt.Line2D([], [], color="#6B7280", marker="o", markersize=5, label=r"(c) along the line, $w=1$"),
-            plt.Line2D([], [], color="#6B7280", linestyle=":", marker="o", markerfacecolor="white", markersize=5,
-                       label="(c) least over $w$"),
-        ]  # fmt: skip
+        dot: Any = {"color": MUTED, "marker": "o", "markersize": 5}
+        keys.append(key(r"(c) along the line, $w=1$", **dot))
+        keys.append(key("(c) least over $w$", linestyle=":", markerfacecolor="white", **dot))
     return keys
-
-
-def _set_keys(shown: list[str]) -> list[Any]:
-    import matplotlib.pyplot as plt
-
-    return [plt.Line2D([], [], color=SETS[which][1], label=f"{SETS[which][0]} patients") for which in shown]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from steph.analysis.mixing.sar import ALPHA, ATTENTION, EMBEDDING
-from steph.plots.style import MUTED, WIDTH, colour_of_dataset, line_of_dataset
+from steph.plots.parts import key, label_sides, legend, panels
+from steph.plots.style import BLUE, GREEN, MUTED, ORANGE, PURPLE, WIDTH, colour_of_dataset, line_of_dataset
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-COLOURS = {EMBEDDING: "#0072B2", ATTENTION: "#D55E00", "attention, tanh": "#CC79A7", "attention, sigmoid": "#009E73"}
+COLOURS = {EMBEDDING: BLUE, ATTENTION: ORANGE, "attention, tanh": PURPLE, "attention, sigmoid": GREEN}
 RULES: dict[str, Any] = {"released": "-", "paper": (0, (4, 1.5))}
 NAMES = {
     EMBEDDING: r"$f_{emb}$", ATTENTION: r"$f_{attn}$", "attention, tanh": "tanh", "attention, sigmoid": "sigmoid"
@@ -28,37 +28,28 @@ def alignment(curves: pd.DataFrame, layers: tuple[str, ...] = (EMBEDDING, ATTENT
 
     curves: as `steph.analysis.mixing.sar.curves` gives them, of one target.
     """
-    import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
-
     sources = list(curves["source"].unique())
-    columns = min(3, len(sources))
-    rows = -(-len(sources) // columns)
     alone = len(sources) == 1
-    size = (WIDTH, 3.0) if alone else (min(WIDTH, 2.6 * columns + 0.6), 2.25 * rows + 0.75)
-    fig, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
-    for ax in axes.flat[len(sources) :]:
-        ax.set_visible(False)
-    for ax, source in zip(axes.flat, sources, strict=False):
+
+    def size(rows: int, columns: int) -> tuple[float, float]:
+        return (WIDTH, 3.0) if alone else (min(WIDTH, 2.6 * columns + 0.6), 2.25 * rows + 0.75)
+
+    fig, axes = panels(len(sources), 3, size, sharex=True, sharey=True)
+    for ax, source in zip(axes, sources, strict=True):
         part = curves[curves["source"] == source]
         for layer in layers:
             _pair(ax, part[part["layer"] == layer], COLOURS[layer])
         ax.set(xlim=(0, 1), title=f"{part['target'].iloc[0]} with {source}")
-        if len(sources) - sources.index(source) <= columns:
-            ax.set_xlabel("λ")
-            ax.tick_params(labelbottom=True)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("SAR")
+    label_sides(axes, "λ", "SAR")
     low = curves.loc[curves["layer"].isin(layers) & (curves["kind"] != "noise"), "sar"].min()
-    axes[0, 0].set_ylim(np.floor(low * 10) / 10, 1.02)
-    handles = [Line2D([], [], color=COLOURS[layer], label=NAMES[layer]) for layer in layers]
-    handles += [
-        Line2D([], [], color=MUTED, linestyle=RULES["released"], label="released rule"),
-        Line2D([], [], color=MUTED, linestyle=RULES["paper"], label="paper's rule"),
-        Line2D([], [], color=MUTED, linestyle=":", label="rotated source, released rule"),
-    ]
-    place: Any = "outside right center" if alone else "outside lower center"
-    fig.legend(handles=handles, loc=place, ncols=1 if alone else 5 if columns > 2 else 3)
+    axes[0].set_ylim(np.floor(low * 10) / 10, 1.02)
+    keys = [key(NAMES[layer], color=COLOURS[layer]) for layer in layers]
+    lines = {"released rule": RULES["released"], "paper's rule": RULES["paper"], "rotated source, released rule": ":"}
+    keys += [key(name, color=MUTED, linestyle=line) for name, line in lines.items()]
+    if alone:
+        legend(fig, keys, 1, "outside right center")
+    else:
+        legend(fig, keys, 5 if len(sources) > 2 else 3)
     return fig
 
 
@@ -74,49 +65,46 @@ def _pair(ax: Axes, part: pd.DataFrame, colour: str) -> None:
         ax.plot(own["lambda"], own["sar"], color=colour, linestyle=line)
 
 
-def dominant_directions(spectra: pd.DataFrame, layers: tuple[str, ...] = (EMBEDDING, ATTENTION)) -> Figure:
+def dominant_directions(spectra: pd.DataFrame) -> Figure:
     """What the first directions of each task vector keep of its norm, a panel per layer, against their share of all
     directions; the levels that the two rank rules ask for are grey. The steeper a curve, the fewer directions are
     dominant.
 
     spectra: as `steph.analysis.mixing.sar.spectra` gives them; the first model is drawn thick.
     """
-    import matplotlib.pyplot as plt
-
     models = list(spectra["model"].unique())
-    fig, axes = plt.subplots(1, len(layers), figsize=(WIDTH, 3.1), sharey=True, squeeze=False)
-    for ax, layer in zip(axes.flat, layers, strict=True):
+    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.1), sharey=True)
+    for ax, layer in zip(axes, (EMBEDDING, ATTENTION), strict=True):
         for model in reversed(models):
             part = spectra[(spectra["model"] == model) & (spectra["layer"] == layer)]
             ax.plot(
                 part["direction"] / part["rows"], part["kept"], color=colour_of_dataset(model), label=model,
                 linestyle=line_of_dataset(model), linewidth=2.6 if model == models[0] else 1.2,
             )  # fmt: skip
-        for level, name, place in (
-            (ALPHA, "released rule", "top"), (np.sqrt(1 - (1 - ALPHA) ** 2), "paper's rule", "bottom")
-        ):  # fmt: skip
-            ax.axhline(level, color=MUTED, linewidth=0.9, linestyle=RULES[name.split("'")[0].split()[0]])
+        for rule, level, name, place in (
+            ("released", ALPHA, "released rule", "top"),
+            ("paper", np.sqrt(1 - (1 - ALPHA) ** 2), "paper's rule", "bottom"),
+        ):
+            ax.axhline(level, color=MUTED, linewidth=0.9, linestyle=RULES[rule])
             ax.annotate(
                 name, (1, level), xycoords=("axes fraction", "data"), ha="right", va=place, fontsize=7.5, color=MUTED,
                 xytext=(-2, -2 if place == "top" else 1), textcoords="offset points",
             )  # fmt: skip
         ax.set(xlim=(0, 1), ylim=(None, 1.03), xlabel="share of directions", title=f"{layer} ({NAMES[layer]})")
-    axes[0, 0].set_ylabel("share of the norm kept")
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles[::-1], names[::-1], loc="outside right center")
+    axes[0].set_ylabel("share of the norm kept")
+    legend(fig, axes[0].get_legend_handles_labels()[0][::-1], 1, "outside right center")
     return fig
 
 
-def against_rotated(pairs: pd.DataFrame, rule: str = "released") -> Figure:
+def against_rotated(pairs: pd.DataFrame) -> Figure:
     """SAR of each pair beside that of the rotated source, a point per pair and layer: at lambda 0, the source's own
-    directions, and at the middle lambda. On the line, a source does no better than one that shares nothing.
+    directions, and at the middle lambda, by the released rank rule. On the line, a source does no better than one that
+    shares nothing.
 
     pairs: as `steph.analysis.mixing.sar.every_pair` gives them.
     """
-    import matplotlib.pyplot as plt
-
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4), sharex=True, sharey=True)
-    chosen = pairs[pairs["rule"] == rule]
+    chosen = pairs[pairs["rule"] == "released"]
     low = np.floor(10 * chosen[["zero", "rotated_zero", "at", "rotated"]].to_numpy().min()) / 10
     for ax, (own, other), title in zip(
         axes, (("zero", "rotated_zero"), ("at", "rotated")), ("λ = 0: the source alone", "λ = 0.5"), strict=True

@@ -7,32 +7,32 @@ nothing; `steph.plots.display` stamps, writes and displays.
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from steph.data.manifest import Study
 from steph.study.paper import paper_table
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 WIDTH = 7.0  # inches
 DAYS_PER_YEAR = 365.25
-EVENT, CENSORED, MUTED, STAMP = "#D55E00", "#9AA5B1", "#6B7280", "#B4232A"
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; the yellow, too light on white, is left out.
 _PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4D4D4D"]
+BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW, GREY = _PALETTE
+EVENT, CENSORED, INK, MUTED, STAMP = ORANGE, "#9AA5B1", "#1F2937", "#6B7280", "#B4232A"
 _METHODS = {
-    "vanilla": "#4D4D4D",
-    "steph": "#0072B2",
-    "model_average": "#E69F00",
-    "hypernetwork_only": "#CC79A7",
-    "roupkt": "#009E73",
-    "ties_am": "#D55E00",
-    "adamerging": "#56B4E9",
+    "vanilla": GREY,
+    "steph": BLUE,
+    "model_average": YELLOW,
+    "hypernetwork_only": PURPLE,
+    "roupkt": GREEN,
+    "ties_am": ORANGE,
+    "adamerging": SKY,
     "oracle": "#000000",
 }
 _LINES = ["-", (0, (4, 1.5))]
@@ -67,8 +67,6 @@ def _place(dataset: str) -> int:
 
 def set_style() -> None:
     """The one look, set for all figures that follow."""
-    import matplotlib as mpl
-
     mpl.rcParams.update(
         {
             "figure.facecolor": "white",
@@ -87,14 +85,14 @@ def set_style() -> None:
             "legend.frameon": False,
             "axes.spines.top": False,
             "axes.spines.right": False,
-            "axes.edgecolor": "#9AA5B1",
+            "axes.edgecolor": CENSORED,
             "axes.linewidth": 0.8,
             "axes.axisbelow": True,
             "axes.grid": True,
             "grid.color": "#E5E7EB",
             "grid.linewidth": 0.7,
-            "text.color": "#1F2937",
-            "axes.labelcolor": "#1F2937",
+            "text.color": INK,
+            "axes.labelcolor": INK,
             "xtick.color": "#4B5563",
             "ytick.color": "#4B5563",
             "lines.linewidth": 1.5,
@@ -117,11 +115,6 @@ def stamp(fig: Figure, study: Study) -> None:
     )  # fmt: skip
 
 
-def write_cell(ax: Axes, x: float, y: float, text: str, dark: bool, size: float = 7) -> None:
-    """A number in a cell of a heat map, legible on its colour."""
-    ax.text(x, y, text, ha="center", va="center", fontsize=size, color="white" if dark else "#1F2937")
-
-
 def label_ends(ax: Axes, ends: pd.Series, top: float, rows_of_text: int = 16) -> None:
     """Names at the ends of lines, moved apart as little as needed; the axis has room for so many rows of text."""
     from scipy.optimize import isotonic_regression
@@ -133,7 +126,14 @@ def label_ends(ax: Axes, ends: pd.Series, top: float, rows_of_text: int = 16) ->
     side = ax.get_yaxis_transform()
     for (name, end), y in zip(ends.items(), places, strict=True):
         colour = colour_of_dataset(str(name))
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
+        line = {
+            "arrowstyle": "-",
+            "color": colour,
+            "linewidth": 0.5,
+            "shrinkA": 1,
+            "shrinkB": 0,
+            "relpos": (0, 0.5),
+        }
         ax.annotate(
             str(name), xy=(1, end), xytext=(1.07, y), xycoords=side, textcoords=side, va="center", fontsize=7.5,
             color=colour, annotation_clip=False, arrowprops=line,

@@ -266,6 +266,8 @@ def paths(seeds: int = 1, sources: Sequence[str] = ("SARC",), reach: float = 0.9
     return found.assign(c_s=reach * found["epoch"] / 4, c_t=reach * found["epoch"] / 8)
 
 
+NAMES = {"vanilla": "Vanilla", "steph": "STEPH"}
+
 FIGURES = {
     "landscape of a pair": lambda: plots.loss_planes(plane(), "BRCA", "SARC"),
     "landscapes of one pair": lambda: plots.loss_planes_of_pairs({"SARC": plane()}, "BRCA"),
@@ -292,15 +294,17 @@ FIGURES = {
     "c_index": lambda: plots.c_index(c_indices()),
     "c_index, undefined": lambda: plots.c_index(c_indices(undefined=True)),
     "c_index, external": lambda: plots.c_index(c_indices(), value="external_c_index"),
-    "intervals": lambda: plots.intervals(differences(), 0.025),
+    "intervals": lambda: plots.intervals(differences()),
     "gains": lambda: plots.gains({"here": gained(), "paper": gained().iloc[:1, :2]}, "Vanilla"),
     "gains on one data set": lambda: plots.gains({"here": gained().iloc[:, :1]}, "Vanilla"),
     "sweeps": lambda: plots.sweeps({"β": swept(), "K": swept()}),
     "dynamics": lambda: plots.course(course(1), "BRCA"),
     "dynamics of starts": lambda: plots.courses(course(5)),
     "dynamics of one start": lambda: plots.courses(course(1, ["SARC", "LIHC"])),
-    "attention maps": lambda: plots.attention_maps([attention_map(60, tumour=True)], ["P, risk 1 of 9"]),
-    "attention maps of real slides": lambda: plots.attention_maps([attention_map(900), attention_map(1)]),
+    "attention maps": lambda: plots.attention_maps([attention_map(60, tumour=True)], ["P, risk 1 of 9"], NAMES, 256),
+    "attention maps of real slides": lambda: plots.attention_maps(
+        [attention_map(900), attention_map(1)], ["P", "P"], NAMES, 256
+    ),
     "attention agreement": lambda: plots.attention_agreement(attended()),
     "attention on the tumour": lambda: plots.attention_on_tumour(attended()),
     "attention on the tumour of one patient": lambda: plots.attention_on_tumour(attended(1)),
@@ -343,7 +347,7 @@ def test_every_figure_fits_the_page_and_is_opaque(name):
 
 @pytest.mark.parametrize(("study", "stamped"), [("tiny", True), ("demo_twin", True), ("tcga", False)])
 def test_the_stamp_is_on_every_synthetic_figure_and_on_no_other(study, stamped):
-    fig = plots.intervals(differences(), 0.025)
+    fig = plots.intervals(differences())
     plots.stamp(fig, load_study(study))
     plots.stamp(fig, load_study(study))
     found = [text for text in fig.texts if text.get_gid() == "stamp"]
@@ -355,7 +359,7 @@ def test_the_stamp_is_on_every_synthetic_figure_and_on_no_other(study, stamped):
 def test_show_figure_writes_both_kinds_with_the_stamp_and_the_same_each_time(tmp_path):
     paths = []
     for name in ("a", "b"):
-        png = plots.show_figure(plots.intervals(differences(), 0.025), name, parameters())
+        png = plots.show_figure(plots.intervals(differences()), name, parameters())
         assert png == tmp_path / "tiny" / "figures" / f"{name}.png" and png.read_bytes()[:4] == b"\x89PNG"
         paths.append(png.with_suffix(".svg"))
     first, second = (path.read_bytes() for path in paths)

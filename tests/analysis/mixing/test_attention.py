@@ -469,7 +469,7 @@ def drawn(tiny):
     name = next(p for p in data.splits.test(0) if len(data.slides(p)) == 2)
     maps, _ = attention.of_patients(tiny, chosen, attention.patients_to_show(tiny, chosen, [name]))
     plots.set_style()
-    fig = plots.attention_maps([maps[name]], [name])
+    fig = plots.attention_maps([maps[name]], [name], {"vanilla": "Vanilla", "steph": "STEPH"}, 256)
     fig.canvas.draw()
     yield SimpleNamespace(table=maps[name], fig=fig, slides=data.slides(name))
     plt.close("all")
