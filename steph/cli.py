@@ -42,7 +42,7 @@ def _interruptible() -> Iterator[None]:
     that comes at such a moment comes again."""
     for name in ("SIGTERM", "SIGALRM"):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _interrupt)
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     before = sys.unraisablehook
 
     def dropped(what: Any) -> None:
@@ -58,10 +58,6 @@ def _interruptible() -> Iterator[None]:
         sys.unraisablehook = before
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)  # it came too late: what it was to stop is done
-
-
-def _interrupt(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 class Commands(TyperGroup):

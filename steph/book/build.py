@@ -203,20 +203,15 @@ def shelve(bench: Workbench) -> None:
     runs = results(bench)
     _write("status.md", pages.status(bench, infos, runs))
     _write("findings.md", pages.findings(study, runs))
-    for name, text in pages.reference().items():
+    reference = pages.reference()
+    for name, text in reference.items():
         _write(f"reference/{name}.md", text)
-    copies: dict[str, list[tuple[str, str]]] = {chapter.notebook: [] for chapter in listed}
+    copies: dict[str, list[tuple[str, str]]] = {}
     for chapter in listed:
         if chapter.name != chapter.notebook:
-            copies[chapter.notebook].append(
-                (chapter.name, f"{_title(chapter.source)}: {chapter.parameters['dataset']}")
-            )
-    _write("_toc.yml", pages.contents(copies))
-
-
-def _title(notebook: Path) -> str:
-    """The title in a notebook's first cell."""
-    return "".join(read_json(notebook)["cells"][0]["source"]).partition("\n")[0].removeprefix("# ")
+            title = "".join(read_json(chapter.source)["cells"][0]["source"]).partition("\n")[0].removeprefix("# ")
+            copies.setdefault(chapter.notebook, []).append((chapter.name, f"{title}: {chapter.parameters['dataset']}"))
+    _write("_toc.yml", pages.contents(copies, reference))
 
 
 def linked_files(executed: Path) -> list[str]:

@@ -9,7 +9,8 @@ import ast
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,18 +43,18 @@ def notebooks_in_contents() -> list[str]:
     return [PurePosixPath(e["file"]).name for e in _entries(_toc()) if PurePosixPath(e["file"]).parent.match(NOTEBOOKS)]
 
 
-def contents(copies: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+def contents(copies: Mapping[str, Sequence[tuple[str, str]]], reference: Iterable[str]) -> str:
     """The table of contents of a study's book: the project's ``_toc.yml``, with copies of notebooks for further data
     sets and the pages of the reference below what they belong to.
 
-    copies: name of the executed notebook and title, by notebook.
+    copies: name of the executed notebook and title, by notebook. reference: names of pages, the index among them.
     """
     toc = _toc()
     sections = {
         f"{NOTEBOOKS}/{notebook}": [{"file": f"{NOTEBOOKS}/{name}", "title": title} for name, title in further]
         for notebook, further in copies.items()
     }
-    sections[f"{REFERENCE}/index"] = [{"file": f"{REFERENCE}/{name}"} for name in reference() if name != "index"]
+    sections[f"{REFERENCE}/index"] = [{"file": f"{REFERENCE}/{name}"} for name in reference if name != "index"]
     for entry in _entries(toc):
         if sections.get(entry["file"]):
             entry["sections"] = sections[entry["file"]]
@@ -139,14 +140,17 @@ def findings(study: Study, runs: pd.DataFrame) -> str:
         "hypernetwork_only": "its hypernetwork alone, without other cancers",
         "steph_random_sources": "itself with noise for the other cancers",
     }
-    card = _scorecard(study)
+    path = study.build / "tables" / "scorecard.csv"
+    if not path.is_file():
+        raise Refused(f"{path} is not there; the scorecard writes it: steph run 10_scorecard -p study={study.address}")
+    card = pd.read_csv(path)
+    gains = [_gain(chosen, name, text, value) for name, text in rivals.items()]
     return render(
         "steph.book",
         "findings.md",
         study=study,
         outcome=VALUES[value],
-        gains=pd.DataFrame([_gain(chosen, name, text, value) for name, text in rivals.items()]),
-        means=_means(chosen, value),
+        gains=pd.DataFrame(gains),
         claims=len(card),
         verdicts=card["verdict"].value_counts(),
         directions=card["points"].value_counts(),
@@ -155,34 +159,24 @@ def findings(study: Study, runs: pd.DataFrame) -> str:
 
 def _gain(runs: pd.DataFrame, rival: str, text: str, value: str) -> dict[str, str]:
     """One row of the table of gains."""
+    row = dict.fromkeys(
+        ["Is STEPH ...", "STEPH", "the other", "gain (95 % interval)", "in the paper", "conclusion"], "—"
+    )
+    row["Is STEPH ..."] = f"better than {text}?"
+    with suppress(Refused):
+        row["in the paper"] = f"{paper_gain('steph', rival)[0]:+.3f}"
     try:
-        printed = f"{paper_gain('steph', rival)[0]:+.3f}"
-    except Refused:
-        printed = "—"
-    row = {"Is STEPH ...": f"better than {text}?", "the paper's gain": printed}
-    try:
-        gain = compare(runs, "steph", rival, value).gain
+        compared = compare(runs, "steph", rival, value)
     except Refused as reason:
-        return {**row, "gain here (95 % interval)": "—", "conclusion": f"no answer: {reason}"}
-    here = with_interval(gain.value, gain.low, gain.high)
-    return {**row, "gain here (95 % interval)": here, "conclusion": conclusion(gain)}
-
-
-def _means(runs: pd.DataFrame, value: str) -> tuple[float, float] | None:
-    """Mean of STEPH and of the cancers' own models; None where they share no fold."""
-    try:
-        compared = compare(runs, "steph", "vanilla", value)
-    except Refused:
-        return None
-    return compared.base + compared.gain.value, compared.base
-
-
-def _scorecard(study: Study) -> pd.DataFrame:
-    """The scorecard as its notebook wrote it."""
-    path = study.build / "tables" / "scorecard.csv"
-    if not path.is_file():
-        raise Refused(f"{path} is not there; the scorecard writes it: steph run 10_scorecard -p study={study.address}")
-    return pd.read_csv(path)
+        return {**row, "conclusion": f"no answer: {reason}"}
+    gain = compared.gain
+    return {
+        **row,
+        "STEPH": f"{compared.base + gain.value:.3f}",
+        "the other": f"{compared.base:.3f}",
+        "gain (95 % interval)": with_interval(gain.value, gain.low, gain.high),
+        "conclusion": conclusion(gain),
+    }
 
 
 # ---------------------------------------------------------------------------------------------- reference
@@ -204,19 +198,16 @@ def reference() -> dict[str, str]:
     """The pages of the library's reference in Markdown, by name: one for each room, the registry of methods, and the
     command. Docstrings are filled in by the builder (autodoc)."""
     pages = {
-        room: {"title": _title(room), "purpose": _purpose(room), "modules": modules}
+        room: {"title": f"`steph.{room}`", "purpose": _purpose(room), "modules": modules}
         for room, modules in rooms().items()
     }
+    pages[GROUND]["title"] = "Modules outside the rooms"
     return {
         "index": render("steph.book", "reference.md", rooms=pages),
         **{room: render("steph.book", "room.md", **page) for room, page in pages.items()},
         "registry": methods_page(),
         "command": command_page(),
     }
-
-
-def _title(room: str) -> str:
-    return "Modules outside the rooms" if room == GROUND else f"`steph.{room}`"
 
 
 def _purpose(room: str) -> str:

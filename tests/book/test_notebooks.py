@@ -59,29 +59,31 @@ def test_parameters_that_cannot_be_are_refused(given, message):
 
 
 @pytest.mark.parametrize(
-    ("folds", "expected"), [("all", [0, 1]), (1, [1]), ("1", [1]), ([1, 0], [1, 0]), ("[0, 1]", [0, 1]), ("1,1", [1])]
-)
-def test_folds_can_be_said_in_many_ways(folds, expected):
-    assert check({"study": "tiny", "folds": folds}).folds == expected
-
-
-@pytest.mark.parametrize(
-    ("sources", "expected"),
+    ("name", "value", "expected"),
     [
-        ("auto", None),
-        ("all", ["CESC", "LIHC"]),
-        ("LIHC", ["LIHC"]),
-        ("LIHC, CESC", ["LIHC", "CESC"]),
-        (["CESC"], ["CESC"]),
+        ("folds", "all", [0, 1]),
+        ("folds", 1, [1]),
+        ("folds", "1", [1]),
+        ("folds", [1, 0], [1, 0]),
+        ("folds", "[0, 1]", [0, 1]),
+        ("folds", "1,1", [1]),
+        ("sources", "auto", None),
+        ("sources", "all", ["CESC", "LIHC"]),
+        ("sources", "LIHC", ["LIHC"]),
+        ("sources", "LIHC, CESC", ["LIHC", "CESC"]),
+        ("sources", ["CESC"], ["CESC"]),
+        ("patients", "auto", None),
+        ("patients", "A,B", ["A", "B"]),
     ],
 )
-def test_sources_can_be_named_or_left_to_the_analysis(sources, expected):
-    assert check({"study": "tiny", "dataset": "SARC", "sources": sources}).sources == expected
+def test_lists_can_be_written_in_many_ways(name, value, expected):
+    assert getattr(check({"study": "tiny", "dataset": "SARC", name: value}), name) == expected
 
 
 def test_defaults_come_from_the_study():
-    checked = check({"study": "tiny"})
-    assert checked.seed == checked.study.seed and checked.datasets == ["LIHC", "CESC", "SARC"]
+    checked = check({"study": "tiny", "n_seeds": 2})
+    assert checked.seeds == [checked.study.seed, checked.study.seed + 1]
+    assert checked.datasets == ["LIHC", "CESC", "SARC"]
     assert check({"study": "tiny", "dataset": "SARC"}).datasets == ["SARC"]
 
 
@@ -158,13 +160,6 @@ def test_a_kernel_that_dies_is_an_error_and_its_notebook_is_not_finished(tmp_pat
         execute(dying, {}, tmp_path / "out.ipynb", progress=False)
     with pytest.raises(Refused, match="no readable completion record"):
         completion(tmp_path / "out.ipynb")
-
-
-def test_parameters_are_data_not_code(tmp_path, build_folder):
-    echo = made(tmp_path / "echo.ipynb", "print(repr(word))", parameters="# Parameters\nstudy = 'tiny'\n")
-    quote = "tiny'\nraise SystemExit(1)\n'"
-    with pytest.raises(Refused, match="unknown study"):
-        execute(echo, {"study": quote}, tmp_path / "out.ipynb", progress=False)
 
 
 def test_the_projects_notebooks_declare_known_parameters():
