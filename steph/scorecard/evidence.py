@@ -29,9 +29,15 @@ def gather(bench: Workbench, results: pd.DataFrame, device: str = "cpu", precisi
         study,
         results,
         cohort=cohort_tables.cohort_numbers([bench.dataset(name) for name in datasets]),
-        dynamics=dynamics.of_finished(bench, datasets, precision=precision),
-        landscapes={t: landscape.of_finished(bench, t, precision=precision) for t in PAPER_TARGETS if t in datasets},
-        trajectories=trajectory.of_finished(bench, first, precision=precision),
+        dynamics=dynamics.by_target(bench, dynamics.finished_runs(bench, datasets, precision=precision)),
+        landscapes={
+            target: landscape.finished_landscapes(bench, target, precision=precision)
+            for target in PAPER_TARGETS
+            if target in datasets
+        },
+        trajectories=trajectory.ends(
+            bench, dynamics.finished_runs(bench, [first], precision=precision, single_source=True)
+        ),
         alignment=_alignment(bench, precision),
         operations=operations.counted(bench),
         epochs=timing.epoch_times(bench, epochs, device) if timed else None,

@@ -35,8 +35,8 @@ class Evidence:
     """What claims are judged on.
 
     results: of one seed. cohort: of `cohort_tables.cohort_numbers`. dynamics: by target, the course of w and lambda
-    over several starts (`dynamics.dynamics`). landscapes: by target and source (`landscape.of_finished`).
-    trajectories: `trajectory.of_finished`. alignment: `sar.attention_against_embedding`. operations:
+    over several starts (`dynamics.dynamics`). landscapes: by target and source (`landscape.finished_landscapes`).
+    trajectories: `trajectory.ends`. alignment: `sar.attention_against_embedding`. operations:
     `operations.counted`. epochs: `timing.epoch_times`. attention: `attention.over_datasets`. What is missing
     decides nothing.
     """

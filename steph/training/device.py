@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,11 @@ class Compute:
     def parameter_dtype(self) -> torch.dtype:
         """The format of a model's parameters."""
         return parameter_dtype(self.precision)
+
+    @property
+    def exact(self) -> Compute:
+        """The same with patches in the format of parameters."""
+        return replace(self, precision="fp64" if self.precision == "fp64" else "fp32")
 
     @property
     def on_cpu(self) -> bool:

@@ -40,7 +40,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parametergroups_of(model: nn.Module, weight_decay: float) -> list[dict]:
     """AdamW's groups: trainable matrices decay, vectors and biases do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -98,7 +98,7 @@ class Trainer:
 
     def __init__(self, model: Model, recipe: Recipe, steps_per_epoch: int) -> None:
         self.model, self.recipe, self.steps_per_epoch = model, recipe, steps_per_epoch
-        self.optimizer = AdamW(parameter_groups(model, recipe.weight_decay))
+        self.optimizer = AdamW(parametergroups_of(model, recipe.weight_decay))
         self.updates = 0
 
     def step(
@@ -265,10 +265,10 @@ def frozen_features(
     model: Model, patients: Sequence[str], batch_of: Callable[[Sequence[str]], RaggedBatch], together: int
 ) -> Tensor:
     """The model's `frozen_features` of each patient's bag, (N, ...) in the order given; `together` bags at once."""
-    return torch.cat([model.frozen_features(batch_of(group)) for group in _groups(patients, together)])
+    return torch.cat([model.frozen_features(batch_of(group)) for group in groups_of(patients, together)])
 
 
-def _groups(patients: Sequence[str], together: int) -> list[Sequence[str]]:
+def groups_of(patients: Sequence[str], together: int) -> list[Sequence[str]]:
     """Patients in groups of so many, in their order."""
     return [patients[i : i + together] for i in range(0, len(patients), together)]
 
@@ -283,7 +283,7 @@ def predict_hazards(
     memory.check(model, dataset, patients, together, compute)
     batch_of = loader(model, dataset, patients, compute)
     with products(compute.precision):
-        hazards = [torch.sigmoid(model(batch_of(group))) for group in _groups(patients, together)]
+        hazards = [torch.sigmoid(model(batch_of(group))) for group in groups_of(patients, together)]
         return torch.cat(hazards).double().cpu()
 
 

@@ -7,17 +7,21 @@ property of the cancers or of the random start is seen only when the start chang
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
 
 from steph import Refused
+from steph.analysis.mixing.pairs import check_each_once
 from steph.analysis.performance.estimates import with_interval
 from steph.data.manifest import Study
 from steph.data.synthetic import planted_similarity
 from steph.files.records import Record
 from steph.study.runs import Run, Workbench, plan, results
 
+SHOWN = 5
+"""Sources of largest w that are shown where nobody names some; the one of smallest w comes on top."""
 USED_BELOW = 0.8
 """A source counts as used when its w > 0 and its lambda is below this (the paper's words on Fig. S1)."""
 
@@ -29,46 +33,46 @@ def runs(study: Study, dataset: str, fold: int, seeds: Sequence[int], precision:
     """
     study.entry(dataset)
     study.check_fold(fold)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise Refused(f"seeds {list(seeds)}: give at least one, and each once.")
+    check_each_once("seeds", seeds)
     return plan(study, [dataset], ["steph"], [fold], list(seeds), precision)
 
 
-def dynamics(bench: Workbench, chosen: Iterable[Run]) -> pd.DataFrame:
+def dynamics(bench: Workbench, runs: Iterable[Run]) -> pd.DataFrame:
     """The course of w and lambda: seed, epoch (1, 2, ...), source, w, lambda; means over the patients of each update
     and over the epoch's updates, with dropout at work. Raises `Refused` for a run that is not finished or kept no such
-    course."""
-    parts = []
-    for wanted in chosen:
-        found = bench.record(wanted)
-        if found is None:
-            raise Refused(f"{wanted} is not finished. Run it first: the notebook 06_dynamics does.")
-        parts.append(_course(found).assign(seed=wanted.seed))
-    if not parts:
+    course, and for no runs."""
+    courses = [_course(bench.finished(run)).assign(seed=run.seed) for run in runs]
+    if not courses:
         raise Refused("no runs to follow; name at least one.")
-    return pd.concat(parts, ignore_index=True)[["seed", "epoch", "source", "w", "lambda"]]
+    return pd.concat(courses, ignore_index=True)[["seed", "epoch", "source", "w", "lambda"]]
 
 
-def of_finished(
-    bench: Workbench, targets: Iterable[str], fold: int = 0, precision: str = "fp32"
-) -> dict[str, pd.DataFrame]:
-    """By target, the course over all starts that are finished, `dynamics` of them; nothing is run."""
-    finished = results(bench)
-    found = {}
-    for target in targets:
-        wanted = {"dataset": target, "method": "steph", "fold": fold, "precision": precision}
-        if len(finished):
-            seeds = sorted(finished.loc[(finished[list(wanted)] == pd.Series(wanted)).all(axis=1), "seed"])
-            if seeds:
-                found[target] = dynamics(bench, runs(bench.study, target, fold, seeds, precision))
-    return found
+def by_target(bench: Workbench, runs: Iterable[Run]) -> dict[str, pd.DataFrame]:
+    """`dynamics` of the runs on each target, by target."""
+    runs = list(runs)
+    targets = dict.fromkeys(run.dataset for run in runs)
+    return {target: dynamics(bench, [run for run in runs if run.dataset == target]) for target in targets}
 
 
-def _course(found: Record) -> pd.DataFrame:
-    history = pd.read_csv(found.file("history.csv"))
+def finished_runs(
+    bench: Workbench, targets: Sequence[str], fold: int = 0, precision: str = "fp32", single_source: bool = False
+) -> list[Run]:
+    """STEPH's finished runs on targets, from every start; single_source: those with one source in place of all."""
+    table = results(bench)
+    if table.empty:
+        return []
+    method = table["method"].str.startswith("steph@") if single_source else table["method"] == "steph"
+    table = table[method & table["dataset"].isin(targets) & (table["fold"] == fold) & (table["precision"] == precision)]
+    rows = zip(table["dataset"], table["method"], table["seed"], strict=True)
+    runs = [Run(dataset, name, fold, int(seed), precision) for dataset, name, seed in rows]
+    return sorted(runs, key=lambda run: (targets.index(run.dataset), run.method, run.seed))
+
+
+def _course(record: Record) -> pd.DataFrame:
+    history = pd.read_csv(record.file("history.csv"))
     names = [c.removeprefix("w_") for c in history.columns if c.startswith("w_")]
     if not names:
-        raise Refused(f"{found.path} has no course of w and lambda; only STEPH's runs do.")
+        raise Refused(f"{record.path} has no course of w and lambda; only STEPH's runs do.")
     courses = [
         pd.DataFrame({"epoch": history["epoch"], "source": n, "w": history[f"w_{n}"], "lambda": history[f"lambda_{n}"]})
         for n in names
@@ -103,11 +107,23 @@ def by_source_wide(table: pd.DataFrame, n_starts: int) -> pd.DataFrame:
         columns = (table[f"{name}_{part}"] for part in ("mean", "min", "max"))
         return [with_interval(*numbers, form=".2f") for numbers in zip(*columns, strict=True)]
 
-    counts = {"used": table["used"], "largest w": table["top"]}
-    return pd.DataFrame(
-        {"source": table.index, "w": spread("w"), "λ": spread("lambda")}
-        | {f"{name} (of {n_starts})": count.to_numpy() for name, count in counts.items()}
-    )
+    counts = {f"used (of {n_starts})": table["used"], f"largest w (of {n_starts})": table["top"]}
+    return pd.DataFrame({"w": spread("w"), "λ": spread("lambda")}, table.index).assign(**counts).reset_index()
+
+
+def chosen_sources(course: pd.DataFrame, n: int = SHOWN) -> pd.DataFrame:
+    """Sources to look at, from the course of one STEPH run: the n of largest final w and the one of smallest, so that
+    one is there that STEPH left out.
+
+    Returns source, rank (of w, 1 = largest), w, lambda, share = w (1 - lambda). The first has the largest share: STEPH
+    takes most of it. A w may be large where lambda is 1; then it is the target's own model that counts. Of equal ones
+    the source that comes first in the study has the lower rank.
+    """
+    ranked = at_the_end(course).sort_values("w", ascending=False, kind="stable").reset_index(drop=True)
+    ranked["rank"], ranked["share"] = ranked.index + 1, ranked["w"] * (1 - ranked["lambda"])
+    few = pd.concat([ranked.head(n), ranked.tail(1)]).drop_duplicates("source")
+    few = few.sort_values("share", ascending=False, kind="stable")
+    return few[["source", "rank", "w", "lambda", "share"]].reset_index(drop=True)
 
 
 def planted(study: Study, target: str) -> pd.Series | None:
@@ -115,27 +131,23 @@ def planted(study: Study, target: str) -> pd.Series | None:
     return planted_similarity(study)[target].drop(target) if study.synthetic else None
 
 
+def final_weights(course: pd.DataFrame) -> pd.DataFrame:
+    """w in the last epoch, a row per source and a column per seed."""
+    return at_the_end(course).pivot(index="source", columns="seed", values="w")
+
+
 def agreement(course: pd.DataFrame) -> pd.DataFrame:
     """Rank correlation (Spearman) of the final w of each two seeds: seed_a, seed_b, correlation; NaN where one of them
     gives all sources the same w."""
-    wide = at_the_end(course).pivot(index="source", columns="seed", values="w")
-    seeds = list(wide.columns)
-    pairs = [(a, b, rank_correlation(wide[a], wide[b])) for i, a in enumerate(seeds) for b in seeds[i + 1 :]]
-    return pd.DataFrame(pairs, columns=["seed_a", "seed_b", "correlation"])
+    w = final_weights(course)
+    rows = [(a, b, rank_correlation(w[a], w[b])) for a, b in combinations(w.columns, 2)]
+    return pd.DataFrame(rows, columns=["seed_a", "seed_b", "correlation"])
 
 
-def with_planted(course: pd.DataFrame, similarity: pd.Series) -> pd.DataFrame:
-    """Rank correlation of each seed's final w with what is known to be shared: seed, correlation.
-
-    similarity: of each source to the target, by source (a column of `steph.data.synthetic.planted_similarity`).
-    """
-    wide = at_the_end(course).pivot(index="source", columns="seed", values="w")
-    lacking = sorted(set(wide.index) - set(similarity.index))
-    if lacking:
-        raise Refused(f"no planted similarity of {', '.join(lacking)}.")
-    planted = similarity.loc[wide.index]
-    rows = [(seed, rank_correlation(wide[seed], planted)) for seed in wide.columns]
-    return pd.DataFrame(rows, columns=["seed", "correlation"])
+def with_planted(course: pd.DataFrame, similarity: pd.Series) -> pd.Series:
+    """Rank correlation of the final w with each source's `planted` similarity to the target, by seed."""
+    w = final_weights(course)
+    return w.apply(rank_correlation, b=similarity.loc[w.index])
 
 
 def rank_correlation(a: pd.Series, b: pd.Series) -> float:

@@ -10,7 +10,6 @@ from scipy.stats import spearmanr
 from steph import Refused
 from steph.analysis.mixing import dynamics
 from steph.data.manifest import load_study
-from steph.data.synthetic import planted_similarity
 from steph.study.execute import Workbench, plan, run_all
 
 
@@ -55,23 +54,12 @@ def test_an_unfinished_run_and_one_without_a_course_are_refused(bench):
 
 
 def test_only_what_is_finished_is_found(bench):
-    found = dynamics.of_finished(bench, ["SARC", "LIHC"])
-    assert list(found) == ["SARC"]
-    assert sorted(found["SARC"]["seed"].unique()) == [42, 43]
-
-
-@pytest.mark.parametrize(
-    ("dataset", "fold", "seeds", "message"),
-    [
-        ("SARK", 0, [1], "Did you mean SARC"),
-        ("SARC", 2, [1], "0 to 1"),
-        ("SARC", 0, [1, 1], "each once"),
-        ("SARC", 0, [], "at least one"),
-    ],
-)
-def test_runs_that_cannot_be_are_refused(dataset, fold, seeds, message):
-    with pytest.raises(Refused, match=message):
-        dynamics.runs(load_study("tiny"), dataset, fold, seeds)
+    runs = dynamics.finished_runs(bench, ["SARC", "LIHC"])
+    assert runs == dynamics.runs(bench.study, "SARC", 0, [42, 43])
+    found = dynamics.by_target(bench, runs)
+    assert list(found) == ["SARC"] and sorted(found["SARC"]["seed"].unique()) == [42, 43]
+    assert dynamics.finished_runs(bench, ["SARC"], fold=1) == []
+    assert dynamics.finished_runs(bench, ["SARC"], single_source=True) == []
 
 
 def made() -> pd.DataFrame:
@@ -106,7 +94,7 @@ def test_sources_over_starts():
     assert table.loc["A", ["w_mean", "w_min", "w_max"]].tolist() == pytest.approx([0.6, 0.1, 0.9])
 
 
-def test_sources_over_starts_to_look_at():
+def test_sources_over_starts_for_display():
     wide = dynamics.by_source_wide(dynamics.by_source(made()), 3)
     assert wide.iloc[0].tolist() == ["A", "0.60 (0.10 to 0.90)", "0.10 (0.10 to 0.10)", 3, 2]
     assert list(wide.columns) == ["source", "w", "λ", "used (of 3)", "largest w (of 3)"]
@@ -125,16 +113,25 @@ def test_starts_that_agree_and_that_do_not():
 
 def test_what_was_planted():
     planted = pd.Series({"D": 0.0, "A": 0.9, "B": 0.5, "C": 0.1})
-    found = dynamics.with_planted(made(), planted).set_index("seed")["correlation"]
-    assert found.to_dict() == pytest.approx({1: 1.0, 2: 1.0, 3: -1.0})
-    with pytest.raises(Refused, match="no planted similarity of D"):
-        dynamics.with_planted(made(), planted.drop("D"))
+    assert dynamics.with_planted(made(), planted).to_dict() == pytest.approx({1: 1.0, 2: 1.0, 3: -1.0})
+
+
+def test_sources_of_largest_w_and_the_one_of_smallest():
+    w = {"A": 0.9, "B": 0.5, "C": 0.4, "D": 0.3, "E": 0.2, "F": 0.1, "G": 0.0, "H": 0.0}
+    lam = [1.0, 0.5, 0.25, 0.9, 0.9, 0.0, 0.0, 0.0]
+    course = pd.DataFrame({"seed": 1, "epoch": 2, "source": list(w), "w": w.values(), "lambda": lam})
+    found = dynamics.chosen_sources(course)
+    assert list(found["source"]) == ["C", "B", "D", "E", "A", "H"]  # by what the source itself gets
+    assert list(found["rank"]) == [3, 2, 4, 5, 1, 8]
+    assert found["share"].tolist() == pytest.approx([0.3, 0.25, 0.03, 0.02, 0, 0])
+    assert list(dynamics.chosen_sources(course.head(2))["source"]) == ["B", "A"]
+    assert len(dynamics.chosen_sources(course, n=2)) == 3
 
 
 def test_planted_similarity_fits_the_courses_of_a_study(bench):
     course = dynamics.dynamics(bench, dynamics.runs(bench.study, "SARC", 0, [42]))
-    found = dynamics.with_planted(course, planted_similarity(bench.study)["SARC"])
-    assert found["correlation"].isna().all()  # of two sources no correlation can be told
+    found = dynamics.with_planted(course, dynamics.planted(bench.study, "SARC"))
+    assert list(found.index) == [42] and found.isna().all()  # of two sources no correlation can be told
 
 
 def test_rank_correlation_is_spearmans_with_ties():

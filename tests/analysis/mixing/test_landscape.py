@@ -12,31 +12,25 @@ from steph import Refused
 from steph.analysis.mixing import landscape as module
 from steph.analysis.mixing.landscape import (
     best_magnitude,
-    chosen_sources,
+    finished_landscapes,
     grid,
     lambda_line,
     landscape,
-    losses,
     lower_range,
     magnitudes_wide,
-    models,
-    of_finished,
-    pair,
-    runs,
     smoothed,
     square,
     summaries,
     summaries_wide,
     summary,
 )
-from steph.data.manifest import load_study
+from steph.analysis.mixing.pairs import pair
 from steph.merging.task_vectors import apply_task_vector, task_vector
-from steph.mil import NETWORKS
+from steph.mil import new_network
 from steph.mil.state import load_into
 from steph.study.execute import Workbench, run_all
-from steph.study.runs import Run, row_of
-from steph.survival import bin_index, nll_loss
-from steph.training.device import PRECISIONS
+from steph.study.runs import TARGET, Run, row_of
+from steph.survival import nll_loss, targets
 
 SOME = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.36, 0.64], [1.0, 0.92], [1.3, 0.2]])
 
@@ -46,124 +40,96 @@ def bench(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEPH_BUILD", str(tmp_path_factory.mktemp("build")))
         found = Workbench("tiny")
-        wanted = [pair(found.study, "SARC", "LIHC", 1, precision) for precision in ("fp32", "fp64")]
-        wanted.append(pair(found.study, "SARC", "LIHC", 1, "fp64", "steph_patch_gcn"))
-        run_all(found, [run for each in wanted for run in models(found, each)], workers=1)
+        chosen = [pair(found.study, "SARC", "LIHC", 1, precision) for precision in ("fp32", "fp64")]
+        run_all(found, [run for each in chosen for run in found.prerequisites(each).values()], workers=1)
         yield found
 
 
-def plainly(bench: Workbench, wanted: Run, at: np.ndarray, which: str, network: str, head: str) -> float:
-    """Mean loss at one point: one merged network, patient by patient."""
-    study, data = bench.study, bench.dataset(wanted.dataset)
-    patients = data.splits.train(wanted.fold) if which == "train" else data.splits.test(wanted.fold)
+def plainly(bench: Workbench, run: Run, at: np.ndarray, which: str, head: str) -> float:
+    """Mean loss at one point, in double precision: one merged network, patient by patient."""
+    study, data = bench.study, bench.dataset(run.dataset)
+    patients = data.splits.train(run.fold) if which == "train" else data.splits.test(run.fold)
     if which == "external":
         data = data.external
         patients = list(data.cohort.patients["patient_id"])
-    source, target = (bench.state(run) for run in models(bench, wanted))
-    null = {k: v.to(PRECISIONS[wanted.precision]) for k, v in bench.null_state(network).items()}
-    tau_s, tau_t = (task_vector(state, null) for state in (source, target))
+    null = {k: v.double() for k, v in bench.null_state("abmil").items()}
+    states = {role: bench.state(model) for role, model in bench.prerequisites(run).items()}
+    tau_s, tau_t = (task_vector(states[role], null) for role in ("LIHC", TARGET))
     state = apply_task_vector(null, {k: at[0] * tau_s[k] + at[1] * tau_t[k] for k in null})
     if head == "target":
-        state |= {k: v for k, v in target.items() if k.startswith("head.")}
-    model = NETWORKS[network](study.features.dim, study.network).to(PRECISIONS[wanted.precision]).eval()
+        state |= {k: v for k, v in states[TARGET].items() if k.startswith("head.")}
+    model = new_network("abmil", study.features.dim, study.network).double().eval()
     load_into(model, state)
-    labels, found = data.labels(patients), []
-    bins = torch.from_numpy(bin_index(labels["time_days"], study.network.n_bins, study.network.bin_width_days))
-    event = torch.from_numpy(labels["event"].to_numpy(dtype=bool))
+    bins, event = targets(data.labels(patients), study.network.n_bins, study.network.bin_width_days)
+    losses = []
     for i, patient in enumerate(patients):
-        options = {"coords": network == "patch_gcn", "max_patches": study.recipe.max_patches}
         with torch.no_grad():
-            hazards = torch.sigmoid(model(data.batch([patient], dtype=PRECISIONS[wanted.precision], **options)))
-        found.append(nll_loss(hazards, bins[i : i + 1], event[i : i + 1], alpha=0.0).item())
-    return float(np.mean(found))
+            bag = data.batch([patient], dtype=torch.float64, max_patches=study.recipe.max_patches)
+            hazards = torch.sigmoid(model(bag))
+        losses.append(nll_loss(hazards, bins[i : i + 1], event[i : i + 1], alpha=0.0).item())
+    return float(np.mean(losses))
 
 
 @pytest.mark.parametrize("head", ["target", "merged"])
-@pytest.mark.parametrize(("base", "network"), [("steph", "abmil"), ("steph_patch_gcn", "patch_gcn")])
-def test_every_point_is_the_merged_model_tested_patient_by_patient(bench, base, network, head):
-    wanted = pair(bench.study, "SARC", "LIHC", 1, "fp64", base)
-    found = losses(bench, wanted, SOME, head=head)
+def test_every_point_is_the_merged_model_tested_patient_by_patient(bench, head):
+    run = pair(bench.study, "SARC", "LIHC", 1, "fp64")
+    found = landscape(bench, run, head=head, points=SOME)
     assert list(found.columns) == ["c_s", "c_t", "loss_train", "loss_test", "loss_external"]
     assert (found[["c_s", "c_t"]].to_numpy() == SOME).all()
     for row in range(len(SOME)):
-        for which in ("train", "test", "external")[: 3 if network == "abmil" else 2]:
-            expected = plainly(bench, wanted, SOME[row], which, network, head)
+        for which in ("train", "test", "external"):
+            expected = plainly(bench, run, SOME[row], which, head)
             assert found[f"loss_{which}"][row] == pytest.approx(expected, abs=1e-10), (which, SOME[row])
 
 
 def test_bags_are_taken_in_pieces_and_sampled_as_in_training(bench, monkeypatch):
-    wanted = pair(bench.study, "SARC", "LIHC", 1, "fp64")
-    whole = losses(bench, wanted, SOME)
+    run = pair(bench.study, "SARC", "LIHC", 1, "fp64")
+    whole = landscape(bench, run, points=SOME)
     monkeypatch.setattr(module, "NUMBERS", 9000)  # a few points at a time
-    calls = []
-    at_some = module.Plane._abmil_at
-    monkeypatch.setattr(
-        module.Plane, "_abmil_at", lambda self, first, points: calls.append(len(points)) or at_some(self, first, points)
-    )
-    pieces = module._losses(bench, wanted, SOME, "cpu", "target")
+    calls, at = [], module.Plane._at
+    monkeypatch.setattr(module.Plane, "_at", lambda self, *given: calls.append(len(given[1])) or at(self, *given))
+    pieces = module._losses(bench, run, "cpu", "target", SOME)
     assert max(calls) < len(SOME)
     np.testing.assert_allclose(pieces, whole, atol=1e-12)
     recipe = bench.study.recipe.model_copy(update={"max_patches": 4})
     sampled = Workbench(bench.study.model_copy(update={"recipe": recipe}))
-    run_all(sampled, runs(sampled, "SARC", ["LIHC"], 1, "fp64"), workers=1)
-    found = losses(sampled, wanted, SOME[3:4])["loss_test"].item()
-    assert found == pytest.approx(plainly(sampled, wanted, SOME[3], "test", "abmil", "target"), abs=1e-10)
+    run_all(sampled, sampled.prerequisites(run).values(), workers=1)
+    found = landscape(sampled, run, points=SOME[3:4])["loss_test"].item()
+    assert found == pytest.approx(plainly(sampled, run, SOME[3], "test", "target"), abs=1e-10)
 
 
 def test_the_corners_are_the_models_themselves(bench):
     for precision, error in (("fp32", 1e-6), ("fp64", 1e-10)):
-        source, target = models(bench, pair(bench.study, "SARC", "LIHC", 1, precision))
-        assert (source.dataset, source.fold, target.dataset, target.fold) == ("LIHC", 0, "SARC", 1)
-        table = landscape(bench, "SARC", "LIHC", 1, precision).set_index(["c_s", "c_t"])
+        run = pair(bench.study, "SARC", "LIHC", 1, precision)
+        table = landscape(bench, run).set_index(["c_s", "c_t"])
         assert len(table) == 676
-        own = row_of(bench.record(target))["loss"]
-        assert table.loc[(0, 1), "loss_test"] == pytest.approx(own, abs=error)
-        assert own != pytest.approx(table.loc[(0, 0), "loss_test"], abs=1e-3)
+        of_target = row_of(bench.record(bench.prerequisites(run)[TARGET]))["loss"]
+        assert table.loc[(0, 1), "loss_test"] == pytest.approx(of_target, abs=error)
+        assert of_target != pytest.approx(table.loc[(0, 0), "loss_test"], abs=1e-3)
 
 
 def test_a_landscape_is_computed_once(bench, monkeypatch):
-    first = landscape(bench, "SARC", "LIHC", 1)
+    run = pair(bench.study, "SARC", "LIHC", 1)
+    first = landscape(bench, run)
     monkeypatch.setattr(module, "_losses", lambda *_: pytest.fail("computed again"))
-    pd.testing.assert_frame_equal(landscape(bench, "SARC", "LIHC", 1), first, check_exact=True)
+    pd.testing.assert_frame_equal(landscape(bench, run), first, check_exact=True)
     with pytest.raises(pytest.fail.Exception, match="computed again"):
-        landscape(bench, "SARC", "LIHC", 1, head="merged")
+        landscape(bench, run, head="merged")
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (("SARC", "SARC", 0), "is no source for SARC"),
-        (("SARC", "BRCA", 0), "BRCA is no source for SARC"),
-        (("SARK", "LIHC", 0), "Did you mean SARC"),
-        (("SARC", "LIHC", 2), "0 to 1"),
-        (("SARC", "CESC", 0), "is not finished. Run it"),
-    ],
-)
-def test_pairs_that_cannot_be_are_refused(bench, given, message):
-    with pytest.raises(Refused, match=message):
-        landscape(bench, *given)
-
-
-def test_an_unknown_head_is_refused(bench):
+def test_an_unfinished_model_and_an_unknown_head_are_refused(bench):
+    with pytest.raises(Refused, match="is not finished"):
+        landscape(bench, pair(bench.study, "SARC", "CESC", 0))
     with pytest.raises(Refused, match="head = 'source'; expected"):
-        landscape(bench, "SARC", "LIHC", 1, head="source")
+        landscape(bench, pair(bench.study, "SARC", "LIHC", 1), head="source")
 
 
-def test_the_runs_a_landscape_stands_on(bench):
-    found = runs(bench, "SARC", ["LIHC", "CESC"], 1)
-    assert [(run.dataset, run.method, run.fold) for run in found] == [
-        ("SARC", "vanilla", 1), ("LIHC", "vanilla", 0), ("CESC", "vanilla", 0),
-    ]  # fmt: skip
-    with pytest.raises(Refused, match="no source for SARC: name at least one of CESC, LIHC"):
-        runs(bench, "SARC", [], 1)
-
-
-def test_sources_of_a_finished_run_are_found_and_nothing_is_trained(bench, monkeypatch):
-    assert of_finished(bench, "SARC", 0) == {}
+def test_landscapes_of_a_finished_run_train_nothing(bench, monkeypatch):
+    assert finished_landscapes(bench, "SARC") == {}
     run_all(bench, [Run("SARC", "steph", 0, 42)], workers=1)
     few = SOME[:2]
     monkeypatch.setattr(module, "grid", lambda: few)
-    found = of_finished(bench, "SARC", 0)
+    found = finished_landscapes(bench, "SARC")
     assert set(found) == {"LIHC", "CESC"} and all(len(table) == 2 for table in found.values())
 
 
@@ -267,19 +233,3 @@ def test_smoothing_is_scipys_in_grid_steps_and_leaves_the_table_alone():
     assert square(table, "loss_test")[:, 0].tolist() == (np.arange(26) / 25).tolist()  # rows are C_s
     # A mirrored border flattens: that is why numbers are not taken from it.
     assert square(found, "loss_test")[0, 0] > 0.005
-
-
-def test_sources_of_largest_w_and_the_one_of_smallest():
-    w = {"A": 0.9, "B": 0.5, "C": 0.4, "D": 0.3, "E": 0.2, "F": 0.1, "G": 0.0, "H": 0.0}
-    last = pd.DataFrame({"source": list(w), "w": w.values(), "lambda": [1.0, 0.5, 0.25, 0.9, 0.9, 0.0, 0.0, 0.0]})
-    found = chosen_sources(last)
-    assert list(found["source"]) == ["C", "B", "D", "E", "A", "H"]  # by what the source itself gets
-    assert list(found["rank"]) == [3, 2, 4, 5, 1, 8]
-    assert found["share"].tolist() == pytest.approx([0.3, 0.25, 0.03, 0.02, 0, 0])
-    assert list(chosen_sources(last.head(2))["source"]) == ["B", "A"]
-    assert len(chosen_sources(last, n=2)) == 3
-
-
-def test_the_steps_are_those_of_every_study():
-    for name in ("demo", "tcga"):
-        assert pair(load_study(name), "BRCA", "UCEC", 0).method == "steph@UCEC"

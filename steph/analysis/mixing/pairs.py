@@ -1,0 +1,42 @@
+"""Which models can be mixed: a target's with those of its sources, as STEPH takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from steph import Refused
+from steph.data.manifest import Study, unknown
+from steph.study.runs import TARGET, Run, Workbench
+
+
+def check_each_once(name: str, values: Sequence[Any]) -> None:
+    """Raise `Refused` where there are no values or one is repeated."""
+    if not values or len(set(values)) < len(values):
+        raise Refused(f"{name} {list(values)}: give at least one, and each once.")
+
+
+def check_sources(study: Study, target: str, sources: Sequence[str], fold: int) -> None:
+    """Raise `Refused` for a data set or fold that the study does not have, and for sources that are none of the
+    target's, repeated or missing."""
+    study.entry(target)
+    study.check_fold(fold)
+    known = study.sources_of(target)
+    for name in sources:
+        if name not in known:
+            raise Refused(unknown("source", name, known, f"study {study.name}, target {target}"))
+    check_each_once(f"sources of {target}", sources)
+
+
+def pair(study: Study, target: str, source: str, fold: int, precision: str = "fp32") -> Run:
+    """STEPH with this source only: its prerequisites are the two models of the pair. Raises as `check_sources`."""
+    check_sources(study, target, [source], fold)
+    return Run(target, f"steph@{source}", fold, study.seed, precision)
+
+
+def models(study: Study, target: str, sources: Sequence[str], fold: int, precision: str = "fp32") -> dict[str, Run]:
+    """The runs that trained the models which are mixed, by role: `TARGET` (of this fold) and each of the sources (of
+    fold 0). Raises as `check_sources`."""
+    check_sources(study, target, sources, fold)
+    runs = Workbench(study).prerequisites(Run(target, "steph", fold, study.seed, precision))
+    return {role: runs[role] for role in (TARGET, *sources)}

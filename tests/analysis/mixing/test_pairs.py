@@ -1,0 +1,58 @@
+"""Pairs: the models that are mixed, and those that cannot be."""
+
+from __future__ import annotations
+
+import pytest
+
+from steph import Refused
+from steph.analysis.mixing import dynamics, pairs, trajectory, vicinal
+from steph.data.manifest import load_study
+from steph.study.runs import TARGET, Run, Workbench
+
+
+def test_the_models_of_a_target_are_those_that_steph_merges():
+    study = load_study("tiny")
+    found = pairs.models(study, "SARC", ["LIHC"], 1)
+    assert found == {TARGET: Run("SARC", "vanilla", 1, 42), "LIHC": Run("LIHC", "vanilla", 0, 42)}
+    assert Workbench(study).prerequisites(pairs.pair(study, "SARC", "LIHC", 1)) == found
+    for name in ("demo", "tcga"):
+        assert pairs.pair(load_study(name), "BRCA", "UCEC", 0).method == "steph@UCEC"
+
+
+@pytest.mark.parametrize(
+    ("target", "sources", "fold", "message"),
+    [
+        ("SARK", ["LIHC"], 0, "Did you mean SARC"),
+        ("SARC", ["LICH"], 0, r"unknown source 'LICH' in study tiny, target SARC\. Did you mean LIHC"),
+        ("SARC", ["SARC"], 0, "unknown source 'SARC'"),
+        ("SARC", ["LIHC"], 2, "0 to 1"),
+        ("SARC", [], 0, "at least one"),
+        ("SARC", ["CESC", "CESC"], 0, "each once"),
+    ],
+)
+def test_pairs_that_cannot_be_are_refused(target, sources, fold, message):
+    study = load_study("tiny")
+    asked = [
+        lambda: pairs.models(study, target, sources, fold),
+        lambda: trajectory.runs(study, target, sources, fold, [1]),
+    ]
+    if len(sources) == 1:
+        asked.append(lambda: vicinal.small_problem(Workbench(study), target, sources[0], fold))
+    for ask in asked:
+        with pytest.raises(Refused, match=message):
+            ask()
+
+
+@pytest.mark.parametrize(("seeds", "message"), [([1, 1], "each once"), ([], "at least one")])
+def test_starts_that_cannot_be_are_refused(seeds, message):
+    study = load_study("tiny")
+    with pytest.raises(Refused, match=message):
+        dynamics.runs(study, "SARC", 0, seeds)
+    with pytest.raises(Refused, match=message):
+        trajectory.runs(study, "SARC", ["CESC"], 0, seeds)
+
+
+@pytest.mark.parametrize(("dataset", "fold", "message"), [("SARK", 0, "Did you mean SARC"), ("SARC", 2, "0 to 1")])
+def test_targets_that_cannot_be_followed_are_refused(dataset, fold, message):
+    with pytest.raises(Refused, match=message):
+        dynamics.runs(load_study("tiny"), dataset, fold, [1])
