@@ -214,7 +214,7 @@ def export_model(
     precision: Annotated[str, Option("--precision", help="that of the run; auto goes by the device")] = "auto",
 ) -> None:
     """Write a finished run's model to a folder that predicts without the study."""
-    from steph.deploy.export import export, told
+    from steph.deploy.export import export
     from steph.study.runs import Run, Workbench
     from steph.training.device import precision_for
 
@@ -223,7 +223,7 @@ def export_model(
     config = export(bench, run, out, drop_unused, device)
     print(f"{out}: {config.name}")
     if config.dropped:
-        print(told(config.dropped))
+        print(config.dropped.text)
 
 
 @app.command("predict")
@@ -242,7 +242,7 @@ def predict_patient(
     device: DeviceOption = "cpu",
 ) -> None:
     """Predict for one patient from all of the patient's slides, or for the patients of a table."""
-    from steph.deploy.predict import load_model
+    from steph.deploy import load_model
     from steph.deploy.report import summary, write_report
     from steph.files.atomic import atomic_path, refuse_taken
 
@@ -261,9 +261,9 @@ def predict_patient(
         print(f"{out}: {len(rows)} patients")
         return
     prediction = loaded.predict(slides, patient, patch_px)
-    print(summary(prediction, loaded))
+    print(summary(prediction))
     if out is not None:
-        write_report(prediction, loaded, out)
+        write_report(prediction, out)
         print(f"report: {out / 'report.html'}")
 
 

@@ -7,53 +7,37 @@ scale that percentiles are told on.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from steph import Refused
+from steph.analysis.mixing.attention import mixture
 from steph.analysis.performance.discrimination import intervals, resampled
 from steph.analysis.performance.predictions import out_of_fold
 from steph.data.dataset import Dataset
 from steph.data.manifest import Network
-from steph.deploy.model_folder import (
-    Config,
-    Dropped,
-    Inputs,
-    Score,
-    Training,
-    build,
-    fill,
-    tensors_of,
-    write_model,
-)
+from steph.deploy.model_folder import Config, Dropped, Inputs, Score, Training, build, fill, tensors_of, write_model
+from steph.deploy.predict import sources_in_use
 from steph.files.atomic import refuse_taken
 from steph.files.progress import track
 from steph.files.records import Record
-from steph.merging.steph import STEPH, keep_sources
-from steph.methods.registry import method, title
-from steph.mil import Model
+from steph.files.templates import render
+from steph.merging.steph import keep_sources
+from steph.methods.registry import title
 from steph.mil.state import load_into
 from steph.study.runs import STAGE, TARGET, Run, Workbench
-from steph.training.device import Compute, check_device, parameter_dtype, single_thread
-from steph.training.engine import loader, predict
+from steph.training.device import check_device, single_thread
+from steph.training.engine import predict
 
 TOLERANCE = {"fp64": 1e-6, "fp32": 1e-3, "tf32": 0.05, "bf16": 0.2}
 """How far a risk, the sum of 32 probabilities, may be from the recorded one where device or libraries differ."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Said:
-    """What a model says of patients: their risks, by patient; the sources that any of them has in use."""
-
-    risk: pd.Series
-    used: set[str]
 
 
 def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False, device: str = "cpu") -> Config:
@@ -65,103 +49,86 @@ def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False, dev
     """
     refuse_taken(out)
     check_device(device)
-    study, dtype = bench.study, parameter_dtype(run.precision)
-    study.entry(run.dataset)
-    state, record = bench.state(run), bench.record(run)
-    assert record is not None
-    original = bench.untrained(run).to(dtype)
-    load_into(original, state)
-    architecture = original.architecture()
-    tensors: Mapping[str, Tensor] = tensors_of(original)
-    if drop_unused and original.merging is not original:
+    record, compute = bench.finished(run), bench.compute(run, device)
+    trained = bench.untrained(run).to(compute.parameter_dtype)
+    load_into(trained, bench.state(run))
+    architecture, tensors, dropped = trained.architecture(), tensors_of(trained), None
+    if drop_unused and trained.merging is not trained:
         raise Refused(f"{title(run.method)} weighs no sources that could be dropped: leave out --drop-unused.")
-
-    def ask(label: str) -> _Said:
-        model = fill(build(architecture, study.features.dim, study.network).to(dtype), tensors)
-        return _asked(model, bench.dataset(run.dataset), run, bench.compute(run, device), label)
-
-    said, dropped = ask("predict for all patients"), None
-    differs = _differs(record, said.risk, run)
+    risk, in_use = _ask(bench, run, device, architecture, tensors)
+    difference = _difference(record, risk, run)
     if drop_unused:
-        names = architecture["sources"]
-        kept = [name for name in names if name in said.used] or names[:1]
-        architecture, tensors = keep_sources(architecture, tensors, kept)
-        before, said = said, ask(f"again with {len(kept)} of {len(names)} sources")
+        sources = architecture["sources"]
+        remaining = [name for name in sources if name in in_use] or sources[:1]
+        architecture, tensors = keep_sources(architecture, tensors, remaining)
+        before = risk
+        risk, _ = _ask(bench, run, device, architecture, tensors)
         dropped = Dropped(
-            sources=[name for name in names if name not in kept],
-            patients=len(said.risk),
-            max_change_in_risk=float((said.risk - before.risk).abs().max()),
-            ranks_changed=int((said.risk.rank() != before.risk.rank()).sum()),
+            sources=[name for name in sources if name not in remaining],
+            patients=len(risk),
+            max_change_in_risk=float((risk - before).abs().max()),
+            ranks_changed=int((risk.rank() != before.rank()).sum()),
         )
-    config = _config(bench, run, record, architecture, said, dropped, differs)
-    write_model(out, config, tensors, card(config))
-    return config
-
-
-@torch.no_grad()
-def _asked(model: Model, data: Dataset, run: Run, compute: Compute, label: str) -> _Said:
-    """What a model says of the patients that train and test a run, one by one."""
-    risks, used = {}, set()
-    with single_thread():
-        for patient in track([*data.splits.train(run.fold), *data.splits.test(run.fold)], f"{run}: {label}"):
-            table = predict(model, data, [patient], compute)
-            risks[patient] = float(table["risk"].iloc[0])
-            if isinstance(model, STEPH):
-                w, _, selected = model.coefficients(loader(model, data, [patient], compute)([patient]))
-                used |= {model.source_names[i] for i in selected.tolist() if w[i] > 0}  # 0 takes a place, adds nothing
-    return _Said(pd.Series(risks), used)
-
-
-def _differs(record: Record, risk: pd.Series, run: Run) -> float:
-    """Largest difference from the recorded risks. Raises `Refused` where that is more than rounding."""
-    table = pd.read_csv(record.file("predictions.csv"), dtype={"patient_id": str}, float_precision="round_trip")
-    found = float((table.set_index("patient_id")["risk"] - risk[table["patient_id"]]).abs().max())
-    if not found <= TOLERANCE[run.precision]:
-        raise Refused(
-            f"{run}: the model to be exported gives a test patient a risk that is {found:.3g} from the one in "
-            f"{record.path}; nothing was written. Run it again on this machine, or export it where it was run."
-        )
-    return found
-
-
-def _config(
-    bench: Workbench,
-    run: Run,
-    record: Record,
-    architecture: dict[str, Any],
-    said: _Said,
-    dropped: Dropped | None,
-    differs: float,
-) -> Config:
     study, data = bench.study, bench.dataset(run.dataset)
-    inputs = study.features.model_dump(exclude={"folders"})
-    return Config(
+    config = Config(
+        **asdict(run),
         study=study.name,
         study_title=study.title,
         synthetic=study.synthetic is not None,
-        dataset=run.dataset,
         projects=study.entry(run.dataset).projects,
-        method=run.method,
-        title=title(run.method),
-        description=method(run.method).description,
-        fold=run.fold,
-        seed=run.seed,
-        precision=run.precision,
+        title=run.entry.title,
+        description=run.entry.description,
         device=record.info["device"],
         run=record.info["key"],
         finished=record.info["finished"],
         versions=record.info["versions"],
         endpoint=study.endpoint,
-        inputs=Inputs(**inputs, max_patches=study.recipe.max_patches, sample_seed=data.seed),
+        inputs=Inputs(
+            **study.features.model_dump(exclude={"folders"}),
+            max_patches=study.recipe.max_patches,
+            sample_seed=data.seed,
+        ),
         network=study.network,
         architecture=architecture,
         sources=[name for name in bench.prerequisites(run) if name not in (TARGET, STAGE)],
-        training=_training(data, run.fold, said.risk, study.network),
+        training=_training(data, run.fold, risk, study.network),
         scores=_scores(bench, run),
         dropped=dropped,
-        differs=differs,
+        differs=difference,
         files={},
     )
+    card = render("steph.deploy", "card.md", c=config, folder=shlex.quote(out.name))
+    write_model(out, config, tensors, card)
+    return config
+
+
+def _ask(
+    bench: Workbench, run: Run, device: str, architecture: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[pd.Series, set[str]]:
+    """What the folder's model would say of the patients that train and test a run, one by one: their risks, by patient,
+    and the sources that any of them has in use."""
+    study, data, compute = bench.study, bench.dataset(run.dataset), bench.compute(run, device)
+    model = fill(build(architecture, study.features.dim, study.network).to(compute.parameter_dtype), tensors)
+    risk, in_use = {}, set[str]()
+    patients = [*data.splits.train(run.fold), *data.splits.test(run.fold)]
+    with single_thread():
+        for patient in track(patients, f"{run}: predict for all patients"):
+            risk[patient] = float(predict(model, data, [patient], compute)["risk"].iloc[0])
+            if model.merging is model:
+                in_use.update(sources_in_use(mixture(model, data, patient, compute)))
+    return pd.Series(risk), in_use
+
+
+def _difference(record: Record, risk: pd.Series, run: Run) -> float:
+    """Largest difference from the recorded risks. Raises `Refused` where that is more than rounding."""
+    table = pd.read_csv(record.file("predictions.csv"), dtype={"patient_id": str}, float_precision="round_trip")
+    difference = float((table.set_index("patient_id")["risk"] - risk[table["patient_id"]]).abs().max())
+    if not difference <= TOLERANCE[run.precision]:
+        raise Refused(
+            f"{run}: the model to be exported gives a test patient a risk that is {difference:.3g} from the one in "
+            f"{record.path}; nothing was written. Run it again on this machine, or export it where it was run."
+        )
+    return difference
 
 
 def _training(data: Dataset, fold: int, risk: pd.Series, network: Network) -> Training:
@@ -187,105 +154,8 @@ def _scores(bench: Workbench, run: Run) -> list[Score]:
     scores = []
     for runs in [[run], finished] if len(finished) > 1 else [[run]]:
         table = out_of_fold(bench, runs, some_folds=True)
-        found = intervals(resampled(table)).iloc[0]
-        value, low, high = (None if np.isnan(found[name]) else float(found[name]) for name in ("value", "low", "high"))
-        folds, events = [each.fold for each in runs], int(table["event"].sum())
+        numbers = intervals(resampled(table)).iloc[0][["value", "low", "high"]]
+        value, low, high = (None if np.isnan(number) else float(number) for number in numbers)
+        folds, events = [of_fold.fold for of_fold in runs], int(table["event"].sum())
         scores.append(Score(folds=folds, patients=len(table), events=events, c_index=value, low=low, high=high))
     return scores
-
-
-# ------------------------------------------------------------------------------------------------ the card
-
-
-def card(config: Config) -> str:
-    """The model card, in Markdown."""
-    c, t, i = config, config.training, config.inputs
-    made_up = "> **Synthetic.** It was trained on made-up patients and says nothing about cancer or about anybody.\n\n"
-    stamp = made_up if c.synthetic else ""
-    sources = f"Other cancers' models that went into it: {', '.join(c.sources)}." if c.sources else ""
-    end = c.network.bin_width_days * c.network.n_bins
-    sampled = f" Of larger bags, {i.max_patches:,} patches are read." if i.max_patches else ""
-    return f"""# {c.title} for {c.dataset}
-
-{stamp}**Research only. Not a medical device: no decision about a patient may rest on it.**
-
-{c.description[:1].upper()}{c.description[1:]}. Study `{c.study}` ({c.study_title}), fold {c.fold}, seed {c.seed}.
-{sources}
-
-## Use
-
-```bash
-steph predict --model {_shell_name(c)} --features slide.h5 --out report
-```
-
-## What it reads
-
-Patch features of **{i.encoder}**, {i.dim} numbers for each patch of {i.patch_size_px} by {i.patch_size_px} pixels at
-{i.magnification:g}x; all slides of a patient together.{sampled} Features of another encoder mean something else, also
-where they are as wide.
-
-## What it says
-
-A risk (higher is worse), its percentile among the training patients, and the probability of surviving each of
-{c.network.n_bins} intervals of {c.network.bin_width_days:g} {c.endpoint.unit}, {end:g} {c.endpoint.unit} in all. The
-event is {c.endpoint.name}: {c.endpoint.description}.
-
-## Whom it was trained on
-
-{t.patients} patients of {c.dataset} ({", ".join(c.projects)}), {t.events} with an event, followed for at most
-{t.longest_follow_up_days:g} {c.endpoint.unit}. What it says of later times is extrapolation. Percentiles are among
-these patients, whom the model has seen: new patients' may crowd less towards the ends.
-
-## How well it ranks patients it has not seen
-
-| patients | of test fold | events | C-index (95 % interval) |
-|---|---|---|---|
-{"".join(map(_score_row, c.scores))}
-0.5 is chance. Intervals are of other test patients, for the same models; where there are several folds, each was ranked
-by a model of its own. No hospital, scanner or population but those of its data set were tried.
-
-## Limits
-
-- It was not tested on another centre, and not for any group of patients by itself.
-- The risk ranks patients; that a survival curve is right in height was not shown here.
-- Attention tells which patches were read most. It does not tell that they cause anything.
-
-## Made from
-
-Run `{c.run}`, finished {c.finished} on {c.device} in {c.precision}, with {_versions(c)}. The model reproduces the
-study's risks for the test patients {_reproduced(c)}.{_dropped(c)}
-`config.json` holds checksums of itself and of `model.safetensors`; this page may be edited.
-"""
-
-
-def _shell_name(config: Config) -> str:
-    return "".join(x if x.isalnum() or x in "-_" else "-" for x in f"{config.method}-{config.dataset}".lower())
-
-
-def _score_row(score: Score) -> str:
-    value = "undefined" if score.c_index is None else f"{score.c_index:.3f}"
-    between = "" if score.low is None else f" ({score.low:.3f} to {score.high:.3f})"
-    return f"| {score.patients} | {', '.join(map(str, score.folds))} | {score.events} | {value}{between} |\n"
-
-
-def _versions(config: Config) -> str:
-    return ", ".join(f"{name} {config.versions[name]}" for name in ("steph", "torch") if name in config.versions)
-
-
-def _reproduced(config: Config) -> str:
-    return "to the last bit" if config.differs == 0 else f"to within {config.differs:.2g}"
-
-
-def _dropped(config: Config) -> str:
-    d = config.dropped
-    return "" if d is None else " " + told(d)
-
-
-def told(d: Dropped) -> str:
-    """What was dropped and what that changed, in words."""
-    if not d.sources:
-        return "Every source is in use for some patient: none was dropped."
-    return (
-        f"Sources that no patient has in use were dropped: {', '.join(d.sources)}. Over {d.patients} patients the risk "
-        f"changes by at most {d.max_change_in_risk:.2g}, and {d.ranks_changed} patients change rank."
-    )

@@ -18,12 +18,13 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
+import steph.methods  # noqa: F401 - with it every class of model is known that a folder may name
 from steph import Refused
 from steph.data.manifest import Endpoint, Network
 from steph.files.atomic import new_folder
-from steph.files.records import file_sha256, fingerprint
+from steph.files.records import file_sha256, fingerprint, read_json
 from steph.merging.merged_encoder import Merged
 from steph.mil import Model, rebuild
 from steph.training.device import parameter_dtype
@@ -62,7 +63,7 @@ class Training(_Strict):
 
 class Score(_Strict):
     """A C-index on test patients with its 95 % interval; None where it is undefined. folds: whose patients these are,
-    each ranked by the model of the own fold."""
+    each ranked by the model of its own fold."""
 
     folds: list[int]
     patients: int
@@ -70,6 +71,13 @@ class Score(_Strict):
     c_index: float | None
     low: float | None
     high: float | None
+
+    @property
+    def text(self) -> str:
+        """The C-index with its interval."""
+        if self.c_index is None:
+            return "undefined"
+        return f"{self.c_index:.3f}" + ("" if self.low is None else f" ({self.low:.3f} to {self.high:.3f})")
 
 
 class Dropped(_Strict):
@@ -79,6 +87,17 @@ class Dropped(_Strict):
     patients: int
     max_change_in_risk: float
     ranks_changed: int
+
+    @property
+    def text(self) -> str:
+        """What was dropped and what that changed, in words."""
+        if not self.sources:
+            return "Every source is in use for some patient: none was dropped."
+        return (
+            f"Sources that no patient has in use were dropped: {', '.join(self.sources)}. Over {self.patients} "
+            f"patients the risk changes by at most {self.max_change_in_risk:.2g}, and {self.ranks_changed} patients "
+            "change rank."
+        )
 
 
 class Config(_Strict):
@@ -120,33 +139,33 @@ class Config(_Strict):
 # ------------------------------------------------------------------------------------------------ numbers
 
 
-def build(architecture: Mapping[str, Any], dim: int, settings: Network) -> Model:
-    """A model of this form (`Model.architecture`), its numbers still to be filled in."""
+def build(architecture: Mapping[str, Any], dim: int, network: Network) -> Model:
+    """A model of this form (`Model.architecture`) in evaluation mode, its numbers still to be filled in."""
     with torch.random.fork_rng(devices=[]):  # whoever loads a model keeps their own random numbers
-        model = rebuild(architecture, dim, settings)
-    model.requires_grad_(False)
-    return model.eval()
+        return rebuild(architecture, dim, network).requires_grad_(False).eval()
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: Model) -> dict[str, Tensor]:
     """Every tensor that a model predicts with, by name; views, so that writing to them changes the model."""
     merging = {name: part for name, part in model.named_modules() if isinstance(part, Merged)}
     forms = tuple(f"{name}.network." for name in merging)  # only the shape of these networks counts
-    found = {name: value.detach() for name, value in model.named_parameters() if not name.startswith(forms)}
+    tensors = {name: value for name, value in model.state_dict().items() if not name.startswith(forms)}
     for name, part in merging.items():
         for parameter, value in part.stacked().items():
-            found |= {f"{name}.base.{parameter}": value[0], f"{name}.vectors.{parameter}": value[1:]}
-    return found
+            tensors |= {f"{name}.base.{parameter}": value[0], f"{name}.vectors.{parameter}": value[1:]}
+    return tensors
 
 
 def fill(model: Model, tensors: Mapping[str, Tensor]) -> Model:
     """Copy tensors into a model of the same form. Raises `ValueError` where names, shapes or formats differ."""
-    own = tensors_of(model)
-    for name in sorted(own.keys() | tensors.keys()):
-        kinds = [(tuple(t.shape), t.dtype) if t is not None else None for t in (own.get(name), tensors.get(name))]
-        if kinds[0] != kinds[1]:
-            raise ValueError(f"tensor {name}: expected {kinds[0]}, found {kinds[1]}")
-        own[name].copy_(tensors[name])
+    targets = tensors_of(model)
+    for name in sorted(targets.keys() | tensors.keys()):
+        expected, found = (
+            (tuple(t.shape), t.dtype) if t is not None else None for t in (targets.get(name), tensors.get(name))
+        )
+        if expected != found:
+            raise ValueError(f"tensor {name}: expected {expected}, found {found}")
+        targets[name].copy_(tensors[name])
     return model
 
 
@@ -161,9 +180,9 @@ def write_model(path: Path, config: Config, tensors: Mapping[str, Tensor], card:
     with new_folder(path) as folder:
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / TENSORS)
         files = {TENSORS: file_sha256(folder / TENSORS)}
-        said = {"format": FORMAT, "version": VERSION, **config.model_dump(mode="json"), "files": files}
-        said["checksum"] = fingerprint(said, 64)
-        text = json.dumps(said, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        content = {"format": FORMAT, "version": VERSION, **config.model_dump(mode="json"), "files": files}
+        content["checksum"] = fingerprint(content, 64)
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
         (folder / CARD).write_text(card, encoding="utf-8")
 
@@ -171,20 +190,23 @@ def write_model(path: Path, config: Config, tensors: Mapping[str, Tensor], card:
 def read_model(path: Path) -> tuple[Config, Model]:
     """A model folder's configuration, and its model in evaluation mode on the CPU.
 
-    Raises `Refused` for a path that is no model folder, one of a newer format, one that was damaged or altered.
+    Raises `Refused` for a path that is no model folder, one of a newer format, one that was damaged or altered, and a
+    class of model that this steph does not have.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     config = read_config(path)
-    tensors = path / TENSORS
-    found = file_sha256(tensors) if tensors.is_file() else "no file"
-    if found != config.files.get(TENSORS):
-        raise _damaged(tensors, f"its sha256 is {found[:12]}, not the one in {CONFIG}")
+    file = path / TENSORS
+    sha256 = file_sha256(file) if file.is_file() else "no file"
+    if sha256 != config.files.get(TENSORS):
+        raise _damaged(file, f"its sha256 is {sha256[:12]}, not the one in {CONFIG}")
     try:
         model = build(config.architecture, config.inputs.dim, config.network)
-        return config, fill(model.to(parameter_dtype(config.precision)), load_file(tensors))
-    except (SafetensorError, Refused, KeyError, TypeError, ValueError, RuntimeError) as error:
+        return config, fill(model.to(parameter_dtype(config.precision)), load_file(file))
+    except Refused as reason:
+        raise Refused(f"{path} cannot be used: {reason}") from None
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _damaged(path, f"numbers and description do not fit: {error}") from None
 
 
@@ -195,9 +217,9 @@ def read_config(path: Path) -> Config:
         what = "holds no " + CONFIG if path.is_dir() else "is a file" if path.exists() else "does not exist"
         raise Refused(f"{path} is no model folder: it {what}. `steph export` makes one of a finished run.")
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-        kind, version, checksum = said.pop("format"), said.pop("version"), said.pop("checksum", None)
-        expected = fingerprint({"format": kind, "version": version, **said}, 64)
+        content = read_json(file)
+        kind, version, checksum = content.pop("format"), content.pop("version"), content.pop("checksum", None)
+        expected = fingerprint({"format": kind, "version": version, **content}, 64)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise _damaged(file, f"it is not what `steph export` writes ({type(error).__name__}: {error})") from None
     if kind != FORMAT:
@@ -210,10 +232,10 @@ def read_config(path: Path) -> Config:
     if version != VERSION or checksum != expected:
         raise _damaged(file, "its checksum is not that of its content")
     try:
-        return Config.model_validate(said)
+        return Config.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise _damaged(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        problem = error.errors()[0]
+        raise _damaged(file, f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
 
 
 def _damaged(path: Path, how: str) -> Refused:

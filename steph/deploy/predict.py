@@ -1,8 +1,8 @@
 """Using a model: a patient's slides in, a risk, a survival curve and an attention map out.
 
-    from steph.deploy.predict import load_model
+    from steph.deploy import load_model
     model = load_model("models/steph-sarc")
-    found = model.predict(["slide.h5"])
+    prediction = model.predict(["slide.h5"])
 
 The numbers are those of the study that the model was exported from, to the last bit on the same device: slides are
 brought into the format of its store, and the study's own function predicts.
@@ -12,10 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -23,7 +21,7 @@ import pandas as pd
 import torch
 
 from steph import Refused, mil
-from steph.analysis.mixing.attention import attention_of, bag_of, mixture_of, patch_size
+from steph.analysis.mixing.attention import attention_of, bag_of, mixture_of, patch_size, with_attention
 from steph.data.bags import RaggedBatch, sampled
 from steph.data.features import check_slides, inspect, read
 from steph.data.manifest import Features
@@ -44,19 +42,19 @@ class Prediction:
     """What a model says of one patient.
 
     risk: higher is worse. percentile: of the model's own training patients, how many in 100 have a lower risk (ties
-    count one half). survival: probability of surviving to the end of each interval, by its end in `unit`. w, lam: of
-    each source, by name; None where a model does not merge by patient. mixture: the same with what is kept and the
-    coefficient of each task vector. patches: a row per patch: slide_id, patch, x, y (level-0 pixels, missing where the
-    file has none), attention (sums to 1 over the patient, missing where the model has none), rank (1 is the most
-    attended of the patient), percentile (among the patches of its slide, 0 to 1). edges: edge of each slide's patches
-    in level-0 pixels. notes: what the reader should know.
+    count one half). survival: probability of surviving to the end of each interval, by its end in days. mixture: w,
+    lambda, what is kept and the coefficient of each task vector; None where a model does not merge by patient.
+    patches: a row per patch: slide_id, patch, x, y (level-0 pixels, missing where the file has none), attention (sums
+    to 1 over the patient, missing where the model has none), rank (1 is the most attended of the patient), percentile
+    (among the patches of its slide, 0 to 1). edges: edge of each slide's patches in level-0 pixels. notes: what the
+    reader should know.
     """
 
+    model: LoadedModel
     patient_id: str
     risk: float
     percentile: float
     survival: pd.Series
-    unit: str
     patches: pd.DataFrame = field(repr=False)
     mixture: pd.DataFrame | None = field(repr=False)
     edges: dict[str, int]
@@ -65,12 +63,12 @@ class Prediction:
 
     @property
     def w(self) -> dict[str, float] | None:
-        """Weight of each source."""
+        """Weight of each source, by name."""
         return self._of_source("w")
 
     @property
     def lam(self) -> dict[str, float] | None:
-        """Share of the target's own task vector in each source's mixture."""
+        """Share of the target's own task vector in each source's mixture, by name."""
         return self._of_source("lambda")
 
     def _of_source(self, column: str) -> dict[str, float] | None:
@@ -90,21 +88,30 @@ class Prediction:
         """(N, 2) level-0 pixels; None where a slide has none."""
         return None if self.patches["x"].isna().any() else self.patches[["x", "y"]].to_numpy(np.int64)
 
+    @property
+    def followed(self) -> pd.Series:
+        """The part of `survival` that training patients were followed through, and the interval behind it."""
+        return self.survival.iloc[: len(self.model.config.training.observed) + 1]
+
+
+def sources_in_use(mixture: pd.DataFrame) -> list[str]:
+    """The sources of a patient's mixture (`mixture_of`) that are kept with a weight above 0."""
+    return mixture.iloc[1:].loc[lambda table: table["kept"] & (table["w"] > 0), "source"].tolist()
+
 
 @dataclass(frozen=True, eq=False)
-class Model:
-    """A model folder, loaded. precision: the study's, or fp32 where that was a GPU's and this is none."""
+class LoadedModel:
+    """A model folder, loaded for a device."""
 
     config: Config
     network: mil.Model
     device: str
-    folder: Path
 
     @property
-    def precision(self) -> str:
-        """The precision that this device predicts in."""
+    def compute(self) -> Compute:
+        """As in the study; in fp32 where that was in a GPU's precision and this is none."""
         half = self._moved and self.device == "cpu" and self.config.precision != "fp64"
-        return "fp32" if half else self.config.precision
+        return Compute(self.device, "fp32" if half else self.config.precision, self.config.inputs.max_patches)
 
     @property
     def _moved(self) -> bool:
@@ -120,31 +127,24 @@ class Model:
         patch_px: edge of a patch in level-0 pixels, where files and coordinates do not tell it. Raises `Refused` for
         files that cannot be read or are not what the model was trained on.
         """
-        paths = [Path(slide) for slide in slides]
-        bag = Bag.read(paths, self.config, patient_id)
+        paths, network = [Path(slide) for slide in slides], self.network
+        bag = read_bag(paths, self.config, patient_id)
         with single_thread():
             row = self._row(bag)
-            batch = bag_of([self.network], bag, bag.patient_id, self._compute)  # type: ignore[arg-type]
-            mixed = None if self.network.merging is None else mixture_of(self.network, batch, self.config.dataset)
-            attention = None if self.network.pooling_network(batch) is None else attention_of(self.network, batch)
-        patches, edges = bag.places(self.config.inputs.max_patches), {}
-        patches["attention"] = np.nan if attention is None else attention
-        patches["rank"] = patches["attention"].rank(method="first", ascending=False).astype("Int64")
-        by_slide = patches.groupby("slide_id", observed=True)["attention"]
-        patches["percentile"] = (by_slide.rank() - 0.5) / by_slide.transform("size")
-        for slide in bag.slides:
-            edges[slide.name] = patch_px or slide.edge(self.config.inputs.patch_size_px)
-        width, risk = self.config.network.bin_width_days, float(row["risk"])
-        curve = row.filter(regex=r"^survival_\d+$").to_numpy(float)
+            batch = bag_of([network], bag, bag.patient_id, self.compute)
+            mixture = None if network.merging is None else mixture_of(network, batch, self.config.dataset)
+            attention = None if network.pooling_network(batch) is None else attention_of(network, batch)
+        survival = row.filter(regex=r"^survival_\d+$").to_numpy(float)
+        ends = self.config.network.bin_width_days * np.arange(1, len(survival) + 1)
         return Prediction(
+            model=self,
             patient_id=bag.patient_id,
-            risk=risk,
-            percentile=self.percentile(risk),
-            survival=pd.Series(curve, index=width * np.arange(1, len(curve) + 1), name="survival"),
-            unit=self.config.endpoint.unit,
-            patches=patches,
-            mixture=mixed,
-            edges=edges,
+            risk=float(row["risk"]),
+            percentile=row["percentile"],
+            survival=pd.Series(survival, index=ends, name="survival"),
+            patches=with_attention(bag.patches, np.full(len(bag.patches), np.nan) if attention is None else attention),
+            mixture=mixture,
+            edges=dict.fromkeys(bag.edges, patch_px) if patch_px else bag.edges,
             files=[str(path) for path in paths],
             notes=self._notes(bag, attention),
         )
@@ -155,64 +155,56 @@ class Model:
         table = Path(table)
         if not table.is_file():
             raise Refused(f"no table at {table}; expected a CSV with the columns patient_id and path.")
-        rows = read_csv(table)
-        lacking = [name for name in ("patient_id", "path") if name not in rows]
-        if lacking or rows.empty:
+        slides = read_csv(table)
+        lacking = [name for name in ("patient_id", "path") if name not in slides]
+        if lacking or slides.empty:
             raise Refused(f"{table} lacks {' and '.join(lacking) or 'rows'}; expected the columns patient_id and path.")
-        found = []
-        for patient, own in track(list(rows.groupby("patient_id", sort=False)), "predict"):
-            bag = Bag.read([table.parent / path for path in own["path"]], self.config, str(patient))
+        rows = []
+        for patient, of_patient in track(list(slides.groupby("patient_id", sort=False)), "predict"):
+            bag = read_bag([table.parent / path for path in of_patient["path"]], self.config, str(patient))
             with single_thread():
-                row = self._row(bag)
-            row["percentile"] = self.percentile(float(row["risk"]))
-            found.append(row)
-        whole = pd.DataFrame(found).reset_index(drop=True)
-        return whole[["patient_id", "risk", "percentile", *whole.filter(regex=r"^survival_\d+$")]]
+                rows.append(self._row(bag))
+        columns = [name for name in rows[0].index if name.startswith("survival_")]
+        return pd.DataFrame(rows, columns=["patient_id", "risk", "percentile", *columns]).reset_index(drop=True)
 
     def percentile(self, risk: float) -> float:
         """Of the training patients, how many in 100 have a lower risk; ties count one half."""
         risks = np.array(self.config.training.risks)
         return float(100 * ((risks < risk).mean() + 0.5 * (risks == risk).mean()))
 
-    def _row(self, bag: Bag) -> pd.Series:
-        """The study's own prediction, as it stands in its ``predictions.csv``."""
-        row = predict_patients(self.network, bag, [bag.patient_id], self._compute).iloc[0]  # type: ignore[arg-type]
+    def _row(self, bag: PatientBag) -> pd.Series:
+        """The study's own prediction, as it stands in its ``predictions.csv``, and the percentile of its risk."""
+        row = predict_patients(self.network, bag, [bag.patient_id], self.compute).iloc[0]
         if not np.isfinite(row["risk"]):
             raise Refused(f"{bag.patient_id}: the risk is {row['risk']}: features this large are of no use to a model.")
+        row["percentile"] = self.percentile(row["risk"])
         return row
 
-    @property
-    def _compute(self) -> Compute:
-        return Compute(self.device, self.precision, self.config.inputs.max_patches)
-
-    def _notes(self, bag: Bag, attention: np.ndarray | None) -> list[str]:
-        notes = []
-        without = [slide.name for slide in bag.slides if slide.coords is None]
-        if without:
-            notes.append(f"No map can be drawn: {', '.join(without)} has no coordinates.")
+    def _notes(self, bag: PatientBag, attention: np.ndarray | None) -> list[str]:
+        notes, config, compute = [], self.config, self.compute
+        if bag.without_coords:
+            notes.append(f"No map can be drawn: {', '.join(bag.without_coords)} has no coordinates.")
         if attention is None:
-            notes.append(
-                f"{self.config.title} does not pool patches by an attention of its own: there is none to show."
-            )
-        limit = self.config.inputs.max_patches
-        if limit is not None and bag.size > limit:
-            notes.append(f"{limit:,} of {bag.size:,} patches were read, as in the study.")
+            notes.append(f"{config.title} does not pool patches by an attention of its own: there is none to show.")
+        if len(bag.patches) < bag.size:
+            notes.append(f"{len(bag.patches):,} of {bag.size:,} patches were read, as in the study.")
         if self._moved:
             notes.append(
-                f"The study computed on {self.config.device} in {self.config.precision}, this is {self.device} in "
-                f"{self.precision}: numbers agree up to rounding, not to the last bit."
+                f"The study computed on {config.device} in {config.precision}, this is {compute.device} in "
+                f"{compute.precision}: numbers agree up to rounding, not to the last bit."
             )
         return notes
 
 
-def load_model(folder: str | Path, device: str = "cpu") -> Model:
+def load_model(folder: str | Path, device: str = "cpu") -> LoadedModel:
     """Load a model folder that `steph export` made. Nothing in it is run; it may come from anybody.
 
-    Raises `Refused` for a folder that is missing, damaged, altered or of a newer format, and a device that is not here.
+    Raises `Refused` for a folder that is missing, damaged, altered or of a newer format, a class of model that is not
+    here, and a device that is not here.
     """
     check_device(device)
     config, network = read_model(Path(folder))
-    return Model(config, network, device, Path(folder))
+    return LoadedModel(config, network, device)
 
 
 # ------------------------------------------------------------------------------------------------ slides
@@ -220,21 +212,13 @@ def load_model(folder: str | Path, device: str = "cpu") -> Model:
 
 @dataclass(frozen=True, eq=False)
 class Slide:
-    """A slide's patches: features (N, D) in the format of the study's store; coords (N, 2) int64, or None; attributes
-    of the coordinates, as the tool that cut the patches wrote them."""
+    """A slide's patches: features (N, D) in the format of the study's store; coords (N, 2) int64, or None; edge of a
+    patch in level-0 pixels, as the file says, else the distance of neighbours, else the study's patch size."""
 
     name: str
     features: np.ndarray
     coords: np.ndarray | None
-    attributes: dict[str, Any]
-
-    def edge(self, otherwise: int) -> int:
-        """Edge of a patch in level-0 pixels: what the file says, else the distance of neighbours, else `otherwise`."""
-        said = self.attributes.get("patch_size_level0")
-        if isinstance(said, int | float) and said >= 1:
-            return int(said)
-        found = None if self.coords is None else patch_size(self.coords[:, 0], self.coords[:, 1])
-        return found or otherwise
+    edge: int
 
 
 def read_slide(path: Path, inputs: Inputs) -> Slide:
@@ -245,31 +229,35 @@ def read_slide(path: Path, inputs: Inputs) -> Slide:
         raise Refused(f"no feature file at {path}. Give the .h5 file (or .pt) of a slide's patch features.")
     if path.is_dir():
         raise Refused(f"{path} is a folder; give the feature files of one patient's slides one by one.")
-    expected = Features(**inputs.model_dump(include={"encoder", "dim", "precision", "patch_size_px", "magnification"}))
-    problem = check_slides([path.stem], {path.stem: path}, inputs.dim, expected)["problem"].iloc[0]
+    extraction = Features(
+        **inputs.model_dump(include={"encoder", "dim", "precision", "patch_size_px", "magnification"})
+    )
+    problem = check_slides([path.stem], {path.stem: path}, inputs.dim, extraction)["problem"].iloc[0]
     if problem:
-        raise Refused(f"{path}: {problem}. The model reads {inputs.dim} numbers a patch of {_extraction(inputs)}.")
-    named = _encoder_named(path)
-    if named is not None and _plain(named) != _plain(inputs.encoder):
         raise Refused(
-            f"{path}: its features are {named}'s, the model reads {inputs.encoder}'s. Features of another encoder mean "
-            f"something else, also where they are as wide; extract the slide again with {inputs.encoder}."
+            f"{path}: {problem}. The model reads {inputs.dim} numbers a patch of {inputs.encoder}, patches of "
+            f"{inputs.patch_size_px} pixels at {inputs.magnification:g}x."
+        )
+    encoder = _encoder_named(path)
+    if encoder is not None and _plain(encoder) != _plain(inputs.encoder):
+        raise Refused(
+            f"{path}: its features are {encoder}'s, the model reads {inputs.encoder}'s. Features of another encoder "
+            f"mean something else, also where they are as wide; extract the slide again with {inputs.encoder}."
         )
     features, coords = read(path)
     with np.errstate(over="ignore"):
         stored = features.astype(inputs.precision, copy=False)
     finite = np.isfinite(stored).all(axis=1)
     if not finite.all():
-        first = int(np.flatnonzero(~finite)[0])
         raise Refused(
             f"{path}: {int((~finite).sum())} of {len(finite)} patches hold values that are not finite in "
-            f"{inputs.precision} (first: patch {first}). Extract the slide again."
+            f"{inputs.precision} (first: patch {int(np.argmin(finite))}). Extract the slide again."
         )
-    return Slide(path.stem, stored, None if coords is None else coords.astype(np.int64), inspect(path).attributes)
-
-
-def _extraction(inputs: Inputs) -> str:
-    return f"{inputs.encoder}, patches of {inputs.patch_size_px} pixels at {inputs.magnification:g}x"
+    coords = None if coords is None else coords.astype(np.int64)
+    edge = inspect(path).attributes.get("patch_size_level0")
+    if not (isinstance(edge, int | float) and edge >= 1):
+        edge = None if coords is None else patch_size(coords[:, 0], coords[:, 1])
+    return Slide(path.stem, stored, coords, int(edge or inputs.patch_size_px))
 
 
 def _encoder_named(path: Path) -> str | None:
@@ -296,45 +284,34 @@ def _plain(encoder: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Bag:
-    """One patient's slides, in order: a data set of one, as far as `steph.training.engine.predict` asks it. name: the data set
-    that the model is for."""
+class PatientBag:
+    """One patient's slides as a data set of one, for the functions that predict.
+
+    name: the data set that the model is for. size: patches of all slides. patches: a row for each patch that is read:
+    slide_id, patch (its place among the slide's patches), x, y. features: (N, D), those of `patches`. edges: edge of
+    each slide's patches in level-0 pixels.
+    """
 
     name: str
     patient_id: str
-    slides: list[Slide]
-    seed: int
-
-    @classmethod
-    def read(cls, paths: Sequence[Path], config: Config, patient_id: str | None = None) -> Bag:
-        """Read the feature files of one patient. Raises `Refused` for none, and for two slides of one name."""
-        if not paths:
-            raise Refused("no slide given: name the feature file of at least one.")
-        names = [path.stem for path in paths]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise Refused(f"slide {', '.join(twice)} is given twice; a patient's bag holds each slide once.")
-        slides = [read_slide(path, config.inputs) for path in paths]
-        return cls(config.dataset, patient_id or names[0], slides, config.inputs.sample_seed)
-
-    @property
-    def size(self) -> int:
-        """Patches of all slides."""
-        return sum(len(slide.features) for slide in self.slides)
+    size: int
+    patches: pd.DataFrame
+    features: np.ndarray
+    edges: dict[str, int]
 
     @property
     def dim(self) -> int:
         """Width of the features."""
-        return int(self.slides[0].features.shape[1])
+        return int(self.features.shape[1])
+
+    @property
+    def without_coords(self) -> list[str]:
+        """The slides whose files have no coordinates."""
+        return list(self.patches.loc[self.patches["x"].isna(), "slide_id"].astype(str).unique())
 
     def n_patches(self, patient_ids: Sequence[str]) -> np.ndarray:
         """Patches of the bag, of each patient asked for: (B,) int64."""
-        return np.full(len(patient_ids), self.size)
-
-    @cached_property
-    def _features(self) -> np.ndarray:
-        parts = [slide.features for slide in self.slides]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return np.full(len(patient_ids), len(self.patches))
 
     def batch(
         self,
@@ -344,46 +321,51 @@ class Bag:
         coords: bool = False,
         max_patches: int | None = None,
     ) -> RaggedBatch:
-        """The patient's bag, as `steph.data.dataset.Dataset.batch` gives it."""
-        kept = self._kept(max_patches)
-        features = torch.from_numpy(self._features if kept is None else self._features[kept])
-        features = features.to(device, dtype, copy=True)  # in memory of torch's own, as everywhere in a study
+        """The patient's bag, as `steph.data.dataset.Dataset.batch` gives it; it was sampled when it was read."""
+        # In memory of torch's own, as everywhere in a study.
+        features = torch.from_numpy(self.features).to(device, dtype, copy=True)
         if not coords:
             return RaggedBatch(features, (0, len(features)))
-        places = self.places(max_patches)
-        sizes = places["slide_id"].value_counts(sort=False)
-        slides = (0, *accumulate(n for n in sizes if n))
-        where = torch.from_numpy(places[["x", "y"]].to_numpy(np.int32))
-        return RaggedBatch(features, (0, len(features)), where, slides)
-
-    def _kept(self, max_patches: int | None) -> np.ndarray | None:
-        if max_patches is None or self.size <= max_patches:
-            return None
-        return sampled(self.size, max_patches, self.seed, self.patient_id)
-
-    def places(self, max_patches: int | None = None) -> pd.DataFrame:
-        """The patches that are read: slide_id, patch (its place among the slide's patches), x, y."""
-        parts = []
-        for slide in self.slides:
-            n = len(slide.features)
-            part = pd.DataFrame({"slide_id": slide.name, "patch": np.arange(n)})
-            for axis, name in enumerate("xy"):
-                part[name] = pd.array([pd.NA] * n if slide.coords is None else slide.coords[:, axis], dtype="Int64")
-            parts.append(part)
-        table = pd.concat(parts, ignore_index=True)
-        table["slide_id"] = pd.Categorical(table["slide_id"], [slide.name for slide in self.slides])
-        kept = self._kept(max_patches)
-        return table if kept is None else table.iloc[kept].reset_index(drop=True)
+        sizes = self.patches["slide_id"].value_counts(sort=False)
+        places = torch.from_numpy(self.patches[["x", "y"]].to_numpy(np.int32))
+        return RaggedBatch(features, (0, len(features)), places, (0, *accumulate(n for n in sizes if n)))
 
     def check_coords(self, patient_ids: Sequence[str], network: str) -> None:
         """Raise `Refused` where a slide has no coordinates, which `network` needs."""
-        without = [slide.name for slide in self.slides if slide.coords is None]
-        if without:
+        if self.without_coords:
             raise Refused(
-                f"{network} needs patches' coordinates, and {', '.join(without)} has none. Give feature files with "
-                "`coords` (h5; a .pt has none), or use a model that needs none."
+                f"{network} needs patches' coordinates, and {', '.join(self.without_coords)} has none. Give feature "
+                "files with `coords` (h5; a .pt has none), or use a model that needs none."
             )
 
     def labels(self, patient_ids: Sequence[str]) -> pd.DataFrame:
         """Nothing is known of how a new patient fares."""
         return pd.DataFrame({"patient_id": list(patient_ids), "time_days": np.nan, "event": 0})
+
+
+def read_bag(paths: Sequence[Path], config: Config, patient_id: str | None = None) -> PatientBag:
+    """Read the feature files of one patient's slides, in order; a large bag is sampled as in the study.
+
+    Raises `Refused` for no file, two slides of one name, and as `read_slide` does.
+    """
+    if not paths:
+        raise Refused("no slide given: name the feature file of at least one.")
+    names, inputs = [path.stem for path in paths], config.inputs
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise Refused(f"slide {', '.join(twice)} is given twice; a patient's bag holds each slide once.")
+    slides = [read_slide(path, inputs) for path in paths]
+    tables = []
+    for slide in slides:
+        n = len(slide.features)
+        places = np.full((n, 2), pd.NA) if slide.coords is None else slide.coords
+        table = pd.DataFrame({"slide_id": slide.name, "patch": np.arange(n)})
+        tables.append(table.assign(x=pd.array(places[:, 0], dtype="Int64"), y=pd.array(places[:, 1], dtype="Int64")))
+    patches = pd.concat(tables, ignore_index=True)
+    patches["slide_id"] = pd.Categorical(patches["slide_id"], names)
+    features = slides[0].features if len(slides) == 1 else np.concatenate([slide.features for slide in slides])
+    size, patient = len(patches), patient_id or names[0]
+    if inputs.max_patches is not None and size > inputs.max_patches:
+        rows = sampled(size, inputs.max_patches, inputs.sample_seed, patient)
+        patches, features = patches.iloc[rows].reset_index(drop=True), features[rows]
+    return PatientBag(config.dataset, patient, size, patches, features, {slide.name: slide.edge for slide in slides})

@@ -10,31 +10,43 @@ from safetensors.torch import save_file
 
 from steph import Refused
 from steph.data.bags import RaggedBatch
-from steph.deploy.model_folder import (
-    VERSION,
-    architecture_of,
-    build,
-    fill,
-    keep_sources,
-    read_model,
-    tensors_of,
-    write_model,
-)
+from steph.deploy import load_model
+from steph.deploy.model_folder import VERSION, build, fill, read_model, tensors_of
 from steph.files.records import file_sha256, fingerprint
+from steph.merging.steph import keep_sources
 from steph.merging.surgery import Surgery
-from steph.mil import NETWORKS, ROUPKT, FineTuned, MeanMIL
-from tests.helpers.made_model import DIM, SETTINGS, made_config, made_folder, made_steph
+from steph.mil import ROUPKT, FineTuned, ForwardPass, MeanMIL, Model, new_network
+from tests.conftest import REFERENCE
+from tests.helpers.made_model import DIM, SETTINGS, made_folder, made_steph, patches, write_slide
 
 
 def network(name="abmil"):
-    return NETWORKS[name](DIM, SETTINGS)
+    return new_network(name, DIM, SETTINGS)
 
 
-def bags(seed=3):
-    torch.manual_seed(seed)
-    features = torch.randn(13, DIM)
+def bags():
+    torch.manual_seed(3)
     grid = torch.tensor([(256 * (i % 4), 256 * (i // 4)) for i in range(13)])
-    return RaggedBatch(features, (0, 9, 13), grid, (0, 9, 13))
+    return RaggedBatch(torch.randn(13, DIM), (0, 9, 13), grid, (0, 9, 13))
+
+
+class Scaled(Model):
+    """A class as a user writes one: a network whose logits are scaled by a number that is not trained."""
+
+    def __init__(self, network, factor):
+        super().__init__()
+        self.network = network
+        self.register_buffer("factor", torch.tensor(factor))
+
+    def forward_pass(self, bags, frozen=None):
+        return ForwardPass(self.network(bags) * self.factor)
+
+    def architecture(self):
+        return {"kind": self.kind, "network": self.network.architecture()}
+
+    @classmethod
+    def rebuild(cls, architecture, part):
+        return cls(part(architecture["network"]), 1.0)
 
 
 STEPHS = {
@@ -51,12 +63,13 @@ MODELS = {
     **{f"steph_{name}": lambda options=options: made_steph(**options) for name, options in STEPHS.items()},
     "abmil": network,
     "patch_gcn": lambda: network("patch_gcn"),
-    "wide_mean": lambda: MeanMIL(DIM, 11, SETTINGS.n_bins),
+    "wide_mean": lambda: new_network("mean_mil", DIM, SETTINGS.model_copy(update={"dim_emb": 11})),
     "finetuned": lambda: FineTuned(network(), fresh_head=True),
     "roupkt": lambda: ROUPKT(network(), {"A": network(), "B": network()}, top_k=1),
     "roupkt_identity": lambda: ROUPKT(network(), {"A": network()}, top_k=1, expert="identity"),
     "surgery": lambda: Surgery(made_steph(), network(), rank=3),
     "surgery_target_head": lambda: Surgery(network(), network(), head="target"),
+    "a_users_own": lambda: Scaled(network(), 3.0),
 }
 
 
@@ -68,21 +81,36 @@ def test_a_model_comes_back_bit_by_bit(name, tmp_path):
         for value in tensors_of(model).values():  # none at 0 or 1 as it is made
             value += 0.1 * torch.randn_like(value)
         expected = model(bags())
-    write_model(tmp_path / "m", made_config(model), tensors_of(model), "card")
+    made_folder(tmp_path / "m", model)
     before = torch.random.get_rng_state()
-    _, found = read_model(tmp_path / "m")
+    _, loaded = read_model(tmp_path / "m")
     assert torch.equal(torch.random.get_rng_state(), before)
     with torch.no_grad():
-        assert torch.equal(found(bags()), expected)
-    assert not found.training and not any(p.requires_grad for p in found.parameters())
+        assert torch.equal(loaded(bags()), expected)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
 
-def test_another_class_is_refused():
-    class Own(torch.nn.Module):
-        pass
+def test_a_folder_of_the_first_version_is_read(tmp_path):
+    """Written and asked by the code of the first release; the slide is of `made_model`."""
+    model = load_model(REFERENCE / "model_folder")
+    prediction = model.predict([write_slide(tmp_path / "a.h5", patches())])
+    np.testing.assert_allclose(prediction.risk, -0.9994640840165013, rtol=1e-6)
+    np.testing.assert_allclose(list(prediction.w.values()), [0.27896541357040405, 0, 0, 0], rtol=1e-5)
 
-    with pytest.raises(Refused, match=r"class Own cannot be exported: .*abmil"):
-        architecture_of(Own(), DIM, SETTINGS)
+
+def test_a_class_that_does_not_say_how_it_is_made_again_is_refused(monkeypatch):
+    monkeypatch.delattr(Scaled, "architecture")
+    with pytest.raises(Refused, match=r"class Scaled cannot be exported.*`architecture` and `rebuild`"):
+        Scaled(network(), 1.0).architecture()
+    with pytest.raises(Refused, match=r"not made by its name in steph\.mil\.NETWORKS cannot be exported"):
+        MeanMIL(DIM, 5, 8).architecture()
+
+
+def test_a_class_that_is_not_here_is_named(tmp_path, monkeypatch):
+    made_folder(tmp_path / "m", Scaled(network(), 1.0))
+    monkeypatch.delitem(Model.KINDS, "scaled")
+    with pytest.raises(Refused, match=r"m cannot be used: a model of the kind 'scaled'.*steph/methods"):
+        read_model(tmp_path / "m")
 
 
 @pytest.mark.parametrize(
@@ -98,20 +126,16 @@ def test_without_sources_that_are_never_used_nothing_changes(options):
         bias = model.weight_vector if head is None else head.bias if isinstance(head, torch.nn.Linear) else head[3].bias
         bias[:] = 1.0
         bias[rows] = -50.0
-    form, tensors = keep_sources(
-        architecture_of(model, DIM, SETTINGS), tensors_of(model), [n for n in model.source_names if n not in unused]
-    )
-    smaller = fill(build(form, DIM, SETTINGS), tensors)
+
+    def with_sources(names):
+        form, tensors = keep_sources(model.architecture(), tensors_of(model), names)
+        return fill(build(form, DIM, SETTINGS), tensors)
+
+    smaller = with_sources(["S0", "S2", "S3"])
     assert smaller.source_names == ["S0", "S2", "S3"] and smaller.encoder.n_vectors == 4
     with torch.no_grad():
         torch.testing.assert_close(smaller(bags()), model(bags()), rtol=1e-5, atol=1e-6)
-        others = fill(build(*keep_sources_of(model, ["S0"])), keep_sources_of(model, ["S0"], tensors=True))
-        assert not torch.allclose(others(bags()), model(bags()), rtol=1e-3)
-
-
-def keep_sources_of(model, kept, tensors=False):
-    form, numbers = keep_sources(architecture_of(model, DIM, SETTINGS), tensors_of(model), kept)
-    return numbers if tensors else (form, DIM, SETTINGS)
+        assert not torch.allclose(with_sources(["S0"])(bags()), model(bags()), rtol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ damage
@@ -120,17 +144,17 @@ def keep_sources_of(model, kept, tensors=False):
 def altered(folder, change):
     """Change the configuration and give it a right checksum again."""
     file = folder / "config.json"
-    said = json.loads(file.read_text())
-    change(said)
-    said.pop("checksum")
-    said["checksum"] = fingerprint(said, 64)
-    file.write_text(json.dumps(said))
+    content = json.loads(file.read_text())
+    change(content)
+    content.pop("checksum")
+    file.write_text(json.dumps({**content, "checksum": fingerprint(content, 64)}))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda f: shutil.rmtree(f), "no model folder: it does not exist"),
+        (lambda f: (shutil.rmtree(f), f.write_text("")), "no model folder: it is a file"),
         (lambda f: (f / "config.json").unlink(), "no model folder: it holds no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "config.json was damaged"),
         (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json was damaged"),
@@ -142,8 +166,8 @@ def altered(folder, change):
         (lambda f: altered(f, lambda c: c.update(version="1")), "damaged or altered"),
         (lambda f: altered(f, lambda c: c.update(extra=1)), "extra: Extra inputs"),
         (lambda f: altered(f, lambda c: c["training"].update(risks=[])), "training.risks"),
-        (lambda f: altered(f, lambda c: c["architecture"].update(kind="os.system")), "do not fit"),
-        (lambda f: altered(f, lambda c: c["architecture"]["options"].update(top_k=9)), "do not fit: top_k = 9"),
+        (lambda f: altered(f, lambda c: c["architecture"].update(kind="os.system")), "of the kind 'os.system'"),
+        (lambda f: altered(f, lambda c: c["architecture"]["options"].update(top_k=9)), "cannot be used: top_k = 9"),
         (lambda f: altered(f, lambda c: c["architecture"]["network"].update(dim_emb=6)), "expected .* found"),
         (lambda f: altered(f, lambda c: c["architecture"]["sources"].pop()), "do not fit"),
         (lambda f: (f / "model.safetensors").unlink(), "its sha256 is no file"),
@@ -155,12 +179,6 @@ def test_damage_is_named(damage, message, tmp_path):
     damage(folder)
     with pytest.raises(Refused, match=message):
         read_model(folder)
-
-
-def test_a_file_is_no_model_folder(tmp_path):
-    (tmp_path / "m").write_text("")
-    with pytest.raises(Refused, match="no model folder: it is a file"):
-        read_model(tmp_path / "m")
 
 
 def test_numbers_that_are_whole_but_not_this_models_are_refused(tmp_path):

@@ -13,9 +13,9 @@ from steph.analysis.mixing.attention import attention_of
 from steph.data.bags import RaggedBatch
 from steph.data.manifest import Features, Network
 from steph.data.packing import write_store
-from steph.deploy.model_folder import tensors_of, write_model
-from steph.deploy.predict import Bag, load_model, read_slide
-from steph.mil import NETWORKS, MeanMIL
+from steph.deploy import load_model
+from steph.deploy.predict import read_bag, read_slide
+from steph.mil import new_network
 from steph.survival import risk_score, survival_curve
 from tests.helpers.made_model import DIM, SETTINGS, made_config, made_folder, made_steph, patches, write_slide
 
@@ -40,7 +40,7 @@ def test_three_lines(tmp_path, slides):
     hazards = torch.sigmoid(own([bag])).double()
     assert found.risk == risk_score(hazards).item() and found.patient_id == "P1-DX1"
     np.testing.assert_array_equal(found.survival, survival_curve(hazards)[0])
-    assert list(found.survival.index) == [365.0 * t for t in range(1, 9)] and found.unit == "days"
+    assert list(found.survival.index) == [365.0 * t for t in range(1, 9)]
     w, lam, selected = own.coefficients(bag)
     np.testing.assert_allclose(list(found.w.values()), w, rtol=1e-6)
     np.testing.assert_allclose(list(found.lam.values()), lam, rtol=1e-6)
@@ -59,15 +59,14 @@ def test_a_percentile_counts_those_with_a_lower_risk(model):
     assert [model.percentile(r) for r in (-9, -6, -5.5, -1, 0)] == [0, 12.5, 25, 87.5, 100]
 
 
-def test_what_merges_nothing_has_no_w(tmp_path, slides):
+def test_what_merges_nothing_has_no_w_and_what_pools_without_attention_no_map(tmp_path, slides):
     torch.manual_seed(0)
-    found = load_model(made_folder(tmp_path / "m", NETWORKS["abmil"](DIM, SETTINGS))).predict(slides)
-    assert found.w is None and found.lam is None and found.attention.sum() == pytest.approx(1)
-
-
-def test_what_pools_without_attention_says_so(tmp_path, slides):
-    found = load_model(made_folder(tmp_path / "m", MeanMIL(DIM, 5, SETTINGS.n_bins))).predict(slides)
-    assert found.attention is None and np.isfinite(found.risk) and "does not pool patches" in found.notes[0]
+    plain, mean = (
+        load_model(made_folder(tmp_path / name, new_network(name, DIM, SETTINGS))).predict(slides)
+        for name in ("abmil", "mean_mil")
+    )
+    assert plain.w is None and plain.lam is None and plain.attention.sum() == pytest.approx(1)
+    assert mean.attention is None and np.isfinite(mean.risk) and "does not pool patches" in mean.notes[0]
 
 
 def test_without_coordinates_all_but_the_map(model, tmp_path):
@@ -80,7 +79,7 @@ def test_without_coordinates_all_but_the_map(model, tmp_path):
 
 
 def test_a_network_that_needs_coordinates_asks_for_them(tmp_path, slides):
-    model = load_model(made_folder(tmp_path / "m", NETWORKS["patch_gcn"](DIM, SETTINGS)))
+    model = load_model(made_folder(tmp_path / "m", new_network("patch_gcn", DIM, SETTINGS)))
     assert np.isfinite(model.predict(slides).risk)
     with pytest.raises(Refused, match="PatchGCN needs patches' coordinates, and b has none"):
         model.predict([write_slide(tmp_path / "b.h5", patches(), coords=None)])
@@ -104,7 +103,7 @@ def test_large_bags_are_sampled_as_in_the_study(tmp_path, slides):
     where = found.patches.set_index(["slide_id", "patch"])[["x", "y"]]
     whole = load_model(made_folder(tmp_path / "all")).predict(slides).patches.set_index(["slide_id", "patch"])
     pd.testing.assert_frame_equal(where, whole.loc[where.index, ["x", "y"]])
-    batch = Bag.read(slides, model.config, "P1").batch(["P1"], coords=True, max_patches=9)
+    batch = read_bag(slides, model.config, "P1").batch(["P1"], coords=True)
     assert batch.slide_offsets[-1] == 9 and len(batch.slide_offsets) == where.index.get_level_values(0).nunique() + 1
 
 
@@ -126,20 +125,27 @@ def test_a_table_of_patients(model, tmp_path):
     files = {
         name: write_slide(tmp_path / "slides" / f"{name}.h5", patches(9 + i, seed=i)) for i, name in enumerate("abc")
     }
-    rows = "patient_id,path\nP2,slides/c.h5\nP1,slides/a.h5\nP1,slides/b.h5\n"
-    (tmp_path / "t.csv").write_text(rows)
+    (tmp_path / "t.csv").write_text("patient_id,path\nP2,slides/c.h5\nP1,slides/a.h5\nP1,slides/b.h5\n")
     table = model.predict_table(tmp_path / "t.csv")
     assert list(table.columns) == ["patient_id", "risk", "percentile", *(f"survival_{t}" for t in range(1, 9))]
     assert table["patient_id"].tolist() == ["P2", "P1"]
     assert table["risk"].tolist() == [model.predict([files["c"]]).risk, model.predict([files["a"], files["b"]]).risk]
-    (tmp_path / "t.csv").write_text("patient,path\nP1,slides/a.h5\n")
-    with pytest.raises(Refused, match="lacks patient_id"):
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("patient,path\nP1,slides/a.h5\n", "lacks patient_id"),
+        ("patient_id,path\n", "lacks rows"),
+        ("patient_id,path\nP1,a.h5\n", "no feature file at"),
+        (None, "no table at"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_told(model, tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(Refused, match=message):
         model.predict_table(tmp_path / "t.csv")
-    (tmp_path / "t.csv").write_text("patient_id,path\n")
-    with pytest.raises(Refused, match="lacks rows"):
-        model.predict_table(tmp_path / "t.csv")
-    with pytest.raises(Refused, match="no table at"):
-        model.predict_table(tmp_path / "none.csv")
 
 
 def with_value(value):
@@ -203,17 +209,15 @@ def test_a_device_that_is_not_there(tmp_path):
 
 
 def test_a_gpus_model_on_the_cpu_says_that_numbers_agree_up_to_rounding(tmp_path, slides):
-    folder = made_folder(tmp_path / "m", device="cuda (NVIDIA H200)", precision="bf16")
-    model = load_model(folder)
-    found = model.predict(slides)
-    assert model.precision == "fp32" and "numbers agree up to rounding" in found.notes[0]
-    assert load_model(made_folder(tmp_path / "own", precision="bf16")).precision == "bf16"
+    model = load_model(made_folder(tmp_path / "m", device="cuda (NVIDIA H200)", precision="bf16"))
+    assert model.compute.precision == "fp32" and "agree up to rounding" in model.predict(slides).notes[0]
+    assert load_model(made_folder(tmp_path / "cpu", precision="bf16")).compute.precision == "bf16"
 
 
 def test_ten_thousand_patches_take_seconds(tmp_path):
     settings = Network()
     whole = made_steph(12, dim=1536, settings=settings, top_k=5, dim_hidden=512)
-    write_model(tmp_path / "m", made_config(whole, dim=1536, settings=settings), tensors_of(whole), "")
+    made_folder(tmp_path / "m", whole, dim=1536, settings=settings)
     slide = write_slide(tmp_path / "a.h5", patches(10_000, dim=1536))
     start = time.process_time()
     found = load_model(tmp_path / "m").predict([slide])

@@ -5,9 +5,10 @@ import numpy as np
 import torch
 
 from steph.data.manifest import Endpoint, Network
-from steph.deploy.model_folder import Config, Inputs, Score, Training, architecture_of, tensors_of, write_model
+from steph.deploy.model_folder import Config, Inputs, Score, Training, tensors_of, write_model
 from steph.merging.steph import STEPH
-from steph.mil import ABMIL
+from steph.mil import new_network
+from steph.mil.state import state_of
 
 DIM = 6
 SETTINGS = Network(dim_emb=5, dim_attn=4, n_bins=8)
@@ -18,10 +19,10 @@ def made_steph(m=4, seed=0, dim=DIM, settings=SETTINGS, **options):
     torch.manual_seed(seed)
 
     def network():
-        return ABMIL(dim, settings.dim_emb, settings.dim_attn, settings.n_bins)
+        return new_network("abmil", dim, settings)
 
     def state():
-        return {name: value.detach() for name, value in network().named_parameters()}
+        return state_of(network())
 
     sources = {f"S{i}": state() for i in range(m)}
     options = {"top_k": min(2, m), "dim_hidden": 7, **options}
@@ -53,7 +54,7 @@ def made_config(model, dim=DIM, settings=SETTINGS, inputs=None, **changes):
         endpoint=Endpoint(),
         inputs=Inputs(**{**reads, **(inputs or {})}),
         network=settings,
-        architecture=architecture_of(model, dim, settings),
+        architecture=model.architecture(),
         sources=[],
         training=Training(
             patients=4, events=2, longest_follow_up_days=1200, risks=[-6.0, -5.0, -4.0, -1.0], observed=[0.9, 0.8, 0.8]

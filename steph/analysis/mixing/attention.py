@@ -127,9 +127,15 @@ def attention_map(model: Model, data: Dataset, patient: str, compute: Compute | 
     """
     compute = compute or Compute()
     batch = bag_of([model], data, patient, compute)
-    table = places(data, patient, compute.max_patches)
-    table["attention"] = attention_of(model.to(compute.device, compute.parameter_dtype).eval(), batch)
-    table["rank"] = table["attention"].rank(method="first", ascending=False).astype(int)
+    attention = attention_of(model.to(compute.device, compute.parameter_dtype).eval(), batch)
+    return with_attention(places(data, patient, compute.max_patches), attention).astype({"rank": int})
+
+
+def with_attention(patches: pd.DataFrame, attention: np.ndarray) -> pd.DataFrame:
+    """A bag's patches (N rows, with slide_id) with their attention (N,), and its rank and percentile as `attention_map`
+    gives them; missing where attention is."""
+    table = patches.assign(attention=attention)
+    table["rank"] = table["attention"].rank(method="first", ascending=False).astype("Int64")
     by_slide = table.groupby("slide_id", observed=True)["attention"]
     table["percentile"] = (by_slide.rank() - 0.5) / by_slide.transform("size")
     return table
