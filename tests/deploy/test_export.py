@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from steph import PROJECT, Refused
 from steph.analysis.mixing.attention import attention_map, mixture
 from steph.cli import app
-from steph.deploy import export
+from steph.deploy import export, load_model
 from steph.deploy.model_folder import read_config
-from steph.deploy.predict import load_model
+from steph.deploy.predict import sources_in_use
 from steph.study.runs import Run
 
 METHODS = [
@@ -93,27 +93,28 @@ def test_the_folder_stands_alone(patients, folder, tmp_path, monkeypatch):
 
 def test_what_the_configuration_says_is_so(tiny, folder):
     config, data = read_config(folder), tiny.dataset("SARC")
-    train = data.labels(data.splits.train(0))
-    assert (config.training.patients, config.training.events) == (len(train), int(train["event"].sum()))
-    assert len(config.training.risks) == len(train) and config.training.risks == sorted(config.training.risks)
-    ends = np.arange(1, len(config.training.observed) + 1) * 365
-    assert ends[-1] <= config.training.longest_follow_up_days == train["time_days"].max() < ends[-1] + 365
-    assert np.all(np.diff([1.0, *config.training.observed]) <= 0)
-    own, several = config.scores
-    assert own.c_index == pytest.approx(tiny.record(run_of("steph")).info["metrics"]["c_index"])
-    assert own.low < own.c_index < own.high and several.folds == [0, 1] and several.patients == len(data.cohort)
+    train, training = data.labels(data.splits.train(0)), config.training
+    assert (training.patients, training.events) == (len(train), int(train["event"].sum()))
+    assert len(training.risks) == len(train) and training.risks == sorted(training.risks)
+    ends = np.arange(1, len(training.observed) + 1) * 365
+    assert ends[-1] <= training.longest_follow_up_days == train["time_days"].max() < ends[-1] + 365
+    assert np.all(np.diff([1.0, *training.observed]) <= 0)
+    of_fold, of_all = config.scores
+    assert of_fold.c_index == pytest.approx(tiny.record(run_of("steph")).info["metrics"]["c_index"])
+    assert of_fold.low < of_fold.c_index < of_fold.high
+    assert of_all.folds == [0, 1] and of_all.patients == len(data.cohort)
     assert config.sources == ["CESC", "LIHC"] and config.synthetic and config.inputs.encoder == "synthetic"
 
 
 def test_the_card_says_what_a_reader_must_know(folder):
     card, config = (folder / "README.md").read_text(), read_config(folder)
-    for said in (
+    for shown in (
         "Synthetic", "Research only. Not a medical device", "trained on made-up patients", "CESC, LIHC",
         f"{config.training.patients} patients of SARC", f"{config.training.events} with an event", "to the last bit",
-        f"{config.scores[0].c_index:.3f} ({config.scores[0].low:.3f} to {config.scores[0].high:.3f})", "32 numbers",
-        "simulated death of the disease", "## Limits",
+        f"| {config.scores[0].text} |", "32 numbers", "simulated death of the disease", "## Limits",
+        "steph predict --model steph --features",
     ):  # fmt: skip
-        assert said in card
+        assert shown in card
     assert all(len(line) <= 200 for line in card.splitlines())
 
 
@@ -121,34 +122,26 @@ def test_sources_that_nobody_uses_are_dropped(tiny, patients, tmp_path):
     run = run_of("steph")
     data, original = tiny.dataset("SARC"), tiny.model(run)
     everyone = [*data.splits.train(0), *data.splits.test(0)]
-    tables = [mixture(original, data, patient).iloc[1:] for patient in everyone]
-    used = {source for table in tables for source in table.loc[table["kept"] & (table["w"] > 0), "source"]}
+    used = {source for patient in everyone for source in sources_in_use(mixture(original, data, patient))}
     config = export.export(tiny, run, tmp_path / "m", drop_unused=True)
     names = ["CESC", "LIHC"]
-    kept = [name for name in names if name in used] or names[:1]
-    assert config.dropped.sources == [name for name in names if name not in kept]
-    assert config.architecture["sources"] == kept and config.dropped.patients == len(everyone)
+    remaining = [name for name in names if name in used] or names[:1]
+    assert config.dropped.sources == [name for name in names if name not in remaining]
+    assert config.architecture["sources"] == remaining and config.dropped.patients == len(everyone)
     recorded = pd.read_csv(tiny.record(run).file("predictions.csv")).set_index("patient_id")["risk"]
     model = load_model(tmp_path / "m")
     for patient, files in patients.items():
         change = abs(model.predict(files, patient).risk - recorded[patient])
         assert change <= config.dropped.max_change_in_risk + 1e-12 < 1e-5
-    assert export.told(config.dropped) in (tmp_path / "m" / "README.md").read_text()
+    assert config.dropped.text in (tmp_path / "m" / "README.md").read_text()
 
 
 def test_what_dropping_changed_is_measured_and_told(tiny, tmp_path, monkeypatch):
     """A source that is in use, left out all the same: the card tells how far the risks moved."""
-    real = export._asked
-
-    def forgetful(*given):
-        said = real(*given)
-        return export._Said(said.risk, said.used - {"LIHC"})
-
-    monkeypatch.setattr(export, "_asked", forgetful)
+    monkeypatch.setattr(export, "sources_in_use", lambda table: {*sources_in_use(table)} - {"LIHC"})
     config = export.export(tiny, run_of("steph_param_w"), tmp_path / "m", drop_unused=True)
     assert config.dropped.sources == ["LIHC"] and config.dropped.max_change_in_risk > 1e-4
-    said = export.told(config.dropped)
-    assert f"at most {config.dropped.max_change_in_risk:.2g}" in said and "LIHC" in said
+    assert f"at most {config.dropped.max_change_in_risk:.2g}" in config.dropped.text and "LIHC" in config.dropped.text
 
 
 @pytest.mark.parametrize(
@@ -169,11 +162,7 @@ def test_what_cannot_be_exported_is_told(tiny, tmp_path, run, options, message):
 
 def test_a_model_that_says_something_else_is_not_written(tiny, tmp_path, monkeypatch):
     real = export.predict
-
-    def other(*given, **options):
-        return real(*given, **options).assign(risk=lambda table: table["risk"] + 0.01)
-
-    monkeypatch.setattr(export, "predict", other)
+    monkeypatch.setattr(export, "predict", lambda *args: real(*args).assign(risk=lambda table: table["risk"] + 0.01))
     with pytest.raises(Refused, match=r"a risk that is 0\.01 from the one in"):
         export.export(tiny, run_of("vanilla"), tmp_path / "m")
     assert not list(tmp_path.iterdir())
@@ -196,12 +185,12 @@ def call(*arguments):
 
 def test_export_and_predict_as_commands(tiny, patients, tmp_path):
     done = call("export", "--study", "tiny", "--dataset", "SARC", "--out", tmp_path / "m", "--drop-unused")
-    assert done.exit_code == 0 and "STEPH for SARC" in done.output and "source" in done.output
+    assert done.exit_code == 0 and "STEPH for SARC" in done.output and "Sources that" in done.output
     files = max(patients.values(), key=len)
     done = call("predict", "--model", tmp_path / "m", "--features", *files, "--patient", "P1", "--out", tmp_path / "r")
     assert done.exit_code == 0 and f"P1: {len(files)} slide(s)" in done.output and "Research only" in done.output
     assert json.loads((tmp_path / "r" / "prediction.json").read_text())["patient_id"] == "P1"
-    rows = [f"{patient},{path}" for patient, own in patients.items() for path in own]
+    rows = [f"{patient},{path}" for patient, paths in patients.items() for path in paths]
     (tmp_path / "t.csv").write_text("\n".join(["patient_id,path", *rows]))
     done = call("predict", "--model", tmp_path / "m", "--table", tmp_path / "t.csv", "--out", tmp_path / "risks.csv")
     assert done.exit_code == 0 and list(pd.read_csv(tmp_path / "risks.csv")["patient_id"]) == list(patients)
