@@ -225,17 +225,15 @@ def read_slide(path: Path, inputs: Inputs) -> Slide:
     """A slide's feature file, checked. Raises `Refused` for one that is not what the model was trained on: missing or
     unreadable, no patches, another width, another encoder or patch size where the file names them, values that are not
     finite or too large for the study's format."""
-    if not path.exists():
-        raise Refused(f"no feature file at {path}. Give the .h5 file (or .pt) of a slide's patch features.")
-    if path.is_dir():
-        raise Refused(f"{path} is a folder; give the feature files of one patient's slides one by one.")
+    if not path.is_file():
+        raise Refused(f"no feature file at {path}. Give the .h5 (or .pt) files of one patient's slides one by one.")
     extraction = Features(
         **inputs.model_dump(include={"encoder", "dim", "precision", "patch_size_px", "magnification"})
     )
     problem = check_slides([path.stem], {path.stem: path}, inputs.dim, extraction)["problem"].iloc[0]
     if problem:
         raise Refused(
-            f"{path}: {problem}. The model reads {inputs.dim} numbers a patch of {inputs.encoder}, patches of "
+            f"{path}: {problem}. The model reads features of {inputs.encoder}, {inputs.dim} numbers for each patch of "
             f"{inputs.patch_size_px} pixels at {inputs.magnification:g}x."
         )
     encoder = _encoder_named(path)

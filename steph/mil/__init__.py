@@ -52,8 +52,8 @@ def rebuild(architecture: Mapping[str, Any], dim_in: int, dimensions: Network) -
         return new_network(architecture["name"], dim_in, width)
     if kind not in Model.KINDS:
         raise Refused(
-            f"a model of the kind {kind!r}, which is not known here (network, {', '.join(sorted(Model.KINDS))} are). "
-            "Update steph, or, where it is a class of your own, put its file into steph/methods."
+            f"a model of the kind {kind!r}, which this steph does not have. Update steph, or, where it is a class of "
+            "your own, put its file into steph/methods."
         )
     return Model.KINDS[kind].rebuild(architecture, lambda part: rebuild(part, dim_in, dimensions))
 

@@ -158,7 +158,7 @@ def with_value(value):
     ("write", "message"),
     [
         (lambda p: None, r"no feature file at .*a\.h5"),
-        (lambda p: p.mkdir(), r"a\.h5 is a folder"),
+        (lambda p: p.mkdir(), r"no feature file at .*a\.h5"),
         (lambda p: p.write_text("hello"), r"a\.h5: truncated or not an HDF5 file"),
         (lambda p: p.write_bytes(b""), r"a\.h5: truncated or not an HDF5 file"),
         (lambda p: write_slide(p, patches(dim=DIM + 1)), r"a\.h5: 7 wide, expected 6: features of another encoder"),

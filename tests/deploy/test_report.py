@@ -131,9 +131,12 @@ def test_a_synthetic_model_is_stamped_everywhere(prediction, tmp_path):
 def test_names_are_text_never_markup(tmp_path):
     model = load_model(made_folder(tmp_path / "m", title=NASTY, dataset=NASTY, description=NASTY, study=NASTY))
     model.network.source_names = [NASTY, "\0<b>", "S2", "S3"]
-    slide = write_slide(tmp_path / "<img src=x onerror=alert(1)>.h5", patches())
-    page = Page(text := html_report(model.predict([slide], patient_id=NASTY)))
-    assert "script" not in page.tags and page.tags.count("img") == 1 and "b" not in page.tags
+    slides = [write_slide(tmp_path / f"{name}.h5", patches()) for name in ("<img src=x onerror=alert(1)>", "..", "~")]
+    before = set(tmp_path.iterdir())
+    write_report(model.predict(slides, patient_id=NASTY), tmp_path / "out")
+    assert set(tmp_path.iterdir()) == {*before, tmp_path / "out"} and len(list((tmp_path / "out").iterdir())) == 6
+    page = Page(text := (tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert "script" not in page.tags and page.tags.count("img") == 3 and "b" not in page.tags
     assert NASTY in page.text and "<script" not in text
 
 
