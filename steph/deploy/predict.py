@@ -25,6 +25,7 @@ from steph.analysis.mixing.attention import attention_of, bag_of, mixture_of, pa
 from steph.data.bags import RaggedBatch, sampled
 from steph.data.features import check_slides, inspect, read
 from steph.data.manifest import Features
+from steph.data.patients import PatientData
 from steph.deploy.model_folder import Config, Inputs, read_model
 from steph.files.progress import track
 from steph.files.tables import read_csv
@@ -282,7 +283,7 @@ def _plain(encoder: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class PatientBag:
+class PatientBag(PatientData):
     """One patient's slides as a data set of one, for the functions that predict.
 
     name: the data set that the model is for. size: patches of all slides. patches: a row for each patch that is read:
@@ -299,7 +300,6 @@ class PatientBag:
 
     @property
     def dim(self) -> int:
-        """Width of the features."""
         return int(self.features.shape[1])
 
     @property
@@ -308,7 +308,6 @@ class PatientBag:
         return list(self.patches.loc[self.patches["x"].isna(), "slide_id"].astype(str).unique())
 
     def n_patches(self, patient_ids: Sequence[str]) -> np.ndarray:
-        """Patches of the bag, of each patient asked for: (B,) int64."""
         return np.full(len(patient_ids), len(self.patches))
 
     def batch(
@@ -319,7 +318,7 @@ class PatientBag:
         coords: bool = False,
         max_patches: int | None = None,
     ) -> RaggedBatch:
-        """The patient's bag, as `steph.data.dataset.Dataset.batch` gives it; it was sampled when it was read."""
+        # It was sampled when it was read.
         # In memory of torch's own, as everywhere in a study.
         features = torch.from_numpy(self.features).to(device, dtype, copy=True)
         if not coords:
@@ -329,7 +328,6 @@ class PatientBag:
         return RaggedBatch(features, (0, len(features)), places, (0, *accumulate(n for n in sizes if n)))
 
     def check_coords(self, patient_ids: Sequence[str], network: str) -> None:
-        """Raise `Refused` where a slide has no coordinates, which `network` needs."""
         if self.without_coords:
             raise Refused(
                 f"{network} needs patches' coordinates, and {', '.join(self.without_coords)} has none. Give feature "

@@ -25,6 +25,7 @@ from steph.analysis.performance.estimates import Estimate, mean_of, with_interva
 from steph.data.bags import RaggedBatch, sampled
 from steph.data.dataset import NO_COORDS, Dataset
 from steph.data.manifest import Study
+from steph.data.patients import PatientData
 from steph.data.synthetic import truth
 from steph.files.progress import track
 from steph.merging.steph import STEPH, mixture_coefficients
@@ -141,7 +142,7 @@ def with_attention(patches: pd.DataFrame, attention: np.ndarray) -> pd.DataFrame
     return table
 
 
-def bag_of(models: Iterable[Model], data: Dataset, patient: str, compute: Compute) -> RaggedBatch:
+def bag_of(models: Iterable[Model], data: PatientData, patient: str, compute: Compute) -> RaggedBatch:
     """A patient's bag in the precision of parameters, with coordinates where one of the models needs them."""
     needing = next((model for model in models if network_needing_coords(model) is not None), None)
     exact = replace(compute, precision="fp64" if compute.precision == "fp64" else "fp32")
