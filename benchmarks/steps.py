@@ -167,7 +167,7 @@ def compare(network: str, case: Case) -> list[dict[str, Any]]:
     actions |= {p: training(make(network, d), batch) for p, batch in batches.items()}
     rows = _rows(network, case, "training", BAGS, _measured(actions, case))
     few = {p: _first(batch, case.evaluated) for p, batch in batches.items()}
-    alone = {p: [batch.alone(i) for i in range(len(batch))] for p, batch in few.items()}
+    alone = {p: [batch.single(i) for i in range(len(batch))] for p, batch in few.items()}
     actions = {"plain": evaluation(plain_of(make(network, d)), [few["fp32"].bag(i) for i in range(case.evaluated)])}
     model = make(network, d)
     for phase, given in (("evaluation", {p: [batch] for p, batch in few.items()}), ("evaluation, one by one", alone)):

@@ -64,14 +64,14 @@ class RaggedBatch:
         """The patches of bag i, (N_i, D), a view."""
         return self.features[self.offsets[i] : self.offsets[i + 1]]
 
-    def alone(self, i: int) -> RaggedBatch:
-        """Bag i as a batch of its own, with its coordinates and slides; views."""
+    def single(self, i: int) -> RaggedBatch:
+        """Bag i as a batch of one, with its coordinates and slides; views."""
         return self.between(i, i + 1)
 
-    def between(self, first: int, last: int) -> RaggedBatch:
-        """Bags first to last - 1 as a batch of their own, with their coordinates and slides; views."""
-        start, stop = self.offsets[first], self.offsets[last]
-        offsets = tuple(at - start for at in self.offsets[first : last + 1])
+    def between(self, begin: int, end: int) -> RaggedBatch:
+        """Bags begin to end - 1 as a batch, with their coordinates and slides; views."""
+        start, stop = self.offsets[begin], self.offsets[end]
+        offsets = tuple(at - start for at in self.offsets[begin : end + 1])
         coords = None if self.coords is None else self.coords[start:stop]
         slides = self.slide_offsets and tuple(at - start for at in self.slide_offsets if start <= at <= stop)
         return RaggedBatch(self.features[start:stop], offsets, coords, slides)
@@ -121,13 +121,13 @@ activations are gone when the next come."""
 
 def parts(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:
     """Bags of these sizes as runs of neighbours, (first, last + 1), of at most so many patches; a larger bag is one."""
-    found, start, patches = [], 0, 0
+    runs, start, patches = [], 0, 0
     for i, size in enumerate(sizes):
         if i > start and patches + size > most:
-            found.append((start, i))
+            runs.append((start, i))
             start, patches = i, 0
         patches += size
-    return [*found, (start, len(sizes))]
+    return [*runs, (start, len(sizes))]
 
 
 def sample_each(batch: RaggedBatch, max_patches: int, seed: int) -> RaggedBatch:
@@ -138,12 +138,12 @@ def sample_each(batch: RaggedBatch, max_patches: int, seed: int) -> RaggedBatch:
     """
     if max(batch.sizes) <= max_patches:
         return batch
-    kept = [
+    rows = [
         start + (np.arange(n) if n <= max_patches else sampled(n, max_patches, seed, f"bag of {n}"))
         for start, n in zip(batch.offsets, batch.sizes, strict=False)
     ]
-    rows = torch.from_numpy(np.concatenate(kept)).to(batch.features.device)
-    return RaggedBatch(batch.features[rows], (0, *accumulate(map(len, kept))))
+    index = torch.from_numpy(np.concatenate(rows)).to(batch.features.device)
+    return RaggedBatch(batch.features[index], (0, *accumulate(map(len, rows))))
 
 
 def sampled(n: int, max_patches: int, seed: int, patient_id: str) -> np.ndarray:

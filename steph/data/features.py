@@ -60,14 +60,14 @@ def find_slides(folders: Iterable[Path]) -> dict[str, Path]:
     output (``h5_files/`` beside ``pt_files/``, or both endings in one folder) the h5 counts, as it has coordinates.
     Raises `Refused` where a slide lies in two places: features of different sources must not be mixed by chance.
     """
-    found: dict[str, Path] = {}
+    slides: dict[str, Path] = {}
     twice = []
     for path in sorted(set(_files(folders))):
-        other = found.setdefault(path.stem, path)
+        other = slides.setdefault(path.stem, path)
         if other.resolve() == path.resolve():
             continue
         if path.suffix != other.suffix and _output(path) == _output(other):
-            found[path.stem] = path if path.suffix == ".h5" else other
+            slides[path.stem] = path if path.suffix == ".h5" else other
         else:
             twice.append(f"  {path.stem}: {other} and {path}")
     if twice:
@@ -75,17 +75,17 @@ def find_slides(folders: Iterable[Path]) -> dict[str, Path]:
             f"{_listed(twice, 10)}\n{len(twice)} slide(s) lie in two places. Features of two sources are never mixed: "
             "name only one feature set's folder in the study's `features.folders`, or remove the copy."
         )
-    return found
+    return slides
 
 
 def _files(folders: Iterable[Path]) -> Iterator[Path]:
-    seen = set()
+    visited = set()
     for root in folders:
         for folder, subfolders, names in os.walk(root, followlinks=True):
             real = os.path.realpath(folder)
-            subfolders[:] = [] if real in seen else [name for name in subfolders if not name.startswith(".")]
-            if real not in seen:
-                seen.add(real)
+            subfolders[:] = [] if real in visited else [name for name in subfolders if not name.startswith(".")]
+            if real not in visited:
+                visited.add(real)
                 yield from (Path(folder, n) for n in names if n.endswith(SUFFIXES) and not n.startswith("."))
 
 
@@ -94,17 +94,17 @@ def _output(path: Path) -> Path:
     return path.parent.parent if path.parent.name in {"h5_files", "pt_files"} else path.parent
 
 
-def match_slides(slide_ids: Iterable[str], found: dict[str, Path]) -> dict[str, list[Path]]:
+def match_slides(slide_ids: Iterable[str], files: dict[str, Path]) -> dict[str, list[Path]]:
     """The files that each slide of a table may mean: the one of exactly that name, else those that agree up to the
     first '.', where either the table or the file leaves out the rest (a TCGA barcode with or without its UUID)."""
     short: dict[str, list[str]] = {}
-    for stem in found:
+    for stem in files:
         short.setdefault(stem.split(".")[0], []).append(stem)
     matches = {}
     for slide in slide_ids:
         barcode = slide.split(".")[0]
-        stems = [slide] if slide in found else [s for s in short.get(barcode, []) if barcode in (s, slide)]
-        matches[slide] = [found[stem] for stem in stems]
+        stems = [slide] if slide in files else [s for s in short.get(barcode, []) if barcode in (s, slide)]
+        matches[slide] = [files[stem] for stem in stems]
     return matches
 
 
@@ -256,10 +256,10 @@ def inspect(path: Path, dim: int | None = None) -> SlideInfo:
         return SlideInfo(path, n_patches, width, arrays._coords is not None, path.stat().st_size, attributes)
 
 
-def read(path: Path, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
-    """Rows of a feature file: features (n, D) in the file's precision (bfloat16 as float32), coords (n, 2) or None."""
+def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """A whole feature file: features (n, D) in the file's precision (bfloat16 as float32), coords (n, 2) or None."""
     with _opened(path) as (arrays, _):
-        return arrays.read(rows)
+        return arrays.read(slice(None))
 
 
 def blocks(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
@@ -276,7 +276,7 @@ def blocks(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
 
 
 def check_slides(
-    slide_ids: Iterable[str], found: dict[str, Path], dim: int, extraction: Features | None = None
+    slide_ids: Iterable[str], files: dict[str, Path], dim: int, extraction: Features | None = None
 ) -> pd.DataFrame:
     """The preflight table: a row per slide with the columns `TABLE`; `problem` is empty where the file can be used.
 
@@ -285,22 +285,22 @@ def check_slides(
     """
     rows = []
     taken: dict[Path, str] = {}
-    for slide, paths in match_slides(slide_ids, found).items():
+    for slide, paths in match_slides(slide_ids, files).items():
         row: dict[str, Any] = dict.fromkeys(TABLE, pd.NA) | {"slide_id": slide, "problem": ""}
         rows.append(row)
         if len(paths) != 1:
             row["problem"] = f"may mean any of: {', '.join(map(str, paths))}" if paths else "missing"
             continue
         row["path"] = str(paths[0])
-        first = taken.setdefault(paths[0], slide)
+        owner = taken.setdefault(paths[0], slide)
         try:
             info = inspect(paths[0], dim)
         except Refused as error:
             row["problem"] = str(error).removeprefix(f"{paths[0]}: ")
             continue
         row |= {name: getattr(info, name) for name in ("n_patches", "dim", "has_coords", "size_bytes")}
-        if first != slide:
-            row["problem"] = f"the file is also that of slide {first}"
+        if owner != slide:
+            row["problem"] = f"the file is also that of slide {owner}"
         elif info.n_patches == 0:
             row["problem"] = "empty (0 patches)"
         elif extraction is not None:

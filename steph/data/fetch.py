@@ -25,7 +25,7 @@ from steph.data.manifest import Source, Study
 from steph.files.atomic import DiskFull, disk_errors, refuse_full_disk
 from steph.files.lock import exclusive
 from steph.files.progress import track
-from steph.files.tables import first
+from steph.files.tables import shortened
 
 KINDS = ("labels", "splits", "features")
 """What can be fetched: the sources that provide it, and the folders of the data root where it goes."""
@@ -170,7 +170,7 @@ def _hub_items(study: Study, source: Source, names: list[str], root: Path) -> li
             if not paths:
                 raise Refused(
                     f"{source.name}: nothing there for {project} ({name}): no file like {' or '.join(patterns)}. There "
-                    f"are: {first(sorted(listed), 20)}. Correct `files` of this source in the study's manifest."
+                    f"are: {shortened(sorted(listed), 20)}. Correct `files` of this source in the study's manifest."
                 )
             for path in paths:
                 file = listed[path]
@@ -209,7 +209,7 @@ def _present(item: Item) -> Fetched | None:
         return Fetched(item, folder, note) if folder.is_dir() else None
     lost = missing_files(folder, record)
     if lost:
-        print(f"{folder}: {len(lost)} file(s) are gone or have another size: {first(lost)}", file=sys.stderr)
+        print(f"{folder}: {len(lost)} file(s) are gone or have another size: {shortened(lost)}", file=sys.stderr)
         return None
     newer = "" if record.get("checksum") == item.checksum else "; the source has another version now"
     return Fetched(item, folder, f"was there{newer}")

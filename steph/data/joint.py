@@ -14,7 +14,7 @@ from steph import Refused
 from steph.data.bags import RaggedBatch
 from steph.data.dataset import Dataset
 from steph.data.patients import PatientData
-from steph.files.tables import first
+from steph.files.tables import shortened
 
 
 class JointDataset(PatientData):
@@ -50,7 +50,7 @@ class JointDataset(PatientData):
         if shared:
             raise Refused(
                 f"joint learning on {self.name}, fold {fold}: {len(shared)} patient(s) of one data set test "
-                f"another: {first(shared)}. Take data sets that share no patient, or give patients ids that "
+                f"another: {shortened(shared)}. Take data sets that share no patient, or give patients ids that "
                 "tell them apart."
             )
         return [f"{name}/{patient}" for name, patient in training]

@@ -15,7 +15,7 @@ from steph import Refused
 from steph.data.cohort import cohort_from, write_cohort
 from steph.data.features import find_slides
 from steph.data.manifest import DatasetEntry, Study
-from steph.files.tables import first, read_csv
+from steph.files.tables import read_csv, shortened
 
 SHEET = "TCGA-CDR"
 MISSING = ["", "#N/A", "NA", "NaN", "nan"]
@@ -46,12 +46,12 @@ def build_labels(study: Study, cdr: Path, slides: Path, out: Path) -> pd.DataFra
     # All data sets are checked before the first is written, so a refusal leaves no half of the labels behind.
     cohorts, rows = [], []
     for name, entry in study.datasets.items():
-        own = matched[matched["project"].isin(entry.projects)]
-        kept = own[own["dropped"] == ""]
-        if len(kept):
-            cohorts.append(cohort_from(kept.sort_values(["patient_id", "slide_id"]), name, f"{cdr} with {slides}"))
-        patients = kept.drop_duplicates("patient_id")
-        rows.append(_summary_row(name, entry, patients["event"].astype(bool), len(kept), len(own) - len(kept)))
+        listed = matched[matched["project"].isin(entry.projects)]
+        labelled = listed[listed["dropped"] == ""]
+        if len(labelled):
+            cohorts.append(cohort_from(labelled.sort_values(["patient_id", "slide_id"]), name, f"{cdr} with {slides}"))
+        events = labelled.drop_duplicates("patient_id")["event"].astype(bool)
+        rows.append(_summary_row(name, entry, events, len(labelled), len(listed) - len(labelled)))
     for cohort in cohorts:
         write_cohort(cohort, out / f"{cohort.dataset}.csv")
     summary = pd.DataFrame(rows).astype(
@@ -79,7 +79,7 @@ def label_slides(study: Study, cdr: Path, slides: Path) -> pd.DataFrame:
     wrong = table[known & (said != table["project"]) & (said != table["project"].map(groups))]
     if len(wrong):
         pairs = [f"{r.slide_id} (listed {r.listed}, TCGA-CDR {r.project})" for r in wrong.itertuples()]
-        raise Refused(f"{slides}: {len(wrong)} slide(s) of another project than TCGA-CDR says: {first(pairs)}.")
+        raise Refused(f"{slides}: {len(wrong)} slide(s) of another project than TCGA-CDR says: {shortened(pairs)}.")
     table["dropped"] = ""
     for reason, applies in (
         (f"{study.endpoint.name} unknown", table["event"].isna() | table["time_days"].isna()),
@@ -110,7 +110,7 @@ def read_outcomes(cdr: Path, endpoint: str) -> pd.DataFrame:
     nameless = table[table["patient_id"].isna() | table["project"].isna()]
     if len(nameless):
         rows = [str(row + 2) for row in nameless.index]
-        raise Refused(f"{cdr}: no bcr_patient_barcode or no type in row(s) {first(rows)}.")
+        raise Refused(f"{cdr}: no bcr_patient_barcode or no type in row(s) {shortened(rows)}.")
     for column, name in (("event", endpoint), ("time_days", f"{endpoint}.time")):
         numbers = pd.to_numeric(table[column], errors="coerce")
         valid = numbers.isin([0, 1]) if column == "event" else numbers.between(0, 1e6)
@@ -118,13 +118,14 @@ def read_outcomes(cdr: Path, endpoint: str) -> pd.DataFrame:
         if len(bad):
             expected = "1 (event), 0 (censored)" if column == "event" else "days, 0 or more,"
             values = [f"{patient} {value!r}" for patient, value in zip(bad["patient_id"], bad[column], strict=True)]
-            raise Refused(f"{cdr}: {len(bad)} row(s) whose {name} is not {expected} or empty: {first(values)}.")
+            raise Refused(f"{cdr}: {len(bad)} row(s) whose {name} is not {expected} or empty: {shortened(values)}.")
         table[column] = numbers
     table = table.drop_duplicates()
     twice = table.loc[table["patient_id"].duplicated(), "patient_id"].unique()
     if len(twice):
         raise Refused(
-            f"{cdr}: {len(twice)} patient(s) with several, different rows: {first(list(twice))}. Keep the right one."
+            f"{cdr}: {len(twice)} patient(s) with several, different rows: {shortened(list(twice))}. "
+            "Keep the right one."
         )
     return table.set_index("patient_id")
 
@@ -158,13 +159,13 @@ def read_slides(path: Path) -> pd.DataFrame:
     strange = ids[~ids.str.match(rf"{BARCODE}(?:[-.]|$)")]
     if len(strange):
         raise Refused(
-            f"{path}: {len(strange)} of {len(ids)} entries are no TCGA barcodes: {first([repr(s) for s in strange])}. "
-            "Expected names like TCGA-3C-AALI-01Z-00-DX1.<UUID>. Labels of your own cohort need no TCGA-CDR: write the "
-            "cohort table yourself."
+            f"{path}: {len(strange)} of {len(ids)} entries are no TCGA barcodes: "
+            f"{shortened([repr(s) for s in strange])}. Expected names like "
+            "TCGA-3C-AALI-01Z-00-DX1.<UUID>. Labels of your own cohort need no TCGA-CDR: write the cohort table yourself."
         )
     twice = ids[ids.duplicated()].unique()
     if len(twice):
-        raise Refused(f"{path}: {len(twice)} slide(s) stand twice: {first(list(twice))}. Keep one of each.")
+        raise Refused(f"{path}: {len(twice)} slide(s) stand twice: {shortened(list(twice))}. Keep one of each.")
     project = table["project"].str.strip() if "project" in table.columns else ""
     return pd.DataFrame({"slide_id": ids, "project": project})
 

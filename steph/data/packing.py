@@ -56,23 +56,16 @@ def write_store(
     provenance: dict[str, Any],
 ) -> Store:
     """Write a store from arrays. slides: (slide_id, features (N_i, D), coords (N_i, 2) or None), taken one by one, in
-    the order of the store; sizes: their N_i. Raises `Refused` where the arrays are not what sizes and `features` say,
-    or hold values that are not finite in the store's precision; then nothing is written."""
+    the order of the store; sizes: their N_i. Raises `Refused` where an array is not what its size and `features` say,
+    or holds values that are not finite in the store's precision; then nothing is written."""
     sizes = [int(n) for n in sizes]
     _refuse_full_disk(path, features, sizes)
     with atomic_path(path) as temporary:
         _lay_out(temporary, features, sizes, provenance, plan="")
         with temporary.open("rb+") as file:
             writer = _Writer(temporary, file, features, sizes)
-            given = iter(slides)
-            for i in range(len(sizes)):
-                try:
-                    slide_id, patches, coords = next(given)
-                except StopIteration:
-                    raise Refused(f"{path}: {i} slides given, {len(sizes)} sizes.") from None
+            for i, ((slide_id, patches, coords), _) in enumerate(zip(slides, sizes, strict=True)):
                 writer.add(i, slide_id, [(patches, coords)], f"slide {slide_id}")
-            if next(given, None) is not None:
-                raise Refused(f"{path}: more slides given than the {len(sizes)} sizes.")
             writer.finish()
     return Store.open(path)
 
@@ -80,7 +73,7 @@ def write_store(
 def pack(
     path: Path,
     cohort: Cohort,
-    found: dict[str, Path],
+    files: dict[str, Path],
     features: Features,
     allow_missing: bool = False,
     progress: bool = True,
@@ -91,12 +84,12 @@ def pack(
     is then read once, in blocks. Killed and started again, it goes on behind the slides that were finished, and ends
     with the same content; where the files, their order or `features` have changed, it starts afresh.
 
-    found: slide files by name (`find_slides`). allow_missing: leave out slides that have no file or no patches, as
+    files: slide files by name (`find_slides`). allow_missing: leave out slides that have no file or no patches, as
     long as each patient keeps one; the store records which. Raises `Refused` for unusable files, values that are not
     finite or too large for float16, too little disk space, and while another process packs the same store.
     """
     slide_ids = [slide for slides in cohort.slides_of.values() for slide in slides]
-    table = check_slides(slide_ids, found, features.dim, features).set_index("slide_id", drop=False)
+    table = check_slides(slide_ids, files, features.dim, features).set_index("slide_id", drop=False)
     left_out = _left_out(table, cohort, path) if allow_missing else table.iloc[:0]
     usable = table.drop(index=left_out.index)
     if message := problems_message(usable):
@@ -210,8 +203,8 @@ def _lay_out(path: Path, features: Features, sizes: list[int], provenance: dict[
     # Alignment also keeps a map's values at addresses that processors and PyTorch can read as numbers.
     with h5py.File(path, "w", locking=False, alignment_threshold=1, alignment_interval=4096) as file:
         # Text of a fixed length: for any other, HDF5 follows pointers through the file, and in a damaged one for ever.
-        said = {"format": FORMAT, "version": VERSION, "plan": plan, **describe(features)}
-        file.attrs.update({k: np.bytes_(v.encode()) if isinstance(v, str) and v else v for k, v in said.items()})
+        attributes = {"format": FORMAT, "version": VERSION, "plan": plan, **describe(features)}
+        file.attrs.update({k: np.bytes_(v.encode()) if isinstance(v, str) and v else v for k, v in attributes.items()})
         file["offsets"] = np.array([0, *accumulate(sizes)], dtype="<i8")
         file["provenance"] = np.bytes_(json.dumps(provenance, sort_keys=True, allow_nan=False).encode())
         for name, (shape, dtype) in arrays.items():
@@ -251,8 +244,8 @@ class _Writer:
 
     def add(self, i: int, slide_id: str, pieces: Iterable[Piece], what: str) -> None:
         """Write slide i, given in pieces, and then its hash."""
-        if len(slide_id.encode()) > SLIDE_ID.itemsize or slide_id in self.slide_ids:
-            raise Refused(f"{what}: the name stands twice or is longer than {SLIDE_ID.itemsize} bytes.")
+        if slide_id in self.slide_ids:
+            raise Refused(f"{what}: the name stands twice.")
         row, stop = self.offsets[i], self.offsets[i + 1]
         of_features, of_coords = hashlib.sha256(), hashlib.sha256()
         for patches, coords in pieces:

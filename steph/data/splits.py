@@ -14,7 +14,7 @@ import pandas as pd
 from steph import Refused
 from steph.data.cohort import Cohort
 from steph.files.records import fingerprint
-from steph.files.tables import first, read_csv, write_csv
+from steph.files.tables import read_csv, shortened, write_csv
 
 Fold = tuple[tuple[str, ...], tuple[str, ...]]
 """The patients who train, and those who test."""
@@ -25,11 +25,11 @@ class Splits:
     """Cross-validation of a cohort. folds: per fold, the patients who train and who test, both in cohort table order;
     where it is repeated, the folds of the first repeat come first, then those of the second, and so on.
 
-    origin: "authors" (their files), "file" (ours, from disk), "made" (ours, new) or "external" (`EXTERNAL`).
+    origin: "authors" (their files), "ours" or "external" (`EXTERNAL`).
     """
 
     folds: tuple[Fold, ...]
-    origin: Literal["authors", "file", "made", "external"]
+    origin: Literal["authors", "ours", "external"]
 
     @property
     def n_folds(self) -> int:
@@ -117,27 +117,25 @@ def load_splits(cohort: Cohort, folder: Path, n_folds: int, seed: int, repeats: 
                 )
             return Splits(tuple(_read_released(cohort, authors, n_folds)), "authors")
     folds: list[Fold] = []
-    made = False
     for repeat in range(repeats):
         path = folder / f"{cohort.dataset}{f'.repeat{repeat}' if repeat else ''}.csv"
         if path.is_file():
             table = read_csv(path)
         else:
-            made = True
             table = make_splits(cohort, n_folds, seed + repeat)
             table = table.assign(fold=table["fold"] + repeat * n_folds).astype(str)
             if write:
                 write_csv(table, path)
         folds += _our_folds(cohort, path, table, range(repeat * n_folds, (repeat + 1) * n_folds))
-    return Splits(tuple(folds), "made" if made else "file")
+    return Splits(tuple(folds), "ours")
 
 
 def _read_released(cohort: Cohort, folder: Path, n_folds: int) -> Iterable[Fold]:
     expected = [folder / f"splits_{k}.csv" for k in range(n_folds)]
-    found = sorted(folder.glob("splits_*.csv"))
-    if set(found) != set(expected):
+    files = sorted(folder.glob("splits_*.csv"))
+    if set(files) != set(expected):
         raise Refused(
-            f"{folder} holds {', '.join(p.name for p in found)}; expected splits_0.csv to splits_{n_folds - 1}.csv, as "
+            f"{folder} holds {', '.join(p.name for p in files)}; expected splits_0.csv to splits_{n_folds - 1}.csv, as "
             f"the study has {n_folds} folds. Complete the files or change `folds` in the manifest."
         )
     for path in expected:
@@ -168,8 +166,8 @@ def _our_folds(cohort: Cohort, path: Path, table: pd.DataFrame, numbers: range) 
     if len(bad):
         pairs = [f"{r.patient_id} in fold {r.fold!r}" for r in bad.itertuples()]
         raise Refused(
-            f"{path}: {first(pairs)}; the study has folds {numbers[0]} to {numbers[-1]} there. Change `folds` in the "
-            "manifest, or delete the file and new splits are made."
+            f"{path}: {shortened(pairs)}; the study has folds {numbers[0]} to {numbers[-1]} there. Change `folds` in "
+            "the manifest, or delete the file and new splits are made."
         )
     _check_patients(cohort, path, list(patients), {})
     for k in valid:
@@ -183,21 +181,21 @@ def _check_patients(cohort: Cohort, path: Path, listed: list[str], parts: dict[s
     strangers = sorted(set(listed) - set(known))
     if strangers:
         raise Refused(
-            f"{path}: {len(strangers)} patient(s) who are not in the cohort {cohort.dataset}: {first(strangers)}. "
+            f"{path}: {len(strangers)} patient(s) who are not in the cohort {cohort.dataset}: {shortened(strangers)}. "
             "Are labels and splits of the same release?"
         )
     both = sorted(set(parts.get("train", [])) & set(parts.get("test", []) + parts.get("val", [])))
     if both:
-        raise Refused(f"{path}: {len(both)} patient(s) who train and are held out as well: {first(both)}.")
+        raise Refused(f"{path}: {len(both)} patient(s) who train and are held out as well: {shortened(both)}.")
     counts = pd.Series(listed, dtype=str).value_counts()
     twice = sorted(counts.index[counts > 1])
     if twice:
-        raise Refused(f"{path}: {len(twice)} patient(s) listed twice: {first(twice)}. Keep one row of each.")
+        raise Refused(f"{path}: {len(twice)} patient(s) listed twice: {shortened(twice)}. Keep one row of each.")
     left_out = [patient for patient in known if patient not in counts.index]
     if left_out:
         raise Refused(
             f"{path}: {len(left_out)} of {len(known)} patients of the cohort {cohort.dataset} are missing: "
-            f"{first(left_out)}. Complete the file, or move it away and new splits are made."
+            f"{shortened(left_out)}. Complete the file, or move it away and new splits are made."
         )
 
 

@@ -99,8 +99,6 @@ class Store:
             n_patches, dim = features.shape
             if dim != file.attrs["dim"] or coords.shape != (n_patches, 2):
                 raise ValueError(f"features {features.shape} do not fit coords {coords.shape} or the width stated")
-            if len(ids) + 1 != len(offsets) or len(set(ids)) != len(ids) or file["sha256"].shape != (len(ids), 32):
-                raise ValueError("slide ids, offsets and hashes do not fit each other")
             if offsets[0] != 0 or offsets[-1] != n_patches or not (np.diff(offsets) > 0).all():
                 raise ValueError("slide offsets do not rise from 0 to the number of patches")
             size = path.stat().st_size
@@ -125,10 +123,6 @@ class Store:
                 features_at=features.id.get_offset(),
                 coords_at=coords.id.get_offset(),
             )
-
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        # A map would be pickled as a copy of the whole file; another process opens its own.
-        return Store.open, (self.path,)
 
     @property
     def dim(self) -> int:
@@ -217,8 +211,8 @@ class Store:
         for slide in slide_ids:
             i = self._index[slide]
             rows = slice(self.offsets[i], self.offsets[i + 1])
-            whole = slide_hash(self.features[rows], self.coords[rows]) == self.hashes[i].tobytes()
-            (self._compared.add if whole else damaged.append)(slide)
+            same = slide_hash(self.features[rows], self.coords[rows]) == self.hashes[i].tobytes()
+            (self._compared.add if same else damaged.append)(slide)
         if damaged:
             raise Refused(
                 f"{self.path}: {len(damaged)} slide(s) are not what was packed: {', '.join(damaged[:10])}. The disk or "
@@ -226,11 +220,11 @@ class Store:
             )
 
     def matches(
-        self, features: Features, cohort: Cohort, found: dict[str, Path] | None = None, repack: str = "steph data pack"
+        self, features: Features, cohort: Cohort, files: dict[str, Path] | None = None, repack: str = "steph data pack"
     ) -> None:
         """Check that the store is the one that the manifest, the cohort and the slide files mean.
 
-        found: `find_slides`' answer, or None where the files were removed after packing; then only the encoder and
+        files: `find_slides`' answer, or None where the files were removed after packing; then only the encoder and
         the slides are compared. Raises `Refused`, with all differences and the command `repack`, for another encoder,
         width, patch size, magnification or precision, for slides that the store lacks, and for source files with
         other names or sizes.
@@ -242,12 +236,12 @@ class Store:
         ]
         if self.dtype != DTYPES[features.precision]:
             differences.append(f"precision is {self.dtype.name}, the study says {features.precision}")
-        wanted = cohort.slides["slide_id"].tolist()
+        slides = cohort.slides["slide_id"].tolist()
         left_out = {row["slide_id"]: row for row in self.provenance.get("left_out", [])}
-        absent = [slide for slide in wanted if slide not in self._index and slide not in left_out]
+        absent = [slide for slide in slides if slide not in self._index and slide not in left_out]
         if absent:
             differences.append(f"it lacks {len(absent)} of the table's slides ({', '.join(absent[:5])})")
-        changed = [] if found is None else list(self._changed_files(wanted, found, left_out))
+        changed = [] if files is None else list(self._changed_files(slides, files, left_out))
         if changed:
             differences.append(f"{len(changed)} source file(s) differ: {'; '.join(changed[:5])}")
         if differences:
@@ -255,11 +249,10 @@ class Store:
             raise Refused(f"{self.path} was not made from what the study names:\n{listed}\nPack it again: `{repack}`.")
 
     def _changed_files(
-        self, wanted: list[str], found: dict[str, Path], left_out: dict[str, dict[str, Any]]
+        self, slides: list[str], files: dict[str, Path], left_out: dict[str, dict[str, Any]]
     ) -> Iterator[str]:
-        files = self.provenance.get("files", {})
-        for slide, paths in match_slides(wanted, found).items():
-            packed = files.get(slide) or left_out.get(slide, {}).get("file")
+        for slide, paths in match_slides(slides, files).items():
+            packed = self.provenance.get("files", {}).get(slide) or left_out.get(slide, {}).get("file")
             now = name_and_size(paths[0]) if len(paths) == 1 else None
             if now and packed != now:
                 yield f"{slide}: now {now}, packed from {packed}"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from steph import Refused
 from steph.files.atomic import atomic_path
-from steph.files.tables import first
+from steph.files.tables import shortened
 from steph.merging import steph as hypernetwork
 from steph.merging.steph import Hypernetwork
 from steph.merging.task_vectors import check_same_network
@@ -58,7 +58,7 @@ def convert(source: Path, target: Path, null: Path | None = None) -> str:
             save_state(state, temporary)
         else:
             write_released(state, temporary)
-    left_out = f"; {len(others)} other entries left out ({first(others, 3)})" if others else ""
+    left_out = f"; {len(others)} other entries left out ({shortened(others, 3)})" if others else ""
     return f"{kind}, {sum(v.numel() for v in state.values()):,} weights{left_out}"
 
 
@@ -119,7 +119,7 @@ def _kind(values: Mapping[str, Tensor], path: Path, theirs: bool) -> str:
     missing = [name for name in expected if name not in values]
     others = [name for name in values if name not in expected]
     if missing or (others and not (theirs and kind == "STEPH")):
-        lacks = f"lacks {first(missing)}" if missing else f"has {first(others)} besides"
+        lacks = f"lacks {shortened(missing)}" if missing else f"has {shortened(others)} besides"
         raise Refused(
             f"{path} does not hold the weights of {kind}: it {lacks}. The release has ABMIL networks and STEPH with "
             "two hypernetworks; other networks and methods cannot be carried over."
@@ -186,7 +186,7 @@ def _are_tensors(values: dict[Any, Any]) -> bool:
 
 def _what(values: Any) -> str:
     return (
-        f"a dictionary with {first([str(key) for key in values])}"
+        f"a dictionary with {shortened([str(key) for key in values])}"
         if isinstance(values, dict)
         else type(values).__name__
     )

@@ -21,14 +21,14 @@ def track(iterable: Iterable[Item], label: str, total: int | None = None) -> Ite
 
         yield from tqdm(iterable, desc=label, total=total, file=sys.stderr)
         return
-    began = said = time.monotonic()
+    began = reported = time.monotonic()
     count, of = 0, "" if total is None else f"/{total}"
     _say(f"{label}: 0{of}")
     for count, item in enumerate(iterable, start=1):
         yield item
         now = time.monotonic()
-        if now - said >= LINE_EVERY_SECONDS and count != total:
-            said = now
+        if now - reported >= LINE_EVERY_SECONDS and count != total:
+            reported = now
             _say(f"{label}: {count}{of}, {now - began:.0f} s")
     _say(f"{label}: {count}{of}, done in {time.monotonic() - began:.1f} s")
 

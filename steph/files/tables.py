@@ -25,7 +25,7 @@ def read_csv(path: Path) -> pd.DataFrame:
         raise Refused(f"{path} is not a readable CSV table: {error}") from None
     if len(table) and not isinstance(table.index, pd.RangeIndex):  # pandas has taken the first cells for row names
         raise Refused(
-            f"{path}: its rows have more cells than its first line has names ({first(table.columns.tolist())}), "
+            f"{path}: its rows have more cells than its first line has names ({shortened(table.columns.tolist())}), "
             "so nobody can tell which cell is what. Give every column a name; a table saved with row names lacks one."
         )
     return table
@@ -48,15 +48,15 @@ def _refuse_changed(path: Path) -> None:
     seal = _seal(path)
     if not seal.is_file():
         return
-    expected, found = seal.read_bytes()[:64].decode(errors="replace"), file_sha256(path)
-    if found != expected:
+    expected, actual = seal.read_bytes()[:64].decode(errors="replace"), file_sha256(path)
+    if actual != expected:
         raise Refused(
-            f"{path} is not the table that was written (its sha256 is {found[:12]}, {seal.name} says "
+            f"{path} is not the table that was written (its sha256 is {actual[:12]}, {seal.name} says "
             f"{expected[:12]!r}): it was damaged or changed. Delete it and make it again; where you changed it on "
             f"purpose, delete {seal}."
         )
 
 
-def first(items: list[str], most: int = 5) -> str:
+def shortened(items: list[str], most: int = 5) -> str:
     """The first items, and how many more there are."""
     return ", ".join(items[:most]) + (f", and {len(items) - most} more" if len(items) > most else "")

@@ -93,7 +93,7 @@ class MergedEncoder(Merged):
         features = []
         for i in range(len(batch)):
             weights = {name: row[i] for name, row in rows.items()}
-            features.append(functional_call(encoder, weights, (batch.alone(i),), tie_weights=False))
+            features.append(functional_call(encoder, weights, (batch.single(i),), tie_weights=False))
         return torch.cat(features)
 
     def workspace(self, name: str, n: int, dtype: torch.dtype) -> Weights:

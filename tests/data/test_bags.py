@@ -74,10 +74,10 @@ def test_coordinates_and_slides_must_fit(bags):
 
 def test_a_bag_alone_keeps_its_coordinates_and_slides(bags):
     coords = torch.arange(28).view(14, 2)
-    alone = RaggedBatch(torch.cat(bags), (0, 4, 5, 14), coords, (0, 4, 5, 8, 14)).alone(2)
+    alone = RaggedBatch(torch.cat(bags), (0, 4, 5, 14), coords, (0, 4, 5, 8, 14)).single(2)
     assert alone.offsets == (0, 9) and alone.slide_offsets == (0, 3, 9)
     assert torch.equal(alone.features, bags[2]) and torch.equal(alone.coords, coords[5:])
-    plain = as_batch(bags).alone(0)
+    plain = as_batch(bags).single(0)
     assert plain.coords is None and plain.slide_offsets is None
 
 

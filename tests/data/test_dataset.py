@@ -153,8 +153,8 @@ def test_batches_know_where_slides_start(dataset):
     sizes = [len(dataset.store.bag([slide])) for patient in order for slide in dataset.slides(patient)]
     assert np.diff(batch.slide_offsets).tolist() == sizes
     assert batch.to("cpu", torch.float64).slide_offsets == batch.slide_offsets
-    assert batch.alone(1).slide_offsets == dataset.batch(["P0"], coords=True).slide_offsets
-    assert torch.equal(batch.alone(1).coords, dataset.batch(["P0"], coords=True).coords)
+    assert batch.single(1).slide_offsets == dataset.batch(["P0"], coords=True).slide_offsets
+    assert torch.equal(batch.single(1).coords, dataset.batch(["P0"], coords=True).coords)
 
 
 def test_slides_without_coordinates_are_refused_by_name(study, dataset):

@@ -41,7 +41,7 @@ def test_bags_and_labels_are_those_of_each_data_set(joint, parts):
     batch, owners = joint.batch(names, coords=True, dtype=torch.float64), (sarc, cesc, sarc)
     slides = []
     for i, (data, patient) in enumerate(zip(owners, chosen, strict=True)):
-        own, found = data.batch([patient], coords=True, dtype=torch.float64), batch.alone(i)
+        own, found = data.batch([patient], coords=True, dtype=torch.float64), batch.single(i)
         assert torch.equal(found.features, own.features) and torch.equal(found.coords, own.coords)
         assert found.slide_offsets == own.slide_offsets
         slides.append(data.labels([patient]).assign(patient_id=names[i]))

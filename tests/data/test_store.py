@@ -1,6 +1,5 @@
 """steph.data.store: a store holds what was packed, and nothing else is taken for one."""
 
-import pickle
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -100,12 +99,10 @@ def test_slides_without_coordinates_have_minus_one(tmp_path):
     assert (store.coords_of([first]) == 0).all() and (store.coords_of([second]) == -1).all()
 
 
-def test_maps_are_read_only_and_another_process_opens_its_own(tmp_path):
+def test_maps_are_read_only(tmp_path):
     store = packed(tmp_path)
     with pytest.raises(ValueError, match="read-only"):
         store.features[0] = 0
-    assert store.features is not None and len(pickle.dumps(store)) < 1000
-    assert pickle.loads(pickle.dumps(store)).fingerprint == store.fingerprint
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.02, 0.3, 0.6, 0.9, 1])

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from steph import Refused
-from steph.files.tables import first, read_csv, write_csv
+from steph.files.tables import read_csv, shortened, write_csv
 
 
 def test_cells_stay_text_and_blanks_stay_blank(tmp_path: Path) -> None:
@@ -38,8 +38,8 @@ def test_a_table_without_rows_is_one(tmp_path: Path) -> None:
 
 
 def test_a_long_list_is_cut_and_counted() -> None:
-    assert first(["a", "b"]) == "a, b"
-    assert first(list("abcdefg"), most=3) == "a, b, c, and 4 more"
+    assert shortened(["a", "b"]) == "a, b"
+    assert shortened(list("abcdefg"), most=3) == "a, b, c, and 4 more"
 
 
 def test_a_table_of_ours_has_a_checksum_that_any_tool_reads(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_slides_are_graphs_of_their_own():
     degree = np.bincount(target, minlength=25)
     assert degree.tolist() == [8] * 12 + [0] + [6] * 7 + [4] * 5
     for i in range(2):
-        part = batch.alone(i)
+        part = batch.single(i)
         inside = (target >= batch.offsets[i]) & (target < batch.offsets[i + 1])
         assert torch.equal(graph_of(part), torch.stack([source, target])[:, inside] - batch.offsets[i])
 
