@@ -514,12 +514,7 @@ def test_a_trajectory_that_leaves_the_landscape_is_shown_whole_and_told_by_sourc
 
 @pytest.mark.parametrize("name", ["$\\frac$", "$x$", "$", "a_b^c $"])
 def test_a_patient_s_name_is_no_formula(name):
-    n = 9
-    columns = {"patient_id": name, "slide_id": "S", "x": np.arange(n) * 256, "y": 0, "patch": range(n)}
-    for model in ("vanilla", "steph"):
-        columns |= {f"attention_{model}": 1 / n, f"percentile_{model}": np.linspace(0, 1, n)}
-        columns |= {"difference": 0.0, f"rank_{model}": np.arange(1, n + 1)}
-    figure = plots.attention_maps([pd.DataFrame(columns)], names={"vanilla": "a", "steph": "b"})
+    figure = plots.attention_maps([attention_map(9)], [name], NAMES, 256)
     figure.savefig(io.BytesIO())
     assert name.replace("$", r"\$") in figure.axes[0].get_title(loc="left")
 
