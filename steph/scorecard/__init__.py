@@ -1,6 +1,7 @@
 """The scorecard: the paper's claims, an entry each, and the rules by which records decide them.
 
-`rules` says how a claim is judged, `claims` and `analyses` hold the claims.
+The claims are data (`data_manifest/paper/claims.yaml`); `rules` says how a claim is judged, `comparisons` and
+`analyses` hold the rules.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from steph import Refused
 from steph.analysis.performance.statistics import compare
 from steph.methods.registry import title
 from steph.scorecard.analyses import MARGINAL as MARGINAL
-from steph.scorecard.analyses import OF_ANALYSES
-from steph.scorecard.claims import HYPERNETWORK as HYPERNETWORK
-from steph.scorecard.claims import OF_RESULTS
+from steph.scorecard.claims import RULES, read_claims
+from steph.scorecard.comparisons import hypernetwork_pairs as hypernetwork_pairs
 from steph.scorecard.evidence import gather as gather
 from steph.scorecard.rules import NOT_REPRODUCED as NOT_REPRODUCED
 from steph.scorecard.rules import REPRODUCED as REPRODUCED
@@ -28,7 +28,7 @@ from steph.scorecard.rules import judge_wins as judge_wins
 from steph.scorecard.rules import verdict as verdict
 from steph.study.paper import paper_gain
 
-CLAIMS: list[Claim] = [*OF_RESULTS, *OF_ANALYSES]
+CLAIMS: list[Claim] = read_claims()
 """The paper's claims, each one entry."""
 
 
@@ -63,12 +63,12 @@ def differences(results: pd.DataFrame) -> pd.DataFrame:
     high, paper (the paper's difference)."""
     rows = []
     for claim in CLAIMS:
-        if claim.pair is None:
+        if claim.rule is not RULES["gain"]:
             continue
         try:
-            gain = compare(results, *claim.pair).gain
+            gain = compare(results, *claim.arguments).gain
         except Refused:
             continue  # what is undefined stands, with its reason, in the tables
-        label = " − ".join(map(title, claim.pair))
-        rows.append((label, gain.value, gain.low, gain.high, paper_gain(*claim.pair)[0]))
+        label = " − ".join(map(title, claim.arguments))
+        rows.append((label, gain.value, gain.low, gain.high, paper_gain(*claim.arguments)[0]))
     return pd.DataFrame(rows, columns=["label", "difference", "low", "high", "paper"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ POINTS = {"agrees": "the paper's way", "disagrees": "the other way", "unclear": 
 """Where the numbers of a study point, whether or not it can decide."""
 
 REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "cannot be decided on this cohort"
+VERDICTS = {"agrees": REPRODUCED, "disagrees": NOT_REPRODUCED, "unclear": UNDECIDED}
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,43 @@ class Evidence:
             return f"endpoint {self.study.endpoint.name}, {self.study.folds} folds; the paper's are DSS, {PAPER_FOLDS}"
         return ""
 
+    def analysis(self, name: str, lacking: str) -> Any:
+        """One of the tables that may be missing or empty; then raises `Refused`, saying what is lacking."""
+        table = getattr(self, name)
+        if table is None or not len(table):
+            raise Refused(lacking)
+        return table
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How claims of one kind are decided. check: our numbers, from the evidence and a claim's arguments. paper: the
+    paper's number as text, from its own tables, where it has one."""
+
+    check: Callable[..., Finding]
+    paper: Callable[..., str] | None = None
+
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper. paper: its number as text, from the paper's own table. check: our numbers.
-    needs_cohort: it is about the paper's patients, so other patients can neither confirm nor refute it. pair: the two
-    methods of a claim that is one mean gain, for the figure."""
+    """A claim of the paper, decided by a rule. printed: the paper's number where no table of it has it. needs_cohort:
+    it is about the paper's patients, so other patients can neither confirm nor refute it."""
 
     id: str
     section: str
     text: str
-    paper: Callable[[], str]
-    check: Callable[[Evidence], Finding]
+    rule: Rule
+    arguments: tuple[Any, ...] = ()
+    printed: str = ""
     needs_cohort: bool = True
-    pair: tuple[str, str] | None = None
+
+    def paper(self) -> str:
+        """The paper's number as text."""
+        return self.rule.paper(*self.arguments) if self.rule.paper else self.printed
+
+    def check(self, evidence: Evidence) -> Finding:
+        """What our records say; raises `Refused` where they cannot say anything."""
+        return self.rule.check(evidence, *self.arguments)
 
 
 def verdict(claim: Claim, evidence: Evidence) -> dict[str, str]:
@@ -87,18 +112,23 @@ def verdict(claim: Claim, evidence: Evidence) -> dict[str, str]:
     numbers point the paper's way. Numbers that are missing decide nothing.
     """
     try:
-        found = claim.check(evidence)
+        finding = claim.check(evidence)
     except Refused as reason:
-        found = Finding("—", "unclear", str(reason))
-    decided = {"agrees": REPRODUCED, "disagrees": NOT_REPRODUCED, "unclear": UNDECIDED}[found.answer]
-    why = found.because
+        finding = Finding("—", "unclear", str(reason))
+    decided, why = VERDICTS[finding.answer], finding.because
     limits = evidence.limits if claim.needs_cohort else ""
     if limits:
-        decided, why = UNDECIDED, f"{limits}; here {POINTS[found.answer]}: {why}"
+        decided, why = UNDECIDED, f"{limits}; here {POINTS[finding.answer]}: {why}"
     return {
-        "id": claim.id, "section": claim.section, "claim": claim.text, "paper": claim.paper(), "ours": found.ours,
-        "points": POINTS[found.answer], "verdict": decided, "why": why,
+        "id": claim.id, "section": claim.section, "claim": claim.text, "paper": claim.paper(), "ours": finding.ours,
+        "points": POINTS[finding.answer], "verdict": decided, "why": why,
     }  # fmt: skip
+
+
+def all_of(answers: Iterable[str]) -> str:
+    """The answer to a claim that consists of several: it agrees if each does, and disagrees if one does."""
+    answers = set(answers)
+    return "disagrees" if "disagrees" in answers else "agrees" if answers == {"agrees"} else "unclear"
 
 
 def judge_gain(gain: Estimate, paper: float) -> tuple[str, str]:
@@ -116,7 +146,7 @@ def judge_gain(gain: Estimate, paper: float) -> tuple[str, str]:
     if 0 < paper < MIN_DIFFERENCE:
         return "unclear", f"the paper's {paper:+.4f} is itself less than the {MIN_DIFFERENCE} that one seed can show"
     if gain.low > 0:
-        return "unclear", f"a gain below {MIN_DIFFERENCE} is not read from one seed"
+        return "unclear", f"a gain below {MIN_DIFFERENCE} is not interpreted from one seed"
     return "unclear", "the interval includes 0" if gain.high > 0 else "below 0, but by less than the margin"
 
 

@@ -1,0 +1,252 @@
+"""Rules for claims that results, counts and final weights decide: sections 5.2, 5.3 (dynamics), 5.4, 5.5, D.1, D.3 to
+D.5 and E."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from steph import Refused
+from steph.analysis.cost.operations import learnable_parameters
+from steph.analysis.performance.estimates import MIN_DIFFERENCE, interval
+from steph.analysis.performance.statistics import Comparison, compare
+from steph.methods.registry import METHODS, title
+from steph.scorecard.rules import POINTS, Evidence, Finding, Rule, all_of, judge_gain, judge_wins
+from steph.study.paper import (
+    AVERAGE,
+    paper_c_index,
+    paper_gain,
+    paper_labels,
+    paper_pair,
+    paper_table,
+    paper_values,
+    paper_wins,
+    table_methods,
+)
+from steph.study.tables import on_common_folds
+
+
+def hypernetwork_pairs() -> list[tuple[str, str]]:
+    """Table 3's pairs: a merging method with the hypernetwork's weights, and with its own."""
+    names = table_methods("table3")
+    return list(zip(names[1::2], names[::2], strict=True))
+
+
+def pairs_of(first: str, others: str | Sequence[str]) -> list[tuple[str, str]]:
+    """A method with each of others. others: names, or "merging" (the other merging methods of Table 1), "networks" (the
+    networks of Table S2, trained on the target alone); or "hypernetwork" with "own", for `hypernetwork_pairs`."""
+    if first == "hypernetwork":
+        return hypernetwork_pairs()
+    if others == "merging":
+        others = [m for m in table_methods("table1") if METHODS[m].group == "model_merging" and m != "steph"]
+    elif others == "networks":
+        others = [m for m in table_methods("table_s2") if m not in ("steph", first)]
+    return [(first, other) for other in others]
+
+
+def _text(gain: float, percent: float) -> str:
+    return f"{gain:+.4f} ({percent:+.2f} %)"
+
+
+def _gain_here(comparison: Comparison) -> str:
+    return _text(comparison.gain.value, 100 * comparison.gain.value / comparison.base)
+
+
+def _gain(evidence: Evidence, first: str, second: str) -> Finding:
+    """The first method is better than the second on average."""
+    found = compare(evidence.results, first, second)
+    answer, because = judge_gain(found.gain, paper_gain(first, second)[0])
+    return Finding(f"{_gain_here(found)}, {interval(found.gain)}", answer, because)
+
+
+def _wins(evidence: Evidence, first: str, second: str) -> Finding:
+    """The first method is better than the second on so many data sets; of fewer than the paper's, on the same share."""
+    found = compare(evidence.results, first, second)
+    n, count = len(found.gains), found.wins
+    won, of = paper_wins(first, second)
+    answer, because = judge_wins(count, n, int(np.ceil(won * n / of)))
+    return Finding(f"{count.value} of {n}, {interval(count, '.0f')}", answer, because)
+
+
+def _above_zero(gains: Sequence[float]) -> str:
+    return f"{sum(g > 0 for g in gains)} of {len(gains)}; from {min(gains):+.4f} to {max(gains):+.4f}"
+
+
+def _gain_over_each(evidence: Evidence, first: str, others: str | Sequence[str]) -> Finding:
+    """The first method is better than each of others on average."""
+    pairs = pairs_of(first, others)
+    gains = [compare(evidence.results, *pair).gain for pair in pairs]
+    answers = [judge_gain(g, paper_gain(*pair)[0])[0] for g, pair in zip(gains, pairs, strict=True)]
+    counts = ", ".join(f"{answers.count(a)} {words}" for a, words in POINTS.items())
+    return Finding(_above_zero([g.value for g in gains]), all_of(answers), f"one by one: {counts}")
+
+
+def _gain_over_best(evidence: Evidence, first: str, others: str) -> Finding:
+    """The first method beats the best of others, the best being chosen by the very numbers (which favours it)."""
+    found = {pair[1]: compare(evidence.results, *pair) for pair in pairs_of(first, others)}
+    best = min(found, key=lambda m: found[m].gain.value)
+    answer, because = judge_gain(found[best].gain, min(paper_gain(first, m)[0] for m in found))
+    return Finding(f"{_gain_here(found[best])} over {title(best)}, {interval(found[best].gain)}", answer, because)
+
+
+def _paper_gain_over_best(first: str, others: str) -> str:
+    best = min((m for _, m in pairs_of(first, others)), key=lambda m: paper_gain(first, m)[0])
+    return f"{_text(*paper_gain(first, best))} over {title(best)}"
+
+
+def _hypernetwork_weights(evidence: Evidence) -> Finding:
+    """Table 3's mean over its four methods."""
+    pairs = hypernetwork_pairs()
+    alone = [compare(evidence.results, *pair) for pair in pairs]
+    # The mean over the four, cell by cell, is compared as if it were one method: its interval knows that the four share
+    # their patients.
+    side = {m: name for pair in pairs for m, name in zip(pair, ("hypernetwork", "own"), strict=True)}
+    cells = evidence.results[evidence.results["method"].isin(side)]
+    cells = cells.assign(method=cells["method"].map(side))
+    cell = [c for c in ("dataset", "method", "fold", "folds") if c in cells]
+    gain = compare(cells.groupby(cell, sort=False)["c_index"].mean().reset_index(), "hypernetwork", "own").gain
+    percent = float(np.mean([100 * c.gain.value / c.base for c in alone]))
+    answer, because = judge_gain(gain, float(np.mean([paper_gain(*pair)[0] for pair in pairs])))
+    return Finding(f"{_text(gain.value, percent)}, {interval(gain)}", answer, because)
+
+
+def _paper_hypernetwork_weights() -> str:
+    return _text(*np.mean([paper_gain(*pair) for pair in hypernetwork_pairs()], axis=0))
+
+
+def _best(means: pd.Series, table: str, symbol: str) -> str:
+    top = means[means == means.max()].rename(paper_labels(table))
+    return f"best at {symbol} = {' and '.join(top.index)}"
+
+
+def _mild_penalty(evidence: Evidence, table: str, symbol: str, mild: str) -> Finding:
+    """A mild penalty is best: better than none and better than the strongest tried. mild: the method whose row is the
+    paper's mildest best."""
+    names = table_methods(table)
+    gains = [compare(evidence.results, mild, m).gain for m in (names[0], names[-1])]
+    cells = on_common_folds(evidence.results, [mild, *names])
+    means = cells.groupby(["method", "dataset"])["c_index"].mean().groupby("method").mean()
+    judged = [judge_gain(gain, paper) for gain, paper in zip(gains, _paper_extremes(table, mild), strict=True)]
+    answer = all_of(a for a, _ in judged)
+    none, strong = (f"{gain.value:+.4f} ({interval(gain)})" for gain in gains)
+    because = next(because for a, because in judged if a == answer)
+    return Finding(f"{_best(means, table, symbol)}; {none} over none, {strong} over the strongest", answer, because)
+
+
+def _paper_extremes(table: str, mild: str) -> list[float]:
+    """What the paper's mild value gains over none and over the strongest."""
+    means = paper_values(table)[AVERAGE]
+    return [float(paper_c_index(mild, table)[AVERAGE] - means.iloc[i]) for i in (0, -1)]
+
+
+def _paper_mild_penalty(table: str, symbol: str, mild: str) -> str:
+    none, strong = _paper_extremes(table, mild)
+    best = _best(paper_values(table)[AVERAGE], table, symbol)
+    return f"{best}; {none:+.4f} over none, {strong:+.4f} over the strongest"
+
+
+def _smaller_beta_on_blca(evidence: Evidence) -> Finding:
+    """The conjecture of Appendix E: on BLCA a smaller beta may be better."""
+    results = evidence.results[evidence.results["dataset"] == "BLCA"]
+    if results.empty:
+        raise Refused("BLCA is not in this study.")
+    smaller = [name for name, beta in paper_labels("table4").items() if float(beta) < 0.05]
+    gains = {m: compare(results, m, "steph").gain for m in smaller}
+    ours = "; ".join(f"{title(m)}: {gain.value:+.4f}, {interval(gain)}" for m, gain in gains.items())
+    if any(gain.low > 0 and gain.value >= MIN_DIFFERENCE for gain in gains.values()):
+        return Finding(ours, "agrees", "one of them is better by at least the margin, its interval above 0")
+    if all(gain.high < MIN_DIFFERENCE for gain in gains.values()):
+        return Finding(ours, "disagrees", "none of them can be better by the margin")
+    return Finding(ours, "unclear", "five folds of one data set do not tell differences of this size")
+
+
+def _ahead(gains: pd.Series) -> str:
+    ahead = gains[gains > 0]
+    where = f", most on {ahead.idxmax()} ({ahead.max():+.4f})" if len(ahead) else ""
+    return f"{len(ahead)} of {len(gains)}{where}"
+
+
+def _paper_roupkt_ahead() -> pd.Series:
+    pair = paper_pair("roupkt", "steph")
+    return pair["first"] - pair["second"]
+
+
+def _roupkt_ahead(evidence: Evidence) -> Finding:
+    """Appendix E: ROUPKT is ahead on some data sets, most on BLCA."""
+    found = compare(evidence.results, "roupkt", "steph")
+    ours = f"{_ahead(found.gains['gain'])}, {interval(found.wins, '.0f')}"
+    if "BLCA" not in found.gains.index:
+        return Finding(ours, "unclear", "BLCA is not in this study")
+    on = compare(evidence.results[evidence.results["dataset"] == "BLCA"], "roupkt", "steph").gain
+    answer, because = judge_gain(on, float(_paper_roupkt_ahead()["BLCA"]))
+    return Finding(ours, answer, f"decided on BLCA, {on.value:+.4f} ({interval(on)}): {because}")
+
+
+def _sources_used(evidence: Evidence, target: str, sources: Sequence[str], below: float) -> Finding:
+    """Training leads a target to use certain sources (final w > 0, lambda < below)."""
+    if target not in evidence.dynamics:
+        raise Refused(f"STEPH was not run on {target}.")
+    course = evidence.dynamics[target]
+    last = course[(course["epoch"] == course["epoch"].max()) & course["source"].isin(sources)]
+    used = ((last["w"] > 0) & (last["lambda"] < below)).groupby(last["seed"]).sum()
+    complete, n = int((used == len(sources)).sum()), len(used)
+    ours = f"all of them in {complete} of {n} start(s); on average {used.mean():.1f} of {len(sources)}"
+    if n < 3:
+        return Finding(ours, "unclear", "fewer than three starts; run 06_dynamics on it")
+    answer = "agrees" if complete > n / 2 else "disagrees" if complete == 0 else "unclear"
+    return Finding(ours, answer, "agrees if all are used in most starts, disagrees if in none")
+
+
+def _cohort(evidence: Evidence) -> Finding:
+    table = evidence.analysis("cohort", "the cohort was not counted.")
+    known = table[table["paper_patients"].notna()]
+    columns = ["patients", "slides", "survival_rate_pct"]
+    same = sum(int((known[c] == known[f"paper_{c}"]).sum()) for c in columns)
+    total = 3 * len(paper_table("table_s1_datasets"))
+    if evidence.study.synthetic:
+        answer, because = "unclear", f"it is made at {evidence.study.synthetic.scale:g} of the size, on purpose"
+    else:
+        answer = "agrees" if same == total else "disagrees"
+        because = "patients, slides and survival rate of each data set, number by number"
+    counts = f"{int(known['patients'].sum()):,} patients, {int(known['slides'].sum()):,} slides"
+    return Finding(f"{same} of {total} numbers; {counts}", answer, because)
+
+
+def _paper_cohort() -> str:
+    table = paper_table("table_s1_datasets")
+    return f"{3 * len(table)} numbers; {table['patients'].sum():,} patients, {table['wsis'].sum():,} slides"
+
+
+def _parameters(_: Evidence) -> Finding:
+    printed = paper_table("table_s4").set_index("method")["learnable_params_m"]
+    counts = learnable_parameters()
+    same = sum(round(n / 1e6, 2) == printed[name] for name, n in counts.items())
+    ours = f"ABMIL {counts['vanilla'] / 1e6:.2f} M, STEPH {counts['steph'] / 1e6:.2f} M"
+    because = "counted on our models at the paper's dimensions; no patients are involved"
+    return Finding(
+        f"{same} of {len(printed)} counts; {ours}", "agrees" if same == len(printed) else "disagrees", because
+    )
+
+
+def _paper_parameters() -> str:
+    printed = paper_table("table_s4").set_index("method")["learnable_params_m"]
+    return f"{len(printed)} counts; ABMIL {printed['vanilla']:.2f} M, STEPH {printed['steph']:.2f} M"
+
+
+RULES = {
+    "gain": Rule(_gain, lambda first, second: _text(*paper_gain(first, second))),
+    "wins": Rule(_wins, lambda first, second: "{} of {}".format(*paper_wins(first, second))),
+    "gain_over_each": Rule(
+        _gain_over_each, lambda first, others: _above_zero([paper_gain(*pair)[0] for pair in pairs_of(first, others)])
+    ),
+    "gain_over_best": Rule(_gain_over_best, _paper_gain_over_best),
+    "hypernetwork_weights": Rule(_hypernetwork_weights, _paper_hypernetwork_weights),
+    "mild_penalty": Rule(_mild_penalty, _paper_mild_penalty),
+    "smaller_beta_on_blca": Rule(_smaller_beta_on_blca),
+    "roupkt_ahead": Rule(_roupkt_ahead, lambda: _ahead(_paper_roupkt_ahead())),
+    "sources_used": Rule(_sources_used),
+    "cohort": Rule(_cohort, _paper_cohort),
+    "parameters": Rule(_parameters, _paper_parameters),
+}
