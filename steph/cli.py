@@ -111,10 +111,10 @@ def run_notebook(
     """Execute a notebook with parameters, all of them checked before any work."""
     from steph.book import notebooks
 
-    given = dict(_assignment(text) for text in parameter or [])
+    chosen = dict(_assignment(text) for text in parameter or [])
     if study is not None:
-        given["study"] = study
-    print(notebooks.execute(notebooks.find(notebook), given, output, progress=sys.stderr.isatty()))
+        chosen["study"] = study
+    print(notebooks.execute(notebooks.find(notebook), chosen, output, progress=sys.stderr.isatty()))
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -76,8 +76,8 @@ def test_an_interrupted_study_says_so_and_goes_on(tmp_path, tiny, sent):
     while not list(tmp_path.glob("tiny/runs/*/*/*/run.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(sent)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "What is finished is kept" in said
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "What is finished is kept" in errors
     finished = {p: p.stat().st_mtime_ns for p in tmp_path.glob("tiny/runs/*/*/*/run.json")}
     assert finished
     subprocess.run(command, env=environment, check=True, capture_output=True)
@@ -99,8 +99,8 @@ def test_an_interruption_is_not_lost_while_an_object_is_deleted(capsys):
         while time.monotonic() < deadline:
             time.sleep(0.01)
     assert end.value.exit_code == 130 and sys.unraisablehook is before
-    said = capsys.readouterr().err
-    assert "What is finished is kept" in said and "Traceback" not in said
+    errors = capsys.readouterr().err
+    assert "What is finished is kept" in errors and "Traceback" not in errors
 
 
 def test_data_list_names_sources_and_terms(call):

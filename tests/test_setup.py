@@ -111,12 +111,12 @@ def test_core_needs_few_packages():
 def test_run_time_dependencies_allow_the_mit_licence():
     """No strong copyleft among what an installation pulls in. docutils keeps one Emacs mode under the GPL, unused."""
     direct = [Requirement(line) for line in (*PYPROJECT["dependencies"], *EXTRAS["book"])]
-    waiting, seen, strong = [(needed.name, tuple(needed.extras)) for needed in direct], set(), {}
+    waiting, checked, strong = [(needed.name, tuple(needed.extras)) for needed in direct], set(), {}
     while waiting:
         name, extras = waiting.pop()
-        if canonicalize_name(name) in seen:
+        if canonicalize_name(name) in checked:
             continue
-        seen.add(canonicalize_name(name))
+        checked.add(canonicalize_name(name))
         try:
             package = distribution(name)
         except PackageNotFoundError:
@@ -130,7 +130,7 @@ def test_run_time_dependencies_allow_the_mit_licence():
             needed = Requirement(line)
             if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
                 waiting.append((needed.name, tuple(needed.extras)))
-    assert len(seen) > 50
+    assert len(checked) > 50
     assert set(strong) <= {"docutils"}, strong
 
 
@@ -263,7 +263,7 @@ def test_commands_in_the_text_exist():
 
     from steph.cli import app
 
-    seen = 0
+    checked = 0
     for path in [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *(PROJECT / "book").glob("*.md")]:
         text = "\n".join(code_of(path.read_text(encoding="utf-8"))).replace("\\\n", " ")
         for line in re.findall(r"^\s*(?:\.venv/bin/)?steph ([^#`\n]*)", text, re.M):
@@ -276,5 +276,5 @@ def test_commands_in_the_text_exist():
             known = {name for parameter in command.params for name in parameter.opts}
             unknown = {word for word in words if word.startswith("-")} - known
             assert not unknown, f"{path.name}: `steph {line}` has no option {sorted(unknown)}"
-            seen += 1
-    assert seen > 5
+            checked += 1
+    assert checked > 5

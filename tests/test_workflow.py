@@ -56,12 +56,12 @@ def missing(bench, *runs):
 
 
 def test_every_missing_run_is_in_one_job_that_waits_for_what_it_builds_on(fresh, jobs):
-    wanted = plan(fresh.study)
-    found = jobs.of_runs(fresh, wanted, "cpu")
+    runs = plan(fresh.study)
+    found = jobs.of_runs(fresh, runs, "cpu")
     job_of = {record: job for job in found for record in job["records"]}
     assert sum(len(job["records"]) for job in found) == len(job_of)
-    heights = jobs.heights(fresh, wanted)
-    assert set(job_of) == {str(fresh.folder(run) / COMPLETION) for run in heights} and set(wanted) <= set(heights)
+    heights = jobs.heights(fresh, runs)
+    assert set(job_of) == {str(fresh.folder(run) / COMPLETION) for run in heights} and set(runs) <= set(heights)
     assert len({job["name"] for job in found}) == len(found)
     done = set()  # jobs come in an order in which they can run
     for job in found:
@@ -104,8 +104,8 @@ def test_the_book_is_asked_for_as_it_asks_itself(fresh, jobs):
     assert len(found["chapters"]) == len(chapters)
     for job, chapter in zip(found["chapters"], chapters, strict=True):
         words = shlex.split(job["command"])
-        given = dict(_assignment(words[i + 1]) for i, word in enumerate(words) if word == "-p")
-        assert given == chapter.given("cpu") and str(chapter.source) in words
+        arguments = dict(_assignment(words[i + 1]) for i, word in enumerate(words) if word == "-p")
+        assert arguments == chapter.arguments("cpu") and str(chapter.source) in words
         assert words[-2:] == ["--output", str(book.executed_path(fresh.study, chapter))]
 
 
@@ -145,8 +145,8 @@ def test_commands_side_by_side_have_a_gpu_each(tmp_path):
             process.kill()
             process.wait()
     one = {**environment, "CUDA_VISIBLE_DEVICES": "5"}
-    said = subprocess.run([str(WORKFLOW / "on_a_gpu.sh"), "env"], env=one, capture_output=True, text=True).stdout
-    assert "CUDA_VISIBLE_DEVICES=5" in said.splitlines()
+    output = subprocess.run([str(WORKFLOW / "on_a_gpu.sh"), "env"], env=one, capture_output=True, text=True).stdout
+    assert "CUDA_VISIBLE_DEVICES=5" in output.splitlines()
 
 
 def test_told_to_stop_by_a_scheduler_it_leaves_no_half_record(tiny, copy, tmp_path):
@@ -159,10 +159,10 @@ def test_told_to_stop_by_a_scheduler_it_leaves_no_half_record(tiny, copy, tmp_pa
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     until(lambda: any(list(copy.folder(run).parent.glob(f"*{copy.folder(run).name}*")) for run in runs), process)
     os.killpg(process.pid, signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode in {1, 130} and "What is finished is kept" in said and "Traceback" not in said
-    whole = [copy.record(run) for run in runs]
-    assert all(found is None or [found.file(name) for name in found.info["files"]] for found in whole)
+    _, output = process.communicate(timeout=60)
+    assert process.returncode in {1, 130} and "What is finished is kept" in output and "Traceback" not in output
+    records = [copy.record(run) for run in runs]
+    assert all(record is None or [record.file(name) for name in record.info["files"]] for record in records)
     run_all(copy, runs, workers=1)
     assert_same(tiny, tmp_path, runs)
 
@@ -189,13 +189,13 @@ def test_a_job_that_was_preempted_keeps_what_it_had_finished(tiny, copy, jobs, t
     """SLURM starts it again with the jobs as they were told before the first try."""
     had, lost = (Run("SARC", method, 0, 42) for method in ("ties_am", "model_average"))
     missing(copy, had, lost)
-    told = tmp_path / "told.json"
-    told.write_text(json.dumps(jobs.all_jobs("tiny", "cpu", ["SARC"], ["ties_am", "model_average"])))
+    jobs_file = tmp_path / "told.json"
+    jobs_file.write_text(json.dumps(jobs.all_jobs("tiny", "cpu", ["SARC"], ["ties_am", "model_average"])))
     run_all(copy, [had], workers=1)
     before = (copy.folder(had) / COMPLETION).stat()
     command = [SNAKEMAKE, "--snakefile", str(WORKFLOW / "Snakefile"), "-d", str(tmp_path), "--cores", "1", "--nolock"]
     command += ["--keep-incomplete", "--config", "study=tiny", "--", "tiny_SARC_fold0_seed42_0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "STEPH_JOBS": str(told)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "STEPH_JOBS": str(jobs_file)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same(tiny, tmp_path, [had, lost])
@@ -209,8 +209,8 @@ def test_snakemake_killed_failing_and_called_again_ends_with_the_same_numbers(ti
     good = [Run("SARC", "surgery_hyper", 0, 42), Run("SARC", "surgery_am", 1, 42)]
     missing(copy, first, bad, *good)
     damaged = copy.folder(Run("SARC", "adamerging", 0, 42)) / "model.safetensors"  # what `bad` alone builds on
-    whole = damaged.read_bytes()
-    damaged.write_bytes(whole[:-1])
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1])
 
     def command(*more):
         profile = ["--workflow-profile", str(WORKFLOW / "profiles" / "local"), "--cores", "2", "--nolock"]
@@ -225,8 +225,10 @@ def test_snakemake_killed_failing_and_called_again_ends_with_the_same_numbers(ti
     before = finished()
     listed = subprocess.run(command("--dry-run"), env=environment, capture_output=True, text=True)
     assert listed.returncode == 0 and finished() == before, listed.stderr
-    said = listed.stdout + listed.stderr
-    assert "tiny_SARC_fold0_seed42_2: vanilla" in said and "tiny_SARC_fold0_seed42_0: surgery_am surgery_hyper" in said
+    output = listed.stdout + listed.stderr
+    assert (
+        "tiny_SARC_fold0_seed42_2: vanilla" in output and "tiny_SARC_fold0_seed42_0: surgery_am surgery_hyper" in output
+    )
 
     process = subprocess.Popen(
         command(), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -243,7 +245,7 @@ def test_snakemake_killed_failing_and_called_again_ends_with_the_same_numbers(ti
     after = finished()
     assert all(after[path] == when for path, when in killed.items())
 
-    damaged.write_bytes(whole)
+    damaged.write_bytes(content)
     ended = subprocess.run(command(), env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert_same(tiny, tmp_path, [first, bad, *good])

@@ -29,17 +29,17 @@ STEPH = [sys.executable, "-m", "steph.cli"]
 def heights(bench: Workbench, runs: Iterable[Run]) -> dict[Run, int]:
     """Runs and all that they build on, with the longest chain of runs that stand on each: 0 for what nothing stands
     on. Of two runs of the same height, neither builds on the other."""
-    found: dict[Run, int] = {}
+    height_of: dict[Run, int] = {}
 
     def lift(run: Run, height: int) -> None:
-        if found.get(run, -1) < height:
-            found[run] = height
-            for first in bench.prerequisites(run).values():
-                lift(first, height + 1)
+        if height_of.get(run, -1) < height:
+            height_of[run] = height
+            for prerequisite in bench.prerequisites(run).values():
+                lift(prerequisite, height + 1)
 
     for run in runs:
         lift(run, 0)
-    return found
+    return height_of
 
 
 def of_runs(bench: Workbench, runs: Iterable[Run], device: str) -> list[dict[str, Any]]:
@@ -57,7 +57,12 @@ def of_runs(bench: Workbench, runs: Iterable[Run], device: str) -> list[dict[str
     jobs = []
     for (height, dataset, fold, seed), batch in batches.items():
         where = ["--dataset", dataset, "--fold", str(fold), "--seed", str(seed), "--device", device, "--workers", "1"]
-        needs = {record(first) for run in batch for first in bench.prerequisites(run).values() if first in missing}
+        needs = {
+            record(prerequisite)
+            for run in batch
+            for prerequisite in bench.prerequisites(run).values()
+            if prerequisite in missing
+        }
         jobs.append({
             "name": f"{bench.study.name}_{dataset}_fold{fold}_seed{seed}_{height}",
             "command": join([*STEPH, "study", "run", "--study", bench.study.address, *where]),
@@ -73,8 +78,8 @@ def of_chapters(bench: Workbench, device: str, all_of_them: bool) -> list[dict[s
     jobs = []
     for chapter in book.chapters(bench.study) if all_of_them else book.outdated(bench, device):
         executed = book.executed_path(bench.study, chapter)
-        given = chapter.given(device).items()
-        parameters = [word for name, value in given for word in ("-p", f"{name}={json.dumps(value)}")]
+        arguments = chapter.arguments(device).items()
+        parameters = [word for name, value in arguments for word in ("-p", f"{name}={json.dumps(value)}")]
         jobs.append({
             "name": f"chapter_{chapter.name}",
             "command": join([*STEPH, "run", str(chapter.source), *parameters, "--output", str(executed)]),
@@ -126,12 +131,14 @@ def main() -> None:
     parser.add_argument("--dataset", action="append")
     parser.add_argument("--method", action="append")
     parser.add_argument("--further", action="store_true")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        if given.further:
-            run_further(given.study, given.device)
+        if arguments.further:
+            run_further(arguments.study, arguments.device)
         else:
-            print(json.dumps(all_jobs(given.study, given.device, given.dataset, given.method), indent=1))
+            print(
+                json.dumps(all_jobs(arguments.study, arguments.device, arguments.dataset, arguments.method), indent=1)
+            )
     except Refused as reason:
         raise SystemExit(f"steph: {reason}") from None
 

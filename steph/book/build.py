@@ -44,7 +44,7 @@ class Chapter:
     - targets: the cancers of the paper's figures, for a chapter about one; the first takes the chapter, each other a
       copy of it;
     - runs: "module:function" that lists runs the chapter shows, beyond the study's plan, so that they are made together
-      and in parallel. The function is given what it takes of study, bench, dataset, fold, seed, seeds, precision;
+      and in parallel. The function gets what it takes of study, bench, dataset, fold, seed, seeds, precision;
     - further_runs: the same, for runs that follow from results of others, so they come second;
     - twin_runs: the same, for runs of the study's twin.
     """
@@ -58,7 +58,7 @@ class Chapter:
         """The notebook that is executed."""
         return notebooks.NOTEBOOKS / f"{self.notebook}.ipynb"
 
-    def given(self, device: str) -> dict[str, Any]:
+    def arguments(self, device: str) -> dict[str, Any]:
         """The parameters that the chapter is executed with: those that differ from what the notebook declares."""
         takes = notebooks.declared(self.source)
         values = {**self.parameters, "device": device}
@@ -139,7 +139,7 @@ def outdated(bench: Workbench, device: str = "cpu") -> list[Chapter]:
 
     def fresh(chapter: Chapter) -> bool:
         executed = executed_path(bench.study, chapter)
-        return notebooks.up_to_date(executed, chapter.source, chapter.given(device), bench) and all(
+        return notebooks.up_to_date(executed, chapter.source, chapter.arguments(device), bench) and all(
             (executed.parent / link).is_file() for link in linked_files(executed)
         )
 
@@ -155,7 +155,7 @@ def _execute(study: Study, stale: list[Chapter], device: str, workers: int) -> N
     with ProcessPoolExecutor(min(workers, len(stale)), mp_context=context, initializer=end_with_parent) as pool:
         futures = {
             chapter.name: pool.submit(
-                notebooks.execute, chapter.source, chapter.given(device), executed_path(study, chapter), progress
+                notebooks.execute, chapter.source, chapter.arguments(device), executed_path(study, chapter), progress
             )
             for chapter in stale
         }

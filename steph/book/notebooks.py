@@ -1,6 +1,6 @@
 """Notebooks as commands: parameters checked by name, type and value before any work, execution that is whole or fails.
 
-A notebook declares what it takes in its cell tagged ``parameters``. `steph run` checks what is given against that cell
+A notebook declares what it takes in its cell tagged ``parameters``. `steph run` checks what a person chose against that cell
 before a kernel starts; `start`, the notebook's second cell, checks again, so plain papermill is as strict. A copy that
 ran to its end gets a completion record beside it, written last; nothing else counts as finished.
 """
@@ -72,19 +72,19 @@ PARAMETERS: dict[str, tuple[Any, tuple[type, ...]]] = {
 
 
 def check(
-    given: Mapping[str, Any], takes: Mapping[str, Any] | None = None, where: str = "the parameters of notebooks"
+    chosen: Mapping[str, Any], takes: Mapping[str, Any] | None = None, where: str = "the parameters of notebooks"
 ) -> Parameters:
     """Check parameters by name, type and value, and complete them: the one place where this is done.
 
-    given: what a person chose. takes: names and defaults of the notebook's parameters cell; None is every parameter
+    chosen: by a person. takes: names and defaults of the notebook's parameters cell; None is every parameter
     that there is. where: whose they are, for messages. Raises `Refused` for the first that cannot be used.
     """
     takes = {name: default for name, (default, _) in PARAMETERS.items()} if takes is None else takes
-    for names, known, owner in ((given, takes, where), (takes, PARAMETERS, "the parameters of notebooks")):
+    for names, known, owner in ((chosen, takes, where), (takes, PARAMETERS, "the parameters of notebooks")):
         for name in names:
             if name not in known:
                 raise Refused(unknown("parameter", name, list(known), owner))
-    values = {name: given.get(name, takes.get(name, default)) for name, (default, _) in PARAMETERS.items()}
+    values = {name: chosen.get(name, takes.get(name, default)) for name, (default, _) in PARAMETERS.items()}
     for name, value in values.items():
         types = PARAMETERS[name][1]
         if not isinstance(value, types) or isinstance(value, bool):
@@ -163,8 +163,8 @@ def start(namespace: Mapping[str, Any]) -> Parameters:
     warnings.filterwarnings("ignore", message="IProgress not found")
     executed = [source for source in namespace.get("In", []) if source.lstrip().startswith(MARK)]
     cells = [_assignments(source) for source in executed]
-    given = {name: namespace[name] for cell in cells for name in cell}
-    checked = check(given, cells[0] if cells else {}, "this notebook")
+    chosen = {name: namespace[name] for cell in cells for name in cell}
+    checked = check(chosen, cells[0] if cells else {}, "this notebook")
     set_style()
     if FOLDER_VARIABLE not in os.environ:
         follow_library(checked.bench)
@@ -252,27 +252,27 @@ def output_path(notebook: Path, checked: Parameters, takes: Mapping[str, Any]) -
     return checked.study.build / "notebooks" / f"{notebook.stem}{suffix}.ipynb"
 
 
-def execute(notebook: Path, given: Mapping[str, Any], output: Path | None = None, progress: bool = True) -> Path:
+def execute(notebook: Path, chosen: Mapping[str, Any], output: Path | None = None, progress: bool = True) -> Path:
     """Execute a notebook with parameters; returns the executed copy, which has its completion record beside it.
 
     Raises `Refused` for parameters that cannot be used (before a kernel starts), for an error in a cell (what was
     executed is saved as ``...failed.ipynb``), and for a kernel that died, as it does when memory runs out.
     """
     takes = declared(notebook)
-    checked = check(given, takes, f"notebook {notebook.name}")
+    checked = check(chosen, takes, f"notebook {notebook.name}")
     target = output or output_path(notebook, checked, takes)
     completion_path(target).unlink(missing_ok=True)
     started = time.perf_counter()
     with atomic_path(target) as temporary:
-        _run_cells(notebook, given, temporary, target, progress)
+        _run_cells(notebook, chosen, temporary, target, progress)
     write_sealed(
         completion_path(target),
         {
             "status": "complete",
             "study": checked.study.name,
             "synthetic": checked.study.synthetic is not None,
-            "parameters": dict(given),
-            "state": state(notebook, given, checked.bench),
+            "parameters": dict(chosen),
+            "state": state(notebook, chosen, checked.bench),
             "notebook": file_sha256(target),
             "seconds": round(time.perf_counter() - started, 1),
             "device": checked.device,
@@ -283,7 +283,7 @@ def execute(notebook: Path, given: Mapping[str, Any], output: Path | None = None
     return target
 
 
-def _run_cells(notebook: Path, given: Mapping[str, Any], output: Path, target: Path, progress: bool) -> None:
+def _run_cells(notebook: Path, chosen: Mapping[str, Any], output: Path, target: Path, progress: bool) -> None:
     """Run a notebook's cells in a kernel and write the executed copy to `output`, where it is not to stay.
 
     target: where it will lie; its kernel knows the folder, so that links to files hold there. A copy that stopped at an
@@ -301,7 +301,7 @@ def _run_cells(notebook: Path, given: Mapping[str, Any], output: Path, target: P
         papermill.execute_notebook(
             _literally(notebook),
             _literally(working),
-            dict(given),
+            dict(chosen),
             language="python",
             kernel_name="python3",
             progress_bar=progress,
@@ -349,7 +349,7 @@ def completion(executed: Path) -> dict[str, Any]:
     raise Refused(f"{executed}: {reason}. Run it again: steph run {executed.stem.partition('-')[0]}")
 
 
-def state(notebook: Path, given: Mapping[str, Any], bench: Workbench) -> str:
+def state(notebook: Path, chosen: Mapping[str, Any], bench: Workbench) -> str:
     """Hash of all that an executed notebook shows: its source and parameters, the library and the packages, the study's
     manifest, data and finished runs, the same of its twin where there is one, the paper's tables."""
     cells = [[cell["cell_type"], "".join(cell["source"])] for cell in read_json(notebook)["cells"]]
@@ -358,7 +358,7 @@ def state(notebook: Path, given: Mapping[str, Any], bench: Workbench) -> str:
     if (MANIFESTS / f"{bench.study.name}_twin.yaml").is_file():
         studies.append(load_study(f"{bench.study.name}_twin"))
     shown = [[study.model_dump(mode="json"), _data_state(study), _finished(study)] for study in studies]
-    return fingerprint([cells, dict(given), [file_sha256(path) for path in files], versions(), shown])
+    return fingerprint([cells, dict(chosen), [file_sha256(path) for path in files], versions(), shown])
 
 
 def _finished(study: Study) -> list[str]:
@@ -377,9 +377,9 @@ def _data_state(study: Study) -> list[list[Any]]:
     return [*labels, *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stores)]
 
 
-def up_to_date(executed: Path, notebook: Path, given: Mapping[str, Any], bench: Workbench) -> bool:
+def up_to_date(executed: Path, notebook: Path, chosen: Mapping[str, Any], bench: Workbench) -> bool:
     """Whether an executed copy is finished and shows what a new execution would show."""
     try:
-        return executed.is_file() and completion(executed).get("state") == state(notebook, given, bench)
+        return executed.is_file() and completion(executed).get("state") == state(notebook, chosen, bench)
     except Refused:
         return False

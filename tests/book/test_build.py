@@ -102,8 +102,8 @@ def test_what_is_not_current_is_executed_again(tiny, shelf):
     assert {c.name for c in outdated(tiny)} == {c.name for c in chapters(tiny.study)}  # nobody executed them
     for chapter in chapters(tiny.study):
         record = completion_path(executed_path(tiny.study, chapter))
-        given = chapter.given("cpu")
-        state = notebooks.state(chapter.source, given, tiny)
+        arguments = chapter.arguments("cpu")
+        state = notebooks.state(chapter.source, arguments, tiny)
         write_sealed(record, {**read_sealed(record), "state": state})
     assert outdated(tiny) == []
     (tiny.study.build / "tables" / "scorecard.csv").unlink()
@@ -186,8 +186,8 @@ def test_the_whole_book_is_built_and_not_done_twice(tiny_book):
     html = tiny_book / "build" / "book" / "_build" / "html"
     for name in names:
         assert "Synthetic demo cohort" in (html / "build" / "book" / "notebooks" / f"{name}.html").read_text()
-    said = (tiny_book / "build" / "errors.txt").read_text()
-    assert all(f"{name}: executed" in said for name in names)
+    errors = (tiny_book / "build" / "errors.txt").read_text()
+    assert all(f"{name}: executed" in errors for name in names)
     code = "from steph.book.build import *; print([c.name for c in outdated(Workbench('tiny'))])"
     done = in_copy(tiny_book, "-c", code)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -34,7 +34,7 @@ def notebook(tmp_path, build_folder):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("chosen", "message"),
     [
         ({"datset": "SARC"}, r"unknown parameter 'datset'.* Did you mean dataset"),
         ({"dataset": "SARK"}, r"unknown data set 'SARK' in study tiny\. Did you mean SARC\?"),
@@ -53,9 +53,9 @@ def notebook(tmp_path, build_folder):
         ({"dataset": "SARC", "sources": ["CESC", "LIHK"]}, r"unknown source 'LIHK'.* Did you mean LIHC\?"),
     ],
 )
-def test_parameters_that_cannot_be_are_refused(given, message):
+def test_parameters_that_cannot_be_are_refused(chosen, message):
     with pytest.raises(Refused, match=message):
-        check({"study": "tiny", **given})
+        check({"study": "tiny", **chosen})
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_defaults_come_from_the_study():
 
 
 def test_start_refuses_what_papermill_injects_beside_the_declared():
-    own, injected = PARAMETERS, '# Parameters\ncancr = "LUAD"\n'
+    declared_cell, injected = PARAMETERS, '# Parameters\ncancr = "LUAD"\n'
     names = {"study": "tiny", "dataset": "all", "folds": "all", "seed": 42, "device": "cpu", "cancr": "LUAD"}
     with pytest.raises(Refused, match="unknown parameter 'cancr' in this notebook"):
-        start({"In": ["", own, injected], **names})
+        start({"In": ["", declared_cell, injected], **names})
     later = "cancr = 'a variable of a later cell'"
-    assert start({"In": ["", own, "", later], **names, "dataset": "SARC"}).datasets == ["SARC"]
+    assert start({"In": ["", declared_cell, "", later], **names, "dataset": "SARC"}).datasets == ["SARC"]
 
 
 def test_declared_parameters(notebook, tmp_path):
@@ -284,9 +284,9 @@ def test_a_change_to_the_library_shows_in_the_next_cell_and_in_the_keys_of_runs(
         run(0), run(1)
         before = run(2)
         change("analysis/performance/estimates.py", "95 % interval", "95 percent")
-        said = run(3)
+        edited = run(3)
         change("survival.py", "from __future__ import annotations\n", "from __future__ import annotations\n\nNEW = 1\n")
         keyed = run(4)
-        again = run(5)
-    assert before[0] == "95 % interval +0.500 to +1.500" and said[0] == "95 percent +0.500 to +1.500"
-    assert said[1] == before[1] and keyed[1] != before[1] and again == keyed
+        unchanged = run(5)
+    assert before[0] == "95 % interval +0.500 to +1.500" and edited[0] == "95 percent +0.500 to +1.500"
+    assert edited[1] == before[1] and keyed[1] != before[1] and unchanged == keyed

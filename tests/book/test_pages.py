@@ -236,40 +236,40 @@ def visits(browser, html):
             continue
         browser.width(1200)
         browser.visit(path.as_uri())
-        seen = {
+        visit = {
             "asked": [event["request"]["url"] for event in browser.found("Network.requestWillBeSent")],
             "math": browser.evaluate("document.querySelectorAll('.math:not(:has(mjx-container)), mjx-merror').length"),
             "formulas": browser.evaluate("document.querySelectorAll('mjx-container').length"),
         }
         for theme in ("light", "dark"):
             browser.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
-            seen[theme] = browser.evaluate(CONTRAST)
+            visit[theme] = browser.evaluate(CONTRAST)
         browser.width(400)
-        seen["width"] = browser.evaluate("document.scrollingElement.scrollWidth")
-        seen["problems"] = browser.problems()
-        found[path.relative_to(html).as_posix()] = seen
+        visit["width"] = browser.evaluate("document.scrollingElement.scrollWidth")
+        visit["problems"] = browser.problems()
+        found[path.relative_to(html).as_posix()] = visit
     return found
 
 
 def test_nothing_fails_and_nothing_is_asked_of_a_network(visits):
     assert len(visits) > 30
-    assert {page: seen["problems"] for page, seen in visits.items() if seen["problems"]} == {}
-    outside = {u for seen in visits.values() for u in seen["asked"] if not u.startswith(("file://", "data:"))}
+    assert {page: visit["problems"] for page, visit in visits.items() if visit["problems"]} == {}
+    outside = {u for visit in visits.values() for u in visit["asked"] if not u.startswith(("file://", "data:"))}
     assert not outside
 
 
 def test_formulas_are_rendered(visits):
-    assert {page: seen["math"] for page, seen in visits.items() if seen["math"]} == {}
+    assert {page: visit["math"] for page, visit in visits.items() if visit["math"]} == {}
     assert visits["book/method.html"]["formulas"] > 10
 
 
 def test_pages_fit_a_telephone(visits):
-    assert {page: seen["width"] for page, seen in visits.items() if seen["width"] > 404} == {}
+    assert {page: visit["width"] for page, visit in visits.items() if visit["width"] > 404} == {}
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_text_can_be_read(visits, theme):
-    poor = {page: seen[theme][:3] for page, seen in visits.items() if seen[theme]}
+    poor = {page: visit[theme][:3] for page, visit in visits.items() if visit[theme]}
     assert poor == {}
 
 
