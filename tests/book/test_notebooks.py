@@ -224,7 +224,7 @@ def test_templates_run_as_they_stand(own_build, name, runs):
 
 
 METHOD = """
-from steph.methods.registry import METHODS, Inputs, Method
+from steph.methods import METHODS, Inputs, Method
 from steph.study.runs import Run, Workbench
 def built(x: Inputs, scale):
     {body}
@@ -237,25 +237,29 @@ except Exception as error:
 
 
 def test_runs_of_a_method_defined_in_a_notebook_have_the_key_of_its_code(tmp_path, own_build):
-    """What decides its numbers decides the key; what would not be seen is refused."""
-    cells = [
-        METHOD.format(body="return x.network()", scale=1),
-        METHOD.format(body='"A docstring."\n    return x.network()  # a comment', scale=1),
-        METHOD.format(body="return x.network(x.null_state)", scale=1),
-        METHOD.format(body="return x.network()", scale=2),
-        "def helper(x): return x.network()\n" + METHOD.format(body="return helper(x)", scale=1),
-        "def helper(x): return x.network(None)\n" + METHOD.format(body="return helper(x)", scale=1),
-        "class Net: pass\n" + METHOD.format(body="return Net()", scale=1),
-        "step = 3\n" + METHOD.format(body="return [step for _ in range(2)]", scale=1),
-        METHOD.format(body="step = 4\n    return step", scale=1),
-    ]
+    """What decides its numbers decides the key; a value whose changes would not be seen is refused."""
+    variants = {
+        "plain": ("", "return x.network()", 1),
+        "commented": ("", '"A docstring."\n    return x.network()  # a comment', 1),
+        "changed": ("", "return x.network(x.null_state)", 1),
+        "scaled": ("", "return x.network()", 2),
+        "helped": ("def helper(x): return x.network()", "return helper(x)", 1),
+        "helped otherwise": ("def helper(x): return x.network(None)", "return helper(x)", 1),
+        "a class": ("class Net: size = 1", "return Net()", 1),
+        "another class": ("class Net: size = 2", "return Net()", 1),
+        "a value": ("step = 3", "return [step for _ in range(2)]", 1),
+        "another value": ("step = 4", "return [step for _ in range(2)]", 1),
+        "a tensor": ("import torch; step = torch.ones(1)", "return step", 1),
+    }
+    cells = [f"{before}\n{METHOD.format(body=body, scale=scale)}" for before, body, scale in variants.values()]
     executed = execute(made(tmp_path / "own.ipynb", *cells), {}, tmp_path / "out.ipynb", progress=False)
     outputs = [cell.get("outputs", []) for cell in nbformat.read(executed, 4).cells[2:]]
-    keys = ["".join(o.get("text", "") for o in output).partition("key ")[2].strip() for output in outputs]
-    first, commented, changed, scaled, helped, helped_otherwise, a_class, a_value, local = keys
-    assert first == commented and len({first, changed, scaled, helped, helped_otherwise, local}) == 6
-    assert a_class == "Refused built uses the class Net of this notebook: define it inside built."
-    assert a_value.startswith("Refused built uses step, a value of this notebook: hand it over as an option")
+    printed = ["".join(o.get("text", "") for o in output).partition("key ")[2].strip() for output in outputs]
+    keys = dict(zip(variants, printed, strict=True))
+    assert keys.pop("a tensor").startswith(
+        "Refused built uses step, a Tensor of this notebook: hand it over as an option"
+    )
+    assert keys.pop("commented") == keys["plain"] and len(set(keys.values())) == len(keys)
 
 
 def test_a_change_to_the_library_shows_in_the_next_cell_and_in_the_keys_of_runs(tmp_path, own_build):
