@@ -58,7 +58,10 @@ def read_cohort(path: Path, dataset: str) -> Cohort:
     a slide that stands twice, a patient with two labels, a missing or negative time, an event that is not 0 or 1.
     """
     if not path.is_file():
-        raise Refused(f"no label table of {dataset} at {path}. `steph data labels` builds it from TCGA-CDR.")
+        raise Refused(
+            f"no label table of {dataset} at {path}. `steph data labels` builds it from TCGA-CDR; or put a table with "
+            f"the columns {', '.join(COLUMNS)} there."
+        )
     return cohort_from(read_csv(path), dataset, str(path))
 
 

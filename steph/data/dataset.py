@@ -6,7 +6,7 @@ import mmap
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from steph import Refused
 from steph.data import synthetic
 from steph.data.bags import RaggedBatch, sampled
-from steph.data.cohort import COLUMNS, Cohort, read_cohort
+from steph.data.cohort import Cohort, read_cohort
 from steph.data.features import check_slides, find_slides
 from steph.data.manifest import Study, expand_user
 from steph.data.packing import pack
@@ -55,6 +55,7 @@ class Dataset(PatientData):
     external: Dataset | None = None
     oracle: pd.Series | None = None
     seed: int = 0
+    _rows_cache: dict[tuple[str, int | None], list[slice | np.ndarray]] = field(default_factory=dict, init=False)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -123,24 +124,19 @@ class Dataset(PatientData):
 
     def _rows(self, patient_id: str, max_patches: int | None) -> list[slice | np.ndarray]:
         """The store's rows that a patient's bag takes, a piece for each slide that has any."""
-        known = self._known_rows.get((patient_id, max_patches))
-        if known is None:
-            known = self._known_rows[patient_id, max_patches] = self._find_rows(patient_id, max_patches)
-        return known
-
-    @cached_property
-    def _known_rows(self) -> dict[tuple[str, int | None], list[slice | np.ndarray]]:
-        """What `_rows` has found: batches are asked for in every epoch."""
-        return {}
+        key = patient_id, max_patches
+        if key not in self._rows_cache:
+            self._rows_cache[key] = self._find_rows(*key)
+        return self._rows_cache[key]
 
     def _find_rows(self, patient_id: str, max_patches: int | None) -> list[slice | np.ndarray]:
-        whole = [slice(*self.store.ranges([slide])[0]) for slide in self._slides[patient_id]]
+        slides = [slice(*self.store.ranges([slide])[0]) for slide in self._slides[patient_id]]
         n = self._patch_counts[patient_id]
         if max_patches is None or n <= max_patches:
-            return list(whole)
-        kept = sampled(n, max_patches, self.seed, patient_id)
-        rows = np.concatenate([np.arange(part.start, part.stop) for part in whole])[kept]
-        ends = np.searchsorted(kept, np.cumsum([_length(part) for part in whole])[:-1])
+            return list(slides)
+        drawn = sampled(n, max_patches, self.seed, patient_id)
+        rows = np.concatenate([np.arange(rows.start, rows.stop) for rows in slides])[drawn]
+        ends = np.searchsorted(drawn, np.cumsum([_length(rows) for rows in slides])[:-1])
         return [piece for piece in np.split(rows, ends) if len(piece)]
 
     def check_coords(self, patient_ids: Sequence[str], network: str) -> None:
@@ -156,8 +152,7 @@ class Dataset(PatientData):
 
     def n_patches(self, patient_ids: Sequence[str]) -> np.ndarray:
         self._refuse_unknown(patient_ids)
-        counts = self._patch_counts
-        return np.array([counts[patient] for patient in patient_ids], dtype=np.int64)
+        return np.array([self._patch_counts[patient] for patient in patient_ids], dtype=np.int64)
 
     @cached_property
     def _patch_counts(self) -> dict[str, int]:
@@ -274,11 +269,13 @@ def _open(
     write_splits: bool = True,
 ) -> Dataset:
     labels, stored, oracle = _files(root, name)
-    cohort = _cohort(study, name, labels)
+    cohort = read_cohort(labels, name)
     if not stored.is_file():
         raise Refused(f"no feature store of {name} at {stored}. Make it with `{_pack_command(study, name)}`.")
     store = Store.open(stored)
-    store.matches(study.features, cohort, None if study.synthetic else _found(study, name), _pack_command(study, name))
+    store.matches(
+        study.features, cohort, None if study.synthetic else _slide_files(study, name), _pack_command(study, name)
+    )
     return Dataset(
         name=name,
         cohort=cohort,
@@ -288,15 +285,6 @@ def _open(
         oracle=_oracle(oracle, cohort) if study.synthetic else None,
         seed=study.seed,
     )
-
-
-def _cohort(study: Study, name: str, path: Path) -> Cohort:
-    if not path.is_file():
-        raise Refused(
-            f"no label table of {name} at {path}. Make it with `steph data labels --study {study.address} --cdr FILE "
-            f"--slides FILE --out {path.parent}`, or put a table with the columns {', '.join(COLUMNS)} there."
-        )
-    return read_cohort(path, name)
 
 
 def _oracle(path: Path, cohort: Cohort) -> pd.Series:
@@ -317,29 +305,29 @@ def _pack_command(study: Study, name: str) -> str:
 def feature_folders(study: Study, name: str) -> list[Path]:
     """The folders of slide files that the manifest names for a data set and that exist."""
     entry = study.entry(name)
-    found: set[Path] = set()
+    folders: set[Path] = set()
     for pattern in entry.folders or study.features.folders:
         for project in entry.projects:
             path = expand_user(pattern.replace("{project}", project).replace("{dataset}", name))
             base = Path(path.anchor) if path.is_absolute() else study.data
             rest = str(path.relative_to(path.anchor))
             try:
-                found.update(base.glob(rest) if set(rest) & set("*?[") else [base / rest])
+                folders.update(base.glob(rest) if set(rest) & set("*?[") else [base / rest])
             except (ValueError, NotImplementedError) as error:
                 raise Refused(f"{pattern!r} in `folders` of study {study.name} is no pattern: {error}.") from None
-    return sorted(folder for folder in found if folder.is_dir())
+    return sorted(folder for folder in folders if folder.is_dir())
 
 
-def _found(study: Study, name: str) -> dict[str, Path] | None:
+def _slide_files(study: Study, name: str) -> dict[str, Path] | None:
     """The data set's slide files, or None where there are none (removed after packing)."""
     return find_slides(feature_folders(study, name)) or None
 
 
 def check_dataset(study: Study, name: str) -> pd.DataFrame:
     """The preflight table of a data set's slide files (`steph.data.features.check_slides`)."""
-    cohort = _cohort(study, name, _files(study.data, name)[0])
+    cohort = read_cohort(_files(study.data, name)[0], name)
     slide_ids = [slide for slides in cohort.slides_of.values() for slide in slides]
-    return check_slides(slide_ids, _found_or_refuse(study, name), study.features.dim, study.features)
+    return check_slides(slide_ids, _required_slide_files(study, name), study.features.dim, study.features)
 
 
 def pack_dataset(study: Study, name: str, allow_missing: bool = False, progress: bool = True) -> Store:
@@ -348,24 +336,24 @@ def pack_dataset(study: Study, name: str, allow_missing: bool = False, progress:
     if study.synthetic:
         raise Refused(f"study {study.name} is synthetic: its stores are made when it is run, there is nothing to pack.")
     labels, stored, _ = _files(study.data, name)
-    cohort = _cohort(study, name, labels)
+    cohort = read_cohort(labels, name)
     if stored.is_file():
         try:
             store = Store.open(stored)
-            store.matches(study.features, cohort, _found(study, name))
+            store.matches(study.features, cohort, _slide_files(study, name))
             return store
         except Refused:
             pass  # Made from something else, or damaged: made anew below, and replaced when that is whole.
-    return pack(stored, cohort, _found_or_refuse(study, name), study.features, allow_missing, progress)
+    return pack(stored, cohort, _required_slide_files(study, name), study.features, allow_missing, progress)
 
 
-def _found_or_refuse(study: Study, name: str) -> dict[str, Path]:
-    found = _found(study, name)
-    if found is None:
+def _required_slide_files(study: Study, name: str) -> dict[str, Path]:
+    files = _slide_files(study, name)
+    if files is None:
         patterns = study.entry(name).folders or study.features.folders
         raise Refused(
             f"no slide feature files of {name}: looked for .h5 and .pt files in {', '.join(patterns)} under "
             f"{study.data} (projects {', '.join(study.entry(name).projects)}). Put or link the files there, or name "
             "their folder in the manifest (`folders`); STEPH_DATA sets the data root."
         )
-    return found
+    return files

@@ -161,7 +161,7 @@ def read_slides(path: Path) -> pd.DataFrame:
         raise Refused(
             f"{path}: {len(strange)} of {len(ids)} entries are no TCGA barcodes: "
             f"{shortened([repr(s) for s in strange])}. Expected names like "
-            "TCGA-3C-AALI-01Z-00-DX1.<UUID>. Labels of your own cohort need no TCGA-CDR: write the cohort table yourself."
+            "TCGA-3C-AALI-01Z-00-DX1.<UUID>. A cohort of your own needs no TCGA-CDR: write its label table yourself."
         )
     twice = ids[ids.duplicated()].unique()
     if len(twice):

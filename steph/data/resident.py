@@ -52,13 +52,6 @@ def held_bytes(device: torch.device) -> int:
     return sum(held.nbytes for (_, where), held in _held.items() if where == str(device))
 
 
-def fits(name: str, features: Tensor, device: torch.device) -> bool:
-    """Whether a store's features are held on a device, or would be if they were asked for."""
-    key = (name, str(device))
-    room = free_memory(device) + held_bytes(device)
-    return key not in _refused and (key in _held or features.nbytes <= SHARE * room)
-
-
 def _make_room(needed: int, device: torch.device) -> bool:
     while needed > SHARE * free_memory(device):
         oldest = next((key for key in _held if key[1] == str(device)), None)
