@@ -19,7 +19,7 @@ from benchmarks.scaling import scaling
 from benchmarks.steps import CASES, QUICK, Case, compare, memory_of
 from benchmarks.targets import judged
 from steph import Refused
-from steph.analysis.cost.planning import available_memory
+from steph.training.memory import available
 
 SECTIONS = ("steps", "memory", "loading", "scaling")
 TITLES = {
@@ -79,11 +79,11 @@ def run(sections: Sequence[str], quick: bool, threads: int, path: Path | None) -
 
 def _fitting(cases: Sequence[Case]) -> list[Case]:
     """The cases that memory suffices for; the others are named."""
-    free = available_memory()
-    left_out = [case for case in cases if free is not None and memory_of(case) > free]
+    free = available("cpu")
+    left_out = [case for case in cases if memory_of(case) > free]
     for case in left_out:
         print(f"left out: bags of {case.patches:,} patches need {memory_of(case) / 1e9:.0f} GB of memory, "
-              f"{(free or 0) / 1e9:.1f} GB are free")  # fmt: skip
+              f"{free / 1e9:.1f} GB are free")  # fmt: skip
     return [case for case in cases if case not in left_out]
 
 

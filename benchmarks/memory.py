@@ -26,10 +26,10 @@ def peaks(patches: int, threads: int = 1, dims: str = "paper") -> list[dict[str,
     Raises `Refused` where memory would not suffice.
     """
     from benchmarks.steps import BAGS, Case, memory_of
-    from steph.analysis.cost.planning import available_memory
+    from steph.training.memory import available
 
-    free, needed = available_memory(), memory_of(Case(dims, patches))
-    if free is not None and needed > free:
+    free, needed = available("cpu"), memory_of(Case(dims, patches))
+    if needed > free:
         raise Refused(f"a plain step on {BAGS} bags of {patches:,} patches needs {needed / 1e9:.0f} GB of memory, and "
                       f"{free / 1e9:.1f} GB are free. Close other programs.")  # fmt: skip
     return [

@@ -158,7 +158,7 @@ def study_plan(
     precision: PrecisionOption = "auto",
     by_method: Annotated[bool, Option("--by-method", help="hours by method too")] = False,
 ) -> None:
-    """What runs there are and what they take, before anything starts; measures this machine, once."""
+    """What runs there are and what they take, before anything starts; what no finished run tells is measured, once."""
     from steph.analysis.cost import planning
     from steph.study.runs import Workbench, plan
     from steph.training.device import check_device, precision_for
@@ -167,8 +167,7 @@ def study_plan(
     bench = Workbench(study)
     kind = precision_for(precision, device)
     table = planning.work(bench, plan(bench.study, dataset, method, fold, None, kind))
-    speed = planning.speeds(bench, table["method"].unique(), device, kind, table["mean"].mean())
-    taken = planning.seconds(table, speed)
+    taken = planning.seconds(bench, table, device, kind)
     print("\n".join(planning.report(bench, table, taken, device, kind, by_method)))
 
 

@@ -130,7 +130,7 @@ def test_steps_are_compared_in_every_phase_and_precision(small):
 def test_cases_that_memory_does_not_suffice_for_are_left_out_and_named(monkeypatch, capsys):
     case = steps.Case("paper", 10_000)
     assert 5e9 < steps.memory_of(case) < 9e9
-    monkeypatch.setattr(bench, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(bench, "available", lambda device: 10**9)
     assert bench._fitting((case, steps.Case("demo", 20))) == [steps.Case("demo", 20)]
     assert "10,000 patches need" in capsys.readouterr().out
 
@@ -146,7 +146,7 @@ def test_peak_memory_of_a_step_holds_at_least_the_features():
 
 
 def test_a_step_that_memory_does_not_suffice_for_is_refused(monkeypatch):
-    monkeypatch.setattr("steph.analysis.cost.planning.available_memory", lambda: 1)
+    monkeypatch.setattr("steph.training.memory.available", lambda device: 1)
     with pytest.raises(Refused, match=r"10,000 patches needs \d GB of memory"):
         memory.peaks(10_000)
 

@@ -90,6 +90,7 @@ class Method:
     joint: it is trained once for all data sets. sparse: it keeps only the K sources of largest weight (option top_k, or
     the study's). sweep: the one setting in which it differs from STEPH, and its value in the paper's table.
     looks: how often building it takes a plain network through all training patients, given the number of sources.
+    trainings: how many trainings of the model a run takes, those of its builder among them.
     in_book: it belongs to a study's default plan; others run when they are named.
     only: the one source it may use (a name such as "steph@KIPAN", see `method`).
     """
@@ -109,6 +110,7 @@ class Method:
     sparse: bool = False
     sweep: tuple[str, float] | None = None
     looks: Callable[[int], int] = lambda sources: 0
+    trainings: int = 1
     in_book: bool = True
     only: str | None = None
 

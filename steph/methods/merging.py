@@ -75,8 +75,9 @@ def training_free(x: Inputs, way: str) -> Model:
     if not facts:
         w, lam = _mixture(x, way)
         facts = {"w": dict(zip(names, w.tolist(), strict=True)), "lambda": dict(zip(names, lam.tolist(), strict=True))}
-    mixture = torch.tensor([facts["w"][n] for n in names]), torch.tensor([facts["lambda"][n] for n in names])
-    network = x.network(ModelState(merged(x.null_state, x.own_state, sources, mixture)))
+    # On the CPU, where numbers are, also when the model is made on "meta" to be counted.
+    w, lam = (torch.tensor([facts[number][name] for name in names], device="cpu") for number in ("w", "lambda"))
+    network = x.network(ModelState(merged(x.null_state, x.own_state, sources, (w, lam))))
     network.requires_grad_(False)
     network.facts = facts
     return network

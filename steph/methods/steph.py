@@ -12,7 +12,7 @@ from steph.methods.cancer_specific import vanilla
 from steph.methods.merging import merging_entry, steph
 from steph.mil import Model
 from steph.training.engine import seed_everything
-from steph.training.selection import best_value, grid_search
+from steph.training.selection import INNER_FOLDS, best_value, grid_search
 
 SETTINGS = ("top_k", "dim_hidden", "beta", "gamma")
 GAMMAS = (0, 0.0025, 0.005, 0.01, 0.05)
@@ -124,6 +124,7 @@ METHODS = {
         "STEPH, its γ found by cross-validation inside each fold's training patients (about 13 times STEPH's training)",
         build=steph_gamma_search,
         options={"values": GAMMAS},
+        trainings=1 + (INNER_FOLDS - 1) * (1 + len(GAMMAS)),
         in_book=False,
     ),
     **_sweep("top_k", (1, 3, 7, 9, 11), "k"),

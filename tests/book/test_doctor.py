@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shlex
-import shutil
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -22,6 +22,7 @@ from steph.cli import app
 from steph.data.cohort import read_cohort, write_cohort
 from steph.data.dataset import pack_dataset
 from steph.data.manifest import load_study
+from steph.files.atomic import in_words
 from steph.files.records import read_record
 from steph.study.runs import plan
 from tests.helpers.fabricate import fabricate
@@ -40,7 +41,7 @@ def found(check, study="tiny", device="cpu", status=None):
     """The findings of one check, their fixes looked at."""
     case = doctor.Case(str(study), device)
     chosen = next(each for each in (*doctor.MACHINE, *doctor.STUDY) if each.__name__ == check)
-    findings = doctor._carried_out(chosen, case)
+    findings = doctor.carried_out(chosen, case)
     assert findings and all(finding.check == check.replace("_", " ") for finding in findings)
     for finding in findings:
         assert finding.status in ("PASS", "WARN", "FAIL") and finding.found and "Traceback" not in finding.found
@@ -160,7 +161,7 @@ def test_the_exit_code_tells(build):
 )
 def test_a_check_that_fails_is_a_finding_and_the_others_go_on(build, monkeypatch, error, words):
     def data(case):
-        yield doctor.Finding("data", "PASS", "so far")
+        yield "PASS", "so far"
         raise error
 
     monkeypatch.setattr(doctor, "STUDY", tuple(data if c is doctor.data else c for c in doctor.STUDY))
@@ -182,7 +183,7 @@ def test_a_package_that_is_missing_is_a_sentence_for_every_command(build, monkey
 
 
 def test_an_old_python_fails(monkeypatch):
-    monkeypatch.setattr(doctor, "_pyproject", lambda: {"requires-python": ">=3.99"})
+    monkeypatch.setattr(doctor, "_project", lambda: {"requires-python": ">=3.99"})
     assert "needed: >=3.99" in one("python", "FAIL").found
 
 
@@ -201,8 +202,10 @@ def test_packages_are_compared(monkeypatch, name, installed, status, words):
     assert any(words in f.found for f in found("packages", status=status))
 
 
-def test_a_build_of_pytorch_is_no_other_version():
-    assert not doctor._differs("2.13.0+cpu", "2.13.0") and doctor._differs("2.12.0+cpu", "2.13.0")
+def test_a_build_of_pytorch_is_no_other_version(monkeypatch):
+    for installed, differs in (("2.13.0+cpu", False), ("2.12.0+cpu", True), (None, False)):
+        monkeypatch.setattr(doctor, "_installed", lambda _, installed=installed: installed)
+        assert doctor._differs("torch", "2.13.0") is differs
 
 
 def no_gpu(monkeypatch, driver="", cuda=None):
@@ -250,12 +253,15 @@ def test_threads_that_do_not_fit_are_a_warning(monkeypatch, given):
     assert given in one("threads", "WARN").found
 
 
-@pytest.mark.parametrize(("affinity", "share", "usable"), [({0}, None, 1), (set(range(16)), 2.5, 2)])
-def test_fewer_cores_than_the_machine_has_are_a_warning(monkeypatch, affinity, share, usable):
+@pytest.mark.parametrize(
+    ("affinity", "share", "usable"), [({0}, "max 100000", 1), (set(range(16)), "250000 100000", 2)]
+)
+def test_fewer_cores_than_the_machine_has_are_a_warning(tmp_path, monkeypatch, affinity, share, usable):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(doctor.os, "cpu_count", lambda: 16)
     monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: affinity, raising=False)
-    monkeypatch.setattr(doctor, "_cgroup", lambda _: share)
+    monkeypatch.setattr(doctor, "control_groups", lambda _: [tmp_path])
+    (tmp_path / "cpu.max").write_text(share)
     assert f"--workers {usable}`" in one("threads", "WARN").fix
 
 
@@ -335,25 +341,24 @@ def test_file_systems_that_serve_badly_are_a_warning(build, monkeypatch, kind, w
 
 
 def test_the_file_system_is_that_of_the_longest_mount(tmp_path, monkeypatch):
-    table = ["/dev/a / ext4 rw 0 0", f"server:/x {tmp_path}/a\\040b nfs4 rw 0 0", f"tmpfs {tmp_path}/a tmpfs rw 0 0"]
-    monkeypatch.setattr(doctor, "_lines", lambda _: table)
+    mounts = [SimpleNamespace(mountpoint=str(point), fstype=kind) for point, kind in (
+        ("/", "ext4"), (tmp_path / "a b", "nfs4"), (tmp_path / "a", "tmpfs")
+    )]  # fmt: skip
+    monkeypatch.setattr(doctor.psutil, "disk_partitions", lambda all: mounts)
     for name, kind in (("a b", "nfs4"), ("a", "tmpfs"), ("c", "ext4")):
         assert doctor._file_system(tmp_path / name) == kind
 
 
-def test_a_full_disk_fails(build, monkeypatch):
-    usage = shutil.disk_usage(build)._replace(free=1000)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
-    assert "0.0 GB free" in one("disk", "FAIL").found
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage._replace(free=5 * 10**8))
-    assert one("disk", "WARN")
+@pytest.mark.parametrize(("free", "status"), [(1000, "FAIL"), (5 * 10**8, "WARN"), (10**11, "PASS")])
+def test_a_full_disk_is_told(build, monkeypatch, free, status):
+    monkeypatch.setattr(doctor, "free_bytes", lambda _: free)
+    assert in_words(free) in one("disk", status).found
 
 
 def test_stores_that_are_not_packed_count_for_the_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPH_DATA", str(tmp_path))
     monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "build"))
-    usage = shutil.disk_usage(tmp_path)._replace(free=100 * 10**9)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(doctor, "free_bytes", lambda _: 100 * 10**9)
     finding = one("disk", "FAIL", "tcga")
     needs = float(re.search(r"about ([\d.]+) GB", finding.found)[1])
     patches = sum(e.patients * e.mean_patches for e in load_study("tcga").datasets.values())
@@ -361,17 +366,12 @@ def test_stores_that_are_not_packed_count_for_the_disk(tmp_path, monkeypatch):
 
 
 def test_memory_is_compared(build, monkeypatch):
-    monkeypatch.setattr(doctor, "available_memory", lambda: 10**6)
-    assert "0.0 GB free" in one("memory", "FAIL").found
-    monkeypatch.setattr(doctor, "available_memory", lambda: 3 * 10**9)
-    monkeypatch.setattr(doctor, "_cgroup", lambda _: None)
     monkeypatch.setattr(doctor.os, "cpu_count", lambda: 16)
-    assert "--workers 2`" in one("memory", "WARN").fix
-    monkeypatch.setattr(doctor, "_cgroup", lambda _: 1e6)
-    assert "0.0 GB free" in one("memory", "FAIL").found
-    monkeypatch.setattr(doctor, "_cgroup", lambda _: None)
-    monkeypatch.setattr(doctor, "available_memory", lambda: None)
-    assert "does not say" in one("memory", "PASS").found
+    for free, status in ((10**6, "FAIL"), (3 * 10**9, "WARN"), (10**11, "PASS")):
+        monkeypatch.setattr(doctor, "available", lambda _, free=free: free)
+        finding = one("memory", status)
+        assert f"{in_words(free)} free; a process that trains takes about 1.0 GB" in finding.found
+        assert status != "WARN" or "--workers 2`" in finding.fix
 
 
 # ------------------------------------------------------------------------------------------------ data

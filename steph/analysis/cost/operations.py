@@ -12,9 +12,10 @@ Both run through the models on the device "meta", where tensors have shapes and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from math import isqrt, prod
+from functools import partial
+from math import prod
 from typing import Any, cast
 
 import pandas as pd
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from steph import Refused
 from steph.data.bags import RaggedBatch
@@ -33,13 +35,13 @@ from steph.methods import Inputs, method, title
 from steph.methods.base import Settings
 from steph.mil import Model
 from steph.mil.gated_attention import layer_by_layer
-from steph.mil.state import ModelState, state_of
+from steph.mil.state import ModelState
 from steph.mil.transmil import PositionEncoding
 from steph.study.cache import cached_table
-from steph.study.paper import paper_table, table_methods
+from steph.study.paper import methods_beyond, paper_table, table_methods
 from steph.study.runs import Workbench
 from steph.training.device import PRECISIONS, Compute, parameter_dtype
-from steph.training.memory import live_bytes
+from steph.training.memory import live_bytes, one_pass, random_bags
 
 PATCHES = 10_000
 """Patches of the bag that the paper counts a prediction on (Appendix C.2.2)."""
@@ -70,7 +72,7 @@ class _Nobody:
 def built(name: str, study: Study | None = None, device: str = "meta") -> Model:
     """The model that a method trains, in training mode, at a study's dimensions (None: the paper's) on random models
     of all cancers. Costs depend on shapes alone; on the device "meta" there is nothing else."""
-    with _untouched_chance(), torch.device(device):
+    with _random_numbers(device):
         return _built(name, study or paper_study(), device)
 
 
@@ -79,13 +81,22 @@ def deployed(name: str, study: Study | None = None, device: str = "meta") -> Mod
 
     Where all patients get the same weights, models are merged once and for all: what predicts is one plain network.
     """
-    with _untouched_chance(), torch.device(device):
+    with _random_numbers(device):
         return _built(name, study or paper_study(), device).deployed().eval()
+
+
+@contextmanager
+def _random_numbers(device: str) -> Iterator[None]:
+    """What is made inside is made on a device, of random numbers that are always the same; the generator outside is
+    left as it was."""
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        yield
 
 
 def _built(name: str, study: Study, device: str) -> Model:
     entry = method(name)
-    target, *others = study.datasets
+    target, *sources = study.datasets
     refusal = entry.refusal(study, target)
     if refusal:
         raise Refused(refusal)
@@ -98,42 +109,29 @@ def _built(name: str, study: Study, device: str) -> Model:
         recipe=study.recipe,
         settings=Settings(entry.settings_of(study, 0)),
         null_state=ModelState({}),
+        # What builders would look for in the patients' data.
         facts={
-            "source": next(iter(others), ""),
+            "source": next(iter(sources), ""),
             "gamma": 0.0,
-            "w": dict.fromkeys(others, 0.1),
-            "lambda": dict.fromkeys(others, 0.5),
+            "w": dict.fromkeys(sources, 0.1),
+            "lambda": dict.fromkeys(sources, 0.5),
         },
         compute=Compute(device),
     )
-    states = {source: _state(inputs.network()) for source in others}
-    null, own = _state(inputs.network()), _state(inputs.network())
-    stage = state_of(_built(entry.after, study, device), trainable_only=True) if entry.after else None
-    if stage is not None:
-        stage = ModelState({key: value.to(device) for key, value in stage.items()})
-    inputs = replace(inputs, null_state=null, target_state=own, source_states=states, stage_state=stage)
+    stage = _built(entry.after, study, device) if entry.after else None
+    inputs = replace(
+        inputs,
+        null_state=_state(inputs.network()),
+        target_state=_state(inputs.network()),
+        source_states={source: _state(inputs.network()) for source in sources},
+        stage_state=_state(stage, trained_only=True) if stage else None,
+    )
     return entry.build(inputs, **entry.options)
 
 
-def _state(network: nn.Module) -> ModelState:
-    return ModelState({name: value.detach() for name, value in network.named_parameters()})
-
-
-@contextmanager
-def _untouched_chance() -> Iterator[None]:
-    """Random numbers drawn inside are always the same, and leave the generator outside as it was."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
-def bag(n: int, dim: int, device: str = "meta", dtype: torch.dtype = torch.float32) -> RaggedBatch:
-    """One bag of n random patches on a square grid, with coordinates."""
-    with _untouched_chance():
-        features = torch.randn(n, dim, device=device, dtype=dtype)
-    side = isqrt(n - 1) + 1
-    place = torch.arange(n)
-    return RaggedBatch(features, (0, n), torch.stack([place % side, place // side], dim=1).int() * 256)
+def _state(model: nn.Module, trained_only: bool = False) -> ModelState:
+    chosen = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or not trained_only}
+    return ModelState(chosen)
 
 
 # ---------------------------------------------------------------------------------------------- counts
@@ -154,55 +152,59 @@ def held_numbers(model: nn.Module) -> int:
     return sum(t.numel() for t in (*model.parameters(), *model.buffers()))
 
 
-def by_layers(model: nn.Module, patches: RaggedBatch) -> int:
+def by_layers(model: Model, patches: RaggedBatch) -> int:
     """Operations of a forward pass in linear layers, convolutions and attention modules, as hooks on them count.
 
     What this library computes at once, outside of layers, is counted as its layers: a merged encoder as its network,
     TransMIL's position encoding as its convolutions.
     """
-    total = 0
+    operations: list[int] = []
 
-    def linear(layer: nn.Module, _: Any, out: Tensor) -> None:
-        nonlocal total
-        total += 2 * out.numel() * cast(nn.Linear, layer).in_features
+    def watch(layer: nn.Module, cost: Callable[..., int]) -> RemovableHandle:
+        return layer.register_forward_hook(lambda layer, inputs, out: operations.append(cost(layer, inputs, out)))
 
-    def convolution(layer: nn.Module, _: Any, out: Tensor) -> None:
-        nonlocal total
-        total += 2 * out.numel() * prod(cast(nn.Conv2d, layer).weight.shape[1:])
-
-    def attention(layer: nn.Module, given: tuple[Tensor, ...], _: Any) -> None:
-        nonlocal total
-        (bags, queries, dim), keys = given[0].shape, given[1].shape[1]
-        # Projections of queries and results, of keys and values; scores and weighted sums.
-        total += 2 * bags * dim * (2 * queries * dim + 2 * keys * dim + 2 * queries * keys)
-
-    def merged(encoder: nn.Module, given: tuple[Any, ...], _: Any) -> None:
-        network = cast(MergedEncoder, encoder).network
-        if network.encodes_each:
-            network.encode(given[1])
-
-    def positions(encoding: nn.Module, given: tuple[Any, ...], _: Any) -> None:
-        nonlocal total
-        tokens, squares = given
-        layers = cast(PositionEncoding, encoding).convolutions
-        weights = sum(prod(cast(nn.Conv2d, layer).weight.shape[1:]) for layer in layers)
-        total += 2 * tokens[squares.bags :].numel() * weights
-
-    kinds: list[tuple[Any, Callable[..., None]]] = [
-        (nn.Linear, linear),
-        (nn.modules.conv._ConvNd, convolution),
-        (nn.MultiheadAttention, attention),
-        (MergedEncoder, merged),
-        (PositionEncoding, positions),
-    ]
-    hooks = [m.register_forward_hook(hook) for kind, hook in kinds for m in model.modules() if isinstance(m, kind)]
+    hooks = [watch(m, cost) for kind, cost in COST_OF_LAYERS.items() for m in model.modules() if isinstance(m, kind)]
     try:
-        with torch.no_grad(), layer_by_layer():
-            model(patches)
+        with layer_by_layer():
+            one_pass(model, patches)
     finally:
         for hook in hooks:
             hook.remove()
-    return total
+    return sum(operations)
+
+
+def _of_linear(layer: Any, inputs: Any, out: Tensor) -> int:
+    return 2 * out.numel() * layer.in_features
+
+
+def _of_convolution(layer: Any, inputs: Any, out: Tensor) -> int:
+    return 2 * out.numel() * prod(layer.weight.shape[1:])
+
+
+def _of_attention(layer: Any, inputs: tuple[Tensor, ...], out: Any) -> int:
+    (bags, queries, dim), keys = inputs[0].shape, inputs[1].shape[1]
+    # Projections of queries and results, of keys and values; scores and weighted sums.
+    return 2 * bags * dim * (2 * queries * dim + 2 * keys * dim + 2 * queries * keys)
+
+
+def _of_merged_encoder(encoder: Any, inputs: tuple[Any, ...], out: Any) -> int:
+    if encoder.network.encodes_each:
+        encoder.network.encode(inputs[1])  # its layers are counted
+    return 0
+
+
+def _of_position_encoding(encoding: Any, inputs: tuple[Any, ...], out: Any) -> int:
+    tokens, squares = inputs
+    return 2 * tokens[squares.bags :].numel() * sum(prod(layer.weight.shape[1:]) for layer in encoding.convolutions)
+
+
+COST_OF_LAYERS: dict[type[nn.Module], Callable[..., int]] = {
+    nn.Linear: _of_linear,
+    nn.modules.conv._ConvNd: _of_convolution,
+    nn.MultiheadAttention: _of_attention,
+    MergedEncoder: _of_merged_encoder,
+    PositionEncoding: _of_position_encoding,
+}
 
 
 def _of_product(_: Any, left: torch.Size, right: torch.Size, **rest: Any) -> int:
@@ -213,20 +215,39 @@ IN_PLACE = {torch.ops.aten.baddbmm_: _of_product, torch.ops.aten.addmm_: _of_pro
 """Products that `FlopCounterMode` overlooks, as their results are added to what is there."""
 
 
-def by_products(model: Model, patches: RaggedBatch, backward: bool = False) -> int:
-    """Operations of a forward pass in matrix products and convolutions, wherever they are computed; with `backward`,
-    those of the pass back to what is trained too."""
+def products_of(action: Callable[[], object]) -> int:
+    """Operations of an action in matrix products and convolutions, wherever they are computed."""
     counter = FlopCounterMode(display=False, custom_mapping=IN_PLACE)
     # A processor's fused attention would go unseen; its products, one by one, are seen on every device.
-    with torch.set_grad_enabled(backward), sdpa_kernel(SDPBackend.MATH), counter:
-        logits, auxiliary, _ = model.forward_pass(patches)
-        if backward:
-            (logits.sum() + (0 if auxiliary is None else auxiliary)).backward()
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        action()
     return counter.get_total_flops()
+
+
+def by_products(model: Model, patches: RaggedBatch, backward: bool = False) -> int:
+    """`products_of` a forward pass; with `backward`, of the pass back to what is trained too, without what is computed
+    once per patient."""
+    frozen = model.frozen_features(patches) if backward and model.has_frozen_features else None
+    return products_of(lambda: one_pass(model, patches, backward, frozen))
 
 
 SMALL = 64
 """Patches of the smaller of two bags from which a count in proportion to the patches is taken."""
+Counter = Callable[[Model, RaggedBatch], int]
+
+
+def on_bag(counter: Counter, make: Callable[[str], Model], study: Study, n: int, precision: str = "fp32") -> int:
+    """What a counter gives for a model, made on a device by name, and a bag of n patches.
+
+    A model that needs numbers (`Model.runs_on_shapes`), as ROUPKT looks which experts were chosen, cannot run on
+    "meta". Everything in it but a constant is in proportion to the patches: its counts lie on the straight line through
+    those of two small bags, without rounding.
+    """
+    dim, dtype, model = study.features.dim, parameter_dtype(precision), make("meta")
+    if model.runs_on_shapes:
+        return counter(model.to(dtype), random_bags([n], dim, "meta", dtype))
+    few, many = (counter(make("cpu").to(dtype), random_bags([size], dim, "cpu", dtype)) for size in (SMALL, 2 * SMALL))
+    return few + (many - few) * (n - SMALL) // SMALL
 
 
 WAYS = ("layers", "products", "memory")
@@ -236,30 +257,15 @@ def counts(
     name: str, study: Study, n: int = PATCHES, precision: str = "fp32", ways: Sequence[str] = WAYS
 ) -> dict[str, int]:
     """`by_layers`, `by_products` and `live_bytes` of the model that predicts (`deployed`) on a bag of n patches:
-    layers, products, memory, or some of them.
-
-    ROUPKT looks which experts were chosen, so it needs numbers and cannot run on "meta". Everything in it but the
-    experts' mixture, whose cost is constant, is in proportion to the patches: its counts lie on the straight line
-    through those of two small bags, without rounding.
-    """
-    numbers = not built(name, study).runs_on_shapes
-    device, dtype = "cpu" if numbers else "meta", parameter_dtype(precision)
-    model = deployed(name, study, device).to(dtype)
-    sizes = (SMALL, 2 * SMALL) if numbers else (n,)
+    layers, products, memory, or some of them."""
 
     def memory(model: Model, patches: RaggedBatch) -> int:
-        try:
-            return live_bytes(model, patches.to(device, PRECISIONS[precision]))
-        except RuntimeError:  # layers that choose their own precision need a device that has numbers
-            return live_bytes(model, patches)
+        with suppress(RuntimeError):  # layers that choose their own precision cannot do so on shapes
+            return live_bytes(model, patches.to(patches.features.device, PRECISIONS[precision]))
+        return live_bytes(model, patches)
 
-    counters: dict[str, Callable[[Any, RaggedBatch], int]]
-    found, counters = {}, {"layers": by_layers, "products": by_products, "memory": memory}
-    for way in ways:
-        counted = counters[way]
-        first_, *rest = (counted(model, bag(size, study.features.dim, device, dtype)) for size in sizes)
-        found[way] = first_ + sum(more - first_ for more in rest) * (n - SMALL) // SMALL
-    return found
+    counters: dict[str, Counter] = {"layers": by_layers, "products": by_products, "memory": memory}
+    return {way: on_bag(counters[way], partial(deployed, name, study), study, n, precision) for way in ways}
 
 
 def reads(name: str, study: Study) -> int | None:
@@ -272,7 +278,7 @@ def of_sample(study: Study, n: int, sample: int | None) -> int:
     """Operations (`by_products`) of a prediction by STEPH on n patches, whose hypernetwork reads `sample` of them."""
     model = cast(STEPH, deployed("steph", study))
     model.sample_patches = sample
-    return by_products(model, bag(n, study.features.dim))
+    return by_products(model, random_bags([n], study.features.dim))
 
 
 def of_methods(names: Sequence[str] | None = None, study: Study | None = None, n: int = PATCHES) -> pd.DataFrame:
@@ -285,30 +291,25 @@ def of_methods(names: Sequence[str] | None = None, study: Study | None = None, n
     study = study or paper_study()
     rows = []
     for name in predicting(study) if names is None else names:
-        model = deployed(name, study)
-        costs = {
-            "networks": model.networks_per_bag,
-            "trained": trained_numbers(built(name, study)),
-            "held": held_numbers(model),
-        }
-        rows.append({"method": name, **counts(name, study, n), **costs})
+        model, trained = deployed(name, study), trained_numbers(built(name, study))
+        numbers = {"networks": model.networks_per_bag, "trained": trained, "held": held_numbers(model)}
+        rows.append({"method": name, **counts(name, study, n), **numbers})
     return pd.DataFrame(rows)
 
 
 def counted(bench: Workbench, paper: bool = True, n: int = PATCHES) -> pd.DataFrame:
-    """`of_methods` at the paper's dimensions or at those of the workbench's study, kept."""
+    """`of_methods` at the paper's dimensions or at those of the workbench's study, cached."""
     study = paper_study() if paper else bench.study
     dimensions = study.model_dump(include={"features", "network", "steph", "datasets"}, mode="json")
-    decides = {"dimensions": dimensions, "patches": n, "torch": torch.__version__}
-    return cached_table(bench, "operations", decides, lambda: of_methods(None, study, n))
+    inputs = {"dimensions": dimensions, "patches": n, "torch": torch.__version__}
+    return cached_table(bench, "operations", inputs, lambda: of_methods(None, study, n))
 
 
 def predicting(study: Study) -> list[str]:
-    """The methods whose predictions are counted, where a study can have them: Table S4's, ROUPKT, Table S6's, and of
-    those beyond the paper the ones that cost something of their own."""
-    beyond = ["joint", "hypernetwork_only", "steph_subsampled", "steph_patch_gcn"]
-    names = dict.fromkeys([*table_methods("table_s4"), "roupkt", *table_methods("table_s6"), *beyond])
-    return [name for name in names if not method(name).refusal(study, next(iter(study.datasets)))]
+    """The methods whose predictions are counted, where a study can have them: those of Tables S4 and 1, and those of
+    the book beyond the paper."""
+    names = [*table_methods("table_s4", study), *table_methods("table1", study), *methods_beyond(study)]
+    return list(dict.fromkeys(names))
 
 
 def training_operations(names: Sequence[str], study: Study | None = None, n: int = PATCHES) -> dict[str, int]:
@@ -317,30 +318,21 @@ def training_operations(names: Sequence[str], study: Study | None = None, n: int
     What is frozen and computed once per patient is no part of it; so surgery's second stage, which trains on such
     features alone, and methods that train nothing cost none.
     """
-    study, found = study or paper_study(), {}
+    study, operations = study or paper_study(), {}
     for name in names:
         model = built(name, study)
-        if not model.runs_on_shapes:
-            raise Refused(f"{title(name)}: its training is not counted, as what it trains depends on numbers.")
         trains = trained_numbers(model) > 0 and model.reads_patches
-        found[name] = by_products(model, bag(n, study.features.dim), backward=True) if trains else 0
-    return found
+        make = partial(built, name, study)
+        operations[name] = on_bag(partial(by_products, backward=True), make, study, n) if trains else 0
+    return operations
 
 
 def parameter_table(study: Study) -> pd.DataFrame:
     """Format Table S4's parameters for display: counted at the paper's dimensions, printed, counted at the study's."""
-    counted, here = learnable_parameters(), learnable_parameters(study)
-    printed = paper_table("table_s4").set_index("method")["learnable_params_m"]
-    rows = [
-        {
-            "method": title(name),
-            "counted (M)": n / 1e6,
-            "Table S4 (M)": printed[name],
-            "in this study": here[name],
-        }
-        for name, n in counted.items()
-    ]
-    return pd.DataFrame(rows)
+    counted, here = pd.Series(learnable_parameters()), pd.Series(learnable_parameters(study))
+    printed = paper_table("table_s4").set_index("method")["learnable_params_m"].reindex(counted.index)
+    columns = {"counted (M)": counted / 1e6, "Table S4 (M)": printed, "in this study": here}
+    return pd.DataFrame({"method": counted.index.map(title), **columns}).reset_index(drop=True)
 
 
 def printed_gflops() -> dict[str, float]:

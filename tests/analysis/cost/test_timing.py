@@ -24,7 +24,7 @@ def test_epochs_are_timed_in_rounds_and_kept(tiny):
     once = times.groupby("method")["once"].min()
     assert once["surgery_am"] > times.loc[times["method"] == "surgery_am", "seconds"].min()
     assert timing.epoch_times(tiny, runs, budget=0).equals(times)
-    assert timing.first(tiny, runs)[0] == Run("SARC", "vanilla", 0, tiny.study.seed)
+    assert timing.prerequisites(tiny, runs)[0] == Run("SARC", "vanilla", 0, tiny.study.seed)
     with pytest.raises(Refused, match="is not finished"):
         timing.epoch_times(tiny, [Run("SARC", "steph", 0, 5, "fp64")], budget=0)
     with pytest.raises(Refused, match="expected cpu"):
@@ -82,11 +82,11 @@ def test_predictions_are_timed_at_the_papers_dimensions_and_kept(tiny):
 
 
 def test_half_precision_is_that_of_the_patches(tiny, monkeypatch):
-    seen = []
-    real = timing.bag
-    monkeypatch.setattr(timing, "bag", lambda *a: seen.append(a[-1]) or real(*a))
+    formats = []
+    real = timing.random_bags
+    monkeypatch.setattr(timing, "random_bags", lambda *a: formats.append(a[-1]) or real(*a))
     times = timing.prediction_times(tiny, ["vanilla", "transmil"], n=64, precision="bf16", budget=0)
-    assert set(seen) == {torch.bfloat16} and (times["seconds"] > 0).all()
+    assert set(formats) == {torch.bfloat16} and (times["seconds"] > 0).all()
 
 
 def test_a_study_for_tests_is_measured_on_fewer_patches(tiny, monkeypatch):
