@@ -85,10 +85,10 @@ class MergedEncoder(Merged):
             fixed = self.fixed(self.stack.dtype)
             merged = _Merge.apply(coefficients, fixed)
             weights = {f"network.{name}": value for name, value in zip(fixed.of, merged, strict=True)}
-            return functional_call(_Encoder(self.network), weights, (batch,), tie_weights=False)
+            return functional_call(Encoder(self.network), weights, (batch,), tie_weights=False)
         if self.network.encodes_each:
             return _MergeAndEncode.apply(coefficients, self, batch)
-        encoder = _Encoder(self.network)
+        encoder = Encoder(self.network)
         rows = {f"network.{name}": value.unbind() for name, value in self.weights(coefficients).items()}
         features = []
         for i in range(len(batch)):
@@ -141,7 +141,7 @@ class Weights:
         return self.of if stop - start == self.n else {name: value[start:stop] for name, value in self.of.items()}
 
 
-class _Encoder(nn.Module):
+class Encoder(nn.Module):
     """A network's `encode` as a module's forward, so that it can be called under other parameters."""
 
     def __init__(self, network: MIL) -> None:

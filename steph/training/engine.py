@@ -268,9 +268,9 @@ def frozen_features(
     return torch.cat([model.frozen_features(batch_of(group)) for group in groups_of(patients, together)])
 
 
-def groups_of(patients: Sequence[str], together: int) -> list[Sequence[str]]:
-    """Patients in groups of so many, in their order."""
-    return [patients[i : i + together] for i in range(0, len(patients), together)]
+def groups_of(items: Sequence[Any], together: int) -> list[Sequence[Any]]:
+    """Patients, or places, in groups of so many, in their order."""
+    return [items[i : i + together] for i in range(0, len(items), together)]
 
 
 @torch.no_grad()

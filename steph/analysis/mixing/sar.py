@@ -13,7 +13,7 @@ in which the source has nothing in common with the target:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from steph import Refused
 from steph.analysis.mixing.dynamics import rank_correlation
+from steph.analysis.mixing.pairs import models
 from steph.data.manifest import Study, unknown
 from steph.data.synthetic import planted_similarity
 from steph.files.records import fingerprint
@@ -30,7 +31,7 @@ from steph.merging.random_sources import random_sources
 from steph.merging.task_vectors import task_vector
 from steph.mil.state import ModelState
 from steph.study.cache import cached_table
-from steph.study.runs import TARGET, Run, Workbench
+from steph.study.runs import TARGET, Workbench
 from steph.training.device import single_thread
 
 ALPHA = 0.95
@@ -63,12 +64,7 @@ def subspace_alignment_ratio(
     SAR is as arbitrary. Raises `Refused` for other shapes, numbers that are not finite, and a matrix of zeros, which
     has no directions.
     """
-    target, new = _checked(tau_target, "tau_target"), _checked(tau_new, "tau_new")
-    if target.shape != new.shape:
-        raise Refused(
-            f"tau_target is {tuple(target.shape)}, tau_new {tuple(new.shape)}: SAR compares one layer's matrix in two "
-            "task vectors, so both must have one shape."
-        )
+    target, new = _checked(tau_target, tau_new)
     left, values = left_singular(new)
     return kept_share(target, left, dominant_rank(values, alpha, rank_rule))
 
@@ -122,40 +118,37 @@ def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def kept_share(target: Tensor, left: Tensor, rank: int) -> float:
     """Norm of a matrix (r, c) projected onto the first `rank` columns of `left` (r, n), over its norm."""
-    whole = torch.linalg.vector_norm(target)
-    if whole == 0:
-        raise Refused("tau_target is zero everywhere: nothing to align. Was the model trained?")
-    return float((torch.linalg.vector_norm(left[:, :rank].T @ target) / whole).clamp(max=1))
+    kept = torch.linalg.vector_norm(left[:, :rank].T @ target)
+    return float((kept / torch.linalg.vector_norm(target)).clamp(max=1))
 
 
-def _checked(matrix: Tensor, name: str) -> Tensor:
-    matrix = torch.as_tensor(matrix).detach()
-    if matrix.ndim != 2 or not matrix.numel():
-        raise Refused(f"{name} has shape {tuple(matrix.shape)}; SAR is of matrices (r, c), a layer's weights.")
-    matrix = matrix.double()
-    if not torch.isfinite(matrix).all():
-        raise Refused(f"{name} has {int((~torch.isfinite(matrix)).sum())} numbers that are not finite.")
-    if not matrix.any():
-        raise Refused(f"{name} is zero everywhere: it has no directions. Was the model trained?")
-    return matrix
+def _checked(tau_target: Tensor, tau_new: Tensor) -> tuple[Tensor, Tensor]:
+    """Both matrices in double precision. Raises `Refused` where they have no alignment."""
+    if tau_target.shape != tau_new.shape or tau_new.ndim != 2:
+        raise Refused(
+            f"tau_target is {tuple(tau_target.shape)}, tau_new {tuple(tau_new.shape)}: SAR compares one layer's matrix "
+            "(r, c) in two task vectors, so both must have one shape."
+        )
+    for name, matrix in (("tau_target", tau_target), ("tau_new", tau_new)):
+        if not torch.isfinite(matrix).all():
+            raise Refused(f"{name} has {int((~torch.isfinite(matrix)).sum())} numbers that are not finite.")
+        if not matrix.any():
+            raise Refused(f"{name} is zero everywhere: it has no directions. Was the model trained?")
+    return tau_target.detach().double(), tau_new.detach().double()
 
 
 # ------------------------------------------------------------------------------------------- mixtures
 
 
-def mixture_curve(
-    tau_target: Tensor, tau_source: Tensor, lambdas: Sequence[float] = LAMBDAS, alpha: float = ALPHA
-) -> pd.DataFrame:
+def mixture_curve(tau_target: Tensor, tau_source: Tensor, lambdas: Sequence[float] = LAMBDAS) -> pd.DataFrame:
     """SAR of tau_t with lambda tau_t + (1 - lambda) tau_s: lambda, rule, sar, rank, rows (r; R directions of r hold a
     share of about sqrt(R / r) of anything). Matrices (r, c) as in `subspace_alignment_ratio`."""
-    target, source = _checked(tau_target, "tau_target"), _checked(tau_source, "tau_source")
-    if target.shape != source.shape:
-        raise Refused(f"tau_target is {tuple(target.shape)}, tau_source {tuple(source.shape)}; expected one shape.")
+    target, source = _checked(tau_target, tau_source)
     rows = []
     for share in lambdas:
-        left, values = left_singular(_checked(share * target + (1 - share) * source, f"the mixture at lambda {share}"))
+        left, values = left_singular(share * target + (1 - share) * source)
         for rule in RANK_RULES:
-            rank = dominant_rank(values, alpha, rule)
+            rank = dominant_rank(values, rank_rule=rule)
             rows.append((share, rule, kept_share(target, left, rank), rank, len(target)))
     return pd.DataFrame(rows, columns=["lambda", "rule", "sar", "rank", "rows"])
 
@@ -185,20 +178,6 @@ def turned(matrix: Tensor, key: str) -> Tensor:
 # ------------------------------------------------------------------------------------------- of a study
 
 
-def runs(bench: Workbench, target: str, sources: Sequence[str], fold: int, precision: str = "fp32") -> dict[str, Run]:
-    """The runs whose models are mixed, by role: the target's of the fold (`TARGET`) and the sources', as STEPH takes
-    them. Raises `Refused` for a source that the target does not have, for none, and a fold out of range."""
-    bench.study.check_fold(fold)
-    known = bench.study.sources_of(target) if bench.study.entry(target) else []
-    for name in sources:
-        if name not in known:
-            raise Refused(unknown("source", name, known, f"study {bench.study.name}, target {target}"))
-    if not sources:
-        raise Refused(f"no source to mix {target} with; it has {', '.join(known)}.")
-    found = bench.prerequisites(Run(target, "steph", fold, bench.study.seed, precision))
-    return {TARGET: found[TARGET], **{name: found[name] for name in sources}}
-
-
 def curves(
     bench: Workbench,
     target: str,
@@ -210,104 +189,105 @@ def curves(
     lambdas: Sequence[float] = LAMBDAS,
     draws: int = 3,
 ) -> pd.DataFrame:
-    """`mixture_curve` of a target with each source, for every one of `LAYERS`, with baselines; kept.
+    """`mixture_curve` of a target with each source, for every one of `LAYERS`, with baselines. Computed once.
 
-    The runs (`runs`) must be finished. seed: of the baselines, of which there are `draws` each.
-    Returns target, source, layer, kind (`KINDS`), draw (0 where kind is "source"), and the columns of `mixture_curve`.
+    The runs (`steph.analysis.mixing.pairs.models`) must be finished. seed: of the baselines, of which there are `draws`
+    each. Returns target, source, layer, kind (`KINDS`), draw (0 where kind is "source"), and the columns of
+    `mixture_curve`.
     """
-    chosen = runs(bench, target, sources, fold, precision)
-    keys = {name: bench.key(run) for name, run in chosen.items()}
-    decides: dict[str, Any] = {"runs": keys, "seed": seed, "lambdas": list(lambdas), "draws": draws, "alpha": ALPHA}
+    runs = models(bench.study, target, sources, fold, precision)
+    keys = {role: bench.key(run) for role, run in runs.items()}
+    inputs: dict[str, Any] = {"runs": keys, "seed": seed, "lambdas": list(lambdas), "draws": draws, "alpha": ALPHA}
 
     def compute() -> pd.DataFrame:
         null = bench.null_state("abmil")
-        states = {name: bench.state(run) for name, run in chosen.items()}
-        own = states.pop(TARGET)
+        states = {role: bench.state(run) for role, run in runs.items()}
+        tau_target = task_vector(states.pop(TARGET), null)
+        parts = []
         with single_thread():
-            parts = [
-                _pair(null, own, name, state, seed, draws, lambdas, device) for name, state in states.items()
-            ]  # fmt: skip
+            for name, state in states.items():
+                for layer, kind, draw, source in _sources(null, name, state, seed, draws):
+                    target_matrix = layer_matrix(tau_target, layer).to(device)
+                    curve = mixture_curve(target_matrix, source.to(device), lambdas)
+                    parts.append(curve.assign(source=name, layer=layer, kind=kind, draw=draw))
         return pd.concat(parts, ignore_index=True).assign(target=target)
 
-    table = cached_table(bench, "sar", decides, compute)
+    table = cached_table(bench, "sar", inputs, compute)
     return table[["target", "source", "layer", "kind", "draw", "lambda", "rule", "sar", "rank", "rows"]]
 
 
-def _pair(
-    null: ModelState, own: ModelState, name: str, state: ModelState, seed: int, draws: int,
-    lambdas: Sequence[float], device: str,
-) -> pd.DataFrame:  # fmt: skip
-    tau_t, tau_s = task_vector(own, null), task_vector(state, null)
+def _sources(
+    null: ModelState, name: str, state: ModelState, seed: int, draws: int
+) -> Iterator[tuple[str, str, int, Tensor]]:
+    """A source's own matrices and those of its baselines: layer, kind, draw, matrix (r, c)."""
+    tau = task_vector(state, null)
     noise = [
         task_vector(random_sources(null, {name: state}, int(fingerprint([seed, draw], 8), 16))[name], null)
         for draw in range(draws)
     ]
-    parts = []
     for layer in LAYERS:
-        target, source = (layer_matrix(tau, layer).to(device) for tau in (tau_t, tau_s))
-        others = [("source", 0, source)]
-        others += [("rotated", d, turned(source, fingerprint([seed, d, name, layer]))) for d in range(draws)]
-        others += [("noise", d, layer_matrix(tau, layer).to(device)) for d, tau in enumerate(noise)]
-        for kind, draw, other in others:
-            curve = mixture_curve(target, other, lambdas)
-            parts.append(curve.assign(source=name, layer=layer, kind=kind, draw=draw))
-    return pd.concat(parts, ignore_index=True)
+        matrix = layer_matrix(tau, layer)
+        yield layer, "source", 0, matrix
+        for draw in range(draws):
+            yield layer, "rotated", draw, turned(matrix, fingerprint([seed, draw, name, layer]))
+        for draw in range(draws):
+            yield layer, "noise", draw, layer_matrix(noise[draw], layer)
 
 
 def spectra(
     bench: Workbench, target: str, sources: Sequence[str], fold: int, precision: str = "fp32", device: str = "cpu"
 ) -> pd.DataFrame:
     """Singular values of the task vectors: model (target or source), layer, direction (1, 2, ...), value, kept (norm
-    of this many directions over the whole norm), rows (r); kept on disk."""
-    chosen = runs(bench, target, sources, fold, precision)
-    named = {target if name == TARGET else name: run for name, run in chosen.items()}
+    of this many directions over the whole norm), rows (r). Computed once."""
+    runs = {run.dataset: run for run in models(bench.study, target, sources, fold, precision).values()}
 
     def compute() -> pd.DataFrame:
         null, parts = bench.null_state("abmil"), []
-        for name, run in named.items():
+        for name, run in runs.items():
             tau = task_vector(bench.state(run), null)
             for layer in LAYERS:
                 matrix = layer_matrix(tau, layer)
                 with single_thread():
                     values = left_singular(matrix.to(device))[1].cpu().numpy()
-                kept_norm = np.sqrt(np.cumsum(values**2) / np.sum(values**2))
-                place = np.arange(1, len(values) + 1)
-                columns = {"direction": place, "value": values, "kept": kept_norm, "rows": len(matrix)}
-                parts.append(pd.DataFrame({"model": name, "layer": layer, **columns}))
+                norms = np.sqrt(np.cumsum(values**2) / np.sum(values**2))
+                columns = {"direction": np.arange(1, len(values) + 1), "value": values, "kept": norms}
+                parts.append(pd.DataFrame({"model": name, "layer": layer, **columns, "rows": len(matrix)}))
         return pd.concat(parts, ignore_index=True)
 
-    return cached_table(bench, "sar_spectra", {name: bench.key(run) for name, run in named.items()}, compute)
+    return cached_table(bench, "sar_spectra", {name: bench.key(run) for name, run in runs.items()}, compute)
 
 
-def ranks(spectrum: pd.DataFrame, alpha: float = ALPHA) -> pd.DataFrame:
+def ranks(spectrum: pd.DataFrame) -> pd.DataFrame:
     """R of each model's layers by both rules (columns), from `spectra`: index layer, model; and rows (r)."""
     rows = []
     for (layer, model), part in spectrum.groupby(["layer", "model"], sort=False):
         values = torch.from_numpy(part.sort_values("direction")["value"].to_numpy())
-        found = {rule: dominant_rank(values, alpha, rule) for rule in RANK_RULES}
-        rows.append({"layer": layer, "model": model, **found, "rows": int(part["rows"].iloc[0])})
+        by_rule = {rule: dominant_rank(values, rank_rule=rule) for rule in RANK_RULES}
+        rows.append({"layer": layer, "model": model, **by_rule, "rows": int(part["rows"].iloc[0])})
     return pd.DataFrame(rows).set_index(["layer", "model"])
 
 
 def reading(table: pd.DataFrame, at: float = 0.5) -> pd.DataFrame:
-    """What curves say, a row per target, source, layer and rule.
+    """Curves in numbers, a row per target, source, layer and rule.
 
     at: SAR at the lambda nearest to `at`; zero: at lambda 0, tau_t in the source's own directions; one: at lambda 1, in
     its own; mean: over lambda. rank, rows: R and r at `at`; chance: sqrt(R / r). rotated, rotated_zero, noise: means
     of the baselines' draws at `at`, at lambda 0, at `at`; spread: largest less smallest of the rotated draws at `at`.
     gain, gain_zero: SAR less that of the rotated source. Raises `Refused` where a curve has no such baseline.
     """
+    if table.empty:
+        raise Refused("no curves to read.")
     rows = []
     points = np.sort(table["lambda"].unique())
-    middle = points[np.abs(points - at).argmin()] if len(points) else np.nan
-    for key, part in table.groupby(["target", "source", "layer", "rule"], sort=False):
-        own = part[part["kind"] == "source"].set_index("lambda")
-        rotated, noise = (
-            part[part["kind"] == kind].pivot(index="lambda", columns="draw", values="sar") for kind in KINDS[1:]
-        )
-        if own.empty or rotated.empty or noise.empty:
+    middle = points[np.abs(points - at).argmin()]
+    names = ["target", "source", "layer", "rule"]
+    for key, part in table.groupby(names, sort=False):
+        source, rotated, noise = (part[part["kind"] == kind] for kind in KINDS)
+        if source.empty or rotated.empty or noise.empty:
             raise Refused(f"the curve of {' / '.join(map(str, key))} lacks itself or a baseline; give draws=1 or more.")
-        sar, rank, r = own["sar"], int(own["rank"][middle]), int(own["rows"][middle])
+        source = source.set_index("lambda")
+        rotated, noise = (kind.pivot(index="lambda", columns="draw", values="sar") for kind in (rotated, noise))
+        sar, rank, r = source["sar"], int(source["rank"][middle]), int(source["rows"][middle])
         row = {
             "at": sar[middle], "zero": sar[points[0]], "one": sar[points[-1]], "mean": sar.mean(),
             "rank": rank, "rows": r, "chance": float(np.sqrt(rank / r)),
@@ -315,21 +295,19 @@ def reading(table: pd.DataFrame, at: float = 0.5) -> pd.DataFrame:
             "noise": noise.loc[middle].mean(), "spread": float(np.ptp(rotated.loc[middle])),
         }  # fmt: skip
         row |= {"gain": row["at"] - row["rotated"], "gain_zero": row["zero"] - row["rotated_zero"]}
-        rows.append({**dict(zip(["target", "source", "layer", "rule"], key, strict=True)), **row})
-    if not rows:
-        raise Refused("no curves to read.")
+        rows.append({**dict(zip(names, key, strict=True)), **row})
     return pd.DataFrame(rows)
 
 
-def attention_against_embedding(read: pd.DataFrame) -> pd.DataFrame:
+def attention_against_embedding(table: pd.DataFrame) -> pd.DataFrame:
     """The paper's claim (4.2.2: the attention layer keeps a close alignment, the embedding does not) over pairs.
 
-    read: as `reading` gives it. Returns a row per rule and quantity ("at", "zero", "rotated", "rotated_zero", "gain",
+    table: of `reading`. Returns a row per rule and quantity ("at", "zero", "rotated", "rotated_zero", "gain",
     "gain_zero", as there): attention and embedding (means over pairs), wins (pairs in which the attention layer has
     more), pairs. Where "rotated" differs between layers as "at" does, the difference is not the cancers' doing.
     """
     rows = []
-    for rule, part in read.groupby("rule", sort=False):
+    for rule, part in table.groupby("rule", sort=False):
         for name in ("at", "zero", "rotated", "rotated_zero", "gain", "gain_zero"):
             wide = part.pivot(index=["target", "source"], columns="layer", values=name)
             attention, embedding = wide[ATTENTION], wide[EMBEDDING]
@@ -345,42 +323,41 @@ def every_pair(
     pairs: Mapping[str, Sequence[str]] | None = None,
     precision: str = "fp32",
     device: str = "cpu",
-    at: float = 0.5,
 ) -> pd.DataFrame:
-    """`reading` of many pairs, at lambda 0, `at` and 1, with one draw of each baseline; kept.
+    """`reading` of many pairs, at lambda 0, 0.5 and 1, with one draw of each baseline. Computed once.
 
     pairs: sources by target. None takes every data set as a target with all of its sources, where all their models are
     finished. Raises `Refused` where none are.
     """
     if pairs is None:
-        every = {name: bench.study.sources_of(name) for name in bench.study.datasets}
-        pairs = {
-            target: sources
-            for target, sources in every.items()
-            if all(bench.record(run) is not None for run in runs(bench, target, sources, fold, precision).values())
+        study = bench.study
+        pairs = {name: study.sources_of(name) for name in study.datasets}
+        unfinished = {
+            target
+            for target, sources in pairs.items()
+            if any(bench.record(run) is None for run in models(study, target, sources, fold, precision).values())
         }
+        pairs = {target: sources for target, sources in pairs.items() if target not in unfinished}
     if not pairs:
         raise Refused(f"study {bench.study.name} has no target of which all models of fold {fold} are finished.")
-    parts = [
-        curves(bench, target, sources, fold, seed, precision, device, (0.0, at, 1.0), draws=1)
+    tables = [
+        curves(bench, target, sources, fold, seed, precision, device, (0.0, 0.5, 1.0), draws=1)
         for target, sources in pairs.items()
     ]
-    return reading(pd.concat(parts, ignore_index=True), at)
+    return reading(pd.concat(tables, ignore_index=True))
 
 
-def against_planted(read: pd.DataFrame, study: Study) -> pd.DataFrame | None:
+def against_planted(table: pd.DataFrame, study: Study) -> pd.DataFrame | None:
     """Rank correlation (Spearman) over pairs of what curves say with what the two cancers were made to share, a row per
     layer and rule: at, zero, gain, gain_zero, as in `reading`; pairs. None in a study of real patients."""
     if study.synthetic is None:
         return None
     similarity, rows = planted_similarity(study), []
-    for (layer, rule), part in read.groupby(["layer", "rule"], sort=False):
+    for (layer, rule), part in table.groupby(["layer", "rule"], sort=False):
         shared = pd.Series([similarity.loc[*pair] for pair in zip(part["target"], part["source"], strict=True)])
-        found = {
-            name: rank_correlation(part[name].reset_index(drop=True), shared)
-            for name in ("at", "zero", "gain", "gain_zero")
-        }
-        rows.append({"layer": layer, "rule": rule, **found, "pairs": len(part)})
+        names = ("at", "zero", "gain", "gain_zero")
+        correlations = {name: rank_correlation(part[name].reset_index(drop=True), shared) for name in names}
+        rows.append({"layer": layer, "rule": rule, **correlations, "pairs": len(part)})
     return pd.DataFrame(rows)
 
 

@@ -10,60 +10,57 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from steph import Refused
-from steph.analysis.mixing.dynamics import at_the_end, rank_correlation
+from steph.analysis.mixing import dynamics
 from steph.analysis.performance import discrimination
 from steph.data.dataset import Dataset
+from steph.data.manifest import Study
 from steph.merging.task_vectors import Layout, task_vector
-from steph.mil.base import network_needing_coords
+from steph.mil.base import Model
 from steph.study.cache import cached_table
 from steph.study.runs import SOURCE_FOLD, Run, Workbench
 from steph.survival import concordance_index, risk_score
-from steph.training.device import parameter_dtype, single_thread
+from steph.training.device import Compute, single_thread
+from steph.training.engine import loader
 
 
-def source_runs(bench: Workbench, precision: str = "fp32") -> dict[str, Run]:
+def source_runs(study: Study, precision: str = "fp32") -> dict[str, Run]:
     """By data set, the run whose model stands for it as a source."""
-    seed = bench.study.seed
-    return {name: Run(name, "vanilla", SOURCE_FOLD, seed, precision) for name in bench.study.datasets}
+    return {name: Run(name, "vanilla", SOURCE_FOLD, study.seed, precision) for name in study.datasets}
 
 
 def transferred(bench: Workbench, targets: Sequence[str], precision: str = "fp32", device: str = "cpu") -> pd.DataFrame:
     """C-index of every other cancer's model on all patients of each target, none of whom it has seen: source, target,
     c_index, n, events, problem (why it has none).
 
-    Each bag is read once for all models; what is found is kept, target by target. The models must be finished
-    (`source_runs`); one that is not is refused.
+    Each bag is read once for all models; each target's table is computed once. The models (`source_runs`) must be
+    finished; one that is not is refused.
     """
-    runs = source_runs(bench, precision)
-    tables = []
-    for target in targets:
-        sources = bench.study.sources_of(target)
-        decides = {
-            "models": {name: bench.key(runs[name]) for name in sources}, "data": bench.dataset(target).fingerprint,
-            "max_patches": bench.study.recipe.max_patches,
-        }  # fmt: skip
-        table = cached_table(
-            bench,
-            f"transferred-{target}",
-            decides,
-            lambda target=target, sources=sources: _on_target(  # type: ignore[misc]
-                bench.dataset(target), {s: bench.model(runs[s]) for s in sources}, bench, precision, device
-            ),
-        )
-        tables.append(table.assign(target=target))
-    table = pd.concat(tables, ignore_index=True)
+    table = pd.concat([_on_target(bench, target, precision, device) for target in targets], ignore_index=True)
     return table.assign(problem=table["problem"].fillna(""))[["source", "target", "c_index", "n", "events", "problem"]]
 
 
-def _on_target(
-    data: Dataset, models: Mapping[str, nn.Module], bench: Workbench, precision: str, device: str
-) -> pd.DataFrame:
+def _on_target(bench: Workbench, target: str, precision: str, device: str) -> pd.DataFrame:
+    study, data = bench.study, bench.dataset(target)
+    runs = {name: source_runs(study, precision)[name] for name in study.sources_of(target)}
+    inputs = {
+        "models": {name: bench.key(run) for name, run in runs.items()}, "data": data.fingerprint,
+        "max_patches": study.recipe.max_patches,
+    }  # fmt: skip
+
+    def compute() -> pd.DataFrame:
+        how = Compute(device, precision, study.recipe.max_patches)
+        return c_indices({name: bench.model(run) for name, run in runs.items()}, data, how)
+
+    return cached_table(bench, f"transferred-{target}", inputs, compute).assign(target=target)
+
+
+def c_indices(models: Mapping[str, Model], data: Dataset, compute: Compute) -> pd.DataFrame:
+    """C-index of each model on all patients of a data set: source (the model's name), c_index, n, events, problem."""
     patients = list(data.cohort.patients["patient_id"])
-    risks = risks_of(models, data, patients, device, precision, bench.study.recipe.max_patches)
-    labels = data.labels(patients)
+    labels, risks = data.labels(patients), risks_of(models, data, patients, compute)
     rows = []
     for source in models:
         row = {"source": source, "n": len(labels), "events": int(labels["event"].sum()), "c_index": None, "problem": ""}
@@ -76,25 +73,14 @@ def _on_target(
 
 
 @torch.no_grad()
-def risks_of(
-    models: Mapping[str, nn.Module],
-    data: Dataset,
-    patients: Sequence[str],
-    device: str = "cpu",
-    precision: str = "fp32",
-    max_patches: int | None = None,
-) -> pd.DataFrame:
+def risks_of(models: Mapping[str, Model], data: Dataset, patients: Sequence[str], compute: Compute) -> pd.DataFrame:
     """Risk of each patient (row) under each model (column). A bag is read once, and one at a time."""
-    dtype = parameter_dtype(precision)
-    for model in models.values():
-        model.to(device, dtype).eval()
-    coords = any(network_needing_coords(model) for model in models.values())
-    rows = []
+    together = nn.ModuleList(models.values()).to(compute.device, compute.parameter_dtype).eval()
+    batch_of, rows = loader(together, data, patients, compute), []
     with single_thread():
         for patient in patients:
-            bag = data.batch([patient], device, dtype, coords, max_patches)
-            logits = [torch.sigmoid(model(bag)).double().cpu() for model in models.values()]
-            rows.append(risk_score(torch.cat(logits)).numpy())
+            bag = batch_of([patient])
+            rows.append([risk_score(torch.sigmoid(model(bag)).double().cpu()).item() for model in together])
     return pd.DataFrame(rows, index=list(patients), columns=list(models))
 
 
@@ -111,31 +97,19 @@ def matrix(table: pd.DataFrame, own: pd.DataFrame, names: Sequence[str]) -> pd.D
 
 def task_vector_cosine(bench: Workbench, precision: str = "fp32") -> pd.DataFrame:
     """Cosine of the angle between the task vectors of each two cancers' encoders, of the models of `source_runs`."""
-    null = bench.null_state("abmil")
+    null, names = bench.null_state("abmil"), list(bench.study.datasets)
     layout = Layout.of(null, without="head.")
-    flat: dict[str, Tensor] = {}
-    for name, run in source_runs(bench, precision).items():
-        tau = layout.flatten(task_vector(bench.state(run), null)).double()
-        flat[name] = tau / tau.norm()
-    vectors = torch.stack(list(flat.values()))
-    return pd.DataFrame((vectors @ vectors.T).numpy(), index=list(flat), columns=list(flat))
+    states = [bench.state(run) for run in source_runs(bench.study, precision).values()]
+    vectors = torch.stack([layout.flatten(task_vector(state, null)).double() for state in states])
+    vectors /= vectors.norm(dim=1, keepdim=True)
+    return pd.DataFrame((vectors @ vectors.T).numpy(), index=names, columns=names)
 
 
 def final_weights(courses: Mapping[str, pd.DataFrame], names: Sequence[str]) -> pd.DataFrame:
     """Final w of each source (row) in STEPH for each target (column), mean over starts, of
-    `steph.analysis.mixing.dynamics.of_finished`; NaN on the diagonal and for sources that a course lacks."""
-    columns = {target: at_the_end(course).groupby("source")["w"].mean() for target, course in courses.items()}
+    `steph.analysis.mixing.dynamics.by_target`; NaN on the diagonal and for sources that a course lacks."""
+    columns = {target: dynamics.final_weights(course).mean(axis=1) for target, course in courses.items()}
     return pd.DataFrame(columns).reindex(index=list(names))
-
-
-def asymmetry(table: pd.DataFrame) -> tuple[float, float]:
-    """Of a square matrix: the mean absolute difference of the two directions of a pair, and the rank correlation of one
-    direction with the other over all pairs (both orders, so that it does not matter which is first)."""
-    table = table.loc[table.columns]
-    values = table.to_numpy(float)
-    off = ~np.eye(len(values), dtype=bool) & np.isfinite(values) & np.isfinite(values.T)
-    there, back = pd.Series(values[off]), pd.Series(values.T[off])
-    return float((there - back).abs().mean()), rank_correlation(there, back)
 
 
 def goes_with(table: pd.DataFrame, other: pd.DataFrame, n: int = 1999, seed: int = 0) -> tuple[float, float, int]:
@@ -150,15 +124,15 @@ def goes_with(table: pd.DataFrame, other: pd.DataFrame, n: int = 1999, seed: int
     both = first.any(axis=0) & second.any(axis=0)
     if not both.any():
         return float("nan"), float("nan"), 0
-    seen = float((first * second).sum() / both.sum())
-    if list(targets) != names or not both.all():
-        return seen, float("nan"), int(both.sum())
+    correlation = float((first * second).sum() / both.sum())
+    if targets != names or not both.all():
+        return correlation, float("nan"), int(both.sum())
     rng = np.random.default_rng(seed)
     shuffled = (rng.permutation(len(names)) for _ in range(n))
     drawn = np.array([(first * second[np.ix_(order, order)]).sum() / both.sum() for order in shuffled])
     # A hair's breadth, so that the same value from another order of summation counts as reached.
-    p = (1 + np.count_nonzero(np.abs(drawn) >= abs(seen) - 1e-12)) / (1 + n)
-    return seen, float(p), int(both.sum())
+    p = (1 + np.count_nonzero(np.abs(drawn) >= abs(correlation) - 1e-12)) / (1 + n)
+    return correlation, float(p), int(both.sum())
 
 
 def relations(table: pd.DataFrame, others: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

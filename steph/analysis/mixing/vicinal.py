@@ -23,26 +23,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from steph import Refused
+from steph.analysis.mixing.pairs import check_sources
 from steph.data.bags import RaggedBatch
 from steph.data.dataset import Dataset
-from steph.data.manifest import Study, unknown
+from steph.data.manifest import Study
+from steph.merging.merged_encoder import Encoder
 from steph.merging.task_vectors import Layout
 from steph.mil.abmil import ABMIL
 from steph.study.cache import cached_table
 from steph.study.runs import Workbench
 from steph.survival import concordance_index, nll_loss, risk_score, targets
-from steph.training.device import single_thread
-from steph.training.engine import seed_everything
+from steph.training.device import Compute, single_thread
+from steph.training.engine import groups_of, loader, seed_everything
 
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)
 """Steps of training after which vectors are compared."""
@@ -54,6 +57,9 @@ MAX_PATIENTS, MAX_TESTED, MAX_PATCHES = 256, 300, 16  # per data set, per data s
 LOSSES, FEATURES = "mixed losses", "mixed features"
 MIXTURE, TARGET_ALONE, SOURCE_ALONE, OTHER_BATCHES = "mixture", "target alone", "source alone", "other batches"
 CANDIDATES = (MIXTURE, TARGET_ALONE, SOURCE_ALONE, OTHER_BATCHES)
+
+Labels = tuple[Tensor, Tensor]
+"""Bins (N,) and events (N,) bool."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +77,12 @@ class Patients:
     def some(self, chosen: Sequence[int] | np.ndarray) -> Patients:
         """The patients at these places."""
         bags = RaggedBatch.from_bags([self.bags.bag(int(i)) for i in chosen])
+        return Patients(bags, *self.labels(chosen), self.time_days[np.asarray(chosen)])
+
+    def labels(self, chosen: Sequence[int] | np.ndarray) -> Labels:
+        """The labels of the patients at these places."""
         index = torch.as_tensor(np.asarray(chosen), device=self.bins.device)
-        return Patients(bags, self.bins[index], self.event[index], self.time_days[np.asarray(chosen)])
+        return self.bins[index], self.event[index]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,22 +107,11 @@ class Problem:
         return self.layout.flatten({k: v.detach() for k, v in self.network.named_parameters()})
 
 
-class _Encoder(nn.Module):
-    """A network's encoder as a module of its own."""
-
-    def __init__(self, network: ABMIL) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, bags: RaggedBatch) -> Tensor:
-        return self.network.encode(bags)
-
-
 def bag_features(problem: Problem, weights: Mapping[str, Tensor], bags: RaggedBatch) -> Tensor:
     """Features (G, B, dim_emb) of B bags under each of G sets of parameters, ``weights[name]`` (G, ...)."""
-    encoder = _Encoder(problem.network)
+    encoder = Encoder(problem.network)
     named = {f"network.{name}": value for name, value in weights.items()}
-    return vmap(lambda own: functional_call(encoder, own, (bags,)))(named)
+    return vmap(lambda parameters: functional_call(encoder, parameters, (bags,)))(named)
 
 
 def predict_bins(weights: Mapping[str, Tensor], features: Tensor) -> Tensor:
@@ -120,55 +119,43 @@ def predict_bins(weights: Mapping[str, Tensor], features: Tensor) -> Tensor:
     return torch.baddbmm(weights["head.bias"].unsqueeze(1), features, weights["head.weight"].transpose(1, 2))
 
 
+@torch.no_grad()
+def logits_of(problem: Problem, flat: Tensor, patients: Patients) -> Tensor:
+    """Logits of the hazards (G, N, T) of patients under G models, flat (G, P)."""
+    weights = problem.layout.views(flat)
+    groups = [patients.some(places).bags for places in groups_of(range(len(patients)), BATCH)]
+    return torch.cat([predict_bins(weights, bag_features(problem, weights, bags)) for bags in groups], dim=1)
+
+
 def gradients(
     problem: Problem, flat: Tensor, shares: Tensor, on_features: Tensor, target: Patients, source: Patients
 ) -> Tensor:
     """Gradient (G, P) of the mixed loss of each of G models, flat (G, P), on a batch of each data set.
 
-    shares: (G,), lambda. on_features: (G,) bool, whether a model is trained on mixed features or on mixed losses. With
-    lambda 1 both are the loss on the target alone, with 0 on the source alone.
+    shares: (G,), lambda. on_features: (G,) bool, whether a model is trained on mixed features, where the loss is the
+    mean over every pair (i, j) of the two batches, or on mixed losses. With lambda 1 both are the loss on the target
+    alone, with 0 on the source alone.
     """
     flat = flat.detach().requires_grad_()
     weights = problem.layout.views(flat)
     both = RaggedBatch.from_bags([patients.bags.bag(i) for patients in (target, source) for i in range(len(patients))])
     h_t, h_s = bag_features(problem, weights, both).split([len(target), len(source)], dim=1)
-    loss = flat.new_zeros(())
-    apart = (~on_features).nonzero().squeeze(1)
-    if len(apart):
-        loss = loss + _mixed_losses(problem, weights, h_t, h_s, shares, apart, target, source).sum()
-    joined = on_features.nonzero().squeeze(1)
-    if len(joined):
-        loss = loss + _mixed_features(problem, weights, h_t, h_s, shares, joined, target, source).sum()
-    return torch.autograd.grad(loss, flat)[0]
-
-
-def _mixed_losses(
-    problem: Problem, weights: Mapping[str, Tensor], h_t: Tensor, h_s: Tensor, shares: Tensor, models: Tensor,
-    target: Patients, source: Patients,
-) -> Tensor:  # fmt: skip
-    """lambda times the mean loss on the target's batch plus (1 - lambda) times that on the source's, (G,)."""
-    heads = _heads(weights, models)
-    own = _nll(predict_bins(heads, h_t[models]), target.bins, target.event, problem.alpha)
-    other = _nll(predict_bins(heads, h_s[models]), source.bins, source.event, problem.alpha)
-    return shares[models] * own + (1 - shares[models]) * other
-
-
-def _mixed_features(
-    problem: Problem, weights: Mapping[str, Tensor], h_t: Tensor, h_s: Tensor, shares: Tensor, models: Tensor,
-    target: Patients, source: Patients,
-) -> Tensor:  # fmt: skip
-    """The loss on mixed features and labels, (G,): the mean over every pair (i, j) of the two batches."""
-    share = shares[models].view(-1, 1, 1, 1)
-    mixed = share * h_t[models].unsqueeze(2) + (1 - share) * h_s[models].unsqueeze(1)  # (G, b_t, b_s, dim_emb)
-    logits = predict_bins(_heads(weights, models), mixed.flatten(1, 2))  # (G, b_t * b_s, T)
     i, j = (index.flatten() for index in np.indices((len(target), len(source))))
-    own = _nll(logits, target.bins[i], target.event[i], problem.alpha)
-    other = _nll(logits, source.bins[j], source.event[j], problem.alpha)
-    return shares[models] * own + (1 - shares[models]) * other
-
-
-def _heads(weights: Mapping[str, Tensor], models: Tensor) -> dict[str, Tensor]:
-    return {name: weights[name][models] for name in ("head.weight", "head.bias")}
+    loss = flat.new_zeros(())
+    for mixes_features in (False, True):
+        models = (on_features == mixes_features).nonzero().squeeze(1)
+        share, heads = shares[models], {name: weights[name][models] for name in ("head.weight", "head.bias")}
+        if mixes_features:
+            part = share.view(-1, 1, 1, 1)
+            mixed = part * h_t[models].unsqueeze(2) + (1 - part) * h_s[models].unsqueeze(1)  # (G, b_t, b_s, dim_emb)
+            logits = predict_bins(heads, mixed.flatten(1, 2))  # (G, b_t * b_s, T)
+            of_target, of_source = (logits, *target.labels(i)), (logits, *source.labels(j))
+        else:
+            of_target = predict_bins(heads, h_t[models]), target.bins, target.event
+            of_source = predict_bins(heads, h_s[models]), source.bins, source.event
+        mixed_loss = share * _nll(*of_target, problem.alpha) + (1 - share) * _nll(*of_source, problem.alpha)
+        loss = loss + mixed_loss.sum()
+    return torch.autograd.grad(loss, flat)[0]
 
 
 def _nll(logits: Tensor, bins: Tensor, event: Tensor, alpha: float) -> Tensor:
@@ -194,20 +181,20 @@ def train(
     lam = problem.null.new_tensor(list(shares))
     kinds = torch.tensor(list(on_features), device=lam.device)
     start = problem.null.expand(len(lam), -1)
-    flat, found = start.clone(), {}
+    flat, vectors = start.clone(), {}
     batches = [
         _batches(len(p), np.random.default_rng([seed, i])) for i, p in enumerate((problem.target, problem.source))
     ]
     for step in range(1, max(lengths) + 1):
-        chosen = problem.target.some(next(batches[0])), problem.source.some(next(batches[1]))
-        flat = flat - rate * gradients(problem, flat, lam, kinds, *chosen)
+        batch = problem.target.some(next(batches[0])), problem.source.some(next(batches[1]))
+        flat = flat - rate * gradients(problem, flat, lam, kinds, *batch)
         if step in lengths:
             if not torch.isfinite(flat).all():
                 raise Refused(
                     f"plain gradient descent diverged within {step} steps at rate {rate}; take a smaller one."
                 )
-            found[step] = flat - start
-    return found
+            vectors[step] = flat - start
+    return vectors
 
 
 def _batches(n: int, shuffler: np.random.Generator) -> Iterator[np.ndarray]:
@@ -217,19 +204,12 @@ def _batches(n: int, shuffler: np.random.Generator) -> Iterator[np.ndarray]:
         yield from shuffler.permutation(n)[: n // size * size].reshape(-1, size)
 
 
-@torch.no_grad()
 def evaluate(problem: Problem, flat: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Test loss (alpha 0, as it is reported elsewhere) and C-index of G models, flat (G, P), each (G,)."""
-    weights = problem.layout.views(flat)
-    n = len(problem.test)
-    logits = []
-    for start in range(0, n, BATCH):
-        bags = problem.test.some(range(start, min(start + BATCH, n))).bags
-        logits.append(predict_bins(weights, bag_features(problem, weights, bags)))
-    joined = torch.cat(logits, dim=1)
-    risks = [risk_score(torch.sigmoid(of_model)).cpu().numpy() for of_model in joined]
-    scores = [concordance_index(problem.test.time_days, problem.test.event.cpu().numpy(), risk) for risk in risks]
-    return _nll(joined, problem.test.bins, problem.test.event, alpha=0.0).cpu().numpy(), np.array(scores)
+    test, logits = problem.test, logits_of(problem, flat, problem.test)
+    event = test.event.cpu().numpy()
+    scores = [concordance_index(test.time_days, event, risk_score(torch.sigmoid(z)).cpu().numpy()) for z in logits]
+    return _nll(logits, test.bins, test.event, alpha=0.0).cpu().numpy(), np.array(scores)
 
 
 def compare(
@@ -251,50 +231,56 @@ def compare(
         raise Refused("give seeds (each once), lambdas and lengths of training (1 step or more) to compare.")
     m = len(lambdas)
     shares, on_features = [1.0, 0.0, *lambdas, *lambdas], [False] * (2 + m) + [True] * m
+    rows = []
     with single_thread():
         by_seed = [train(problem, shares, on_features, lengths, seed, rate) for seed in seeds]
-        rows = []
-        for at, seed in enumerate(seeds):
-            for steps in lengths:
-                tau = by_seed[at][steps]
-                others = by_seed[(at + 1) % len(seeds)][steps] if len(seeds) > 1 else None
-                rows += [{"seed": seed, "steps": steps, **row} for row in _rows(problem, tau, others, lambdas)]
+        for at, steps in product(range(len(seeds)), lengths):
+            others = by_seed[(at + 1) % len(seeds)][steps] if len(seeds) > 1 else None
+            compared = _rows(problem, by_seed[at][steps], others, lambdas)
+            rows += [{"seed": seeds[at], "steps": steps, **row} for row in compared]
     return pd.DataFrame(rows)
 
 
 def _rows(problem: Problem, tau: Tensor, others: Tensor | None, lambdas: Sequence[float]) -> list[dict[str, Any]]:
     """The rows of one seed and length. tau, others: (G, P) in the order of `compare`."""
     m, null = len(lambdas), problem.null
-    lam = null.new_tensor(list(lambdas)).view(-1, 1)
-    mixtures = lam * tau[:1] + (1 - lam) * tau[1:2]
-    vectors = torch.cat([tau, mixtures] if others is None else [tau, mixtures, others[2:]])
-    losses, scores = evaluate(problem, null + vectors)
-    names = {LOSSES: 2, FEATURES: 2 + m}
-    rows = []
+    vectors: dict[Any, Tensor] = {TARGET_ALONE: tau[0], SOURCE_ALONE: tau[1]}
     for k, share in enumerate(lambdas):
-        for reference, start in names.items():
-            r = start + k
-            candidates = {MIXTURE: 2 + 2 * m + k, TARGET_ALONE: 0, SOURCE_ALONE: 1}
+        vectors[MIXTURE, share] = share * tau[0] + (1 - share) * tau[1]
+        for reference, place in ((LOSSES, 2 + k), (FEATURES, 2 + m + k)):
+            vectors[reference, share] = tau[place]
             if others is not None:
-                candidates[OTHER_BATCHES] = 2 + 3 * m + (start - 2) + k
-            for candidate, c in candidates.items():
-                near = _nearness(vectors[c], vectors[r])
-                moved = float(vectors[r].norm() / null.norm())
-                rows.append(
-                    {"lambda": share, "reference": reference, "candidate": candidate, **near, "moved": moved}
-                    | {"nll": losses[c], "c_index": scores[c]}
-                    | {"nll_reference": losses[r], "c_index_reference": scores[r]}
-                )
+                vectors[OTHER_BATCHES, reference, share] = others[place]
+    losses, scores = evaluate(problem, null + torch.stack(list(vectors.values())))
+    tested = {name: (losses[i], scores[i]) for i, name in enumerate(vectors)}
+    rows = []
+    for share, reference in product(lambdas, (LOSSES, FEATURES)):
+        nll_reference, c_index_reference = tested[reference, share]
+        target, norm = vectors[reference, share], vectors[reference, share].norm()
+        names = {
+            MIXTURE: (MIXTURE, share), TARGET_ALONE: TARGET_ALONE, SOURCE_ALONE: SOURCE_ALONE,
+            OTHER_BATCHES: (OTHER_BATCHES, reference, share),
+        }  # fmt: skip
+        for candidate, name in names.items():
+            if name not in vectors:
+                continue
+            nll, c_index = tested[name]
+            rows.append(
+                {
+                    "lambda": share,
+                    "reference": reference,
+                    "candidate": candidate,
+                    "cosine": float(F.cosine_similarity(vectors[name], target, dim=0, eps=0)),
+                    "ratio": float(vectors[name].norm() / norm),
+                    "distance": float((vectors[name] - target).norm() / norm),
+                    "moved": float(norm / null.norm()),
+                    "nll": nll,
+                    "c_index": c_index,
+                    "nll_reference": nll_reference,
+                    "c_index_reference": c_index_reference,
+                }
+            )
     return rows
-
-
-def _nearness(candidate: Tensor, reference: Tensor) -> dict[str, float]:
-    norm = reference.norm()
-    return {
-        "cosine": float(F.cosine_similarity(candidate, reference, dim=0, eps=0)),
-        "ratio": float(candidate.norm() / norm),
-        "distance": float((candidate - reference).norm() / norm),
-    }
 
 
 # ------------------------------------------------------------------------------------- Eq. 9's premise
@@ -326,13 +312,14 @@ def premise(
     "exactly"), above_half (the share of hazards above one half in the intervals that count; NaN for Eq. 10).
     """
     shuffler = np.random.default_rng([seed, 9])
-    i, j = (shuffler.integers(len(p), size=n_pairs) for p in (problem.target, problem.source))
+    target, source = problem.target, problem.source
+    i, j = (shuffler.integers(len(patients), size=n_pairs) for patients in (target, source))
     share = torch.from_numpy(shuffler.random((n_pairs, 1))).to(problem.null)
-    labels = (problem.target.bins[i], problem.target.event[i]), (problem.source.bins[j], problem.source.event[j])
+    labels = target.labels(i), source.labels(j)
     rows = []
     with single_thread():
         for name, flat in models.items():
-            z_t, z_s = (_logits(problem, flat, p) for p in (problem.target, problem.source))
+            z_t, z_s = (logits_of(problem, flat.unsqueeze(0), patients)[0] for patients in (target, source))
             rows += _inequalities(name, z_t[i], z_s[j], *labels, share, problem.alpha)
             rows.append(_of_parameters(problem, name, flat, seed))
         drawn = torch.from_numpy(shuffler.normal(scale=spread, size=(2, *z_t[i].shape))).to(problem.null)
@@ -340,17 +327,10 @@ def premise(
     return pd.DataFrame(rows)
 
 
-@torch.no_grad()
-def _logits(problem: Problem, flat: Tensor, patients: Patients) -> Tensor:
-    weights = problem.layout.views(flat.unsqueeze(0))
-    groups = [range(s, min(s + BATCH, len(patients))) for s in range(0, len(patients), BATCH)]
-    return torch.cat([predict_bins(weights, bag_features(problem, weights, patients.some(g).bags))[0] for g in groups])
-
-
 def _inequalities(
-    place: str, a: Tensor, b: Tensor, y_t: tuple, y_s: tuple, share: Tensor, alpha: float
+    place: str, a: Tensor, b: Tensor, y_t: Labels, y_s: Labels, share: Tensor, alpha: float
 ) -> list[dict[str, Any]]:
-    def g(logits: Tensor, label: tuple[Tensor, Tensor]) -> Tensor:
+    def g(logits: Tensor, label: Labels) -> Tensor:
         logits = logits.detach().requires_grad_()
         loss = nll_loss(torch.sigmoid(logits), *label, alpha, reduction="sum")
         return torch.autograd.grad(loss, logits)[0]
@@ -401,26 +381,23 @@ def small_problem(bench: Workbench, target: str, source: str, fold: int, device:
     C-index can be told.
     """
     study = bench.study
-    study.entry(target)
-    if source not in study.sources_of(target):
-        raise Refused(unknown("source", source, study.sources_of(target), f"study {study.name}, target {target}"))
-    study.check_fold(fold)
-    data, other = bench.dataset(target), bench.dataset(source)
-    tested, everyone = (data, data.splits.test(fold))
+    check_sources(study, target, [source], fold)
+    data, source_data = bench.dataset(target), bench.dataset(source)
+    test_data, tested = data, data.splits.test(fold)
     if data.external is not None:
-        tested, everyone = data.external, list(data.external.cohort.patients["patient_id"])
+        test_data, tested = data.external, list(data.external.cohort.patients["patient_id"])
     n = study.network
     small = {"dim_emb": min(n.dim_emb, DIM_EMB), "dim_attn": min(n.dim_attn, DIM_ATTN), "n_bins": n.n_bins}
     seed_everything(study.seed)
-    network = ABMIL(min(study.features.dim, DIM_IN), **small, dropout=0.0)
+    network = ABMIL(min(study.features.dim, DIM_IN), **small, dropout=0.0).to(device, torch.float64).eval()
     loaded = [
-        _load(bench, data, data.splits.train(fold), MAX_PATIENTS, device),
-        _load(bench, other, other.splits.train(0), MAX_PATIENTS, device),
-        _load(bench, tested, everyone, MAX_TESTED, device),
+        _load(study, network, data, data.splits.train(fold), MAX_PATIENTS, device),
+        _load(study, network, source_data, source_data.splits.train(0), MAX_PATIENTS, device),
+        _load(study, network, test_data, tested, MAX_TESTED, device),
     ]
-    own, others, test = _narrowed(loaded, study.seed)
+    of_target, of_source, test = _narrowed(loaded, study.seed)
     concordance_index(test.time_days, test.event.cpu().numpy(), np.zeros(len(test)))  # refuses what has no pairs
-    return Problem(network.to(device, torch.float64).eval(), own, others, test, study.recipe.alpha)
+    return Problem(network, of_target, of_source, test, study.recipe.alpha)
 
 
 def _narrowed(parts: list[Patients], seed: int) -> list[Patients]:
@@ -437,13 +414,12 @@ def _narrowed(parts: list[Patients], seed: int) -> list[Patients]:
     ]
 
 
-def _load(bench: Workbench, data: Dataset, patients: Sequence[str], most: int, device: str) -> Patients:
-    study = bench.study
+def _load(study: Study, network: ABMIL, data: Dataset, patients: Sequence[str], most: int, device: str) -> Patients:
     if len(patients) > most:
-        kept_ones = np.sort(np.random.default_rng(study.seed).choice(len(patients), most, replace=False))
-        patients = [patients[i] for i in kept_ones]
+        places = np.sort(np.random.default_rng(study.seed).choice(len(patients), most, replace=False))
+        patients = [patients[i] for i in places]
     labels = data.labels(patients)
-    bags = data.batch(patients, device, torch.float64, max_patches=MAX_PATCHES)
+    bags = loader(network, data, patients, Compute(device, "fp64", MAX_PATCHES))(patients)
     bins, event = targets(labels, study.network.n_bins, study.network.bin_width_days, device)
     return Patients(bags, bins, event, labels["time_days"].to_numpy())
 
@@ -456,12 +432,12 @@ def lengths(study: Study) -> list[int]:
 def of_study(
     bench: Workbench, target: str, source: str, fold: int, seeds: Sequence[int], device: str = "cpu"
 ) -> pd.DataFrame:
-    """`compare` on the small problem of a study, over `lengths`; kept."""
+    """`compare` on the small problem of a study, over `lengths`. Computed once."""
     settings: dict[str, Any] = {"seeds": list(seeds), "lengths": lengths(bench.study), "lambdas": LAMBDAS, "rate": RATE}
     return cached_table(
         bench,
         "vicinal",
-        _decides(bench, target, source, fold) | settings,
+        _inputs(bench, target, source, fold) | settings,
         lambda: compare(small_problem(bench, target, source, fold, device), **settings),
     )
 
@@ -469,7 +445,7 @@ def of_study(
 def premise_of_study(
     bench: Workbench, target: str, source: str, fold: int, seed: int, device: str = "cpu"
 ) -> pd.DataFrame:
-    """`premise` on the small problem of a study, at M_0 and at the M_t of the longest of `lengths`; kept."""
+    """`premise` on the small problem of a study, at M_0 and at the M_t of the longest of `lengths`. Computed once."""
     steps = max(lengths(bench.study))
 
     def compute() -> pd.DataFrame:
@@ -478,11 +454,11 @@ def premise_of_study(
             tau = train(problem, [1.0], [False], [steps], seed, RATE)[steps][0]
         return premise(problem, {"M_0": problem.null, "M_t": problem.null + tau}, seed=seed)
 
-    decides = _decides(bench, target, source, fold) | {"seed": seed, "steps": steps}
-    return cached_table(bench, "vicinal_premise", decides, compute)
+    inputs = _inputs(bench, target, source, fold) | {"seed": seed, "steps": steps}
+    return cached_table(bench, "vicinal_premise", inputs, compute)
 
 
-def _decides(bench: Workbench, target: str, source: str, fold: int) -> dict[str, Any]:
+def _inputs(bench: Workbench, target: str, source: str, fold: int) -> dict[str, Any]:
     """The patients, features and settings that the small problem of a study follows from."""
     study, data = bench.study, bench.dataset(target)
     return {
@@ -494,64 +470,54 @@ def _decides(bench: Workbench, target: str, source: str, fold: int) -> dict[str,
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds of `compare`'s numbers with the least and the largest of the cosine (cosine_min, cosine_max) and
-    the distance, a row per steps, lambda, reference and candidate; and nll_gap and c_index_gap, candidate less
-    reference."""
-    full = table.assign(
-        nll_gap=table["nll"] - table["nll_reference"], c_index_gap=table["c_index"] - table["c_index_reference"]
-    )
-    grouped = full.groupby(["steps", "lambda", "reference", "candidate"], sort=False)
-    found = grouped.mean(numeric_only=True).drop(columns="seed")
-    for name in ("cosine", "distance", "nll", "c_index", "nll_gap", "c_index_gap"):
-        found[f"{name}_min"], found[f"{name}_max"] = grouped[name].min(), grouped[name].max()
-    return found.reset_index()
+    """Means over seeds of `compare`'s numbers, a row per steps, lambda, reference and candidate, with nll_gap and
+    c_index_gap, candidate less reference; of cosine, distance, nll, c_index and the gaps also the least and the largest
+    (..._min, ..._max)."""
+    gaps = {f"{name}_gap": table[name] - table[f"{name}_reference"] for name in ("nll", "c_index")}
+    grouped = table.assign(**gaps).groupby(["steps", "lambda", "reference", "candidate"], sort=False)
+    means = grouped.mean(numeric_only=True).drop(columns="seed")
+    for name in ("cosine", "distance", "nll", "c_index", *gaps):
+        means[f"{name}_min"], means[f"{name}_max"] = grouped[name].min(), grouped[name].max()
+    return means.reset_index()
 
 
 def take_away(summary: pd.DataFrame, premise: pd.DataFrame) -> list[str]:
     """Appendix B in words, from `summary` and `premise`: list items. lambda is the one nearest to 0.5."""
     lambdas = summary["lambda"].unique()
-    part = summary[summary["lambda"] == lambdas[np.abs(lambdas - 0.5).argmin()]]
-    found = part.set_index(["reference", "candidate", "steps"]).sort_index()
-    first, last = part["steps"].min(), part["steps"].max()
-
-    def of(reference: str, candidate: str, steps: int, value: str) -> float:
-        return float(found.loc[(reference, candidate, steps), value])
-
-    lines = [
-        f"- After {first} step the mixture is, up to a relative distance of "
-        f"{of(LOSSES, MIXTURE, first, 'distance'):.0e}, the task vector of training on mixed losses (Eq. 8), and "
-        f"{of(FEATURES, MIXTURE, first, 'distance'):.2f} from that of mixed features; after {last} steps it is "
-        f"{of(LOSSES, MIXTURE, last, 'distance'):.2f} and {of(FEATURES, MIXTURE, last, 'distance'):.2f} away (cosine "
-        f"{of(LOSSES, MIXTURE, last, 'cosine'):.2f} and {of(FEATURES, MIXTURE, last, 'cosine'):.2f})."
-    ]
-    nearer = max(of(FEATURES, name, last, "cosine") for name in (TARGET_ALONE, SOURCE_ALONE))
-    line = f"- Beside it, the better of the two task vectors alone has a cosine of {nearer:.2f} with mixed features"
-    if (FEATURES, OTHER_BATCHES, last) in found.index:
-        line += (
-            f", and mixed features with its patients in another order {of(FEATURES, OTHER_BATCHES, last, 'cosine'):.2f}"
+    rows = summary[summary["lambda"] == lambdas[np.abs(lambdas - 0.5).argmin()]]
+    shortest, longest = (rows[rows["steps"] == steps] for steps in (rows["steps"].min(), rows["steps"].max()))
+    first, last = (part.set_index(["reference", "candidate"]).to_dict("index") for part in (shortest, longest))
+    steps = int(longest["steps"].iloc[0])
+    losses, features = last[LOSSES, MIXTURE], last[FEATURES, MIXTURE]
+    nearer = max(last[FEATURES, name]["cosine"] for name in (TARGET_ALONE, SOURCE_ALONE))
+    reordered = ""
+    if (FEATURES, OTHER_BATCHES) in last:
+        reordered = (
+            f", and mixed features with its patients in another order {last[FEATURES, OTHER_BATCHES]['cosine']:.2f}"
         )
-    lines.append(line + ".")
-    loss, c_index = (
-        [
-            of(LOSSES, TARGET_ALONE, last, value),
-            of(LOSSES, MIXTURE, last, value),
-            of(LOSSES, MIXTURE, last, f"{value}_reference"),
-            of(FEATURES, MIXTURE, last, f"{value}_reference"),
-        ]
-        for value in ("nll", "c_index")
-    )
-    names = ("M_t", "the mixture", "mixed losses", "mixed features")
-    both = zip(names, loss, c_index, strict=True)
-    lines.append(
-        f"- On new patients of the target after {last} steps (loss, C-index): "
-        + "; ".join(f"{name} {a:.3f}, {b:.3f}" for name, a, b in both)
-        + "."
-    )
-    holds = premise.pivot(index="place", columns="statement", values="holds")
-    shares = [
-        f"at {place} in {100 * holds.loc[place, CONVEX]:.0f} % of the components, Eq. 9 in "
-        f"{100 * holds.loc[place, EQ_9]:.0f} %, Eq. 10 in {100 * holds.loc[place, EQ_10]:.0f} %"
-        for place in holds.index[holds[EQ_10].notna()]
+    tested = [
+        f"{name} {row[f'nll{end}']:.3f}, {row[f'c_index{end}']:.3f}"
+        for name, row, end in (
+            ("M_t", last[LOSSES, TARGET_ALONE], ""),
+            ("the mixture", losses, ""),
+            ("mixed losses", losses, "_reference"),
+            ("mixed features", features, "_reference"),
+        )
     ]
-    lines.append(f"- The convexity that Eq. 9 asks for holds {'; '.join(shares)}.")
-    return lines
+    holds = premise.pivot(index="place", columns="statement", values="holds").dropna(subset=EQ_10)
+    shares = [
+        f"at {place} in {100 * row[CONVEX]:.0f} % of the components, Eq. 9 in {100 * row[EQ_9]:.0f} %, Eq. 10 in "
+        f"{100 * row[EQ_10]:.0f} %"
+        for place, row in holds.iterrows()
+    ]
+    return [
+        f"- After {shortest['steps'].iloc[0]} step the mixture is, up to a relative distance of "
+        f"{first[LOSSES, MIXTURE]['distance']:.0e}, the task vector of training on mixed losses (Eq. 8), and "
+        f"{first[FEATURES, MIXTURE]['distance']:.2f} from that of mixed features; after {steps} steps it is "
+        f"{losses['distance']:.2f} and {features['distance']:.2f} away (cosine {losses['cosine']:.2f} and "
+        f"{features['cosine']:.2f}).",
+        f"- Beside it, the better of the two task vectors alone has a cosine of {nearer:.2f} with mixed features"
+        f"{reordered}.",
+        f"- On new patients of the target after {steps} steps (loss, C-index): {'; '.join(tested)}.",
+        f"- The convexity that Eq. 9 asks for holds {'; '.join(shares)}.",
+    ]

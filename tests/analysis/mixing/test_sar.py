@@ -117,7 +117,7 @@ def test_iso_c_has_every_direction_alike():
     ("target", "new", "options", "message"),
     [
         (gaussian(3, 4), gaussian(4, 3), {}, "both must have one shape"),
-        (gaussian(3), gaussian(3), {}, "matrices"),
+        (gaussian(3), gaussian(3), {}, r"matrix \(r, c\)"),
         (gaussian(3, 4), torch.zeros(3, 4), {}, "tau_new is zero"),
         (torch.zeros(3, 4), gaussian(3, 4), {}, "tau_target is zero"),
         (gaussian(3, 4), gaussian(3, 4) / 0, {}, "not finite"),
@@ -278,14 +278,3 @@ def test_spectra_of_a_study_and_their_ranks(tiny):
     ranks = sar.ranks(spectra)
     assert ranks.loc[(sar.EMBEDDING, "LIHC"), "released"] == sar.dominant_rank(values)
     assert ranks.loc[(sar.EMBEDDING, "LIHC"), "rows"] == len(tau["embed.weight"])
-
-
-@pytest.mark.parametrize(
-    ("sources", "fold", "message"),
-    [(["LICH"], 0, "Did you mean LIHC"), (["SARC"], 0, "target SARC"), ([], 0, "no source"), (["LIHC"], 2, "0 to 1")],
-)
-def test_pairs_that_cannot_be_are_refused(sources, fold, message):
-    from steph.study.execute import Workbench
-
-    with pytest.raises(Refused, match=message):
-        sar.runs(Workbench("tiny"), "SARC", sources, fold)
