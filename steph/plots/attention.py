@@ -13,18 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 
-from steph.analysis.mixing.attention import (
-    MERGED,
-    OWN,
-    TOP,
-    UNTRAINED,
-    ZONES,
-    by_method,
-    patch_size,
-    refuse_without_places,
-    times_even,
-    title,
-)
+from steph.analysis.mixing import attention
+from steph.analysis.mixing.attention import MERGED, OWN, UNTRAINED, title
 from steph.analysis.performance.estimates import Estimate
 from steph.plots.parts import colour_bar, legend, name_rows, stripe_rows
 from steph.plots.style import INK, MUTED, ORANGE, WIDTH, colour_of, marker_of
@@ -48,14 +38,14 @@ def attention_maps(
     first, second = names
     rows: list[tuple[str, pd.DataFrame, int]] = []
     for table, label in zip(tables, labels, strict=True):
-        refuse_without_places(table)
+        attention.refuse_without_places(table)
         parts = table.groupby("slide_id", observed=True)
         chosen = parts[f"attention_{second}"].sum().nlargest(SLIDES).index
         for number, (name, part) in enumerate(parts, start=1):
             slide = f", slide {number} of {len(parts)}" if len(parts) > 1 else ""
             if name in chosen:
                 rows.append((label.replace("$", r"\$") + slide, part, len(table)))  # a patient's name is no formula
-    sizes = [patch_size(part["x"].to_numpy(int), part["y"].to_numpy(int)) or edge for _, part, _ in rows]
+    sizes = [attention.patch_size(part["x"].to_numpy(int), part["y"].to_numpy(int)) or edge for _, part, _ in rows]
     inches = []
     for (_, part, _), size in zip(rows, sizes, strict=True):
         wide, high = (float(np.ptp(part[axis].to_numpy(int))) + 2 * size for axis in "xy")
@@ -167,11 +157,14 @@ def attention_agreement(table: pd.DataFrame) -> Figure:
     shares = (part["effective_share"] for part in (own, merged))
     ax.scatter(*shares, s=11, color=colour_of(MERGED), alpha=0.6, linewidths=0)
     ax.set(xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal", title="effective patches")
-    ax.set(xlabel=f"{title(OWN)}, share of bag", ylabel=f"{title(MERGED)}, share of bag")
+    ax.set(
+        xlabel=f"{title(OWN)}, share of bag",
+        ylabel=f"{title(MERGED)}, share of bag",
+    )
     ax.set_xticks([0, 0.5, 1])
     ax.set_yticks([0, 0.5, 1])
     bins = {"correlation": np.linspace(-1, 1, 21), "overlap": np.linspace(0, 1, 11)}
-    titles = {"correlation": "rank correlation", "overlap": f"top {TOP:.0%} in common"}
+    titles = {"correlation": "rank correlation", "overlap": f"top {attention.TOP:.0%} in common"}
     for ax, name in zip(axes[1:], bins, strict=True):
         ax.hist(merged[name].dropna(), bins=bins[name], color=colour_of(MERGED), alpha=0.85)
         ax.set(title=titles[name], xlim=(bins[name][0], 1))
@@ -200,15 +193,15 @@ def attention_on_tumour(table: pd.DataFrame) -> Figure:
     left.set(xlim=(-0.02, 1.02), title="AUC of attention for tumour", xlabel="0.5: blind to it, 1: all above the rest")
     name_rows(left, [title(method) for method in methods], ticks=True)
     compared = [method for method in (OWN, MERGED, UNTRAINED) if method in methods]
-    for j, zone in enumerate(ZONES):
-        found = _means(table, times_even(table, zone))
+    for j, zone in enumerate(attention.ZONES):
+        found = _means(table, attention.times_even(table, zone))
         for k, method in enumerate(compared):
             label = title(method) if j == 0 else None
             _mean(right, found[method], j + 0.2 * (k - (len(compared) - 1) / 2), method, label)
     right.axvline(1, color=MUTED, linewidth=0.8, linestyle=":")
     right.set(title="attention, × even share", xlabel="1: as much as any patch")
     right.set_xlim(left=0)
-    name_rows(right, list(ZONES.values()), ticks=True)
+    name_rows(right, list(attention.ZONES.values()), ticks=True)
     legend(fig, right, 3)
     return fig
 
@@ -239,7 +232,7 @@ def _colour(method: str) -> str:
 
 def _means(table: pd.DataFrame, values: pd.Series) -> dict[str, Estimate]:
     """Means over patients by method."""
-    found = by_method(table, values).set_index("method")[["mean", "low", "high"]]
+    found = attention.by_method(table, values).set_index("method")[["mean", "low", "high"]]
     return {str(method): Estimate(*row) for method, row in zip(found.index, found.to_numpy(float), strict=True)}
 
 

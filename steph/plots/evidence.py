@@ -15,20 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from steph.analysis.performance.estimates import MIN_DIFFERENCE, p_text, with_interval
 from steph.methods.registry import title
-from steph.plots.parts import (
-    colour_bar,
-    draw_estimates,
-    draw_survival,
-    heat_map,
-    key,
-    label_sides,
-    legend,
-    method_keys,
-    name_rows,
-    panels,
-    stripe_rows,
-    zero_line,
-)
+from steph.plots import parts
 from steph.plots.style import BLUE, DAYS_PER_YEAR, EVENT, INK, MUTED, WIDTH, YELLOW, colour_of, marker_of
 
 LOW, HIGH = BLUE, EVENT
@@ -43,19 +30,19 @@ def gains_by_dataset(folds: pd.DataFrame, patients: pd.DataFrame, first: str) ->
     size = (WIDTH, 0.3 * len(rows) + 1.2)
     fig, axes = plt.subplots(1, len(others), figsize=size, sharex=True, sharey=True, squeeze=False)
     for ax, other in zip(axes[0], others, strict=True):
-        stripe_rows(ax, len(rows))
-        zero_line(ax)
+        parts.stripe_rows(ax, len(rows))
+        parts.zero_line(ax)
         for table, shift, colour, marker in ((folds, -0.16, BLUE, "o"), (patients, 0.16, YELLOW, "s")):
             part = table[table["against"] == other].set_index("dataset").reindex(rows)
-            draw_estimates(ax, part, "gain", np.arange(len(rows)) + shift, colour, marker=marker, markersize=3.6)
-        name_rows(ax, rows)
+            parts.draw_estimates(ax, part, "gain", np.arange(len(rows)) + shift, colour, marker=marker, markersize=3.6)
+        parts.name_rows(ax, rows)
         ax.set(title=f"{title(first)} − {title(other)}", xlabel="difference in C-index, 95 % interval")
     keys = [
-        key("mean of folds (Nadeau-Bengio)", color=BLUE, marker="o", markersize=4),
-        key("all pairs of patients (bootstrap)", color=YELLOW, marker="s", markersize=4),
+        parts.key("mean of folds (Nadeau-Bengio)", color=BLUE, marker="o", markersize=4),
+        parts.key("all pairs of patients (bootstrap)", color=YELLOW, marker="s", markersize=4),
         plt.Rectangle((0, 0), 1, 1, color="#E5E7EB", label=f"± {MIN_DIFFERENCE}: not interpreted"),
     ]
-    legend(fig, keys, 3)
+    parts.legend(fig, keys, 3)
     return fig
 
 
@@ -74,8 +61,8 @@ def auc_by_year(table: pd.DataFrame) -> Figure:
         ax.axhline(0.5, color=MUTED, linewidth=0.8)
         ax.set(title=dataset, ylim=(lowest - 0.03, highest + 0.03), xlim=(0.6, last + 0.4), xticks=range(1, last + 1))
         _count_undefined(ax, of_dataset)
-    label_sides(axes, "years since diagnosis", "AUC")
-    legend(fig, method_keys(methods, line=True), min(5, 2 + len(axes)))
+    parts.label_sides(axes, "years since diagnosis", "AUC")
+    parts.legend(fig, parts.method_keys(methods, line=True), min(5, 2 + len(axes)))
     return fig
 
 
@@ -87,15 +74,15 @@ def accuracy(table: pd.DataFrame) -> Figure:
         (axes[0], "auc", 0.5, "mean AUC over the years (0.5 = a coin)"),
         (axes[1], "skill", 0.0, "Brier skill (0 = Kaplan-Meier; right is better)"),
     ):
-        stripe_rows(ax, len(rows))
+        parts.stripe_rows(ax, len(rows))
         ax.axvline(nothing, color=MUTED, linewidth=0.9)
         for method in methods:
             values = table[table["method"] == method].set_index("dataset")[column].reindex(rows).to_numpy(float)
             look: Any = {"color": colour_of(method), "markersize": 4.5, "alpha": 0.9}
             ax.plot(values, np.arange(len(rows)), marker_of(method), **look)
         ax.set_xlabel(label)
-        name_rows(ax, rows)
-    legend(fig, method_keys(methods), 5)
+        parts.name_rows(ax, rows)
+    parts.legend(fig, parts.method_keys(methods), 5)
     return fig
 
 
@@ -120,8 +107,8 @@ def calibration(table: pd.DataFrame) -> Figure:
         ax.text(0.97, 0.05, f"year {year}", transform=ax.transAxes, ha="right", fontsize=7.5, color=MUTED)
         ax.locator_params(nbins=4)
         _count_undefined(ax, of_dataset)
-    label_sides(axes, "predicted survival", "observed survival")
-    legend(fig, method_keys(methods, line=True), min(5, 2 + len(axes)))
+    parts.label_sides(axes, "predicted survival", "observed survival")
+    parts.legend(fig, parts.method_keys(methods, line=True), min(5, 2 + len(axes)))
     return fig
 
 
@@ -131,7 +118,7 @@ def _panels(n: int, height: float, share: bool = True) -> tuple[Figure, list[Axe
     def size(rows: int, columns: int) -> tuple[float, float]:
         return (WIDTH, height * rows + 0.9) if columns > 1 else (4.2, 3.2)
 
-    return panels(n, 4, size, sharex=share, sharey=share)
+    return parts.panels(n, 4, size, sharex=share, sharey=share)
 
 
 def _count_undefined(ax: Axes, table: pd.DataFrame) -> None:
@@ -163,7 +150,7 @@ def risk_groups(groups: pd.DataFrame, tests: pd.DataFrame, datasets: Sequence[st
                 ax.annotate(f"{name} risk", (-0.16, place), xycoords="axes fraction", ha="right", **text)
             if len(group):
                 line = DASHED if high else "-"
-                draw_survival(ax, years, group["event"], colour, alpha=0.15, linewidth=1.4, linestyle=line)
+                parts.draw_survival(ax, years, group["event"], colour, alpha=0.15, linewidth=1.4, linestyle=line)
         test = tests[(tests["dataset"] == dataset) & (tests["method"] == method)].iloc[0]
         ratio = with_interval(test["hazard_ratio"], test["low"], test["high"], form=".2f")
         text = test["problem"] or f"HR {ratio}\nlog-rank p {p_text(test['p'])}"
@@ -171,11 +158,11 @@ def risk_groups(groups: pd.DataFrame, tests: pd.DataFrame, datasets: Sequence[st
         ax.set(ylim=(0, 1.03), xlim=(0, longest * 1.02), xticks=ticks, yticks=[0, 0.5, 1])
         ax.set(title=f"{dataset}, {title(method)}", ylabel="survival" if j == 0 else "")
     keys = [
-        key("low risk", color=LOW),
-        key("high risk (above the training median)", color=HIGH, linestyle=DASHED),
-        key("over years; below: still at risk", linestyle=""),
+        parts.key("low risk", color=LOW),
+        parts.key("high risk (above the training median)", color=HIGH, linestyle=DASHED),
+        parts.key("over years; below: still at risk", linestyle=""),
     ]
-    legend(fig, keys, 3)
+    parts.legend(fig, keys, 3)
     return fig
 
 
@@ -184,12 +171,12 @@ def hazard_ratios(table: pd.DataFrame) -> Figure:
     `risk_groups.compared`."""
     rows, methods = list(table["dataset"].unique()), list(table["method"].unique())
     fig, ax = plt.subplots(figsize=(WIDTH, 0.3 * len(rows) + 1.2))
-    stripe_rows(ax, len(rows))
+    parts.stripe_rows(ax, len(rows))
     ax.axvline(1, color=MUTED, linewidth=0.9)
     for k, method in enumerate(methods):
         part = table[table["method"] == method].set_index("dataset").reindex(rows)
         y = np.arange(len(rows)) + 0.34 * (k - (len(methods) - 1) / 2)
-        draw_estimates(ax, part, "hazard_ratio", y, colour_of(method), marker=marker_of(method), markersize=4.5)
+        parts.draw_estimates(ax, part, "hazard_ratio", y, colour_of(method), marker=marker_of(method), markersize=4.5)
         for at, problem in zip(y, part["problem"], strict=True):
             if problem:
                 text = f"{title(method)}: undefined"
@@ -201,8 +188,8 @@ def hazard_ratios(table: pd.DataFrame) -> Figure:
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.tick_params(axis="x", which="minor", length=0)
     ax.set_xlabel("hazard of the high-risk group over the low-risk group's, with 95 % interval")
-    name_rows(ax, rows)
-    legend(fig, method_keys(methods), 5)
+    parts.name_rows(ax, rows)
+    parts.legend(fig, parts.method_keys(methods), 5)
     return fig
 
 
@@ -223,10 +210,10 @@ def transferability(matrix: pd.DataFrame, planted: pd.DataFrame | None = None) -
         values = table.astype(float)
         texts = values.map(lambda value: f"{value:.2f}".replace("-0.00", "0.00") if np.isfinite(value) else "")
         dark = (values - middle).abs() > 0.6 * reach
-        image = heat_map(ax, values, "RdBu_r", (middle - reach, middle + reach), texts, dark, rotate=True)
+        image = parts.heat_map(ax, values, "RdBu_r", (middle - reach, middle + reach), texts, dark, rotate=True)
         for i, row in enumerate(table.index):
             for j in np.flatnonzero(table.columns == row):
                 ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.4))
         ax.set(xlabel="patients of", ylabel="model of", title=name)
-        colour_bar(fig, image, ax, shrink=0.8, pad=0.02)
+        parts.colour_bar(fig, image, ax, shrink=0.8, pad=0.02)
     return fig

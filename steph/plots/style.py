@@ -7,9 +7,10 @@ nothing; `steph.plots.display` stamps, writes and displays.
 from __future__ import annotations
 
 import zlib
+from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -67,41 +68,7 @@ def _place(dataset: str) -> int:
 
 def set_style() -> None:
     """The one look, set for all figures that follow."""
-    mpl.rcParams.update(
-        {
-            "figure.facecolor": "white",
-            "savefig.facecolor": "white",
-            "axes.facecolor": "white",
-            "figure.dpi": 110,
-            "savefig.dpi": 160,
-            "font.size": 9,
-            "axes.titlesize": 9.5,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.labelsize": 9,
-            "xtick.labelsize": 8,
-            "ytick.labelsize": 8,
-            "legend.fontsize": 8.5,
-            "legend.frameon": False,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": CENSORED,
-            "axes.linewidth": 0.8,
-            "axes.axisbelow": True,
-            "axes.grid": True,
-            "grid.color": "#E5E7EB",
-            "grid.linewidth": 0.7,
-            "text.color": INK,
-            "axes.labelcolor": INK,
-            "xtick.color": "#4B5563",
-            "ytick.color": "#4B5563",
-            "lines.linewidth": 1.5,
-            "figure.constrained_layout.use": True,
-            "figure.constrained_layout.h_pad": 0.06,
-            "svg.fonttype": "path",  # looks the same everywhere, whatever fonts there are
-            "svg.hashsalt": "steph",  # the same figure is the same file
-        }
-    )
+    plt.style.use(Path(__file__).with_name("steph.mplstyle"))
 
 
 def stamp(fig: Figure, study: Study) -> None:

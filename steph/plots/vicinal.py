@@ -8,27 +8,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
-from steph.analysis.mixing.vicinal import (
-    CONVEX,
-    EQ_9,
-    EQ_10,
-    FEATURES,
-    LOSSES,
-    MIXTURE,
-    OTHER_BATCHES,
-    SOURCE_ALONE,
-    TARGET_ALONE,
-)
+from steph.analysis.mixing import vicinal
 from steph.plots.parts import heat_map, legend
 from steph.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, WIDTH
 
 CURVES = {
-    MIXTURE: (BLUE, "o", r"$\tau_{mix}$"),
-    TARGET_ALONE: (ORANGE, "s", r"$\tau_t$ alone"),
-    SOURCE_ALONE: (GREEN, "^", r"$\tau_s$ alone"),
-    OTHER_BATCHES: (GREY, "", "the same training, other batches"),
+    vicinal.MIXTURE: (BLUE, "o", r"$\tau_{mix}$"),
+    vicinal.TARGET_ALONE: (ORANGE, "s", r"$\tau_t$ alone"),
+    vicinal.SOURCE_ALONE: (GREEN, "^", r"$\tau_s$ alone"),
+    vicinal.OTHER_BATCHES: (GREY, "", "the same training, other batches"),
 }
-REFERENCES = {LOSSES: "training on mixed losses (Eq. 8)", FEATURES: "training on mixed features (Eq. 10)"}
+REFERENCES = {
+    vicinal.LOSSES: "training on mixed losses (Eq. 8)",
+    vicinal.FEATURES: "training on mixed features (Eq. 10)",
+}
 
 
 def nearness(summary: pd.DataFrame, value: str = "cosine") -> Figure:
@@ -65,10 +58,10 @@ def tested_mixtures(summary: pd.DataFrame, c_index: bool = False) -> Figure:
     fig, axes = plt.subplots(1, len(lambdas), figsize=(WIDTH, 2.9), sharey=True, squeeze=False)
     for ax, share in zip(axes[0], lambdas, strict=True):
         part = summary[summary["lambda"] == share].set_index(["candidate", "reference"]).sort_index()
-        _curve(ax, part.loc[(TARGET_ALONE, LOSSES)], name, ORANGE, "s", r"$M_t$")
-        _curve(ax, part.loc[(MIXTURE, LOSSES)], name, BLUE, "o", r"$M_0+\tau_{mix}$")
-        for reference, colour, mark in ((LOSSES, SKY, "D"), (FEATURES, PURPLE, "v")):
-            mixed = part.loc[(MIXTURE, reference)]
+        _curve(ax, part.loc[(vicinal.TARGET_ALONE, vicinal.LOSSES)], name, ORANGE, "s", r"$M_t$")
+        _curve(ax, part.loc[(vicinal.MIXTURE, vicinal.LOSSES)], name, BLUE, "o", r"$M_0+\tau_{mix}$")
+        for reference, colour, mark in ((vicinal.LOSSES, SKY, "D"), (vicinal.FEATURES, PURPLE, "v")):
+            mixed = part.loc[(vicinal.MIXTURE, reference)]
             ax.plot(mixed["steps"], mixed[f"{name}_reference"], color=colour, marker=mark, ms=3.5, label=reference)
         ax.set(xscale="log", xlabel="steps of training", title=f"λ = {share:g}")
     axes[0, 0].set_ylabel("C-index on the target" if c_index else "test loss on the target")
@@ -86,9 +79,9 @@ def convexity(table: pd.DataFrame) -> Figure:
     table: as `steph.analysis.mixing.vicinal.premise` gives it.
     """
     titles = {
-        CONVEX: "premise: dL/dŷ convex in ŷ\n(one label)",
-        EQ_9: "Eq. 9\n(mixed labels)",
-        EQ_10: "Eq. 10\n(parameters)",
+        vicinal.CONVEX: "premise: dL/dŷ convex in ŷ\n(one label)",
+        vicinal.EQ_9: "Eq. 9\n(mixed labels)",
+        vicinal.EQ_10: "Eq. 10\n(parameters)",
     }
     wide = table.pivot(index="place", columns="statement", values="holds").loc[table["place"].unique(), list(titles)]
     fig, ax = plt.subplots(figsize=(5.6, 0.42 * len(wide) + 1.1))

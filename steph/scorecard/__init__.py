@@ -4,6 +4,7 @@ The claims are data (`data_manifest/paper/claims.yaml`); `rules` says how a clai
 `analyses` hold the rules.
 """
 
+# ruff: noqa: F401
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -13,19 +14,21 @@ import pandas as pd
 from steph import Refused
 from steph.analysis.performance.statistics import compare
 from steph.methods.registry import title
-from steph.scorecard.analyses import MARGINAL as MARGINAL
+from steph.scorecard.analyses import MARGINAL
 from steph.scorecard.claims import RULES, read_claims
-from steph.scorecard.comparisons import hypernetwork_pairs as hypernetwork_pairs
-from steph.scorecard.evidence import gather as gather
-from steph.scorecard.rules import NOT_REPRODUCED as NOT_REPRODUCED
-from steph.scorecard.rules import REPRODUCED as REPRODUCED
-from steph.scorecard.rules import UNDECIDED as UNDECIDED
-from steph.scorecard.rules import Claim as Claim
-from steph.scorecard.rules import Evidence as Evidence
-from steph.scorecard.rules import Finding as Finding
-from steph.scorecard.rules import judge_gain as judge_gain
-from steph.scorecard.rules import judge_wins as judge_wins
-from steph.scorecard.rules import verdict as verdict
+from steph.scorecard.comparisons import hypernetwork_pairs
+from steph.scorecard.evidence import gather
+from steph.scorecard.rules import (
+    NOT_REPRODUCED,
+    REPRODUCED,
+    UNDECIDED,
+    Claim,
+    Evidence,
+    Finding,
+    judge_gain,
+    judge_wins,
+    verdict,
+)
 from steph.study.paper import paper_gain
 
 CLAIMS: list[Claim] = read_claims()
