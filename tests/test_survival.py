@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import example, given
@@ -6,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from steph import Refused
-from steph.survival import bin_index, concordance_index, nll_loss, nll_of_logits, risk_score, survival_curve
+from steph.survival import bin_index, concordance_index, nll_loss, nll_of_logits, risk_score, survival_curve, targets
 
 
 @pytest.mark.parametrize("case", ["max_below", "max_equal", "max_above", "int_days"])
@@ -137,6 +138,12 @@ def test_a_risk_that_is_not_a_number_is_refused():
 def test_concordance_refuses_times_that_are_no_numbers(time):
     with pytest.raises(Refused, match="follow-up times"):
         concordance_index(time, [1, 1, 0], [3, 2, 1])
+
+
+def test_targets_are_intervals_and_events():
+    labels = pd.DataFrame({"time_days": [10.0, 400.0, 1e5], "event": [True, False, True]})
+    bins, event = targets(labels, 4, 365)
+    assert bins.tolist() == [0, 1, 3] and event.tolist() == [True, False, True] and event.dtype == torch.bool
 
 
 def test_bins_refuse_text():

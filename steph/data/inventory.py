@@ -53,13 +53,13 @@ def _patients(path: Path, name: str) -> str:
 
 def _archives(study: Study, name: str) -> list[Path]:
     """Archives of a data set that lie there, and downloads of them that are not finished."""
-    root, found = study.data / "features", set[Path]()
+    root, paths = study.data / "features", set[Path]()
     for source in study.sources:
         for project in study.entry(name).projects if source.provides == "features" else ():
             patterns = names_of(source, project, name)
             for folder in {(root / pattern).parent for pattern in patterns}:
-                found.update(path for path in folder.glob("*") if is_like(_archive_name(path, root), patterns))
-    return sorted(path for path in found if _archive_name(path, root))
+                paths.update(path for path in folder.glob("*") if is_like(_archive_name(path, root), patterns))
+    return sorted(path for path in paths if _archive_name(path, root))
 
 
 def _archive_name(path: Path, root: Path) -> str:

@@ -311,14 +311,18 @@ def _directions(seed: int, sharing: bool, part: str) -> np.ndarray:
     place = _rng(seed, "own directions").permutation(len(MEMBERSHIPS))
     frequency = np.arange(1, 4) + (3 if part == "gamma" else 0)
     angle = 2 * np.pi * np.outer(place, frequency) / len(MEMBERSHIPS)
-    own = _product(np.hstack([np.cos(angle), np.sin(angle)]) / np.sqrt(3), _rotation(6, seed, part, "own directions"))
+    separate = _product(
+        np.hstack([np.cos(angle), np.sin(angle)]) / np.sqrt(3), _rotation(6, seed, part, "own directions")
+    )
     if not sharing:
-        return own
+        return separate
     pan, *groups = _rotation(6, seed, part, "shared directions")
     member = np.array(list(MEMBERSHIPS.values()), dtype=float)
     member /= np.linalg.norm(member, axis=1, keepdims=True)
     mixed = (
-        RHO_PAN * pan + RHO_GROUP * _product(member, np.array(groups)) + np.sqrt(1 - RHO_PAN**2 - RHO_GROUP**2) * own
+        RHO_PAN * pan
+        + RHO_GROUP * _product(member, np.array(groups))
+        + np.sqrt(1 - RHO_PAN**2 - RHO_GROUP**2) * separate
     )
     return mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
 
@@ -343,8 +347,8 @@ def _patches(
     state = np.where(phenotype[:, None] == 0, patients.tumour_state[of_patch], patients.background_state[of_patch])
     state = state + 0.5 * _rng(*stream, "state noise").standard_normal(state.shape)
     noise = _rng(*stream, "noise").standard_normal((len(phenotype), dim))
-    seen = _product(state, _rotation(dim, seed, "factors")[:N_FACTORS])
-    return (prototype[phenotype] + shift + np.repeat(batch, n_patches, axis=0) + seen + noise).astype(np.float32)
+    signal = _product(state, _rotation(dim, seed, "factors")[:N_FACTORS])
+    return (prototype[phenotype] + shift + np.repeat(batch, n_patches, axis=0) + signal + noise).astype(np.float32)
 
 
 def _background(stream: tuple[int, str, str], composition: np.ndarray) -> np.ndarray:
@@ -384,13 +388,13 @@ def _lay_out(
 def _grow(start: int, n: int, cost: list[float], allowed: Collection[int]) -> list[int]:
     """n connected cells of the grid, from `start` on always the cheapest allowed neighbour."""
     region: list[int] = []
-    waiting, seen = [(cost[start], start)], {start}
+    waiting, reached = [(cost[start], start)], {start}
     while len(region) < n:
         _, cell = heapq.heappop(waiting)
         region.append(cell)
         for neighbour in _neighbours()[cell]:
-            if neighbour in allowed and neighbour not in seen:
-                seen.add(neighbour)
+            if neighbour in allowed and neighbour not in reached:
+                reached.add(neighbour)
                 heapq.heappush(waiting, (cost[neighbour], neighbour))
     return region
 
