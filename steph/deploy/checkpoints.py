@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from steph import Refused
-from steph.files.atomic import atomic_path
+from steph.files.atomic import atomic_path, refuse_taken
 from steph.files.tables import shortened
 from steph.merging import steph as hypernetwork
 from steph.merging.steph import Hypernetwork
@@ -40,24 +40,20 @@ def convert(source: Path, target: Path, null: Path | None = None) -> str:
     known to come from different ones are never merged (`steph.merging.task_vectors.task_vector`).
     Raises `Refused` as `read_weights` does, for other endings, and where `target` is there already.
     """
-    for path, known in ((source, OURS + THEIRS), (target, OURS + THEIRS)):
-        if path.suffix not in known:
-            raise Refused(f"{path}: expected a file that ends in {', '.join(known)}.")
-    if target.exists():
-        raise Refused(f"{target} is there already. Choose another name, or move it away.")
+    for path in (source, target):
+        if path.suffix not in OURS + THEIRS:
+            raise Refused(f"{path}: expected a file that ends in {', '.join(OURS + THEIRS)}.")
+    refuse_taken(target)
     state, kind, others = read_weights(source)
     if null is not None:
-        start, its_kind, _ = read_weights(null)
-        if its_kind != "ABMIL":
-            raise Refused(f"{null} holds what {its_kind} trains; expected a null model, a network like any other.")
+        start, start_kind, _ = read_weights(null)
+        if start_kind != "ABMIL":
+            raise Refused(f"{null} holds what {start_kind} trains; expected a null model, a network like any other.")
         if kind == "ABMIL":
             check_same_network(state, start)
         state.origin = state_fingerprint(start)
     with atomic_path(target) as temporary:
-        if target.suffix in OURS:
-            save_state(state, temporary)
-        else:
-            write_released(state, temporary)
+        (save_state if target.suffix in OURS else write_released)(state, temporary)
     left_out = f"; {len(others)} other entries left out ({shortened(others, 3)})" if others else ""
     return f"{kind}, {sum(v.numel() for v in state.values()):,} weights{left_out}"
 
@@ -72,8 +68,8 @@ def read_weights(path: Path) -> tuple[ModelState, str, list[str]]:
     if not path.is_file():
         raise Refused(f"there is no file {path}.")
     if path.suffix in OURS:
-        found = load_state(path)
-        kind, state, others = _kind(found, path, theirs=False), found, list[str]()
+        state, others = load_state(path), []
+        kind = _kind(state, path, theirs=False)
     else:
         values = _tensors(path)
         kind = _kind(values, path, theirs=True)
@@ -137,9 +133,9 @@ def _fit(state: ModelState, kind: str) -> None:
         else:
             dim_hidden, dim_in = state["hyper.embed.weight"].shape
             hyper = Hypernetwork(dim_in, dim_hidden, len(state["hyper.weight_head.3.weight"]), True, True, 0.0, "mlp")
-            load_into(hyper, {k.removeprefix("hyper."): v for k, v in state.items() if k.startswith("hyper.")})
             head = torch.nn.Linear(state["head.weight"].shape[1], len(state["head.weight"]))
-            load_into(head, {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")})
+            for prefix, part in (("hyper.", hyper), ("head.", head)):
+                load_into(part, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -159,11 +155,12 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             ) from None
         raise Refused(f"{path} is damaged, cut off, or no PyTorch file of weights. Get it again.") from None
     if isinstance(values, dict):
-        inner = [value for value in values.values() if isinstance(value, dict) and _are_tensors(value)]
+        inner = [value for value in values.values() if _are_tensors(value)]
         values = inner[0] if len(inner) == 1 and not _are_tensors(values) else values
-    if not isinstance(values, dict) or not _are_tensors(values):
+    if not _are_tensors(values):
+        names = f"a dictionary with {shortened([*map(str, values)])}" if isinstance(values, dict) else type(values).__name__
         raise Refused(
-            f"{path} holds {_what(values)}; expected a dictionary of tensors by name, as "
+            f"{path} holds {names}; expected a dictionary of tensors by name, as "
             "torch.save(model.state_dict(), ...) writes it."
         )
     if all(name.startswith("module.") for name in values):  # as torch.nn.DataParallel names them
@@ -171,22 +168,18 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in values.items()}
 
 
-def _are_tensors(values: dict[Any, Any]) -> bool:
-    """Named, plain, whole tensors, and at least one?"""
-    return bool(values) and all(
-        isinstance(name, str)
-        and isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
-        and value.is_contiguous()  # a few bytes could stand for more than the memory holds
-        for name, value in values.items()
-    )
-
-
-def _what(values: Any) -> str:
+def _are_tensors(values: Any) -> bool:
+    """Whether this is a dictionary of named, plain, whole tensors, with at least one."""
     return (
-        f"a dictionary with {shortened([str(key) for key in values])}"
-        if isinstance(values, dict)
-        else type(values).__name__
+        isinstance(values, dict)
+        and bool(values)
+        and all(
+            isinstance(name, str)
+            and isinstance(value, Tensor)
+            and value.layout == torch.strided
+            and value.device.type == "cpu"
+            and not value.is_quantized
+            and value.is_contiguous()  # a few bytes could stand for more than the memory holds
+            for name, value in values.items()
+        )
     )
