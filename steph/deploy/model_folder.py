@@ -49,6 +49,12 @@ class Inputs(_Strict):
     max_patches: int | None
     sample_seed: int
 
+    @property
+    def extraction(self) -> str:
+        """What features, of what patches, in words."""
+        size, magnification = self.patch_size_px, self.magnification
+        return f"features of {self.encoder}, {self.dim} numbers for each patch of {size} pixels at {magnification:g}x"
+
 
 class Training(_Strict):
     """The patients that trained the model. risks: what it gives each of them, rising. observed: their Kaplan-Meier

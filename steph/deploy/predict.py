@@ -211,32 +211,21 @@ def load_model(folder: str | Path, device: str = "cpu") -> LoadedModel:
 # ------------------------------------------------------------------------------------------------ slides
 
 
-@dataclass(frozen=True, eq=False)
-class Slide:
-    """A slide's patches: features (N, D) in the format of the study's store; coords (N, 2) int64, or None; edge of a
-    patch in level-0 pixels, as the file says, else the distance of neighbours, else the study's patch size."""
+def read_slide(path: Path, inputs: Inputs) -> tuple[np.ndarray, pd.DataFrame, int]:
+    """A slide's feature file, checked: features (N, D) in the format of the study's store; slide_id, patch, x and y of
+    the N patches (level-0 pixels, missing where the file has none); the edge of a patch in level-0 pixels, as the file
+    says, else the distance of neighbours, else the study's patch size.
 
-    name: str
-    features: np.ndarray
-    coords: np.ndarray | None
-    edge: int
-
-
-def read_slide(path: Path, inputs: Inputs) -> Slide:
-    """A slide's feature file, checked. Raises `Refused` for one that is not what the model was trained on: missing or
-    unreadable, no patches, another width, another encoder or patch size where the file names them, values that are not
-    finite or too large for the study's format."""
+    Raises `Refused` for one that is not what the model was trained on: missing or unreadable, no patches, another
+    width, another encoder or patch size where the file names them, values that are not finite or too large for the
+    study's format.
+    """
     if not path.is_file():
         raise Refused(f"no feature file at {path}. Give the .h5 (or .pt) files of one patient's slides one by one.")
-    extraction = Features(
-        **inputs.model_dump(include={"encoder", "dim", "precision", "patch_size_px", "magnification"})
-    )
+    extraction = Features(**inputs.model_dump(exclude={"max_patches", "sample_seed"}))
     problem = check_slides([path.stem], {path.stem: path}, inputs.dim, extraction)["problem"].iloc[0]
     if problem:
-        raise Refused(
-            f"{path}: {problem}. The model reads features of {inputs.encoder}, {inputs.dim} numbers for each patch of "
-            f"{inputs.patch_size_px} pixels at {inputs.magnification:g}x."
-        )
+        raise Refused(f"{path}: {problem}. The model reads {inputs.extraction}.")
     encoder = _encoder_named(path)
     if encoder is not None and _plain(encoder) != _plain(inputs.encoder):
         raise Refused(
@@ -245,18 +234,20 @@ def read_slide(path: Path, inputs: Inputs) -> Slide:
         )
     features, coords = read(path)
     with np.errstate(over="ignore"):
-        stored = features.astype(inputs.precision, copy=False)
-    finite = np.isfinite(stored).all(axis=1)
+        features = features.astype(inputs.precision, copy=False)
+    finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         raise Refused(
             f"{path}: {int((~finite).sum())} of {len(finite)} patches hold values that are not finite in "
             f"{inputs.precision} (first: patch {int(np.argmin(finite))}). Extract the slide again."
         )
-    coords = None if coords is None else coords.astype(np.int64)
+    patches = pd.DataFrame({"slide_id": path.stem, "patch": np.arange(len(features))})
+    for axis, name in enumerate("xy"):
+        patches[name] = pd.array([pd.NA] * len(features) if coords is None else coords[:, axis], dtype="Int64")
     edge = inspect(path).attributes.get("patch_size_level0")
     if not (isinstance(edge, int | float) and edge >= 1):
         edge = None if coords is None else patch_size(coords[:, 0], coords[:, 1])
-    return Slide(path.stem, stored, coords, int(edge or inputs.patch_size_px))
+    return features, patches, int(edge or inputs.patch_size_px)
 
 
 def _encoder_named(path: Path) -> str | None:
@@ -350,18 +341,11 @@ def read_bag(paths: Sequence[Path], config: Config, patient_id: str | None = Non
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise Refused(f"slide {', '.join(twice)} is given twice; a patient's bag holds each slide once.")
-    slides = [read_slide(path, inputs) for path in paths]
-    tables = []
-    for slide in slides:
-        n = len(slide.features)
-        places = np.full((n, 2), pd.NA) if slide.coords is None else slide.coords
-        table = pd.DataFrame({"slide_id": slide.name, "patch": np.arange(n)})
-        tables.append(table.assign(x=pd.array(places[:, 0], dtype="Int64"), y=pd.array(places[:, 1], dtype="Int64")))
-    patches = pd.concat(tables, ignore_index=True)
-    patches["slide_id"] = pd.Categorical(patches["slide_id"], names)
-    features = slides[0].features if len(slides) == 1 else np.concatenate([slide.features for slide in slides])
+    parts, tables, edges = zip(*(read_slide(path, inputs) for path in paths), strict=True)
+    features = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    patches: pd.DataFrame = pd.concat(tables, ignore_index=True).astype({"slide_id": pd.CategoricalDtype(names)})
     size, patient = len(patches), patient_id or names[0]
     if inputs.max_patches is not None and size > inputs.max_patches:
         rows = sampled(size, inputs.max_patches, inputs.sample_seed, patient)
         patches, features = patches.iloc[rows].reset_index(drop=True), features[rows]
-    return PatientBag(config.dataset, patient, size, patches, features, {slide.name: slide.edge for slide in slides})
+    return PatientBag(config.dataset, patient, size, patches, features, dict(zip(names, edges, strict=True)))

@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 
 from steph.deploy import figures
-from steph.deploy.model_folder import Score
 from steph.deploy.predict import Prediction, sources_in_use
 from steph.files.atomic import new_folder
 from steph.files.templates import render
@@ -140,7 +139,7 @@ def html_report(prediction: Prediction) -> str:
         maps=[] if p.attention is None else [_map(slide, patches, p.edges[slide]) for slide, patches in _slides(p)],
         ramp=[f"rgb{tuple(colour)}" for colour in figures.colours(np.linspace(0, 1, 9))[:, :3].tolist()],
         top_patches=p.patches.sort_values("rank").head(5),
-        facts=_facts(p),
+        slides=[Path(file).name for file in p.files],
     )
 
 
@@ -160,23 +159,3 @@ def _map(slide: str, patches: pd.DataFrame, edge: int) -> dict[str, Any]:
     image, (rows, columns) = figures.attention_png(patches, edge)
     png = base64.b64encode(image).decode()
     return {"slide": slide, "png": png, "rows": rows, "columns": columns, "patches": len(patches), "edge": edge}
-
-
-def _facts(prediction: Prediction) -> dict[str, str]:
-    """Where a prediction comes from."""
-    c, compute = prediction.model.config, prediction.model.compute
-    return {
-        "model": f"{c.name}: {c.description}",
-        "run": f"{c.run}, {c.finished}",
-        "trained on": f"{c.training.patients:,} patients of {c.dataset}, {c.training.events:,} with an event",
-        **{_folds(score): f"{score.text}, {score.patients:,} patients, {score.events:,} events" for score in c.scores},
-        "reads": f"{c.inputs.encoder}, {c.inputs.dim} numbers a patch of {c.inputs.patch_size_px} pixels at "
-        f"{c.inputs.magnification:g}x",
-        "slides": ", ".join(Path(file).name for file in prediction.files),
-        "computed": f"on {compute.device} in {compute.precision}",
-        "model file": ", ".join(f"{name} sha256 {value[:16]}" for name, value in c.files.items()),
-    }
-
-
-def _folds(score: Score) -> str:
-    return f"C-index (95 % interval), test fold{'s' * (len(score.folds) > 1)} {', '.join(map(str, score.folds))}"

@@ -92,7 +92,7 @@ def test_features_are_brought_into_the_stores_format(tmp_path):
         kind = Features(encoder="UNI2-h", dim=DIM, precision=precision)
         store = write_store(tmp_path / f"{precision}.h5", kind, [("a", features, None)], [30], {})
         inputs = made_config(made_steph(), inputs={"precision": precision}).inputs
-        np.testing.assert_array_equal(read_slide(slide, inputs).features, store.bag(["a"]))
+        np.testing.assert_array_equal(read_slide(slide, inputs)[0], store.bag(["a"]))
 
 
 def test_large_bags_are_sampled_as_in_the_study(tmp_path, slides):
