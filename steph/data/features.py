@@ -34,13 +34,18 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What a tensor of features may hold; PyTorch has smaller formats, which nothing else can read."""
 BLOCK_BYTES = 32 << 20
 """About how much of a slide is read at a time."""
+ENCODER_KEYS = ("encoder", "encoder_name", "patch_encoder", "patch_encoder_name")
+"""Attributes of a feature file, or of what is in it, by which tools name the encoder."""
+SAME_ENCODER = {"univ2": "uni2h", "uni2": "uni2h", "mahmoodlabuni2h": "uni2h"}
+"""Other names of encoders, in small letters and figures alone."""
 
 TABLE = ["slide_id", "path", "n_patches", "dim", "has_coords", "size_bytes", "problem"]
 
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What the header of a feature file says. attributes: those of ``coords`` (TRIDENT: patch size, magnification)."""
+    """What the header of a feature file says. attributes: those of ``coords`` (TRIDENT: patch size, magnification), and
+    encoder where the file names one."""
 
     path: Path
     n_patches: int
@@ -170,6 +175,9 @@ def _hdf5_arrays(path: Path, file: h5py.File) -> tuple[_Arrays, dict[str, Any]]:
         if coords.shape not in {(shape[0], 2), (1, shape[0], 2)}:
             raise Refused(f"{path}: coords of shape {coords.shape} do not fit features of {shape[0]} patches")
         attributes = {name: _plain(value) for name, value in coords.attrs.items()}
+    parts = [part for part in (file, features, coords) if part is not None]
+    named = [_plain(part.attrs.get(key)) for part in parts for key in ENCODER_KEYS]
+    attributes |= {"encoder": next((name for name in named if name and isinstance(name, str)), None)}
     for dataset in (features, coords):
         _refuse_unwritten(path, dataset)
     chunk_rows = features.chunks[-2] if features.chunks else 1
@@ -235,6 +243,7 @@ def _checked_shape(path: Path, shape: tuple[int, ...], what: str, floating: bool
 def _plain(value: Any) -> Any:
     """An HDF5 attribute as plain Python; TRIDENT writes None as 'None'."""
     value = value.tolist() if hasattr(value, "tolist") else value
+    value = value.decode(errors="replace") if isinstance(value, bytes) else value
     return None if value == "None" else value
 
 
@@ -280,8 +289,8 @@ def check_slides(
 ) -> pd.DataFrame:
     """The preflight table: a row per slide with the columns `TABLE`; `problem` is empty where the file can be used.
 
-    Only headers are read. extraction: what the study says of patch size and magnification, compared with what the
-    file says, where it says something.
+    Only headers are read. extraction: what the study says of encoder, patch size and magnification, compared with what
+    the file says, where it says something.
     """
     rows = []
     taken: dict[Path, str] = {}
@@ -309,6 +318,11 @@ def check_slides(
 
 
 def _other_extraction(attributes: dict[str, Any], expected: Features) -> str:
+    encoder = attributes.get("encoder")
+    if encoder is not None and _encoder_key(encoder) != _encoder_key(expected.encoder):
+        return (
+            f"features of {encoder}, expected {expected.encoder}: they mean something else, also where they are as wide"
+        )
     pairs = [("patch_size", expected.patch_size_px), ("target_magnification", expected.magnification)]
     differ = [
         f"{name} {attributes[name]}, expected {value:g}"
@@ -316,6 +330,12 @@ def _other_extraction(attributes: dict[str, Any], expected: Features) -> str:
         if isinstance(attributes.get(name), int | float) and attributes[name] != value
     ]
     return f"other patches than the study's: {'; '.join(differ)}" if differ else ""
+
+
+def _encoder_key(encoder: str) -> str:
+    """The same for all names of one encoder."""
+    letters = "".join(c for c in encoder.lower() if c.isalnum())
+    return SAME_ENCODER.get(letters, letters)
 
 
 def problems_message(table: pd.DataFrame, per_problem: int = 20) -> str:

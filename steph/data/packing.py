@@ -251,7 +251,7 @@ class _Writer:
         for patches, coords in pieces:
             if patches.ndim != 2 or patches.shape[1] != self.dim or row + len(patches) > stop:
                 raise Refused(f"{what}: features {patches.shape}; expected {self.sizes[i]} patches {self.dim} wide.")
-            stored, places = _stored(patches, self.dtype, what), _stored_coords(coords, len(patches), what)
+            stored, places = stored_features(patches, self.dtype, what), _stored_coords(coords, len(patches), what)
             self._write("features", row, self.dim * self.dtype.itemsize, stored)
             self._write("coords", row, 2 * COORDS.itemsize, places)
             of_features.update(stored.data)
@@ -276,7 +276,7 @@ class _Writer:
         os.fsync(self.file.fileno())
 
 
-def _stored(patches: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
+def stored_features(patches: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
     """Features in the store's precision, rounded to nearest. Raises `Refused` for values that are not finite there."""
     with np.errstate(over="ignore", invalid="ignore"):
         stored = np.ascontiguousarray(patches, dtype=dtype)
@@ -286,8 +286,8 @@ def _stored(patches: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
     if bad:
         raise Refused(f"{what}: {bad} features are not finite (nan or inf); extract the slide again.")
     raise Refused(
-        f"{what}: features up to {np.abs(patches).max():.3g} are too large for {dtype.name}; say `precision: float32` "
-        "in the study's features, or check the encoder."
+        f"{what}: features up to {np.abs(patches).max():.3g} are too large for {dtype.name}; check the encoder, or "
+        "say `precision: float32` in the study's features."
     )
 
 

@@ -158,7 +158,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         inner = [value for value in values.values() if _are_tensors(value)]
         values = inner[0] if len(inner) == 1 and not _are_tensors(values) else values
     if not _are_tensors(values):
-        names = f"a dictionary with {shortened([*map(str, values)])}" if isinstance(values, dict) else type(values).__name__
+        names = (
+            f"a dictionary with {shortened([*map(str, values)])}" if isinstance(values, dict) else type(values).__name__
+        )
         raise Refused(
             f"{path} holds {names}; expected a dictionary of tensors by name, as "
             "torch.save(model.state_dict(), ...) writes it."

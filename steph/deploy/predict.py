@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pandas as pd
 import torch
@@ -25,17 +24,14 @@ from steph.analysis.mixing.attention import attention_of, bag_of, mixture_of, pa
 from steph.data.bags import RaggedBatch, sampled
 from steph.data.features import check_slides, inspect, read
 from steph.data.manifest import Features
+from steph.data.packing import stored_features
 from steph.data.patients import PatientData
+from steph.data.store import DTYPES
 from steph.deploy.model_folder import Config, Inputs, read_model
 from steph.files.progress import track
 from steph.files.tables import read_csv
 from steph.training.device import Compute, check_device, single_thread
 from steph.training.engine import predict as predict_patients
-
-ENCODER_KEYS = ("encoder", "encoder_name", "patch_encoder", "patch_encoder_name")
-"""Attributes of a feature file, or of what is in it, by which tools name the encoder."""
-SAME_ENCODER = {"univ2": "uni2h", "uni2": "uni2h", "mahmoodlabuni2h": "uni2h"}
-"""Other names of encoders, in small letters and figures alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,21 +222,8 @@ def read_slide(path: Path, inputs: Inputs) -> tuple[np.ndarray, pd.DataFrame, in
     problem = check_slides([path.stem], {path.stem: path}, inputs.dim, extraction)["problem"].iloc[0]
     if problem:
         raise Refused(f"{path}: {problem}. The model reads {inputs.extraction}.")
-    encoder = _encoder_named(path)
-    if encoder is not None and _plain(encoder) != _plain(inputs.encoder):
-        raise Refused(
-            f"{path}: its features are {encoder}'s, the model reads {inputs.encoder}'s. Features of another encoder "
-            f"mean something else, also where they are as wide; extract the slide again with {inputs.encoder}."
-        )
     features, coords = read(path)
-    with np.errstate(over="ignore"):
-        features = features.astype(inputs.precision, copy=False)
-    finite = np.isfinite(features).all(axis=1)
-    if not finite.all():
-        raise Refused(
-            f"{path}: {int((~finite).sum())} of {len(finite)} patches hold values that are not finite in "
-            f"{inputs.precision} (first: patch {int(np.argmin(finite))}). Extract the slide again."
-        )
+    features = stored_features(features, DTYPES[inputs.precision], str(path))
     patches = pd.DataFrame({"slide_id": path.stem, "patch": np.arange(len(features))})
     for axis, name in enumerate("xy"):
         patches[name] = pd.array([pd.NA] * len(features) if coords is None else coords[:, axis], dtype="Int64")
@@ -248,29 +231,6 @@ def read_slide(path: Path, inputs: Inputs) -> tuple[np.ndarray, pd.DataFrame, in
     if not (isinstance(edge, int | float) and edge >= 1):
         edge = None if coords is None else patch_size(coords[:, 0], coords[:, 1])
     return features, patches, int(edge or inputs.patch_size_px)
-
-
-def _encoder_named(path: Path) -> str | None:
-    """The encoder that a feature file names, None where it names none."""
-    if path.suffix == ".pt":
-        return None
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            for part in (file, file["features"], file.get("coords")):
-                for key in ENCODER_KEYS if part is not None else ():
-                    value = part.attrs.get(key)
-                    if isinstance(value, bytes):
-                        value = value.decode(errors="replace")
-                    if isinstance(value, str) and value not in ("", "None"):
-                        return value
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise Refused(f"{path}: not readable ({error}); download or extract it again") from None
-    return None
-
-
-def _plain(encoder: str) -> str:
-    letters = "".join(c for c in encoder.lower() if c.isalnum())
-    return SAME_ENCODER.get(letters, letters)
 
 
 @dataclass(frozen=True, eq=False)

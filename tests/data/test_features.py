@@ -243,6 +243,20 @@ def test_patches_of_another_size_than_the_studys_are_a_problem(tmp_path):
     assert check_slides(slides, found, DIM, other)["problem"].str.contains("target_magnification 20, expected 10").all()
 
 
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [("UNI2-h", True), ("uni_v2", True), ("MahmoodLab/UNI2-h", True), ("None", True), ("", True), ("conch_v1", False),
+     (np.bytes_("uni_v1"), False)],
+)  # fmt: skip
+@pytest.mark.parametrize("part", ["/", "features", "coords"])
+def test_an_encoder_that_a_file_names_is_compared(tmp_path, name, same, part):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["features"], file["coords"] = np.ones((3, DIM), np.float32), np.ones((3, 2), int)
+        file[part].attrs["patch_encoder"] = name
+    table = check_slides(["a"], {"a": tmp_path / "a.h5"}, DIM, Features(encoder="UNI2-h", dim=DIM))
+    assert ("expected UNI2-h" in table["problem"][0]) is not same
+
+
 def test_long_lists_are_cut_but_counted(tmp_path):
     message = problems_message(check_slides([f"S{i}" for i in range(300)], {}, DIM))
     assert "300 of 300" in message and "and 280 more" in message

@@ -274,8 +274,8 @@ def test_memory_is_bounded_by_the_block_not_by_the_slide(tmp_path, monkeypatch):
     write_h5(tmp_path / f"f/{slide}.h5", features=values, coords=None)
     monkeypatch.setattr(feature_files, "BLOCK_BYTES", 100 * DIM * 4)
     held = []
-    real = packing._stored
-    monkeypatch.setattr(packing, "_stored", lambda patches, *a: held.append(patches.nbytes) or real(patches, *a))
+    real = packing.stored_features
+    monkeypatch.setattr(packing, "stored_features", lambda patches, *a: held.append(patches.nbytes) or real(patches, *a))
     store = pack(tmp_path / "S.h5", cohort, find_slides([tmp_path / "f"]), SINGLE, progress=False)
     assert len(held) == 50 and max(held) == 100 * DIM * 4
     assert np.array_equal(store.features, values)

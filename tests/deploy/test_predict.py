@@ -163,14 +163,13 @@ def with_value(value):
         (lambda p: p.write_bytes(b""), r"a\.h5: truncated or not an HDF5 file"),
         (lambda p: write_slide(p, patches(dim=DIM + 1)), r"a\.h5: 7 wide, expected 6: features of another encoder"),
         (lambda p: write_slide(p, np.zeros((0, DIM), np.float32), None), r"a\.h5: empty \(0 patches\)"),
-        (lambda p: write_slide(p, with_value(np.nan)), r"1 of 20 patches hold values that are not finite .*patch 7"),
-        (lambda p: write_slide(p, with_value(np.inf)), r"1 of 20 patches hold values that are not finite"),
+        (lambda p: write_slide(p, with_value(np.nan)), r"a\.h5: 1 features are not finite"),
+        (lambda p: write_slide(p, with_value(np.inf)), r"a\.h5: 1 features are not finite"),
         (lambda p: write_slide(p, patches().astype(int)), r"a\.h5: features of type int64, not floating point"),
         (
             lambda p: write_slide(p, patches(), encoder="conch_v1"),
-            r"its features are conch_v1's, the model reads UNI2-h",
+            r"features of conch_v1, expected UNI2-h.* The model reads",
         ),
-        (lambda p: write_slide(p, patches(), encoder=np.bytes_("uni_v1")), r"its features are uni_v1's"),
         (lambda p: write_slide(p, patches(), coords_attributes={"patch_size": 512}), r"other patches than the study's"),
         (lambda p: write_slide(p, patches(), coords=np.zeros((3, 2))), r"coords of shape \(3, 2\) do not fit"),
         (lambda p: h5py.File(p, "w").close(), r"a\.h5: no dataset 'features'"),
@@ -184,14 +183,9 @@ def test_what_cannot_be_read_is_told(model, tmp_path, write, message):
         model.predict([path])
 
 
-@pytest.mark.parametrize("name", ["UNI2-h", "uni_v2", "uni2-h", "MahmoodLab/UNI2-h", "None", ""])
-def test_names_of_the_same_encoder_are_taken(model, tmp_path, name):
-    assert np.isfinite(model.predict([write_slide(tmp_path / "a.h5", patches(), encoder=name)]).risk)
-
-
 def test_values_too_large_for_the_stores_format_are_refused(tmp_path):
     model = load_model(made_folder(tmp_path / "m", inputs={"precision": "float16"}))
-    with pytest.raises(Refused, match="not finite in float16"):
+    with pytest.raises(Refused, match="too large for float16"):
         model.predict([write_slide(tmp_path / "a.h5", with_value(1e6))])
 
 
