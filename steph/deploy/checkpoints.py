@@ -26,11 +26,14 @@ from steph.mil import abmil
 from steph.mil.state import ModelState, load_into, load_state, save_state, state_fingerprint
 
 OURS, THEIRS = (".safetensors",), (".pth", ".pt")
-LAYERS = {
-    "ABMIL": {theirs: ours for ours, theirs in abmil.RELEASED_NAMES.items()},
-    "STEPH": hypernetwork.RELEASED_NAMES,
+NAMES = {
+    kind: {f"{theirs}.{part}": f"{ours}.{part}" for theirs, ours in layers.items() for part in ("weight", "bias")}
+    for kind, layers in {
+        "ABMIL": {theirs: ours for ours, theirs in abmil.RELEASED_NAMES.items()},
+        "STEPH": hypernetwork.RELEASED_NAMES,
+    }.items()
 }
-"""The release's names of a model's layers, and ours; each has a weight and a bias."""
+"""The release's names of each kind's parameters, and ours."""
 
 
 def convert(source: Path, target: Path, null: Path | None = None) -> str:
@@ -59,7 +62,7 @@ def convert(source: Path, target: Path, null: Path | None = None) -> str:
 
 
 def read_weights(path: Path) -> tuple[ModelState, str, list[str]]:
-    """The weights in a file of ours or of the release, under our names; their kind, of `LAYERS`; and what else the file
+    """The weights in a file of ours or of the release, under our names; their kind, of `NAMES`; and what else the file
     holds and is left out (a checkpoint of STEPH may hold the frozen models too).
 
     Raises `Refused` for a missing or damaged file, one that holds Python objects, parameters that are missing or
@@ -73,9 +76,8 @@ def read_weights(path: Path) -> tuple[ModelState, str, list[str]]:
     else:
         values = _tensors(path)
         kind = _kind(values, path, theirs=True)
-        names = _names(kind)
-        state = ModelState({ours: values[theirs] for theirs, ours in names.items()})
-        others = [name for name in values if name not in names]
+        state = ModelState({ours: values[theirs] for theirs, ours in NAMES[kind].items()})
+        others = [name for name in values if name not in NAMES[kind]]
     for name, value in state.items():
         if value.dim() != (2 if name.endswith("weight") else 1) or not value.is_floating_point():
             raise Refused(
@@ -92,26 +94,19 @@ def read_weights(path: Path) -> tuple[ModelState, str, list[str]]:
 
 def write_released(state: Mapping[str, Tensor], path: Path) -> None:
     """Write our weights as the release does: a dictionary of tensors under its names. The same weights are the same
-    file, byte for byte. Raises `Refused` for another kind of model than `LAYERS` has."""
-    names = _names(_kind(state, path, theirs=False))
-    values = {theirs: state[ours].detach().cpu().clone() for theirs, ours in names.items()}
+    file, byte for byte. Raises `Refused` for another kind of model than `NAMES` has."""
+    kind = _kind(state, path, theirs=False)
+    values = {theirs: state[ours].detach().cpu().clone() for theirs, ours in NAMES[kind].items()}
     content = io.BytesIO()  # torch.save writes a file's own name into it
     torch.save(values, content)
     path.write_bytes(content.getvalue())
-
-
-def _names(kind: str) -> dict[str, str]:
-    """The release's parameter names of a kind, and ours."""
-    return {
-        f"{theirs}.{part}": f"{ours}.{part}" for theirs, ours in LAYERS[kind].items() for part in ("weight", "bias")
-    }
 
 
 def _kind(values: Mapping[str, Tensor], path: Path, theirs: bool) -> str:
     """Which kind's parameters these are. Raises `Refused` where some are missing, or more are there than belong to it;
     a checkpoint of the release's STEPH may hold more."""
     kind = "STEPH" if any(name.startswith(("regulate_layer", "vecmix_layer", "hyper.")) for name in values) else "ABMIL"
-    expected = list(_names(kind) if theirs else _names(kind).values())
+    expected = list(NAMES[kind] if theirs else NAMES[kind].values())
     missing = [name for name in expected if name not in values]
     others = [name for name in values if name not in expected]
     if missing or (others and not (theirs and kind == "STEPH")):

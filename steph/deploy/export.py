@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from steph import Refused
 from steph.analysis.mixing.attention import mixture
 from steph.analysis.performance.discrimination import intervals, resampled
 from steph.analysis.performance.predictions import out_of_fold
+from steph.analysis.performance.time_dependent import kaplan_meier
 from steph.data.dataset import Dataset
 from steph.data.manifest import Network
 from steph.deploy.model_folder import Config, Dropped, Inputs, Score, Training, build, fill, tensors_of, write_model
@@ -132,25 +133,22 @@ def _difference(record: Record, risk: pd.Series, run: Run) -> float:
 
 
 def _training(data: Dataset, fold: int, risk: pd.Series, network: Network) -> Training:
-    from lifelines import KaplanMeierFitter
-
     labels = data.labels(data.splits.train(fold))
     longest = float(labels["time_days"].max())
     ends = network.bin_width_days * np.arange(1, network.n_bins + 1)
-    curve = KaplanMeierFitter().fit(labels["time_days"], labels["event"])
     return Training(
         patients=len(labels),
         events=int(labels["event"].sum()),
         longest_follow_up_days=longest,
         risks=sorted(risk[labels["patient_id"]].tolist()),
-        observed=curve.survival_function_at_times(ends[ends <= longest]).tolist(),
+        observed=kaplan_meier(labels["time_days"], labels["event"])(ends[ends <= longest]).tolist(),
     )
 
 
 def _scores(bench: Workbench, run: Run) -> list[Score]:
     """C-index of the model on the patients of its own test fold, and that of the method over all finished folds."""
-    others = [Run(run.dataset, run.method, fold, run.seed, run.precision) for fold in range(bench.study.n_folds)]
-    finished = [other for other in others if bench.record(other) is not None]
+    runs_of_method = [replace(run, fold=fold) for fold in range(bench.study.n_folds)]
+    finished = [other for other in runs_of_method if bench.record(other) is not None]
     scores = []
     for runs in [[run], finished] if len(finished) > 1 else [[run]]:
         table = out_of_fold(bench, runs, some_folds=True)
