@@ -117,7 +117,7 @@ work = planning.work(bench, runs)
 run_all(bench, runs, workers=1)
 table = results(bench)
 shown = tables.c_index_table(table, ["vanilla", *new])
-counted = pd.DataFrame({"method": new})
+counted = operations.counted(bench)
 scorecard(Evidence(bench.study, table))
 for name in new:
     export(bench, Run("SKCM", name, 0, bench.study.seed), bench.study.build / name)
