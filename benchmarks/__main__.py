@@ -16,14 +16,15 @@ from benchmarks.loading import loading
 from benchmarks.memory import peaks
 from benchmarks.rates import machine_rates
 from benchmarks.scaling import scaling
-from benchmarks.steps import CASES, QUICK, Case, compare, memory_of
+from benchmarks.steps import CASES, QUICK, Case, by_hand, compare, memory_of
 from benchmarks.targets import judged
 from steph import Refused
 from steph.training.memory import available
 
-SECTIONS = ("steps", "memory", "loading", "scaling")
+SECTIONS = ("steps", "by_hand", "memory", "loading", "scaling")
 TITLES = {
     "steps": "Steps: ms of an update of 16 bags, of an evaluated bag; ratio = plain / ours; share of the product rate",
+    "by_hand": "Hand-written parts of an update of 16 bags, against PyTorch's own; ratio = plain / ours",
     "memory": "Peak memory of a STEPH step on 16 bags, features included, models and libraries not",
     "loading": "Loading, float32 delivered; to_h5 = ratio to one h5 per slide; of_disk = share of the sequential rate",
     "scaling": "A STEPH update of 16 bags, ours, fp32, by sources m, kept mixtures K, patches of a bag",
@@ -61,6 +62,7 @@ def run(sections: Sequence[str], quick: bool, threads: int, path: Path | None) -
     measure: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "steps": lambda: [row for case in _fitting(QUICK if quick else CASES) for network in ("abmil", "steph")
                           for row in compare(network, case)],
+        "by_hand": lambda: by_hand(repeats=20 if quick else 60),
         "memory": lambda: peaks(1_000 if quick else 10_000, threads),
         "loading": lambda: loading(report.FOLDER, bags=40 if quick else 200, repeats=2 if quick else 3),
         "scaling": lambda: scaling(2, sources=(6, 9, 12), kept=(1, 5, 12), sizes=(16, 64, 256)) if quick else scaling(),

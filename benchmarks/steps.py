@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import plain
 from benchmarks.rates import product, product_operations
@@ -22,10 +23,12 @@ from benchmarks.timing import Action, Timing, interleaved, ratio
 from steph.data.bags import RaggedBatch
 from steph.data.manifest import Recipe
 from steph.merging.steph import STEPH
-from steph.mil import ABMIL
+from steph.mil import ABMIL, Model
 from steph.mil.state import state_of
+from steph.survival import nll_loss
+from steph.training import engine
 from steph.training.device import PRECISIONS
-from steph.training.engine import Trainer, parameter_groups
+from steph.training.engine import AdamW, Trainer, parameter_groups
 
 BAGS = 16
 """Patients of an update."""
@@ -102,7 +105,7 @@ def make_steph(d: Dimensions, sources: int = 12, top_k: int | None = 5, **option
     return STEPH(null, states[0], pool, top_k=top_k, dim_hidden=d.dim_hidden, **options)
 
 
-def make(network: str, d: Dimensions) -> nn.Module:
+def make(network: str, d: Dimensions) -> Model:
     """A new "abmil" or "steph"."""
     return make_abmil(d) if network == "abmil" else make_steph(d)
 
@@ -131,12 +134,53 @@ def plain_training(model: plain.PlainABMIL | plain.PlainSTEPH, batch: RaggedBatc
     return step
 
 
-def training(model: nn.Module, batch: RaggedBatch) -> Action:
+def training(model: Model, batch: RaggedBatch) -> Action:
     """One update of the engine."""
     return partial(Trainer(model.train(), Recipe(), 10**6).step, batch, *outcomes(len(batch)))
 
 
-def plain_of(model: nn.Module) -> plain.PlainABMIL | plain.PlainSTEPH:
+class TorchAdamW(AdamW):
+    """PyTorch's own optimizer in the engine's place."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def step(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+
+
+def _likelihood_under_autograd(logits: Tensor, bins: Tensor, event: Tensor, alpha: float) -> Tensor:
+    return nll_loss(torch.sigmoid(logits), bins, event, alpha)
+
+
+def by_hand(dims: str = "demo", patches: int = 64, repeats: int = 60) -> list[dict[str, Any]]:
+    """Rows for each hand-written part of an update: network, part, ms of ours and of one with PyTorch's own, ratio."""
+    d = DIMENSIONS[dims]
+    batch, rows = make_bags(patches, d.dim_in), []
+    for network in ("abmil", "steph"):
+        with patch.object(engine, "AdamW", TorchAdamW):
+            actions = {"optimizer": training(make(network, d), batch)}
+        update = training(make(network, d), batch)
+
+        def under_autograd(update: Action = update) -> None:
+            with patch.object(engine, "nll_of_logits", _likelihood_under_autograd):
+                update()
+
+        times = interleaved({"ours": update, **actions, "likelihood": under_autograd}, repeats, warm_up=5)
+        for part in ("optimizer", "likelihood"):
+            rows.append({
+                "network": network, "dims": dims, "patches": patches, "part": part,
+                "ours_ms": 1e3 * times["ours"].median, "plain_ms": 1e3 * times[part].median, "ratio": ratio(times[part], times["ours"]),
+            })  # fmt: skip
+    return rows
+
+
+def plain_of(model: Model) -> plain.PlainABMIL | plain.PlainSTEPH:
     """The plain copy of a model."""
     if isinstance(model, STEPH):
         return plain.PlainSTEPH(model)
@@ -144,7 +188,7 @@ def plain_of(model: nn.Module) -> plain.PlainABMIL | plain.PlainSTEPH:
     return plain.PlainABMIL(model)
 
 
-def evaluation(model: nn.Module, given: Sequence[Any]) -> Action:
+def evaluation(model: Model, given: Sequence[Any]) -> Action:
     """Predictions, one call for each of `given`."""
     model.eval()
 

@@ -127,6 +127,14 @@ def test_steps_are_compared_in_every_phase_and_precision(small):
         assert all(row[name] > 0 for name in ("plain_ms", "ours_ms", "ratio", "wall_ratio", "gflops", "share"))
 
 
+def test_hand_written_parts_are_compared_with_pytorchs_own(small):
+    rows = steps.by_hand("paper", patches=3, repeats=1)
+    assert [(row["network"], row["part"]) for row in rows] == [
+        (network, part) for network in ("abmil", "steph") for part in ("optimizer", "likelihood")
+    ]
+    assert all(row["ratio"] > 0 for row in rows)
+
+
 def test_cases_that_memory_does_not_suffice_for_are_left_out_and_named(monkeypatch, capsys):
     case = steps.Case("paper", 10_000)
     assert 5e9 < steps.memory_of(case) < 9e9

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from steph.merging.task_vectors import State, apply_task_vector, task_vector
+from steph.merging.task_vectors import State, apply_task_vector, encoder_part, task_vector
 
 
 def model_average(
@@ -24,9 +24,9 @@ def model_average(
     merge_head: the prediction head is averaged too; else it is the target's, as in the release.
     The paper does not say which reading it used; the default averages all models it has, as its own AdaMerging does.
     """
-    pool = [task_vector(state, null_state) for state in ([target_state] if include_target else [])]
-    pool += [task_vector(state, null_state) for state in source_states.values()]
-    merged = [name for name in null_state if merge_head or not name.startswith("head.")]
-    mean = {name: sum((tau[name] for tau in pool[1:]), pool[0][name]) / len(pool) for name in merged}
+    states = [*([target_state] if include_target else []), *source_states.values()]
+    pool = [task_vector(state, null_state) for state in states]
     start = null_state if base == "null" else target_state
-    return {**target_state, **apply_task_vector({name: start[name] for name in merged}, mean)}
+    merged = start if merge_head else encoder_part(start)
+    mean = {name: sum((tau[name] for tau in pool[1:]), pool[0][name]) / len(pool) for name in merged}
+    return {**target_state, **apply_task_vector(merged, mean)}

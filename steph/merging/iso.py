@@ -26,7 +26,7 @@ def iso_c(tau_target: State, tau_source: State) -> dict[str, Tensor]:
 
 
 def iso_cts(tau_target: State, tau_source: State, common_fraction: float = 0.8) -> dict[str, Tensor]:
-    """Like `iso_c`, with room kept for what is specific to each of the two.
+    """Like `iso_c`, with room left for what is specific to each of the two.
 
     About `common_fraction` of a matrix' directions are the sum's largest; the others are shared out evenly between the
     largest directions of each task vector outside that common space. This is the published algorithm on two task
@@ -62,7 +62,7 @@ def _common_and_specific(matrices: list[Tensor], common_fraction: float) -> Tens
         return _flat_spectrum(total)
     u, s, vh = (part[..., : rank - k * len(matrices)] for part in _svd(total))
     parts = [tuple(part[..., :k] for part in _svd(matrix - u @ (u.T @ matrix))) for matrix in matrices]
-    left, values, right = (torch.cat(found, -1) for found in zip(*parts, (u, s, vh), strict=True))
+    left, values, right = (torch.cat(columns, -1) for columns in zip(*parts, (u, s, vh), strict=True))
     return values.mean() * (_orthonormal(left) @ _orthonormal(right).T)
 
 

@@ -26,7 +26,7 @@ from steph.mil.gated_attention import to_save
 PADDING, SMALL, LARGE = 1.25, 768, 1024
 """Bags are padded to a common length while that makes at most this many times the work, or at most so many patches in
 all: below that, a call costs more than what it computes. A larger bag than the last goes alone: nothing is gained by
-company, and padding copies it."""
+more, and padding copies it."""
 
 
 class Merged(nn.Module):
@@ -49,17 +49,16 @@ class Merged(nn.Module):
 
     def states(self) -> list[dict[str, Tensor]]:
         """The base, and each of the task vectors; views."""
-        each = {name: value.unbind() for name, value in self.stacked().items()}
-        return [{name: values[i] for name, values in each.items()} for i in range(1 + self.n_vectors)]
+        return [{name: value[i] for name, value in self.stacked().items()} for i in range(1 + self.n_vectors)]
 
     def weights(self, coefficients: Tensor) -> dict[str, Tensor]:
         """Merged parameters (B, *shape) for coefficients (B, m)."""
-        whole = _with_base(coefficients)
-        return {k: (whole @ v.flatten(1)).view(len(whole), *v.shape[1:]) for k, v in self.stacked().items()}
+        coefficients = _with_base(coefficients)
+        return {k: (coefficients @ v.flatten(1)).view(-1, *v.shape[1:]) for k, v in self.stacked().items()}
 
     def state(self, coefficients: Tensor) -> dict[str, Tensor]:
         """Merged parameters for one bag's coefficients (m,)."""
-        return {name: value[0] for name, value in self.weights(coefficients.unsqueeze(0)).items()}
+        return {name: value[0] for name, value in self.weights(coefficients[None]).items()}
 
 
 def _with_base(coefficients: Tensor) -> Tensor:
@@ -81,41 +80,35 @@ class MergedEncoder(Merged):
         """Bag features (B, H), bag i under the weights base + coefficients[i] @ vectors. One row of coefficients,
         (1, m), is for all bags: they go through one merged encoder."""
         batch = as_batch(bags)
-        if len(coefficients) == 1 < len(batch):
-            fixed = self.fixed(self.stack.dtype)
-            merged = _Merge.apply(coefficients, fixed)
-            weights = {f"network.{name}": value for name, value in zip(fixed.of, merged, strict=True)}
-            return functional_call(Encoder(self.network), weights, (batch,), tie_weights=False)
-        if self.network.encodes_each:
+        same_for_all = len(coefficients) == 1 < len(batch)
+        if self.network.encodes_each and not same_for_all:
             return _MergeAndEncode.apply(coefficients, self, batch)
         encoder = Encoder(self.network)
         rows = {f"network.{name}": value.unbind() for name, value in self.weights(coefficients).items()}
+        bags_of_rows = [batch] if same_for_all else [batch.single(i) for i in range(len(batch))]
         features = []
-        for i in range(len(batch)):
+        for i, bags_of_row in enumerate(bags_of_rows):
             weights = {name: row[i] for name, row in rows.items()}
-            features.append(functional_call(encoder, weights, (batch.single(i),), tie_weights=False))
+            features.append(functional_call(encoder, weights, (bags_of_row,), tie_weights=False))
         return torch.cat(features)
 
     def workspace(self, name: str, n: int, dtype: torch.dtype) -> Weights:
-        """Uninitialised parameters of n models in memory kept between calls: a fresh one costs more than the product
-        it holds."""
-        held = self._workspace.get(name)
-        if held is not None and (held.n, held.memory.dtype, held.memory.device) == (n, dtype, self.stack.device):
-            return held
-        size = n * self.layout.size
-        memory = self.stack.new_empty(0) if held is None else held.memory
-        if len(memory) < size or memory.dtype != dtype or memory.device != self.stack.device:
-            memory = self.stack.new_empty(size, dtype=dtype)
-        self._workspace[name] = Weights(memory, n, self.layout.stacked(memory[:size], n))
-        return self._workspace[name]
+        """Uninitialised parameters of n models in memory that is used again: new memory takes longer than the product
+        that it is for."""
+        last, size = self._workspace.get(name), n * self.layout.size
+        memory = self.stack.new_empty(0, dtype=dtype) if last is None else last.memory
+        fits = memory.dtype == dtype and memory.device == self.stack.device and len(memory) >= size
+        if last is None or not fits or last.n != n:
+            memory = memory if fits else self.stack.new_empty(size, dtype=dtype)
+            last = self._workspace[name] = Weights(memory, n, self.layout.stacked(memory[:size], n))
+        return last
 
     def fixed(self, dtype: torch.dtype) -> Weights:
         """`stacked` in the precision of the patches; made once."""
-        held = self._fixed
-        if held is None or held[0] is not self.stack or held[1].memory.dtype != dtype:
+        if self._fixed is None or self._fixed[0] is not self.stack or self._fixed[1].memory.dtype != dtype:
             memory, n = self.stack.to(dtype), 1 + self.n_vectors
-            held = self._fixed = self.stack, Weights(memory, n, self.layout.stacked(memory, n))
-        return held[1]
+            self._fixed = self.stack, Weights(memory, n, self.layout.stacked(memory, n))
+        return self._fixed[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,24 +145,6 @@ class Encoder(nn.Module):
         return self.network.encode(bags)
 
 
-class _Merge(torch.autograd.Function):
-    """The merged parameters, one after the other, for one row of coefficients (1, m)."""
-
-    @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, fixed: Weights) -> tuple[Tensor, ...]:
-        ctx.fixed, given = fixed, _with_base(coefficients)
-        return tuple(
-            torch.mm(given, matrix).view(value.shape[1:])
-            for matrix, value in zip(fixed.matrices, fixed.of.values(), strict=True)
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        each = [fixed @ own.flatten() for fixed, own in zip(ctx.fixed.but_first, grads, strict=True)]
-        return torch.stack(each).sum(0, keepdim=True), None
-
-
 class _MergeAndEncode(torch.autograd.Function):
     """Merge, encode, and go back to the coefficients, for networks that offer `encode_each`."""
 
@@ -178,10 +153,10 @@ class _MergeAndEncode(torch.autograd.Function):
         dtype, device, n = batch.features.dtype, batch.features.device, len(batch)
         order, groups = _arranged(batch.sizes)
         index = torch.tensor(order, device=device) if len(groups) > 1 else None  # one group is in the bags' order
-        given = _with_base(_taken(coefficients, index)).to(dtype)
+        rows = _with_base(_in_order(coefficients, index)).to(dtype)
         weights = merged.workspace("weights", n, dtype)
-        for fixed, own in zip(merged.fixed(dtype).matrices, weights.matrices, strict=True):
-            torch.mm(given, fixed, out=own)
+        for fixed, matrix in zip(merged.fixed(dtype).matrices, weights.matrices, strict=True):
+            torch.mm(rows, fixed, out=matrix)
         policy = merged.network.save_policy
         save = to_save(len(batch.features), device, policy) if ctx.needs_input_grad[0] else "nothing"
         features, saved = [], []
@@ -198,7 +173,7 @@ class _MergeAndEncode(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        merged, grad = ctx.merged, _taken(grads[0], ctx.index)
+        merged, grad = ctx.merged, _in_order(grads[0], ctx.index)
         if ctx.saved is None or ctx.call != merged.calls:
             raise RuntimeError("backward must follow its own forward: the weights' workspace has been used again")
         d_weights = merged.workspace("gradients", len(grad), ctx.dtype)
@@ -207,17 +182,17 @@ class _MergeAndEncode(torch.autograd.Function):
         ctx.saved = None
         # Few rows and a million columns: this order of the factors is the one that libraries are good at.
         both = zip(merged.fixed(ctx.dtype).but_first, d_weights.matrices, strict=True)
-        d_coefficients = torch.stack([fixed @ own.T for fixed, own in both]).to(grad.dtype).sum(0).T
+        d_coefficients = torch.stack([fixed @ matrix.T for fixed, matrix in both]).to(grad.dtype).sum(0).T
         return _back(d_coefficients, ctx.index), None, None
 
 
-def _taken(values: Tensor, index: Tensor | None) -> Tensor:
+def _in_order(values: Tensor, index: Tensor | None) -> Tensor:
     """Rows in the order of an index; None leaves them."""
     return values if index is None else values.index_select(0, index)
 
 
 def _back(values: Tensor, index: Tensor | None) -> Tensor:
-    """Rows that `_taken` gave, in their old order."""
+    """Rows that `_in_order` gave, in their old order."""
     return values if index is None else torch.empty_like(values).index_copy_(0, index, values)
 
 
@@ -247,7 +222,7 @@ def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:
 
 def _padded(batch: RaggedBatch, which: list[int]) -> tuple[Tensor, Tensor | None]:
     """Some bags of a batch as one (G, n, D) tensor, and where in it there is no patch, (G, n), or None if there is one
-    everywhere. Behind a shorter bag stands its last patch, again and again."""
+    everywhere. A shorter bag is filled up with its last patch."""
     sizes = np.array([batch.offsets[i + 1] - batch.offsets[i] for i in which])
     starts, n = np.array([batch.offsets[i] for i in which]), int(sizes.max())
     alike = bool((sizes == n).all())

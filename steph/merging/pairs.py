@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from steph.merging.iso import iso_c, iso_cts
-from steph.merging.task_vectors import State, apply_task_vector, task_vector
+from steph.merging.task_vectors import State, apply_task_vector, encoder_part, task_vector
 from steph.merging.ties import ties
 from steph.mil.state import ModelState, origin_of
 
@@ -17,24 +17,17 @@ PAIR_MERGES: dict[str, PairMerge] = {"ties": ties, "iso_c": iso_c, "iso_cts": is
 
 
 def merge_pairs(
-    null_state: State, target_state: State, source_states: Mapping[str, State], merge: PairMerge, without: str = "head."
+    null_state: State, target_state: State, source_states: Mapping[str, State], merge: PairMerge
 ) -> dict[str, ModelState]:
     """The pool with each source's model replaced by M_0 + merge(tau_t, tau_s).
 
-    Only the encoder is merged: parameters under the prefix `without` stay the source's. The states say that they stem
-    from M_0, so they can be merged on like any cancer's model.
+    Only the encoder is merged: the head stays the source's. The states say that they stem from M_0, so they can be
+    merged on like any cancer's model.
     """
-    null = {name: value for name, value in null_state.items() if not name.startswith(without)}
-    target = _encoder_vector(target_state, null_state, null)
+    null, origin = encoder_part(null_state), origin_of(null_state)
+    target = encoder_part(task_vector(target_state, null_state))
+    merged = {name: merge(target, encoder_part(task_vector(s, null_state))) for name, s in source_states.items()}
     return {
-        name: ModelState(
-            {**state, **apply_task_vector(null, merge(target, _encoder_vector(state, null_state, null)))},
-            origin_of(null_state),
-        )
+        name: ModelState({**state, **apply_task_vector(null, merged[name])}, origin)
         for name, state in source_states.items()
     }
-
-
-def _encoder_vector(state: State, null_state: State, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    vector = task_vector(state, null_state)
-    return {name: vector[name] for name in names}

@@ -16,7 +16,7 @@ from steph.mil.state import ModelState, origin_of
 def random_sources(null_state: State, source_states: Mapping[str, State], seed: int) -> dict[str, ModelState]:
     """The pool with each source's task vector replaced by Gaussian noise of the same norm, parameter by parameter.
 
-    What a source learnt is gone, how far it moved each parameter is kept. The noise is drawn from `seed`, the source's
+    What a source learnt is gone, how far it moved each parameter stays. The noise is drawn from `seed`, the source's
     name and the parameter's: the same in every fold, whatever other sources there are and in whatever order.
     """
     origin = origin_of(null_state)

@@ -1,7 +1,7 @@
 """STEPH: sparse task vector mixup with hypernetworks (section 4 of the paper).
 
 For a bag X, hypernetworks give a weight w_i >= 0 and a mixing coefficient lambda_i for each source cancer i. The K
-sources of largest w are kept and the model for this very bag is
+sources of largest w are selected and the model for this very bag is
 
     M* = M_0 + sum_j w_j [lambda_j tau_t + (1 - lambda_j) tau_sj]        (Eq. 3-5)
 
@@ -24,7 +24,7 @@ from steph import Refused
 from steph.data.bags import RaggedBatch, as_batch, sample_each
 from steph.merging.merged_encoder import Merged, MergedEncoder
 from steph.merging.task_vectors import Layout, State, task_vector
-from steph.mil.abmil import ABMIL
+from steph.mil.abmil import ABMIL, renamed
 from steph.mil.base import MIL, BagEncoder, Bags, ForwardPass, Model, one_bag
 from steph.mil.mean_mil import mean_of_embedded
 from steph.mil.state import load_into
@@ -37,7 +37,7 @@ RELEASED_NAMES = {
     "vecmix_layer.3": "hyper.mix_head.3",
     "pred_head": "head",
 }
-"""Layers of the release's STEPH, and ours."""
+"""Layers of the release's STEPH and the same layers here."""
 
 
 class Mixtures(NamedTuple):
@@ -53,8 +53,8 @@ class STEPH(BagEncoder):
     """A target cancer's model, merged anew for each bag from its own and other cancers' models.
 
     null_state, target_state, source_states: parameters of M_0, M_t and the M_s by name, all of one network.
-    top_k: how many mixtures are kept (K); None keeps all. mix: how lambda is found: "hypernetwork" (per bag),
-    "parameter" (one trained vector) or a constant. weight: how w is found: "hypernetwork" or "parameter".
+    top_k: how many mixtures are selected (K); None: all. mix: what gives lambda: "hypernetwork" (per bag), "parameter"
+    (one trained vector) or a constant. weight: what gives w: "hypernetwork" or "parameter".
     dim_hidden: width of the hypernetworks. beta, gamma: weights of the auxiliary losses (Eq. 7).
     network: the network whose states these are; None takes ABMIL and reads its dimensions off the states.
     sample_patches: the hypernetworks read at most so many patches of a bag, drawn by `sample_seed` (see
@@ -173,37 +173,28 @@ class STEPH(BagEncoder):
 
     def merged_state(self, bag: Tensor) -> dict[str, Tensor]:
         """The parameters of the network that this bag (N, D) is seen through."""
-        return self._state(mixture_coefficients(*self.batch_coefficients([bag]))[0])
+        return self._state(self.batch_coefficients([bag]))
 
-    def _state(self, coefficients: Tensor) -> dict[str, Tensor]:
-        if self.merged_head is None:
-            head: dict[str, Tensor] = {f"head.{k}": v for k, v in self.head.named_parameters()}
-        else:
-            head = self.merged_head.state(coefficients)
+    def _state(self, mixtures: Mixtures) -> dict[str, Tensor]:
+        """The parameters of the network that is merged for the first bag."""
+        coefficients = mixture_coefficients(*mixtures)[0]
+        plain_head: dict[str, Tensor] = {f"head.{name}": value for name, value in self.head.named_parameters()}
+        head = plain_head if self.merged_head is None else self.merged_head.state(coefficients)
         return {**self.encoder.state(coefficients), **head}
 
-    def auxiliary_loss(
-        self,
-        mixtures: Mixtures,
-        beta: float | None = None,
-        gamma: float | None = None,
-        balance_term: bool | None = None,
-    ) -> Tensor:
+    def auxiliary_loss(self, mixtures: Mixtures) -> Tensor:
         """beta L_mix + gamma L_agg (Eq. 7), the mean over the bags that are merged so.
 
         With the balance term (the release), the mean of the selected w is added to L_agg; it exists only with a K.
         """
         w, lam, selected = mixtures
-        beta, gamma = self.beta if beta is None else beta, self.gamma if gamma is None else gamma
-        if not beta and not gamma:
+        if not self.beta and not self.gamma:
             return w.new_zeros(())
-        is_selected, k = selection_mask(w, selected), selected.shape[1]
-        loss = (lam * is_selected).square().sum() * (beta / k) + torch.logsumexp(w, dim=1).square().sum() * gamma
-        if (self.balance_term if balance_term is None else balance_term) and self.top_k is not None:
-            loss = loss + (w * is_selected).sum() * (gamma / k)
+        mask, k = selection_mask(w, selected), selected.shape[1]
+        loss = (lam * mask).square().sum() * (self.beta / k) + torch.logsumexp(w, dim=1).square().sum() * self.gamma
+        if self.balance_term and self.top_k is not None:
+            loss = loss + (w * mask).sum() * (self.gamma / k)
         return loss / len(w)
-
-    # What the library asks of every model (`steph.mil.base.Model`).
 
     @property
     def networks_per_bag(self) -> int:
@@ -214,20 +205,17 @@ class STEPH(BagEncoder):
         return self
 
     def pooling_network(self, batch: RaggedBatch) -> MIL | None:
-        if not self.encoder.network.pools_by_attention:
-            return None
-        return self._network(mixture_coefficients(*self.batch_coefficients(batch))[0])
+        return self._network(batch) if self.encoder.network.pools_by_attention else None
 
     def deployed(self) -> Model:
         if not self.same_for_all_bags:
             return self
-        any_bag = RaggedBatch(self.encoder.stack.new_zeros(1, 1), (0, 1))
-        return self._network(mixture_coefficients(*self.batch_coefficients(any_bag))[0])
+        return self._network(RaggedBatch(self.encoder.stack.new_zeros(1, 1), (0, 1)))  # any bag will do
 
-    def _network(self, coefficients: Tensor) -> MIL:
-        """A network of its own under merged weights, for coefficients (1 + m,)."""
+    def _network(self, batch: RaggedBatch) -> MIL:
+        """The network that is merged for one bag."""
         network = deepcopy(self.encoder.network)
-        load_into(network, self._state(coefficients))
+        load_into(network, self._state(self.batch_coefficients(batch)))
         return network
 
     def architecture(self) -> dict[str, Any]:
@@ -312,7 +300,7 @@ class MergedHead(Merged):
     """The prediction head under merged weights, like `MergedEncoder` (the paper's reading of Eq. 5)."""
 
     def __init__(self, base: State, vectors: Sequence[State]) -> None:
-        super().__init__(Layout({k: tuple(v.shape) for k, v in base.items() if k.startswith("head.")}), base, vectors)
+        super().__init__(Layout.of({k: v for k, v in base.items() if k.startswith("head.")}), base, vectors)
 
     def forward(self, coefficients: Tensor, features: Tensor) -> Tensor:
         weights = self.weights(coefficients)
@@ -335,7 +323,7 @@ def selection_mask(w: Tensor, selected: Tensor) -> Tensor:
 
 def convert_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Trainable parameters of the release's STEPH under our names."""
-    return {f"{RELEASED_NAMES[layer]}.{kind}": v for k, v in state.items() for layer, _, kind in [k.rpartition(".")]}
+    return renamed(state, RELEASED_NAMES)
 
 
 def _check_options(m: int, top_k: int | None, mix: object, weight: str) -> None:
@@ -370,5 +358,5 @@ def _head(network: MIL, target_state: State | None) -> nn.Linear:
 
 
 def _dim_in(network: MIL) -> int:
-    first = next(module for module in network.modules() if isinstance(module, nn.Linear))
-    return first.in_features
+    """The width of the patch features that a network's first layer takes."""
+    return next(module for module in network.modules() if isinstance(module, nn.Linear)).in_features

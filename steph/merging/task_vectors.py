@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steph import Refused
-from steph.mil.state import ModelState, origin_of, state_fingerprint
+from steph.mil.state import origin_of, shape_difference, state_fingerprint
 
 State = Mapping[str, Tensor]
 
@@ -42,16 +42,16 @@ def apply_task_vector(null_state: State, tau: State) -> dict[str, Tensor]:
     return {name: value + tau[name] if name in tau else value for name, value in null_state.items()}
 
 
+def encoder_part(state: State) -> dict[str, Tensor]:
+    """A state without its prediction head: what the paper's release merges."""
+    return {name: value for name, value in state.items() if not name.startswith("head.")}
+
+
 def check_same_network(state: State, other: State) -> None:
     """Raise `Refused` where two states differ in names or shapes: such models cannot be merged."""
-    shapes, others = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, other))
-    if shapes != others:
-        differing = sorted(k for k in shapes.keys() | others.keys() if shapes.get(k) != others.get(k))
-        name = differing[0]
-        raise Refused(
-            f"models of different networks cannot be merged: {len(differing)} parameters differ, first {name}: "
-            f"{shapes.get(name, 'absent')} and {others.get(name, 'absent')}."
-        )
+    difference = shape_difference(state, other)
+    if difference:
+        raise Refused(f"models of different networks cannot be merged: {difference}.")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Layout:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """How many numbers each parameter has."""
+        """Numbers of the parameters, in order."""
         return [prod(shape) for shape in self.shapes.values()]
 
     @property
@@ -92,6 +92,3 @@ class Layout:
         """What `stack` made, (n P,), as parameters (n, *shape), each in one piece of memory; views."""
         parts = flat.split([n * size for size in self.sizes])
         return {k: p.view(n, *s) for (k, s), p in zip(self.shapes.items(), parts, strict=True)}
-
-
-__all__ = ["Layout", "ModelState", "State", "apply_task_vector", "check_same_network", "task_vector"]

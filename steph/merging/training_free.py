@@ -1,7 +1,7 @@
 """STEPH without training: w and lambda in closed form, the same for every patient, under the target's own head.
 
-The paper leaves this open (its third limitation). Three ways are tried here. Each gives weights w (m,), 0 but for the K
-kept sources, and ratios lambda (m,), for the merged encoder M_0 + sum_j w_j [lambda_j tau_t + (1 - lambda_j) tau_sj].
+The paper leaves this open (its third limitation). Three ways are tried here. Each gives weights w (m,), 0 but for K
+sources, and ratios lambda (m,), for the merged encoder M_0 + sum_j w_j [lambda_j tau_t + (1 - lambda_j) tau_sj].
 Where nothing speaks for any source, all of them give M_t back.
 """
 
@@ -15,25 +15,30 @@ from torch import Tensor, nn
 from steph import Refused
 from steph.data.bags import RaggedBatch
 from steph.merging.merged_encoder import MergedEncoder
-from steph.merging.task_vectors import Layout, State, apply_task_vector, task_vector
+from steph.merging.task_vectors import Layout, State, apply_task_vector, encoder_part, task_vector
 from steph.survival import nll_loss
 
 Mixture = tuple[Tensor, Tensor]
 """w (m,) and lambda (m,)."""
 
 
-def by_worth(own: float, worth: Tensor, top_k: int | None) -> Mixture:
-    """The mixture in which the target counts `own` and source j counts worth_j >= 0, (m,):
+def by_worth(target: float, worth: Tensor, top_k: int | None) -> Mixture:
+    """The mixture in which the target counts `target` and source j counts worth_j >= 0, (m,):
 
-        w_j = worth_j / sum of the K largest,    lambda_j = own / (own + worth_j).
+        w_j = worth_j / sum of the K largest,    lambda_j = target / (target + worth_j).
 
     The w sum to 1: the merged vector is a weighted mean, and keeps the length of the vectors that it is made of.
     """
-    kept = worth.argsort(descending=True, stable=True)[:top_k]
-    w = torch.zeros_like(worth).index_copy(0, kept, worth[kept])
+    w, selected = _largest(worth, top_k)
     if w.sum() == 0:
-        return torch.zeros_like(worth).index_fill(0, kept, 1 / len(kept)), torch.ones_like(worth)
-    return w / w.sum(), torch.where(worth > 0, own / (own + worth), 1.0)
+        return w.index_fill(0, selected, 1 / len(selected)), torch.ones_like(worth)
+    return w / w.sum(), torch.where(worth > 0, target / (target + worth), 1.0)
+
+
+def _largest(values: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """Values (m,) with all but the K largest set to 0, and where these stand, (K,)."""
+    selected = values.argsort(descending=True, stable=True)[:top_k]
+    return torch.zeros_like(values).index_copy(0, selected, values[selected]), selected
 
 
 def by_cosine(null_state: State, target_state: State, source_states: Sequence[State], top_k: int | None) -> Mixture:
@@ -49,13 +54,13 @@ def by_cosine(null_state: State, target_state: State, source_states: Sequence[St
     return by_worth(1.0, cosines.clamp(min=0), top_k)
 
 
-def by_concordance(own: float, others: Sequence[float], top_k: int | None) -> Mixture:
+def by_concordance(target: float, sources: Sequence[float], top_k: int | None) -> Mixture:
     """From the fold's training patients: a model is worth max(0, C - 1/2), by how far its C-index exceeds chance.
 
-    own, others: C-index on these patients of the target's model and of each source's, unchanged. The sources have never
-    seen them; the target's model was trained on them, so its C-index is too good and lambda errs towards the target.
+    target, sources: C-index on these patients of the target's model and of each source's, unchanged. The sources have
+    never seen them; the target's model was trained on them, so its C-index is too good and lambda errs towards it.
     """
-    worth = (torch.tensor([own, *others], dtype=torch.float64) - 0.5).clamp(min=0)
+    worth = (torch.tensor([target, *sources], dtype=torch.float64) - 0.5).clamp(min=0)
     # A target that does no better than chance on its own training patients has learnt nothing; the sources stand alone.
     return by_worth(worth[0].item(), worth[1:], top_k)
 
@@ -70,18 +75,17 @@ def by_scores(scores: Tensor, top_k: int | None, variance: float = 1.0) -> Mixtu
 
         c = c_0 - (S^T S + I / variance)^-1 S^T 1.
 
-    Negative coefficients become 0, the sources' K largest are kept, and c is written as a mixture: one lambda =
+    Negative coefficients become 0, the sources' K largest are selected, and c is written as a mixture: one lambda =
     c_t / (c_t + sum c_s) for all sources, and w_j = c_sj / (1 - lambda).
     """
     eye = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)
     start = eye[0] - torch.linalg.solve(scores.T @ scores + eye / variance, scores.sum(0))
-    own, others = start[0].clamp(min=0), start[1:].clamp(min=0)
-    kept = others.argsort(descending=True, stable=True)[:top_k]
-    others = torch.zeros_like(others).index_copy(0, kept, others[kept])
-    if others.sum() == 0:
-        return torch.zeros_like(others).index_fill(0, kept, own.item() / len(kept)), torch.ones_like(others)
-    ratio = own / (own + others.sum())
-    return others / (1 - ratio), ratio.expand(len(others)).clone()
+    target = start[0].clamp(min=0)
+    sources, selected = _largest(start[1:].clamp(min=0), top_k)
+    if sources.sum() == 0:
+        return sources.index_fill(0, selected, target.item() / len(selected)), torch.ones_like(sources)
+    ratio = target / (target + sources.sum())
+    return sources / (1 - ratio), ratio.expand(len(sources)).clone()
 
 
 def patient_scores(
@@ -100,20 +104,18 @@ def patient_scores(
 
 
 def merged(
-    null_state: State, target_state: State, source_states: Sequence[State], mixture: Mixture, without: str = "head."
+    null_state: State, target_state: State, source_states: Sequence[State], mixture: Mixture
 ) -> dict[str, Tensor]:
-    """The network's parameters under a mixture; those under the prefix `without` are the target's own.
+    """The network's parameters under a mixture; the head is the target's own.
 
     Raises `Refused` for a mixture of another number of sources.
     """
     w, lam = mixture
     if len(w) != len(source_states):
         raise Refused(f"a mixture of {len(w)} sources for a pool of {len(source_states)}.")
-    own = (w * lam).sum().item()
-    tau = {name: own * value for name, value in task_vector(target_state, null_state).items()}
+    of_target = (w * lam).sum().item()
+    tau = {name: of_target * value for name, value in task_vector(target_state, null_state).items()}
     for share, state in zip((w * (1 - lam)).tolist(), source_states, strict=True):
         if share:
             tau = {name: tau[name] + share * value for name, value in task_vector(state, null_state).items()}
-    encoder = {name: value for name, value in tau.items() if not name.startswith(without)}
-    kept = {name: value for name, value in target_state.items() if name.startswith(without)}
-    return {**apply_task_vector(null_state, encoder), **kept}
+    return {**target_state, **apply_task_vector(encoder_part(null_state), encoder_part(tau))}

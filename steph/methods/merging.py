@@ -18,7 +18,7 @@ from steph.methods.base import Inputs, Method
 from steph.methods.transfer import transfer_performance
 from steph.mil import Model
 from steph.mil.state import ModelState, load_into
-from steph.survival import bin_index
+from steph.survival import targets
 from steph.training.engine import loader
 
 
@@ -89,8 +89,8 @@ def _mixture(x: Inputs, way: str) -> Mixture:
     if way == "cosine":
         return by_cosine(x.null_state, x.own_state, sources, top_k)
     if way == "concordance":
-        own, *others = transfer_performance(x, x.pool).tolist()
-        return by_concordance(own, others, top_k)
+        target, *others = transfer_performance(x, x.pool).tolist()
+        return by_concordance(target, others, top_k)
     if way == "scores":
         return by_scores(_scores(x), top_k)
     raise Refused(f"no training-free way {way!r}; expected cosine, concordance or scores.")
@@ -103,9 +103,7 @@ def _scores(x: Inputs) -> Tensor:
     device, dtype = exact.device, exact.dtype
     network = x.network(x.own_state).to(device, dtype).eval()
     encoder = MergedEncoder(x.network(), x.null_state, vectors).to(device, dtype).eval()
-    labels, n = x.data.labels(x.patients), x.dimensions
-    bins = torch.from_numpy(bin_index(labels["time_days"], n.n_bins, n.bin_width_days)).to(device)
-    event = torch.from_numpy(labels["event"].to_numpy(dtype=bool)).to(device)
+    bins, event = targets(x.data.labels(x.patients), x.dimensions.n_bins, x.dimensions.bin_width_days, device)
     batch_of, scores = loader(network, x.data, x.patients, exact), []
     for start in range(0, len(x.patients), x.recipe.bags_per_step):
         rows = slice(start, start + x.recipe.bags_per_step)

@@ -59,8 +59,7 @@ class ABMIL(MIL):
         """Bag features (B, dim_emb)."""
         batch = as_batch(bags)
         if not layers_called_one_by_one() and (batch.half or len(batch.features) > FEW):
-            dropout = self.dropout if self.training else 0.0
-            return attend_with_gradient(dict(self.named_parameters()), batch, dropout, self.save_policy)
+            return attend_with_gradient(dict(self.named_parameters()), batch, self._dropout, self.save_policy)
         embedded = F.relu(self.embed(batch.features))  # (N, dim_emb)
         gated = torch.tanh(self.gate_tanh(embedded)) * torch.sigmoid(self.gate_sigmoid(embedded))
         scale = self._scale(gated)
@@ -69,24 +68,18 @@ class ABMIL(MIL):
 
     def attention(self, bag: Tensor | RaggedBatch) -> Tensor:
         """Attention (N,) over the patches of one bag (N, D); it sums to 1."""
-        dropout = self.dropout if self.training else 0.0
-        saved = attend(dict(self.named_parameters()), one_bag(bag), dropout)[1]
+        saved = attend(dict(self.named_parameters()), one_bag(bag), self._dropout)[1]
         return torch.softmax(saved.scores, dim=0)
 
-    # Each bag under encoder weights of its own: what a hypernetwork asks for. Written by hand, because autograd would
-    # keep and copy a full set of weights for every bag; `tests/mil/test_abmil.py` holds it to autograd's gradient.
+    # Each bag under encoder weights of its own, for hypernetworks. Written by hand, as autograd would save and copy a
+    # full set of weights for every bag; `tests/mil/test_abmil.py` compares its gradient with autograd's.
 
     def encode_each(
-        self, weights: Mapping[str, Tensor], bags: Tensor, absent: Tensor | None, save: Save = "everything"
+        self, weights: Mapping[str, Tensor], bags: Tensor, absent: Tensor | None, save: Save
     ) -> tuple[Tensor, tuple | Saved]:
-        """Bag features (G, dim_emb) of G padded bags (G, n, D), bag g under the weights ``weights[name][g]``.
-
-        absent: (G, n) True where a bag has no patch and what stands there is anything finite; None for bags of one
-        size. Returns the features and what `encode_each_backward` needs; `save` says how much may be saved for it.
-        """
+        """`MIL.encode_each`; where there is no patch, anything finite may stand."""
         if len(bags) == 1:
-            own = {name: value[0] for name, value in weights.items()}
-            return attend(own, as_batch([bags[0]]), self.dropout if self.training else 0.0, save)
+            return attend({name: value[0] for name, value in weights.items()}, as_batch([bags[0]]), self._dropout, save)
         embedded = _linear(bags, weights, "embed").relu_()  # (G, n, dim_emb)
         tanh = _linear(embedded, weights, "gate_tanh").tanh_()  # (G, n, dim_attn)
         sigmoid = _linear(embedded, weights, "gate_sigmoid").sigmoid_()
@@ -105,8 +98,7 @@ class ABMIL(MIL):
         return features, (weights, bags, embedded, tanh, sigmoid, scale, gated, attention)
 
     def encode_each_backward(self, saved: tuple | Saved, grad: Tensor, out: Mapping[str, Tensor]) -> None:
-        """Gradient of the weights of each bag, written to ``out[name]`` (G, ...), from that of the features
-        (G, dim_emb). Consumes `saved`."""
+        """`MIL.encode_each_backward`; it consumes `saved`."""
         if isinstance(saved, Saved):
             return attend_backward(saved, grad, {name: value[0] for name, value in out.items()})
         weights, bags, embedded, tanh, sigmoid, scale, gated, attention = saved
@@ -126,10 +118,15 @@ class ABMIL(MIL):
         _linear_gradient(d_sigmoid, embedded, out, "gate_sigmoid")
         _linear_gradient(relu_backward(d_embedded, embedded), bags, out, "embed")
 
+    @property
+    def _dropout(self) -> float:
+        """The probability that a branch of the gate is dropped, now."""
+        return self.dropout if self.training else 0.0
+
     def _scale(self, values: Tensor) -> Tensor | None:
         """By what dropout on both branches, drawn at once, multiplies their product: it is left where both factors are.
         None where nothing is dropped."""
-        if not self.training or self.dropout == 0:
+        if not self._dropout:
             return None
         keep = (1 - self.dropout) ** 2
         return dropout_mask(tuple(values.shape), keep, values.device).to(values.dtype).div_(keep)
@@ -147,14 +144,14 @@ def _linear_gradient(d_y: Tensor, x: Tensor, out: Mapping[str, Tensor], layer: s
 
 def convert_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters under the release's names, renamed to ours."""
-    ours = {theirs: name for name, theirs in RELEASED_NAMES.items()}
-    return _renamed(state, ours)
+    return renamed(state, {released: name for name, released in RELEASED_NAMES.items()})
 
 
 def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our parameters under the release's names."""
-    return _renamed(state, RELEASED_NAMES)
+    return renamed(state, RELEASED_NAMES)
 
 
-def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+def renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """A state with its layers under other names."""
     return {f"{names[layer]}.{kind}": v for k, v in state.items() for layer, _, kind in [k.rpartition(".")]}

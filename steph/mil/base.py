@@ -172,6 +172,39 @@ class MIL(BagEncoder):
         return {"kind": "network", **self.made_as}
 
 
+def takes_half(encode: Callable[[Any, RaggedBatch], Tensor]) -> Callable[..., Tensor]:
+    """A network's `encode` that is given a `RaggedBatch` in any case, and whose layers in float32 also take patches in
+    half precision; bag features are in float32 then."""
+
+    @wraps(encode)
+    def wrapped(self: Any, bags: Bags) -> Tensor:
+        batch = as_batch(bags)
+        if not batch.half:
+            return encode(self, batch)
+        with torch.autocast(batch.features.device.type, torch.bfloat16):
+            return encode(self, batch).float()
+
+    return wrapped
+
+
+class AttentionPooling(MIL):
+    """A network whose bag feature is the mean of its patches' embeddings, weighted by a softmax of their scores."""
+
+    @abstractmethod
+    def embed_and_score(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+        """Embedded patches (N, H) of all bags, and the scores (N,) of the pooling."""
+
+    @takes_half
+    def encode(self, batch: RaggedBatch) -> Tensor:
+        """Bag features (B, H)."""
+        patches, scores = self.embed_and_score(batch)
+        return batch.softmax(scores) @ patches
+
+    def attention(self, bag: Tensor | RaggedBatch) -> Tensor:
+        """Attention (N,) of the pooling over the patches of one bag (N, D); it sums to 1."""
+        return torch.softmax(self.embed_and_score(one_bag(bag))[1], dim=0)
+
+
 def network_needing_coords(model: nn.Module) -> str | None:
     """The name of a network in a model, or of the model, that needs patches' coordinates; None where none does."""
     needing = [type(part).__name__ for part in model.modules() if isinstance(part, MIL) and part.needs_coords]
@@ -207,18 +240,3 @@ class Frozen(nn.Module):
     def head(self) -> nn.Linear:
         """The network's own prediction head, frozen too."""
         return self.network.head
-
-
-def takes_half(encode: Callable[[Any, RaggedBatch], Tensor]) -> Callable[..., Tensor]:
-    """A network's `encode` that is given a `RaggedBatch` in any case, and whose layers in float32 also take patches in
-    half precision; bag features are in float32 then."""
-
-    @wraps(encode)
-    def wrapped(self: Any, bags: Bags) -> Tensor:
-        batch = as_batch(bags)
-        if not batch.half:
-            return encode(self, batch)
-        with torch.autocast(batch.features.device.type, torch.bfloat16):
-            return encode(self, batch).float()
-
-    return wrapped

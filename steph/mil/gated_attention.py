@@ -2,12 +2,13 @@
 
 What autograd would keep of every patch (two gates, their product, a dropout mask in floats) is more than the patches
 themselves. Here a chunk of patches goes through all layers while it is in the cache, and of large batches only the
-embedding is kept, or nothing but scores: the rest is computed again on the way back.
+embedding is saved, or nothing but scores: the rest is computed again on the way back.
 `tests/mil/test_gated_attention.py` holds all of it to autograd's gradient.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,12 +111,12 @@ def attend(
         torch.add(torch.mm(gated, weights["score.weight"].T).squeeze(1).div_(keep if mask is not None else 1.0),
                   weights["score.bias"], out=scores[rows])  # fmt: skip
         # Softmax as it goes: sums are rescaled when a higher score turns up.
-        own = scores[rows].masked_fill(~batch.membership[:, rows], -torch.inf)
-        new = torch.maximum(highest, own.amax(1))
-        share = torch.exp(own - new.unsqueeze(1))
-        scale = torch.exp(highest - new)
+        by_bag = scores[rows].masked_fill(~batch.membership[:, rows], -torch.inf)
+        new_highest = torch.maximum(highest, by_bag.amax(1))
+        share = torch.exp(by_bag - new_highest.unsqueeze(1))
+        scale = torch.exp(highest - new_highest)
         total = total * scale.unsqueeze(1) + (share.to(x.dtype) @ e).to(wide)
-        weight, highest = weight * scale + share.sum(1), new
+        weight, highest = weight * scale + share.sum(1), new_highest
     features = total / weight.unsqueeze(1)
     return features, Saved(weights, batch, scores, highest + weight.log(), features, mask, keep, embeddings, gates)
 
@@ -124,15 +125,14 @@ def attend(
 def attend_backward(saved: Saved, grad: Tensor, out: Mapping[str, Tensor]) -> None:
     """Gradient of the weights, written to ``out[name]``, from that of the features (B, dim_emb). Consumes `saved`."""
     weights, batch, x = saved.weights, saved.batch, saved.batch.features
-    own = (grad * saved.features).sum(1)  # (B,)
+    mean = (grad * saved.features).sum(1)  # (B,) of d_attention under the attention
     narrow = grad.to(x.dtype)
     for i, rows in enumerate(chunks(x)):
-        first = i == 0
         e = _layer(weights, "embed", x[rows], "relu") if saved.embedded is None else saved.embedded[i]
         t, s = _gates(weights, e) if saved.gates is None else saved.gates[i]
         inside = batch.membership[:, rows]
         attention = torch.exp(saved.scores[rows] - saved.normaliser.unsqueeze(1)).mul_(inside)  # (B, n)
-        d_score = (attention * ((narrow @ e.T) - own.unsqueeze(1))).sum(0).to(x.dtype)  # (n,)
+        d_score = (attention * ((narrow @ e.T) - mean.unsqueeze(1))).sum(0).to(x.dtype)  # (n,)
         attention = attention.to(x.dtype)
         d_product = d_score if saved.mask is None else d_score / saved.keep
         d_gated = torch.outer(d_product, weights["score.weight"][0])  # (n, dim_attn)
@@ -144,11 +144,12 @@ def attend_backward(saved: Saved, grad: Tensor, out: Mapping[str, Tensor]) -> No
         d_tanh = tanh_backward(d_gated.mul_(s), t)
         d_e = attention.T @ narrow
         d_e.addmm_(d_tanh, weights["gate_tanh.weight"]).addmm_(d_sigmoid, weights["gate_sigmoid.weight"])
-        add_product(out["score.weight"], d_product.unsqueeze(0), gated, first)
-        _add_sum(out["score.bias"], d_score.unsqueeze(1), first)
-        _collect(out, "gate_tanh", d_tanh, e, first)
-        _collect(out, "gate_sigmoid", d_sigmoid, e, first)
-        _collect(out, "embed", relu_backward(d_e, e), x[rows], first)
+        overwrite = i == 0
+        add_product(out["score.weight"], d_product.unsqueeze(0), gated, overwrite)
+        _add(out["score.bias"], d_score.unsqueeze(1).sum(0), overwrite)
+        _add_layer(out, "gate_tanh", d_tanh, e, overwrite)
+        _add_layer(out, "gate_sigmoid", d_sigmoid, e, overwrite)
+        _add_layer(out, "embed", relu_backward(d_e, e), x[rows], overwrite)
 
 
 def tanh_backward(grad: Tensor, y: Tensor) -> Tensor:
@@ -170,10 +171,10 @@ def attend_with_gradient(
     parameters: Mapping[str, Tensor], batch: RaggedBatch, dropout: float, policy: SavePolicy | None = None
 ) -> Tensor:
     """`attend` under autograd: bag features (B, dim_emb) with a gradient for the parameters."""
-    own = [parameters[name] for name in NAMES]
-    if not (torch.is_grad_enabled() and any(p.requires_grad for p in own)):
+    ordered = [parameters[name] for name in NAMES]
+    if not (torch.is_grad_enabled() and any(p.requires_grad for p in ordered)):
         return attend(parameters, batch, dropout)[0]
-    return _Attend.apply(batch, dropout, policy, *own)
+    return _Attend.apply(batch, dropout, policy, *ordered)
 
 
 class _Attend(torch.autograd.Function):
@@ -196,9 +197,7 @@ class _Attend(torch.autograd.Function):
 def dropout_mask(shape: tuple[int, ...], keep: float, device: torch.device) -> Tensor:
     """A random mask (bool), True with probability `keep` to within 1/65536. Four draws are made of each random 64-bit
     number: drawing one by one would take longer than the layers it masks."""
-    size = 1
-    for n in shape:
-        size *= n
+    size = math.prod(shape)
     bits = torch.empty(-(-size // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
     return (bits.view(torch.int16)[:size] < round(65536 * keep) - 32768).view(shape)
 
@@ -218,24 +217,22 @@ def _gates(weights: Mapping[str, Tensor], embedded: Tensor) -> tuple[Tensor, Ten
     return _layer(weights, "gate_tanh", embedded, "tanh"), _layer(weights, "gate_sigmoid", embedded, "sigmoid")
 
 
-def _collect(out: Mapping[str, Tensor], layer: str, d_y: Tensor, x: Tensor, first: bool) -> None:
-    """Add a chunk's part of the gradient of a linear layer; the first chunk overwrites."""
-    add_product(out[f"{layer}.weight"], d_y.T, x, first)
-    _add_sum(out[f"{layer}.bias"], d_y, first)
+def _add_layer(out: Mapping[str, Tensor], layer: str, d_y: Tensor, x: Tensor, overwrite: bool) -> None:
+    """Add a chunk's part of the gradient of a linear layer."""
+    add_product(out[f"{layer}.weight"], d_y.T, x, overwrite)
+    _add(out[f"{layer}.bias"], d_y.sum(0), overwrite)
 
 
-def _add_sum(total: Tensor, values: Tensor, first: bool) -> None:
-    if first:
-        total.copy_(values.sum(0))
-    else:
-        total.add_(values.sum(0))
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a @ b, or = for the first; the sum is kept in the precision of `total`."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, overwrite: bool) -> None:
+    """total += a @ b, or = to overwrite; summed up in the precision of `total`."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b, beta=0 if first else 1)
-    elif first:
-        total.copy_(a @ b)
+        total.addmm_(a, b, beta=0 if overwrite else 1)
     else:
-        total.add_(a @ b)
+        _add(total, a @ b, overwrite)
+
+
+def _add(total: Tensor, values: Tensor, overwrite: bool) -> None:
+    if overwrite:
+        total.copy_(values)
+    else:
+        total.add_(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,24 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steph.data.bags import RaggedBatch
+from steph.data.bags import RaggedBatch, parts
 
 TOGETHER = 8192
 """Patches that go through together: many small bags, or one that is larger than this."""
 
 
-def alike(batch: RaggedBatch, shape_of: Callable[[int], int]) -> Iterator[tuple[list[int], Tensor, list[int]]]:
+def groups_of_one_shape(
+    batch: RaggedBatch, shape_of: Callable[[int], int]
+) -> Iterator[tuple[list[int], Tensor, list[int]]]:
     """Groups of bags whose sizes have one shape: their indices, the rows of their patches in the batch, their sizes."""
-    sizes = batch.sizes
-    shapes: dict[int, list[list[int]]] = {}
+    sizes, of_shape = batch.sizes, defaultdict[int, list[int]](list)
     for i, size in enumerate(sizes):
-        groups = shapes.setdefault(shape_of(size), [[]])
-        if groups[-1] and sum(sizes[j] for j in groups[-1]) + size > TOGETHER:
-            groups.append([])
-        groups[-1].append(i)
-    for bags in (bags for groups in shapes.values() for bags in groups):
-        rows = torch.cat([torch.arange(batch.offsets[i], batch.offsets[i + 1]) for i in bags])
-        yield bags, rows.to(batch.features.device), [sizes[i] for i in bags]
+        of_shape[shape_of(size)].append(i)
+    for alike in of_shape.values():
+        for start, stop in parts([sizes[i] for i in alike], TOGETHER):
+            bags = alike[start:stop]
+            rows = torch.cat([torch.arange(batch.offsets[i], batch.offsets[i + 1]) for i in bags])
+            yield bags, rows.to(batch.features.device), [sizes[i] for i in bags]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,5 +59,5 @@ class Padding:
     @cached_property
     def absent(self) -> Tensor:
         """(B, length) True where there is no patch."""
-        everywhere = torch.ones(len(self.sizes) * self.length, dtype=torch.bool, device=self.at.device)
-        return everywhere.index_fill(0, self.at, False).view(len(self.sizes), self.length)
+        absent = torch.ones(len(self.sizes) * self.length, dtype=torch.bool, device=self.at.device)
+        return absent.index_fill(0, self.at, False).view(len(self.sizes), self.length)

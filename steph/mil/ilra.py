@@ -69,14 +69,13 @@ class LowRankBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Queries attend to keys: projections, multi-head attention, residual connections; then, if `gated`, what was found
-    is scaled by a gate (SiLU) that looks at the query."""
+    """Queries attend to keys: projections, multi-head attention, residual connections; then, if `gated`, the result is
+    scaled by a gate (SiLU) that reads the query."""
 
     def __init__(self, dim_query: int, dim_key: int, dim: int, gated: bool) -> None:
         super().__init__()
-        self.key = nn.Linear(
-            dim_key, dim
-        )  # the network's first layer: whoever merges it reads the features' width here
+        # First, as the width of patch features is read off a network's first layer where it is merged.
+        self.key = nn.Linear(dim_key, dim)
         self.query = nn.Linear(dim_query, dim)
         self.value = nn.Linear(dim_key, dim)
         self.attend = nn.MultiheadAttention(dim, HEADS, batch_first=True)
@@ -87,20 +86,19 @@ class AttentionBlock(nn.Module):
         """The same queries (q, dim_query) attend to the patches (N, dim_key) of each bag: (B, q, dim), and the
         attention (B, q, n), mean over the heads."""
         keys, values = padding.pad(self.key(patches)), padding.pad(self.value(patches))
-        asked = self.query(queries).expand(len(keys), -1, -1)
-        found, attention = self.attend(asked, keys, values, key_padding_mask=padding.absent)
-        return self._finished(queries, asked + found), attention
+        projected = self.query(queries).expand(len(keys), -1, -1)
+        attended, attention = self.attend(projected, keys, values, key_padding_mask=padding.absent)
+        return self._finished(queries, projected + attended), attention
 
     def spread(self, patches: Tensor, gathered: Tensor, padding: Padding) -> Tensor:
         """The patches (N, dim_query) of each bag attend to what was gathered from it (B, k, dim_key): (N, dim)."""
-        asked = self.query(patches)
-        keys, values = self.key(gathered), self.value(gathered)
-        found, _ = self.attend(padding.pad(asked), keys, values, need_weights=False)
-        return self._finished(patches, asked + padding.unpad(found))
+        projected, keys, values = self.query(patches), self.key(gathered), self.value(gathered)
+        attended, _ = self.attend(padding.pad(projected), keys, values, need_weights=False)
+        return self._finished(patches, projected + padding.unpad(attended))
 
-    def _finished(self, queries: Tensor, found: Tensor) -> Tensor:
-        found = found + F.relu(self.out(found))
-        return found if self.gate is None else found * F.silu(self.gate(queries))
+    def _finished(self, queries: Tensor, attended: Tensor) -> Tensor:
+        attended = attended + F.relu(self.out(attended))
+        return attended if self.gate is None else attended * F.silu(self.gate(queries))
 
 
 def _learned(n: int, dim: int) -> nn.Parameter:

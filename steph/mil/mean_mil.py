@@ -77,6 +77,6 @@ class _MeanOfEmbedded(torch.autograd.Function):
         share = share.to(x.dtype)
         for rows in chunks(x):
             back = (ctx.inside[:, rows].T @ share).mul_(ctx.above[rows])
-            add_product(weight, back.T, x[rows], first=rows.start == 0)
+            add_product(weight, back.T, x[rows], overwrite=rows.start == 0)
             bias += back.sum(0)
         return weight, bias, None

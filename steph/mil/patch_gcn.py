@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -13,14 +12,14 @@ from torch.nn import functional as F
 
 from steph import Refused
 from steph.data.bags import RaggedBatch
-from steph.mil.base import MIL, one_bag, takes_half
+from steph.mil.base import AttentionPooling
 
 NEIGHBOURS = 8
 CACHED_PATCHES = 20_000_000
-"""Slides' graphs are kept up to this many patches in all (32 bytes each): every epoch asks for the same ones."""
+"""Slides' graphs are cached up to this many patches in all (32 bytes each): every epoch asks for the same ones."""
 
 
-class PatchGCN(MIL):
+class PatchGCN(AttentionPooling):
     """Embedding (linear, ReLU, dropout), a residual graph convolution over each patch's 8 nearest neighbours, its input
     and output side by side, a linear layer on both; then gated attention pooling.
 
@@ -50,18 +49,8 @@ class PatchGCN(MIL):
         self.score = nn.Linear(dim_attn, 1)
         self.head = nn.Linear(dim, n_bins)
 
-    @takes_half
-    def encode(self, batch: RaggedBatch) -> Tensor:
-        """Bag features (B, dim)."""
-        patches, scores = self._embed_and_score(batch)
-        return batch.softmax(scores) @ patches
-
-    def attention(self, bag: Tensor | RaggedBatch) -> Tensor:
-        """Attention (N,) of the pooling over the patches of one bag, a batch of one with its coordinates; it sums to
-        1."""
-        return torch.softmax(self._embed_and_score(one_bag(bag))[1], dim=0)
-
-    def _embed_and_score(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+    def embed_and_score(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+        """Patches (N, dim) after the convolution, and their scores (N,)."""
         edges = graph_of(batch).to(batch.features.device)
         embedded = self._dropped(F.relu(self.embed(batch.features)))
         patches = torch.cat([embedded, self.graph(embedded, edges)], dim=1)
@@ -79,23 +68,17 @@ def graph_of(batch: RaggedBatch) -> Tensor:
 
     Raises `Refused` for a batch without coordinates.
     """
-    edges = []
-    for start, near in _near(batch):
-        targets = np.repeat(np.arange(start, start + len(near)), near.shape[1])
-        edges.append(np.stack([near.ravel() + start, targets]))
-    return torch.from_numpy(np.concatenate(edges, axis=1))
-
-
-def _near(batch: RaggedBatch) -> Iterator[tuple[np.int64, np.ndarray]]:
-    """Where each slide of a batch starts, and its `neighbours`."""
     if batch.coords is None:
         raise Refused(
             "Patch-GCN needs the coordinates of patches, and this batch has none. Ask for them: "
             "dataset.batch(patients, coords=True) or RaggedBatch.from_bags(bags, coords)."
         )
-    coords = batch.coords.cpu().numpy()
+    coords, edges = batch.coords.cpu().numpy(), []
     for start, stop in pairwise(batch.slide_offsets or batch.offsets):
-        yield np.int64(start), _cached_neighbours(coords[start:stop])
+        near = _cached_neighbours(coords[start:stop])
+        targets = np.repeat(np.arange(start, stop), near.shape[1])
+        edges.append(np.stack([near.ravel() + np.int64(start), targets]))
+    return torch.from_numpy(np.concatenate(edges, axis=1))
 
 
 def neighbours(coords: np.ndarray, k: int = NEIGHBOURS) -> np.ndarray:
@@ -111,12 +94,12 @@ def neighbours(coords: np.ndarray, k: int = NEIGHBOURS) -> np.ndarray:
         return np.empty((n, 0), dtype=np.int32)
     order = np.lexsort(coords.T)
     places = coords[order].astype(np.float64)
-    found = cKDTree(places).query(places, k + 1)[1]  # (n, k + 1), nearest first
+    nearest = cKDTree(places).query(places, k + 1)[1]  # (n, k + 1), rising by distance
     # Where patches share a place, a patch may not be the first, or not be at all, among its own nearest.
-    itself = found == np.arange(n)[:, None]
+    itself = nearest == np.arange(n)[:, None]
     itself[~itself.any(axis=1), k] = True
     near = np.empty((n, k), dtype=np.int32)
-    near[order] = order[found[~itself].reshape(n, k)]
+    near[order] = order[nearest[~itself].reshape(n, k)]
     return near
 
 
@@ -124,7 +107,7 @@ _graphs: dict[bytes, np.ndarray] = {}
 
 
 def _cached_neighbours(coords: np.ndarray) -> np.ndarray:
-    """`neighbours`, kept by what the coordinates are; all are forgotten when there are too many."""
+    """`neighbours`, cached by the content of the coordinates; all are dropped when there are too many."""
     key = hashlib.blake2b(coords.tobytes()).digest()
     if key not in _graphs:
         if sum(map(len, _graphs.values())) + len(coords) > CACHED_PATCHES:

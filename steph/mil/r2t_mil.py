@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from steph import Refused
 from steph.data.bags import RaggedBatch
-from steph.mil.base import MIL, one_bag, takes_half
-from steph.mil.grouping import Padding, alike
+from steph.mil.base import AttentionPooling
+from steph.mil.grouping import Padding, groups_of_one_shape
 
 HEADS = 8
 REGIONS = 8
@@ -19,7 +19,7 @@ KERNEL = 15
 REPRESENTATIVES = 3
 
 
-class R2TMIL(MIL):
+class R2TMIL(AttentionPooling):
     """Embedding (linear, ReLU, dropout), attention within regions, attention across regions, layer norm; then attention
     pooling (linear, tanh, linear, no gate).
 
@@ -44,24 +44,14 @@ class R2TMIL(MIL):
         self.score = nn.Linear(dim_emb // 4, 1, bias=False)
         self.head = nn.Linear(dim_emb, n_bins)
 
-    @takes_half
-    def encode(self, batch: RaggedBatch) -> Tensor:
-        """Bag features (B, dim_emb)."""
-        patches, scores = self._embed_and_score(batch)
-        return batch.softmax(scores) @ patches
-
-    def attention(self, bag: Tensor | RaggedBatch) -> Tensor:
-        """Attention (N,) of the pooling over the (re-embedded) patches of one bag (N, D); it sums to 1."""
-        return torch.softmax(self._embed_and_score(one_bag(bag))[1], dim=0)
-
-    def _embed_and_score(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+    def embed_and_score(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
         """Re-embedded patches (N, dim_emb) and the scores (N,) of the pooling."""
         embedded = F.dropout(F.relu(self.embed(batch.features)), self.dropout, self.training)
-        again = torch.empty_like(embedded)
-        for _, rows, sizes in alike(batch, _edge):
-            again = again.index_copy(0, rows, self.across(self.within(embedded[rows], sizes), sizes))
-        again = self.norm(again)
-        return again, self.score(torch.tanh(self.pool(again))).squeeze(1)
+        patches = torch.empty_like(embedded)
+        for _, rows, sizes in groups_of_one_shape(batch, _edge):
+            patches = patches.index_copy(0, rows, self.across(self.within(embedded[rows], sizes), sizes))
+        patches = self.norm(patches)
+        return patches, self.score(torch.tanh(self.pool(patches))).squeeze(1)
 
 
 class Attention(nn.Module):
@@ -80,14 +70,13 @@ class Attention(nn.Module):
         """(G, n, dim) to (G, n, dim), group by group."""
         query, key, value = self.inputs(tokens).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         if tokens.shape[1] == 1:  # attention to one token is 1, whatever the scores
-            found = value + (0 if self.position is None else _idle(self.position))
+            attended = value + (0 if self.position is None else _idle(self.position))
         else:
             scores = (query * self.scale) @ key.transpose(2, 3)  # (G, heads, n, n)
             if self.position is not None:
                 scores = scores + self.position(scores)
-            found = torch.softmax(scores, dim=3) @ value
-        found = found.transpose(1, 2).flatten(2)
-        return F.dropout(self.out(found), self.dropout, self.training)
+            attended = torch.softmax(scores, dim=3) @ value
+        return F.dropout(self.out(attended.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
 class WithinRegions(nn.Module):
@@ -101,7 +90,7 @@ class WithinRegions(nn.Module):
     def forward(self, patches: Tensor, sizes: list[int]) -> Tensor:
         """(N, dim) to (N, dim), bag by bag, of these sizes."""
         normal = self.norm(patches)
-        if _edge(max(sizes)) == 1:  # each patch is a region; those without one have nothing to tell
+        if _edge(max(sizes)) == 1:  # each patch is a region; those without one change nothing
             return patches + self.attention(normal.unsqueeze(1)).squeeze(1)
         regions, at = _regions(normal, sizes)
         return patches + self.attention(regions.flatten(0, 1)).flatten(0, 1).index_select(0, at)
@@ -124,8 +113,8 @@ class AcrossRegions(nn.Module):
         regions, at = _regions(self.norm(patches), sizes)  # (B, 64, p, dim)
         scores = regions @ self.representatives  # (B, 64, p, k)
         summed = torch.softmax(scores, dim=2).transpose(2, 3) @ regions  # (B, 64, k, dim)
-        heard = self.attention(summed.transpose(1, 2).flatten(0, 1))  # (B k, 64, dim)
-        summed = heard.view(len(sizes), REPRESENTATIVES, *heard.shape[1:]).transpose(1, 2)
+        attended = self.attention(summed.transpose(1, 2).flatten(0, 1))  # (B k, 64, dim)
+        summed = attended.view(len(sizes), REPRESENTATIVES, *attended.shape[1:]).transpose(1, 2)
         low, high = scores.amin(dim=2, keepdim=True), scores.amax(dim=2, keepdim=True)
         # A region of equal scores shares nothing, and must not pass on a gradient that 1 / 0 has blown up.
         scale = torch.where(high > low, 1 / (high - low + 1e-8), 0)
@@ -134,7 +123,7 @@ class AcrossRegions(nn.Module):
 
 
 def _idle(module: nn.Module) -> Tensor:
-    """0, made of parameters that have no say: a gradient of 0, unlike none, leaves them to weight decay."""
+    """0, made of parameters that do not matter here: a gradient of 0, unlike none, leaves them to weight decay."""
     return 0 * torch.stack([parameter.sum() for parameter in module.parameters()]).sum()
 
 

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from steph import Refused
 from steph.mil.base import BagEncoder, Bags, ForwardPass, Frozen, Model
 
+BALANCE, Z = 0.01, 0.01
+"""Weights of the auxiliary losses, the release's."""
+
 
 class ROUPKT(Model):
     """Routing-based transfer (ROUPKT, MoE-PKT in its release): a mixture of experts, one on each finished model.
@@ -21,8 +24,7 @@ class ROUPKT(Model):
     feature of model i. Their weighted sum goes through a new prediction head.
 
     router: a new network; its head is replaced. models: finished ones by name, the target's own first (as in the
-    release), then the sources. balance, z: weights of the auxiliary losses. expert: "identity" leaves features as they
-    are. Raises `Refused` for a K outside 1..n.
+    release), then the sources. expert: "identity" leaves features as they are. Raises `Refused` for a K outside 1..n.
     """
 
     has_frozen_features = True
@@ -33,8 +35,6 @@ class ROUPKT(Model):
         router: BagEncoder,
         models: Mapping[str, BagEncoder],
         top_k: int = 5,
-        balance: float = 0.01,
-        z: float = 0.01,
         expert: Literal["mlp", "identity"] = "mlp",
     ) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class ROUPKT(Model):
             raise Refused(f"top_k = {top_k} of {n} experts; choose 1 to {n}.")
         if expert not in ("mlp", "identity"):
             raise Refused(f"expert = {expert!r}; expected 'mlp' or 'identity'.")
-        self.names, self.top_k, self.balance, self.z, self.expert = list(models), top_k, balance, z, expert
+        self.names, self.top_k, self.expert = list(models), top_k, expert
         self.models = nn.ModuleList([Frozen(model) for model in models.values()])
         dim, bins, dtype = router.head.in_features, router.head.out_features, router.head.weight.dtype
         self.router = router
@@ -58,13 +58,13 @@ class ROUPKT(Model):
         return torch.stack([model.encode(bags) for model in self._frozen_models], dim=1)
 
     def forward_pass(self, bags: Bags | None, frozen: Tensor | None = None) -> ForwardPass:
-        """The auxiliary loss is balance * (probability of the first expert) + z * logsumexp(logits)^2, the mean over
-        bags; monitored is each expert's mean probability, (n,)."""
+        """The auxiliary loss is BALANCE * (largest probability) + Z * logsumexp(logits)^2, the mean over bags.
+        Monitored is each expert's mean probability, (n,)."""
         assert bags is not None
         logits = self.router(bags)
         probabilities = torch.softmax(logits, dim=1)
         mixed = self.mixed(probabilities, self.frozen_features(bags) if frozen is None else frozen)
-        loss = self.balance * probabilities.amax(1) + self.z * torch.logsumexp(logits, dim=1).square()
+        loss = BALANCE * probabilities.amax(1) + Z * torch.logsumexp(logits, dim=1).square()
         return ForwardPass(self.head(mixed), loss.mean(), probabilities.detach().mean(0))
 
     def mixed(self, probabilities: Tensor, features: Tensor) -> Tensor:

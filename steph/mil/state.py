@@ -42,6 +42,17 @@ def state_of(module: nn.Module, origin: str | None = None, trainable_only: bool 
     return ModelState({k: v.detach().cpu().clone() for k, v in named.items()}, origin)
 
 
+def shape_difference(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
+    """How two states differ in names or shapes, in words; "" where they do not."""
+    shapes, others = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, other))
+    differing = sorted(k for k in shapes.keys() | others.keys() if shapes.get(k) != others.get(k))
+    if not differing:
+        return ""
+    name = differing[0]
+    both = f"{shapes.get(name, 'absent')} and {others.get(name, 'absent')}"
+    return f"{len(differing)} parameters differ, first {name}: {both}"
+
+
 def save_state(state: ModelState, path: Path) -> None:
     """Write a state as safetensors; its origin goes into the file's metadata."""
     from safetensors.torch import save_file
@@ -64,16 +75,10 @@ def load_state(path: Path) -> ModelState:
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy a state into a module's parameters of the same names. Raises `Refused` where names or shapes differ."""
-    own = dict(module.named_parameters())
-    shapes = {k: tuple(v.shape) for k, v in own.items() if k in state or v.requires_grad}
-    found = {k: tuple(v.shape) for k, v in state.items()}
-    if shapes != found:
-        differing = sorted(k for k in shapes.keys() | found.keys() if shapes.get(k) != found.get(k))
-        first = differing[0]
-        raise Refused(
-            f"the state does not fit {type(module).__name__}: {len(differing)} parameters differ, first {first}: "
-            f"expected {shapes.get(first, 'no such parameter')}, found {found.get(first, 'no such parameter')}."
-        )
+    parameters = dict(module.named_parameters())
+    difference = shape_difference({k: v for k, v in parameters.items() if k in state or v.requires_grad}, state)
+    if difference:
+        raise Refused(f"the state does not fit {type(module).__name__}: {difference} in the state.")
     with torch.no_grad():
         for name, value in state.items():
-            own[name].copy_(value)
+            parameters[name].copy_(value)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from steph import Refused
 from steph.data.bags import RaggedBatch
 from steph.mil.base import MIL, one_bag, takes_half
-from steph.mil.grouping import Padding, alike
+from steph.mil.grouping import Padding, groups_of_one_shape
 
 HEADS = 8
 SMALL = 64
@@ -48,14 +48,14 @@ class TransMIL(MIL):
     def encode(self, batch: RaggedBatch) -> Tensor:
         """Bag features (B, dim_emb)."""
         embedded = F.relu(self.embed(batch.features))
-        found, order = [], []
-        for together, rows, sizes in alike(batch, lambda n: 0 if n <= SMALL else _side(n)):
+        class_tokens, order = [], []
+        for bags, rows, sizes in groups_of_one_shape(batch, lambda n: 0 if n <= SMALL else _side(n)):
             squares = Squares.of(sizes, self.landmarks, rows.device)
             tokens = self._before_second(embedded[rows[squares.filled]], squares)
-            found.append(self.second(tokens, squares)[: len(sizes)])
-            order += together
+            class_tokens.append(self.second(tokens, squares)[: len(sizes)])
+            order += bags
         place = torch.from_numpy(np.argsort(order)).to(embedded.device)
-        return self.norm(torch.cat(found)[place])
+        return self.norm(torch.cat(class_tokens)[place])
 
     def attention(self, bag: Tensor | RaggedBatch) -> Tensor:
         """Attention (N,) over the patches of one bag (N, D): what the class token draws from each of them in the
@@ -116,17 +116,18 @@ class Squares:
         length = int(size.max()) * landmarks
         token = bags * length + size * landmarks - areas - 1
 
-        def there(values: np.ndarray) -> Tensor:
+        def on_device(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values).to(device)
 
-        sequence = Padding(sizes, length, there(np.concatenate([token, token[bag] + 1 + place])))
-        squares = cls(len(sizes), landmarks, largest, there(filled), sequence, Padding(sizes, largest**2, there(pixel)))
+        sequence = Padding(sizes, length, on_device(np.concatenate([token, token[bag] + 1 + place])))
+        picture = Padding(sizes, largest**2, on_device(pixel))
+        squares = cls(len(sizes), landmarks, largest, on_device(filled), sequence, picture)
         if (size == size[0]).all():
             return squares
         covering = np.arange(length) // size[:, None, None]  # by which landmark each place is covered
-        members = there(covering == np.arange(landmarks)[:, None])
+        members = on_device(covering == np.arange(landmarks)[:, None])
         absent = np.where(covering < landmarks, np.float32(0), np.float32(-np.inf))[:, None]
-        return replace(squares, members=members, size=there(size.reshape(-1, 1, 1)), absent=there(absent))
+        return replace(squares, members=members, size=on_device(size.reshape(-1, 1, 1)), absent=on_device(absent))
 
     def at_landmarks(self, values: Tensor) -> Tensor:
         """Means (B, m, width) of what the landmarks cover of values in sequence, (B, L, width)."""
@@ -150,9 +151,9 @@ class AttentionLayer(nn.Module):
     def forward(self, tokens: Tensor, squares: Squares) -> Tensor:
         """(T, dim) to (T, dim)."""
         left, inverse, right, value = self._factors(tokens, squares)
-        found = (left @ inverse) @ (right @ value) + self.around(value)
-        found = self.out(squares.sequence.unpad(found.transpose(1, 2).flatten(2)))
-        return tokens + F.dropout(found, self.dropout, self.training)
+        attended = (left @ inverse) @ (right @ value) + self.around(value)
+        attended = self.out(squares.sequence.unpad(attended.transpose(1, 2).flatten(2)))
+        return tokens + F.dropout(attended, self.dropout, self.training)
 
     def drawn_by_first(self, tokens: Tensor, squares: Squares) -> Tensor:
         """The class token's row of one bag's approximated attention matrix, mean over the heads, (T,)."""

@@ -26,7 +26,7 @@ from steph.data.manifest import Network, Recipe
 from steph.data.patients import PatientData
 from steph.data.resident import release
 from steph.mil.base import Model, network_needing_coords
-from steph.survival import bin_index, nll_of_logits, risk_score, survival_curve
+from steph.survival import nll_of_logits, risk_score, survival_curve, targets
 from steph.training import memory
 from steph.training.device import Compute, products
 
@@ -61,8 +61,9 @@ class AdamW:
     """AdamW with PyTorch's fused kernel and defaults, for groups as `parameter_groups` makes them. A parameter without
     a gradient is left alone, and its number of updates with it.
 
-    What `torch.optim.Optimizer` adds (hooks, profiling, a compiler that it imports: more than a second) costs a small
-    network more than the update itself.
+    Not `torch.optim.AdamW(fused=True)`: with its hooks and profiling a step of the demo's size (16 bags of 64 patches)
+    takes 1.13 times as long for ABMIL and 1.06 for STEPH, and it imports a compiler, 1.1 s in every process (measured
+    2026-11-30; `python -m benchmarks --only by_hand`).
     """
 
     def __init__(self, groups: list[dict]) -> None:
@@ -171,8 +172,7 @@ def fit(
         raise Refused(f"{dataset.name}: no event among {len(patients)} training patients; nothing can be learnt.")
     model.to(device, compute.parameter_dtype).train()
     memory.check(model, dataset, patients, recipe.bags_per_step, compute, trains=True)
-    bins = torch.from_numpy(bin_index(labels["time_days"], network.n_bins, network.bin_width_days)).to(device)
-    event = torch.from_numpy(labels["event"].to_numpy(dtype=bool)).to(device)
+    bins, event = targets(labels, network.n_bins, network.bin_width_days, device)
     batch_of = loader(model, dataset, patients, compute)
     features = frozen_features(model, patients, batch_of, recipe.bags_per_step) if model.has_frozen_features else None
     trainer = Trainer(model, recipe, steps)
@@ -181,8 +181,7 @@ def fit(
         started, numbers = time.perf_counter(), []
         order = shuffler.permutation(len(patients))[: steps * recipe.bags_per_step].reshape(steps, -1)
         index = torch.from_numpy(order).to(device)
-        epoch_bins, epoch_event = bins[index], event[index]
-        epoch_features = None if features is None else features[index]
+        of_steps = [bins[index], event[index], [None] * steps if features is None else features[index]]
 
         def load(step: int, order: np.ndarray = order) -> RaggedBatch | None:
             if not model.reads_patches:
@@ -194,12 +193,8 @@ def fit(
 
         with products(compute.precision):
             for step, batch in enumerate(prefetched(load, range(steps), compute)):
-                targets = (
-                    epoch_bins[step],
-                    epoch_event[step],
-                    None if epoch_features is None else epoch_features[step],
-                )
-                rate, of_update = _with_memory(trainer.step, batch, targets, device, dataset.name)
+                rest = [values[step] for values in of_steps]
+                rate, of_update = _with_memory(trainer.step, batch, rest, device, dataset.name)
                 numbers.append(of_update)
         # Asked for once an epoch: to look at a number makes the program wait for the device.
         loss, auxiliary, *monitored = torch.stack(numbers).double().mean(0).tolist()
@@ -217,16 +212,12 @@ def fit(
 def loader(
     model: nn.Module, dataset: PatientData, patients: Sequence[str], compute: Compute
 ) -> Callable[[Sequence[str]], RaggedBatch]:
-    """What gives a model its batches of these patients. Raises `Refused` where it needs coordinates that are not
-    there."""
-    options: dict[str, Any] = {}
-    if compute.max_patches is not None:
-        options["max_patches"] = compute.max_patches
+    """A function that gives a model its batches of these patients. Raises `Refused` where it needs coordinates and the
+    data set has none."""
     network = network_needing_coords(model)
     if network is not None:
         dataset.check_coords(patients, network)
-        options["coords"] = True
-    return lambda group: dataset.batch(group, device=compute.device, dtype=compute.dtype, **options)
+    return lambda group: dataset.batch(group, compute.device, compute.dtype, network is not None, compute.max_patches)
 
 
 def prefetched(load: Callable[[Any], Any], items: Iterable[Any], compute: Compute) -> Iterator[Any]:
@@ -245,11 +236,11 @@ def prefetched(load: Callable[[Any], Any], items: Iterable[Any], compute: Comput
 
 
 def _with_memory(
-    step: Callable[..., Any], batch: RaggedBatch | None, targets: tuple[Any, ...], device: str, name: str
+    step: Callable[..., Any], batch: RaggedBatch | None, rest: Sequence[Any], device: str, name: str
 ) -> Any:
     """A training step; where the device's memory does not suffice, again without the features that it holds."""
     try:
-        return step(batch, *targets)
+        return step(batch, *rest)
     except torch.OutOfMemoryError:
         if not release(device, refuse=True):
             largest = max(batch.sizes) if batch is not None else 0
@@ -257,7 +248,7 @@ def _with_memory(
                 f"{name}: {device} has too little memory for a step with a bag of {largest:,} patches. Set "
                 "recipe.max_patches or a smaller recipe.bags_per_step in the study manifest, or use a larger device."
             ) from None
-    return step(batch, *targets)
+    return step(batch, *rest)
 
 
 @torch.no_grad()

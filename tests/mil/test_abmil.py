@@ -68,7 +68,7 @@ def test_each_bag_under_its_own_weights(float64):
     padded = torch.nn.utils.rnn.pad_sequence(bags, batch_first=True)
     absent = torch.arange(7) >= torch.tensor(sizes).view(-1, 1)
     with torch.no_grad():
-        features, saved = network.encode_each({n: v.detach() for n, v in own.items()}, padded, absent)
+        features, saved = network.encode_each({n: v.detach() for n, v in own.items()}, padded, absent, "everything")
         out = {n: torch.full_like(v, torch.nan) for n, v in own.items()}
         network.encode_each_backward(saved, weighting, out)
     torch.testing.assert_close(features, expected.detach(), rtol=1e-12, atol=1e-14)

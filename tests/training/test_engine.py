@@ -176,7 +176,7 @@ class Patients:
     def prefetch(self, patients):
         pass
 
-    def batch(self, patients, device="cpu", dtype=torch.float32):
+    def batch(self, patients, device="cpu", dtype=torch.float32, coords=False, max_patches=None):
         return RaggedBatch.from_bags([self.bags[self.ids.index(p)] for p in patients]).to(device, dtype)
 
 
