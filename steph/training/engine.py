@@ -40,7 +40,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def parametergroups_of(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """AdamW's groups: trainable matrices decay, vectors and biases do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -99,7 +99,7 @@ class Trainer:
 
     def __init__(self, model: Model, recipe: Recipe, steps_per_epoch: int) -> None:
         self.model, self.recipe, self.steps_per_epoch = model, recipe, steps_per_epoch
-        self.optimizer = AdamW(parametergroups_of(model, recipe.weight_decay))
+        self.optimizer = AdamW(parameter_groups(model, recipe.weight_decay))
         self.updates = 0
 
     def step(
