@@ -37,13 +37,6 @@ class RaggedBatch:
             raise Refused(
                 f"bag {sizes.index(min(sizes)) if sizes else 0} has no patches; every bag needs at least one."
             )
-        if self.coords is not None and self.coords.shape != (len(self.features), 2):
-            raise Refused(
-                f"coordinates {tuple(self.coords.shape)}; expected one pair per patch, ({self.offsets[-1]}, 2)."
-            )
-        slides = self.slide_offsets
-        if slides is not None and (not set(self.offsets) <= set(slides) or any(b <= a for a, b in pairwise(slides))):
-            raise Refused(f"slides that start at {slides} do not divide bags that start at {self.offsets}.")
 
     @classmethod
     def from_bags(cls, bags: Sequence[Tensor], coords: Sequence[Tensor] | None = None) -> RaggedBatch:

@@ -116,19 +116,22 @@ def match_slides(slide_ids: Iterable[str], files: dict[str, Path]) -> dict[str, 
 # ------------------------------------------------------------------------------------------------ reading
 
 
-class _Arrays:
-    """The two arrays of an open feature file, without a leading axis of 1."""
+class _SlideFile:
+    """An open feature file, its form checked. features, coords: arrays, perhaps with a leading axis of 1."""
 
-    def __init__(self, path: Path, features: Any, coords: Any, rows_per_chunk: int = 1) -> None:
-        self.path, self._features, self._coords, self.rows_per_chunk = path, features, coords, rows_per_chunk
-        self.shape = tuple(features.shape[-2:])
+    def __init__(self, path: Path, features: Any, coords: Any, attributes: dict[str, Any]) -> None:
+        self.path, self.features, self.coords = path, features, coords
+        chunks = getattr(features, "chunks", None)
+        self.rows_per_chunk = chunks[-2] if chunks else 1
+        n_patches, dim = features.shape[-2:]
+        self.info = SlideInfo(path, n_patches, dim, coords is not None, path.stat().st_size, attributes)
 
     def read(self, rows: slice) -> tuple[np.ndarray, np.ndarray | None]:
         try:
-            coords = None if self._coords is None else np.asarray(self._coords[_index(self._coords, rows)])
-            features = self._features[_index(self._features, rows)]
+            coords = None if self.coords is None else np.asarray(self.coords[_index(self.coords, rows)])
+            features = self.features[_index(self.features, rows)]
         except (OSError, RuntimeError) as error:
-            raise Refused(f"{self.path}: not readable ({_first_line(error)}); download or extract it again") from None
+            raise _unreadable(self.path, error) from None
         if isinstance(features, torch.Tensor):
             features = (features.float() if features.dtype == torch.bfloat16 else features).numpy()
         return features, coords
@@ -138,50 +141,50 @@ def _index(array: Any, rows: slice) -> Any:
     return (0, rows) if array.ndim == 3 else rows
 
 
+def _unreadable(path: Path, error: Exception, problem: str = "not readable") -> Refused:
+    line = (str(error) or type(error).__name__).splitlines()[0][:200]
+    return Refused(f"{path}: {problem} ({line}); download or extract it again")
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[_Arrays, dict[str, Any]]]:
-    """A feature file, its form checked, and the attributes of its coordinates."""
+def _opened(path: Path) -> Iterator[_SlideFile]:
     if not path.is_file():
         raise Refused(f"{path}: missing")
     if path.suffix == ".pt":
-        yield _Arrays(path, _tensor(path), None), {}
+        yield _SlideFile(path, _tensor(path), None, {})
         return
     try:
         # Files are only read, and network file systems often cannot lock.
         file = h5py.File(path, "r", locking=False)
     except OSError as error:
-        raise Refused(
-            f"{path}: truncated or not an HDF5 file ({_first_line(error)}); download or extract it again"
-        ) from None
+        raise _unreadable(path, error, "truncated or not an HDF5 file") from None
     with file:
         try:
-            opened = _hdf5_arrays(path, file)
+            opened = _hdf5(path, file)
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # A damaged header raises any.
-            raise Refused(f"{path}: not readable ({_first_line(error)}); download or extract it again") from None
+            raise _unreadable(path, error) from None
         yield opened
 
 
-def _hdf5_arrays(path: Path, file: h5py.File) -> tuple[_Arrays, dict[str, Any]]:
+def _hdf5(path: Path, file: h5py.File) -> _SlideFile:
     features, coords = file.get("features"), file.get("coords")
     if not isinstance(features, h5py.Dataset):
         raise Refused(
             f"{path}: no dataset 'features'; the file holds: {', '.join(sorted(map(str, file))) or 'nothing'}"
         )
-    shape = _checked_shape(path, features.shape, "features", features.dtype.kind == "f", str(features.dtype))
-    attributes: dict[str, Any] = {}
+    n_patches = _checked_patches(path, features.shape, "features", features.dtype.kind == "f", str(features.dtype))
     if coords is not None:
         if not isinstance(coords, h5py.Dataset) or coords.dtype.kind not in "iu":
             raise Refused(f"{path}: 'coords' are {getattr(coords, 'dtype', 'a group')}, expected integers")
-        if coords.shape not in {(shape[0], 2), (1, shape[0], 2)}:
-            raise Refused(f"{path}: coords of shape {coords.shape} do not fit features of {shape[0]} patches")
-        attributes = {name: _plain(value) for name, value in coords.attrs.items()}
+        if coords.shape not in {(n_patches, 2), (1, n_patches, 2)}:
+            raise Refused(f"{path}: coords of shape {coords.shape} do not fit features of {n_patches} patches")
     parts = [part for part in (file, features, coords) if part is not None]
-    named = [_plain(part.attrs.get(key)) for part in parts for key in ENCODER_KEYS]
-    attributes |= {"encoder": next((name for name in named if name and isinstance(name, str)), None)}
+    names = [_plain(part.attrs.get(key)) for part in parts for key in ENCODER_KEYS]
+    attributes = {} if coords is None else {name: _plain(value) for name, value in coords.attrs.items()}
+    attributes["encoder"] = next((name for name in names if name and isinstance(name, str)), None)
     for dataset in (features, coords):
         _refuse_unwritten(path, dataset)
-    chunk_rows = features.chunks[-2] if features.chunks else 1
-    return _Arrays(path, features, coords, chunk_rows), attributes
+    return _SlideFile(path, features, coords, attributes)
 
 
 def _refuse_unwritten(path: Path, dataset: h5py.Dataset | None) -> None:
@@ -212,14 +215,12 @@ def _tensor(path: Path) -> torch.Tensor:
     except pickle.UnpicklingError:
         raise Refused(_pickled(path, "Python objects")) from None
     except Exception as error:  # A damaged file makes torch raise nearly anything.
-        raise Refused(
-            f"{path}: truncated or not a PyTorch file ({_first_line(error)}); download or extract it again"
-        ) from None
+        raise _unreadable(path, error, "truncated or not a PyTorch file") from None
     if not isinstance(value, torch.Tensor):
         raise Refused(_pickled(path, f"a {type(value).__name__}"))
     if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
         raise Refused(f"{path}: the tensor is sparse, quantized or without values; expected a plain one")
-    _checked_shape(path, tuple(value.shape), "the tensor", value.dtype in FLOATS, str(value.dtype))
+    _checked_patches(path, tuple(value.shape), "the tensor", value.dtype in FLOATS, str(value.dtype))
     return value.detach()
 
 
@@ -230,14 +231,13 @@ def _pickled(path: Path, what: str) -> str:
     )
 
 
-def _checked_shape(path: Path, shape: tuple[int, ...], what: str, floating: bool, dtype: str) -> tuple[int, int]:
+def _checked_patches(path: Path, shape: tuple[int, ...], what: str, floating: bool, dtype: str) -> int:
+    """The number of patches of an array of features."""
     if not floating:
         raise Refused(f"{path}: {what} of type {dtype}, not floating point of 16 to 64 bits")
-    if len(shape) == 3 and shape[0] == 1:
-        shape = shape[1:]
-    if len(shape) != 2:
+    if not (len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)):
         raise Refused(f"{path}: {what} of shape {shape}; expected (patches, width) or (1, patches, width)")
-    return shape[0], shape[1]
+    return shape[-2]
 
 
 def _plain(value: Any) -> Any:
@@ -247,38 +247,32 @@ def _plain(value: Any) -> Any:
     return None if value == "None" else value
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
-
-
 def inspect(path: Path, dim: int | None = None) -> SlideInfo:
     """What a feature file holds, from its header alone. dim: the width that it should have.
 
     Raises `Refused`, with ``<path>: <problem>``, for a missing, truncated or pickled file, one without ``features``
     or with others than floating-point numbers, coordinates of another length, another width than `dim`.
     """
-    with _opened(path) as (arrays, attributes):
-        n_patches, width = arrays.shape
+    with _opened(path) as file:
         # An empty slide may have any width: some tools write (0, 0).
-        if dim is not None and width != dim and n_patches:
-            raise Refused(f"{path}: {width} wide, expected {dim}: features of another encoder")
-        return SlideInfo(path, n_patches, width, arrays._coords is not None, path.stat().st_size, attributes)
+        if dim is not None and file.info.dim != dim and file.info.n_patches:
+            raise Refused(f"{path}: {file.info.dim} wide, expected {dim}: features of another encoder")
+        return file.info
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """A whole feature file: features (n, D) in the file's precision (bfloat16 as float32), coords (n, 2) or None."""
-    with _opened(path) as (arrays, _):
-        return arrays.read(slice(None))
+    with _opened(path) as file:
+        return file.read(slice(None))
 
 
 def blocks(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """A whole feature file, once, in pieces of about `BLOCK_BYTES` (whole chunks of the file), as `read` gives them."""
-    with _opened(path) as (arrays, _):
-        n_patches, width = arrays.shape
-        chunk = arrays.rows_per_chunk
-        step = max(BLOCK_BYTES // (max(width, 1) * 4) // chunk, 1) * chunk
+    with _opened(path) as file:
+        n_patches, chunk = file.info.n_patches, file.rows_per_chunk
+        step = max(BLOCK_BYTES // (max(file.info.dim, 1) * 4) // chunk, 1) * chunk
         for start in range(0, n_patches, step):
-            yield arrays.read(slice(start, min(start + step, n_patches)))
+            yield file.read(slice(start, min(start + step, n_patches)))
 
 
 # ------------------------------------------------------------------------------------------------ preflight

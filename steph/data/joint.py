@@ -21,12 +21,9 @@ class JointDataset(PatientData):
     """The union of data sets.
 
     A patient is named ``<data set>/<patient_id>``, since two data sets may use the same number for two people.
-    Raises `Refused` where there is none.
     """
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
-        if not datasets:
-            raise Refused("joint learning needs a data set; none was given.")
         self.parts = {data.name: data for data in datasets}
         self.name = "+".join(self.parts)
 

@@ -185,8 +185,6 @@ def _plan_of(partial: Path) -> str | None:
 def _lay_out(path: Path, features: Features, sizes: list[int], provenance: dict[str, Any], plan: str) -> None:
     """Make the HDF5 file with all arrays at their final size; features, coords and hashes are filled later."""
     n_patches = sum(sizes)
-    if not sizes or min(sizes) < 1:
-        raise Refused(f"{path}: a store needs slides, each with at least one patch; got sizes {sizes[:10]}.")
     # Early: the arrays' places in the file are fixed now. Never: their pages are not written twice.
     dcpl = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     dcpl.set_layout(h5py.h5d.CONTIGUOUS)
@@ -294,8 +292,6 @@ def stored_features(patches: np.ndarray, dtype: np.dtype, what: str) -> np.ndarr
 def _stored_coords(coords: np.ndarray | None, n: int, what: str) -> np.ndarray:
     if coords is None:
         return np.full((n, 2), -1, dtype=COORDS)
-    if coords.shape != (n, 2):
-        raise Refused(f"{what}: coords {coords.shape}, expected ({n}, 2).")
     limits = np.iinfo(COORDS)
     if coords.size and (coords.min() < limits.min or coords.max() > limits.max):
         raise Refused(f"{what}: coords beyond the range of level-0 pixels (32 bits).")

@@ -63,15 +63,6 @@ def test_an_empty_bag_is_refused_by_number(bags):
         RaggedBatch(torch.cat(bags), (0, 4, 4, 14))
 
 
-def test_coordinates_and_slides_must_fit(bags):
-    features = torch.cat(bags)
-    with pytest.raises(Refused, match=r"coordinates \(13, 2\); expected one pair per patch, \(14, 2\)"):
-        RaggedBatch(features, (0, 4, 5, 14), torch.zeros(13, 2))
-    for slides in ((0, 4, 14), (0, 2, 4, 4, 5, 14), (0, 4, 5, 20)):
-        with pytest.raises(Refused, match="do not divide bags"):
-            RaggedBatch(features, (0, 4, 5, 14), torch.zeros(14, 2), slides)
-
-
 def test_a_bag_alone_keeps_its_coordinates_and_slides(bags):
     coords = torch.arange(28).view(14, 2)
     alone = RaggedBatch(torch.cat(bags), (0, 4, 5, 14), coords, (0, 4, 5, 8, 14)).single(2)

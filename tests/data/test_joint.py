@@ -97,8 +97,6 @@ def test_unknown_patients_are_refused(joint, patients, message):
             ask(patients)
 
 
-def test_no_data_set_and_no_splits_are_refused(parts):
-    with pytest.raises(Refused, match="none was given"):
-        JointDataset([])
+def test_an_external_set_is_refused(parts):
     with pytest.raises(Refused, match="external set"):
         JointDataset([parts[0].external]).train(0)

@@ -152,11 +152,6 @@ def test_verify_names_the_slide_whose_bytes_changed(tmp_path, array):
     assert store.slide_ids[3] in str(refused.value) and store.slide_ids[2] not in str(refused.value)
 
 
-def test_an_unknown_slide_is_refused(tmp_path):
-    with pytest.raises(Refused, match="holds no slide X"):
-        packed(tmp_path).bag(["X"])
-
-
 def test_a_store_of_other_files_than_the_study_names_is_refused_with_all_differences(tmp_path):
     cohort = cohort_of(4)
     store = packed(tmp_path, cohort)
