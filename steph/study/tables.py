@@ -57,16 +57,10 @@ def cell(row: pd.Series) -> str:
     return f"{row['mean']:.4f}" + ("" if pd.isna(row["std"]) else f" (± {row['std']:.3f})")
 
 
-def c_index_table(
-    results: pd.DataFrame,
-    methods: Sequence[str] | None = None,
-    datasets: Sequence[str] | None = None,
-    value: str = "c_index",
-) -> pd.DataFrame:
+def c_index_table(results: pd.DataFrame, methods: Sequence[str] | None = None, value: str = "c_index") -> pd.DataFrame:
     """C-index of data sets (rows; the last is `AVERAGE`) and methods (columns, by title), as text; see `summary`."""
-    table = summary(_choose(results, methods, datasets), value)
-    table["text"] = table.apply(cell, axis=1)
-    return _wide(table, "text")
+    table = summary(_choose(results, methods), value)
+    return wide_table(table.assign(text=table.apply(cell, axis=1)), "text")
 
 
 def seconds_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -76,10 +70,10 @@ def seconds_table(results: pd.DataFrame) -> pd.DataFrame:
     return table.assign(method=table["method"].map(title))[["method", "runs", "mean", "max", "device"]]
 
 
-def fold_table(results: pd.DataFrame, value: str = "c_index") -> pd.DataFrame:
-    """The value of each fold: a row per data set and method, a column per fold; "undefined" where there is none."""
+def fold_table(results: pd.DataFrame) -> pd.DataFrame:
+    """The C-index of each fold: a row per data set and method, a column per fold; "undefined" where there is none."""
     refuse_repeats(results)
-    text = results[value].map(lambda x: "undefined" if pd.isna(x) else f"{x:.4f}")
+    text = results["c_index"].map(lambda x: "undefined" if pd.isna(x) else f"{x:.4f}")
     table = results.assign(text=text, fold=results["fold"].map("fold {}".format))
     table = table.pivot(index=["dataset", "method"], columns="fold", values="text").fillna("not run")
     order = results[["dataset", "method"]].drop_duplicates()
@@ -110,17 +104,12 @@ def undefined_folds(results: pd.DataFrame) -> pd.DataFrame:
     return missing[["dataset", "method", "fold", "problem"]].reset_index(drop=True)
 
 
-def beside_paper(
-    results: pd.DataFrame,
-    methods: Sequence[str] | None = None,
-    datasets: Sequence[str] | None = None,
-    table: str = "table1",
-) -> pd.DataFrame:
+def beside_paper(results: pd.DataFrame, methods: Sequence[str] | None = None, table: str = "table1") -> pd.DataFrame:
     """`summary` with the paper's mean from one of its tables and ours minus it (difference); NaN where it has none.
 
     The paper's `AVERAGE` is the one printed, and is left out where the results do not cover the paper's data sets.
     """
-    own = summary(_choose(results, methods, datasets))
+    own = summary(_choose(results, methods))
     printed = paper_values(table)
     if set(own["dataset"]) - {AVERAGE} != set(paper_table("table_s1")["dataset"]):
         printed = printed.drop(columns=AVERAGE)
@@ -132,17 +121,15 @@ def beside_paper(
 def as_the_paper(table: pd.DataFrame) -> pd.DataFrame:
     """The means of `beside_paper` laid out as the paper's tables are: methods in rows, one here and one of the paper;
     data sets in columns. Of one data set: here, paper and their difference in columns. What is undefined says so."""
-    ours = [f"undefined ({u})" if u else f"{m:.4f}" for u, m in zip(table["undefined"], table["mean"], strict=True)]
     text = table.assign(
-        here=ours,
-        paper=table["paper"].map(lambda x: "" if pd.isna(x) else f"{x:.4f}"),
-        difference=table["difference"].map(lambda x: "" if pd.isna(x) else f"{x:+.4f}"),
+        here=[f"undefined ({u})" if u else f"{m:.4f}" for u, m in zip(table["undefined"], table["mean"], strict=True)],
+        paper=table["paper"].map("{:.4f}".format).where(table["paper"].notna(), ""),
     )
     if table["dataset"].nunique() == 1:
-        columns = {"here": "here", "paper": "paper", "difference": "here − paper"}
-        one = text.set_index(text["method"].map(title))[list(columns)].rename(columns=columns)
+        text["here − paper"] = table["difference"].map("{:+.4f}".format).where(table["difference"].notna(), "")
+        one = text.set_index(text["method"].map(title))[["here", "paper", "here − paper"]]
         return one.loc[:, (one != "").any()].rename_axis(index=None)
-    parts = {part: _wide(text, part).T for part in ("here", "paper")}
+    parts = {part: wide_table(text, part).T for part in ("here", "paper")}
     order = [(title(m), part) for m in table["method"].unique() for part in parts]
     wide = pd.concat(parts).swaplevel().loc[order]
     return wide[(wide != "").any(axis=1)]
@@ -153,7 +140,7 @@ def gains_over(table: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
     "paper" where it has numbers. NaN where one of the two is undefined."""
     found = {}
     for name, column in (("here", "mean"), ("paper", "paper")):
-        wide = _wide(table, column).T
+        wide = wide_table(table, column).T
         gains = (wide - wide.loc[title(reference)]).drop(index=title(reference)).dropna(how="all")
         if len(gains):
             found[name] = gains
@@ -175,21 +162,16 @@ def sources_line(results: pd.DataFrame, study: Study) -> str:
     )
 
 
-def _choose(results: pd.DataFrame, methods: Sequence[str] | None, datasets: Sequence[str] | None) -> pd.DataFrame:
-    """The rows of a choice of methods and data sets, in its order. Raises `Refused` for one without results."""
-    for column, chosen in (("method", methods), ("dataset", datasets)):
-        if chosen is None:
-            continue
-        present = set(results[column]) if len(results) else set()
-        lacking = [name for name in chosen if name not in present]
-        if lacking:
-            raise Refused(
-                f"no results of {column} {', '.join(lacking)}; there are some of {sorted(present)}. Run them."
-            )
-        position = {name: i for i, name in enumerate(chosen)}
-        results = results[results[column].isin(position)]
-        results = results.sort_values(column, key=lambda names: names.map(position), kind="stable")
-    return results
+def _choose(results: pd.DataFrame, methods: Sequence[str] | None) -> pd.DataFrame:
+    """The rows of a choice of methods, in its order. Raises `Refused` for one without results."""
+    if methods is None:
+        return results
+    position = {name: i for i, name in enumerate(methods)}
+    present = set(results["method"]) if len(results) else set()
+    if lacking := [name for name in methods if name not in present]:
+        raise Refused(f"no results of method {', '.join(lacking)}; there are some of {sorted(present)}. Run them.")
+    chosen = results[results["method"].isin(position)]
+    return chosen.sort_values("method", key=lambda names: names.map(position), kind="stable")
 
 
 def refuse_repeats(results: pd.DataFrame) -> None:
@@ -203,7 +185,8 @@ def refuse_repeats(results: pd.DataFrame) -> None:
         )
 
 
-def _wide(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    wide = table.pivot(index="dataset", columns="method", values=column)
-    wide = wide.loc[list(table["dataset"].unique()), list(table["method"].unique())]
+def wide_table(table: pd.DataFrame, column: str, by: str = "method") -> pd.DataFrame:
+    """A column of a table with data sets in rows and methods (named in the column `by`) in columns, by title."""
+    wide = table.pivot(index="dataset", columns=by, values=column)
+    wide = wide.loc[list(table["dataset"].unique()), list(table[by].unique())]
     return wide.rename(columns=title).rename_axis(index=None, columns=None)

@@ -105,18 +105,17 @@ def expected_events(survival: Any) -> float:
 def summary_wide(table: pd.DataFrame) -> pd.DataFrame:
     """Format `summary` for display."""
 
-    def text(row: pd.Series) -> dict[str, Any]:
-        ratio = with_interval(row["ratio"], row["low"], row["high"], form=".2f")
-        return {
-            "data set": row["dataset"],
-            "method": title(row["method"]),
-            "observed": row["observed"],
-            "expected": "" if pd.isna(row["expected"]) else f"{row['expected']:.1f}",
-            "observed / expected": f"{ratio} ({row['problem']})" if row["problem"] else ratio,
-            "D-calibration p": p_text(row["d_calibration"]),
+    ratios = [with_interval(r.ratio, r.low, r.high, form=".2f", problem=r.problem) for r in table.itertuples()]
+    return pd.DataFrame(
+        {
+            "data set": table["dataset"],
+            "method": table["method"].map(title),
+            "observed": table["observed"],
+            "expected": table["expected"].map("{:.1f}".format).where(table["expected"].notna(), ""),
+            "observed / expected": ratios,
+            "D-calibration p": table["d_calibration"].map(p_text),
         }
-
-    return pd.DataFrame([text(row) for _, row in table.iterrows()])
+    )
 
 
 def summary(predictions: pd.DataFrame, width_days: float = 365) -> pd.DataFrame:

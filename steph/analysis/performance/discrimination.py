@@ -18,8 +18,8 @@ import pandas as pd
 from steph import Refused
 from steph.analysis.performance.estimates import with_interval
 from steph.analysis.performance.predictions import one_seed
-from steph.methods.registry import title
 from steph.study.paper import AVERAGE
+from steph.study.tables import wide_table
 from steph.survival import comparable_pairs, concordant_pairs
 
 MOST_UNDEFINED = 0.05
@@ -58,20 +58,6 @@ def pairs_of(predictions: pd.DataFrame) -> Pairs:
         concordant[at] += pairs * concordant_pairs(risk[event], risk)
         stratum[here[stratum[here] < 0]] = int(str(fold))
     return Pairs(comparable, concordant, stratum)
-
-
-def c_index(predictions: pd.DataFrame) -> float:
-    """C-index over the pairs of patients within folds, of one data set and method.
-
-    Raises `Refused` where no pair is comparable."""
-    found = pairs_of(predictions)
-    value = float(found.c_index(np.ones(len(found.stratum)))[0])
-    if np.isnan(value):
-        raise Refused(
-            f"no comparable pair among {len(found.stratum)} patients with "
-            f"{int(predictions['event'].sum())} events: the C-index is undefined."
-        )
-    return value
 
 
 def draws(stratum: np.ndarray, n: int, seed: int, name: str) -> np.ndarray:
@@ -140,14 +126,10 @@ def gains_wide(table: pd.DataFrame) -> pd.DataFrame:
     return _wide(table, "against", "gain", "+.3f")
 
 
-def _wide(table: pd.DataFrame, columns: str, value: str, form: str) -> pd.DataFrame:
-    def text(row: pd.Series) -> str:
-        number = with_interval(row[value], row["low"], row["high"], form=form)
-        return f"{number} ({row['problem']})" if row["problem"] else number
-
-    wide = table.assign(text=table.apply(text, axis=1)).pivot(index="dataset", columns=columns, values="text")
-    wide = wide.loc[table["dataset"].unique(), table[columns].unique()]
-    return wide.rename(columns=title).rename_axis(index=None, columns=None)
+def _wide(table: pd.DataFrame, by: str, value: str, form: str) -> pd.DataFrame:
+    numbers = zip(*(table[c] for c in (value, "low", "high", "problem")), strict=True)
+    text = [with_interval(*row, form=form, problem=problem) for *row, problem in numbers]
+    return wide_table(table.assign(text=text), "text", by)
 
 
 def intervals(samples: pd.DataFrame) -> pd.DataFrame:

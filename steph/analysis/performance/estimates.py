@@ -52,14 +52,16 @@ def mean_of(values: Any) -> Estimate:
     return around(float(values.mean()) if len(values) else np.nan, reach_of_mean(values))
 
 
-def with_interval(value: Any, low: Any, high: Any, *, form: str = "+.3f", ends: str | None = None) -> str:
+def with_interval(
+    value: Any, low: Any, high: Any, *, form: str = "+.3f", ends: str | None = None, problem: Any = ""
+) -> str:
     """An estimate as text: "0.612 (0.580 to 0.644)", the value alone where there is no interval, "undefined" where
-    there is neither. form: of all three numbers; ends: of the interval's, where that differs."""
-    if pd.isna(value):
-        return "undefined"
-    if pd.isna(low):
-        return f"{value:{form}}"
-    return f"{value:{form}} ({low:{ends or form}} to {high:{ends or form}})"
+    there is neither. form: of all three numbers; ends: of the interval's, where that differs. problem: why something is
+    lacking, in brackets."""
+    number = "undefined" if pd.isna(value) else f"{value:{form}}"
+    if not pd.isna(value) and not pd.isna(low):
+        number += f" ({low:{ends or form}} to {high:{ends or form}})"
+    return f"{number} ({problem})" if problem else number
 
 
 def interval(estimate: Estimate, form: str = "+.3f") -> str:

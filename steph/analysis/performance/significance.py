@@ -38,20 +38,17 @@ def corrected_t_test(comparison: Comparison) -> pd.DataFrame:
 
 def wilcoxon(gains: Any) -> float:
     """p of the signed-rank test (two-sided) that gains over data sets, (C,), are symmetric about 0. Exact for up to 50
-    without ties; with C data sets it cannot be below 2 / 2^C. Raises `Refused` for gains that are not finite, or none.
-    """
+    without ties; with C data sets it cannot be below 2 / 2^C."""
     from scipy.stats import wilcoxon as signed_rank
 
     values = np.asarray(gains, float)
-    if not len(values) or not np.isfinite(values).all():
-        raise Refused(f"{len(values)} gains, {int((~np.isfinite(values)).sum())} of them not finite: nothing to test.")
     return float(signed_rank(values).pvalue) if values.any() else 1.0
 
 
 def holm(p: Any) -> np.ndarray:
     """p-values (n,) corrected so that the chance of any false rejection stays below the level (Holm, 1979): the i-th
-    smallest times n - i + 1, never below a smaller one's, at most 1. Raises `Refused` for a p outside 0..1."""
-    p = _p_values(p)
+    smallest times n - i + 1, never below a smaller one's, at most 1."""
+    p = np.asarray(p, float)
     order = np.argsort(p, kind="stable")
     corrected = np.empty_like(p)
     corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
@@ -60,37 +57,27 @@ def holm(p: Any) -> np.ndarray:
 
 def benjamini_hochberg(p: Any) -> np.ndarray:
     """p-values (n,) corrected so that the expected share of false ones among the rejections stays below the level
-    (Benjamini and Hochberg, 1995). Raises `Refused` for a p outside 0..1."""
+    (Benjamini and Hochberg, 1995)."""
     from scipy.stats import false_discovery_control
 
-    p = _p_values(p)
-    return np.asarray(false_discovery_control(p)) if len(p) else p
+    return np.asarray(false_discovery_control(np.asarray(p, float)))
 
 
-def _p_values(p: Any) -> np.ndarray:
-    p = np.asarray(p, float)
-    if not ((p >= 0) & (p <= 1)).all():
-        raise Refused(f"p-values {p.tolist()}: each must lie in 0..1; leave out what could not be tested.")
-    return p
-
-
-def by_dataset(results: pd.DataFrame, first: str, others: Sequence[str], value: str = "c_index") -> pd.DataFrame:
+def by_dataset(results: pd.DataFrame, first: str, others: Sequence[str]) -> pd.DataFrame:
     """`corrected_t_test` of a method against each of others on each data set: dataset, against, gain, low, high, t,
     p, and p corrected over all of these tests (holm, bh)."""
-    tests = [
-        corrected_t_test(compare(results, first, other, value)).assign(against=other).reset_index() for other in others
-    ]
+    tests = [corrected_t_test(compare(results, first, other)).assign(against=other).reset_index() for other in others]
     table = pd.concat(tests, ignore_index=True)
     table = table[["dataset", "against", "gain", "low", "high", "t", "p"]]
     return table.assign(holm=holm(table["p"]), bh=benjamini_hochberg(table["p"]))
 
 
-def against_each(results: pd.DataFrame, first: str, others: Sequence[str], value: str = "c_index") -> pd.DataFrame:
+def against_each(results: pd.DataFrame, first: str, others: Sequence[str]) -> pd.DataFrame:
     """A method against each of others over data sets, a row each: against, datasets, ahead (on how many), gain, low,
     high (`Comparison.gain`), p (Wilcoxon's, over data sets), holm and bh (corrected over the others)."""
     rows = []
     for other in others:
-        found = compare(results, first, other, value)
+        found = compare(results, first, other)
         gain, own = found.gain, found.gains["gain"]
         rows.append((other, len(own), int((own > 0).sum()), gain.value, gain.low, gain.high, wilcoxon(own)))
     table = pd.DataFrame(rows, columns=["against", "datasets", "ahead", "gain", "low", "high", "p"])
@@ -99,22 +86,19 @@ def against_each(results: pd.DataFrame, first: str, others: Sequence[str], value
 
 def against_each_wide(table: pd.DataFrame, first: str) -> pd.DataFrame:
     """Format `against_each` for display."""
-    shown = {
-        "against": table["against"].map(title),
-        f"{title(first)} ahead on": [f"{a} of {n}" for a, n in zip(table["ahead"], table["datasets"], strict=True)],
-        "mean gain": [with_interval(r.gain, r.low, r.high, form="+.4f", ends="+.3f") for r in table.itertuples()],
-        **{name: table[column].map(p_text) for name, column in CORRECTED.items()},
-    }
-    return pd.DataFrame(shown)
+    ahead = [f"{a} of {n}" for a, n in zip(table["ahead"], table["datasets"], strict=True)]
+    return _tests(table, {"against": table["against"].map(title), f"{title(first)} ahead on": ahead})
 
 
 def by_dataset_wide(table: pd.DataFrame) -> pd.DataFrame:
     """Format `by_dataset` for display, by rising p."""
     table = table.sort_values("p", kind="stable")
-    shown = {
-        "data set": table["dataset"],
-        "against": table["against"].map(title),
-        "mean gain": [with_interval(r.gain, r.low, r.high, form="+.4f", ends="+.3f") for r in table.itertuples()],
-        **{name: table[column].map(p_text) for name, column in CORRECTED.items()},
-    }
-    return pd.DataFrame(shown)
+    return _tests(table, {"data set": table["dataset"], "against": table["against"].map(title)})
+
+
+def _tests(table: pd.DataFrame, names: dict[str, Any]) -> pd.DataFrame:
+    """Tests in words: what they are about, the mean gain and the p-values."""
+    gains = [with_interval(r.gain, r.low, r.high, form="+.4f", ends="+.3f") for r in table.itertuples()]
+    return pd.DataFrame(
+        {**names, "mean gain": gains, **{name: table[column].map(p_text) for name, column in CORRECTED.items()}}
+    )

@@ -94,18 +94,12 @@ def compare(results: pd.DataFrame, first: str, second: str, value: str = "c_inde
         raise Refused(f"{names}: {folds.idxmin()} has {folds.min()} folds, {folds.idxmax()} {folds.max()}.")
     j = int(folds.iloc[0])
     difference = (pairs[first] - pairs[second]).groupby("dataset", sort=False)
-    factor = 1 / j + 1 / (_folds(results, j) - 1) if j > 1 else np.nan
+    known = results["folds"].dropna() if "folds" in results else pd.Series()
+    k = known.iloc[0] if len(known) else j
+    factor = 1 / j + 1 / (k - 1) if j > 1 else np.nan
     gains = pd.DataFrame({"gain": difference.mean(), "error": np.sqrt(difference.var() * factor)})
     base = float(pairs[second].groupby("dataset").mean().mean())
     return Comparison(gains, base, j)
-
-
-def _folds(results: pd.DataFrame, j: int) -> int:
-    """Folds of one cross-validation; j where the results do not say."""
-    known = sorted(set(results["folds"].dropna().astype(int))) if "folds" in results else []
-    if len(known) > 1:
-        raise Refused(f"results of cross-validations with {' and '.join(map(str, known))} folds; choose one.")
-    return known[0] if known else j
 
 
 def ceiling(results: pd.DataFrame, oracle: pd.DataFrame, value: str = "c_index") -> pd.DataFrame:
@@ -151,22 +145,19 @@ def compared_wide(table: pd.DataFrame, reference: str = "STEPH") -> pd.DataFrame
     """Format `compared` for display: here, the paper, what is gained over the reference here (with its interval) and in
     the paper. What is undefined says so."""
 
-    def text(row: pd.Series) -> dict[str, str]:
-        gain = (
-            ""
-            if pd.isna(row["gain"])
-            else with_interval(row["gain"], row["low"], row["high"], form="+.4f", ends="+.3f")
-        )
-        return {
-            "": title(row["method"]),
-            "here": f"undefined ({row['problem']})" if pd.isna(row["mean"]) else f"{row['mean']:.4f}",
-            "paper": "" if pd.isna(row["paper"]) else f"{row['paper']:.4f}",
-            f"here − {reference}": gain or (row["problem"] if not pd.isna(row["mean"]) else ""),
-            f"paper − {reference}": "" if pd.isna(row["paper_gain"]) else f"{row['paper_gain']:+.4f}",
-        }
-
-    wide = pd.DataFrame([text(row) for _, row in table.iterrows()])
+    shown = {"": table["method"].map(title), "here": _or_blank(table["mean"], ".4f")}
+    shown["here"] = shown["here"].where(table["mean"].notna(), "undefined (" + table["problem"] + ")")
+    gains = [with_interval(r.gain, r.low, r.high, form="+.4f", ends="+.3f") for r in table.itertuples()]
+    unknown = table["problem"].where(table["mean"].notna(), "")
+    shown["paper"] = _or_blank(table["paper"], ".4f")
+    shown[f"here − {reference}"] = pd.Series(gains, index=table.index).where(table["gain"].notna(), unknown)
+    shown[f"paper − {reference}"] = _or_blank(table["paper_gain"], "+.4f")
+    wide = pd.DataFrame(shown)
     return wide.loc[:, (wide != "").any()]
+
+
+def _or_blank(numbers: pd.Series, form: str) -> pd.Series:
+    return numbers.map(f"{{:{form}}}".format).where(numbers.notna(), "")
 
 
 def beside_two(results: pd.DataFrame, methods: Sequence[str], references: tuple[str, str]) -> pd.DataFrame:

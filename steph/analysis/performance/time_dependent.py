@@ -18,9 +18,9 @@ import pandas as pd
 
 from steph import Refused
 from steph.analysis.performance.predictions import curves, one_seed
-from steph.methods.registry import title
 from steph.study.paper import AVERAGE
 from steph.study.runs import Workbench
+from steph.study.tables import wide_table
 from steph.survival import concordant_pairs
 
 LEAST_FOLLOWED, LEAST_EVENTS = 0.10, 5
@@ -125,10 +125,8 @@ def _positive(followed: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def integrated(score: Any, days: Any) -> float:
-    """Mean height of a course (H,) over times `days` (H,), by trapezoids. Raises `Refused` for fewer than two times."""
+    """Mean height of a course (H,) over times `days` (H,), two or more, by trapezoids."""
     score, days = np.asarray(score, float), np.asarray(days, float)
-    if len(days) < 2:
-        raise Refused(f"{len(days)} time(s): a mean over time needs two.")
     return float(np.trapezoid(score, days) / (days[-1] - days[0]))
 
 
@@ -235,8 +233,7 @@ def over_years_wide(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """Format a column of `over_years` for display: data sets in rows, the years looked at and methods in columns."""
     form = "{:+.3f}" if column == "skill" else "{:.3f}"
     text = [f"undefined ({p})" if p else form.format(v) for p, v in zip(table["problem"], table[column], strict=True)]
-    wide = table.assign(text=text).pivot(index="dataset", columns="method", values="text")
-    wide = wide.loc[table["dataset"].unique(), table["method"].unique()].rename(columns=title)
+    wide = wide_table(table.assign(text=text), "text")
     years = table.groupby("dataset", sort=False)["years"].max()
     wide.insert(0, "years", ["" if pd.isna(y) else f"1 to {y}" if y > 1 else "1" for y in years.loc[wide.index]])
-    return wide.rename_axis(index=None, columns=None)
+    return wide

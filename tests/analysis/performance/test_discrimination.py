@@ -26,22 +26,27 @@ def made(n=40, folds=1, seed=0, dataset="SARC", method="steph", noise=1.0):
     )  # fmt: skip
 
 
+def c_index(table):
+    pairs = discrimination.pairs_of(table)
+    return pairs.c_index(np.ones(len(pairs.stratum)))[0]
+
+
 def plain(table):
     return concordance_index(table["time_days"], table["event"], table["risk"])
 
 
 def test_one_fold_is_the_plain_c_index_ties_and_all():
     for seed in range(5):
-        assert discrimination.c_index(made(seed=seed)) == pytest.approx(plain(made(seed=seed)), abs=1e-12)
+        assert c_index(made(seed=seed)) == pytest.approx(plain(made(seed=seed)), abs=1e-12)
 
 
 def test_only_pairs_within_a_fold_are_compared():
     table = made(folds=3)
     apart = table.assign(risk=table["risk"] + 1000 * table["fold"])
-    assert discrimination.c_index(apart) == discrimination.c_index(table)
+    assert c_index(apart) == c_index(table)
     parts = [discrimination.pairs_of(own).comparable.sum() for _, own in table.groupby("fold")]
     expected = np.average([plain(own) for _, own in table.groupby("fold")], weights=parts)
-    assert discrimination.c_index(table) == pytest.approx(expected, abs=1e-12)
+    assert c_index(table) == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_resample_is_the_c_index_of_the_patients_written_out():
@@ -111,8 +116,7 @@ def test_repeated_cross_validation_draws_a_patient_with_all_their_predictions():
 
 def test_what_is_undefined_says_so():
     nobody = made().assign(event=False)
-    with pytest.raises(Refused, match="no comparable pair among 40 patients with 0 events"):
-        discrimination.c_index(nobody)
+    assert np.isnan(c_index(nobody))
     samples = discrimination.resampled(pd.concat([nobody, made(dataset="BRCA-1")]), n=10)
     table = discrimination.intervals(samples)
     assert table["problem"].tolist() == ["no comparable pair", "", "no comparable pair"]

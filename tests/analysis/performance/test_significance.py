@@ -19,33 +19,11 @@ def test_holm_on_a_textbook_example():
 
 
 def test_benjamini_hochberg_on_the_example_of_their_paper():
-    p = [
-        0.0001,
-        0.0004,
-        0.0019,
-        0.0095,
-        0.0201,
-        0.0278,
-        0.0298,
-        0.0344,
-        0.0459,
-        0.3240,
-        0.4262,
-        0.5719,
-        0.6528,
-        0.7590,
-        1,
-    ]
+    p = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344]
+    p += [0.0459, 0.3240, 0.4262, 0.5719, 0.6528, 0.7590, 1]
     assert (significance.benjamini_hochberg(p) <= 0.05).sum() == 4
     assert (significance.holm(p) <= 0.05).sum() == 3
     assert significance.benjamini_hochberg(p)[3] == pytest.approx(0.0095 * 15 / 4)
-
-
-@pytest.mark.parametrize("p", [[0.5, np.nan], [1.2], [-0.1]])
-def test_what_is_no_p_value_is_refused(p):
-    for correct in (significance.holm, significance.benjamini_hochberg):
-        with pytest.raises(Refused, match=r"each must lie in 0\.\.1"):
-            correct(p)
 
 
 def test_the_corrected_test_is_students_with_a_larger_error():
@@ -72,8 +50,6 @@ def test_the_signed_rank_test_is_exact():
     assert significance.wilcoxon(np.arange(1, 14) / 100) == pytest.approx(2 / 2**13)
     assert significance.wilcoxon([0, 0, 0]) == 1
     assert significance.wilcoxon([0.1, -0.2, 0.3]) == pytest.approx(0.75)  # rank sums 4 and 2: 6 of the 8 signs
-    with pytest.raises(Refused, match="1 of them not finite"):
-        significance.wilcoxon([0.1, np.nan])
 
 
 def test_one_method_against_others_over_data_sets():

@@ -129,5 +129,3 @@ def test_folds_of_a_repeated_or_partial_cross_validation_share_what_its_folds_sh
     some = table[table["fold"] < 2].assign(folds=5)  # 2 of 5 folds
     assert error(some) == pytest.approx(np.sqrt((1 / 2 + 1 / 4) * gains[:2].var(ddof=1)))
     assert error(table) == error(table.assign(folds=6))
-    with pytest.raises(Refused, match="2 and 3 folds"):
-        error(table.assign(folds=[2, 3] * 6))

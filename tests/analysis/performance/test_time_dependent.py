@@ -103,8 +103,6 @@ def test_weights_that_would_be_infinite_are_refused():
         td.auc_parts([3.0, 9.0], [True, False], [1.0, 0.0], followed, 5)
     with pytest.raises(Refused, match="followed past day 3"):
         td.brier_parts([3.0, 9.0], [True, False], [[0.5], [0.5]], followed, [5])
-    with pytest.raises(Refused, match="a mean over time needs two"):
-        td.integrated([0.1], [365])
     assert td.auc_parts([9.0, 9.0], [True, False], [1.0, 0.0], td.censoring([10.0], [False]), 5) == (0, 0)
 
 
