@@ -46,8 +46,8 @@ def test_the_releases_weights_give_the_releases_logits(reference, tmp_path, floa
     assert convert(tmp_path / "theta.pth", tmp_path / "theta.safetensors") == "ABMIL, 957 weights"
     network = ABMIL(24, 16, 12, 8)
     load_into(network, load_state(tmp_path / "theta.safetensors"))
-    found = network.eval()([numbers.tensor("X_n37")])[0]
-    torch.testing.assert_close(found, numbers.tensor("logits_n37"), rtol=1e-12, atol=1e-14)
+    logits = network.eval()([numbers.tensor("X_n37")])[0]
+    torch.testing.assert_close(logits, numbers.tensor("logits_n37"), rtol=1e-12, atol=1e-14)
 
 
 def test_the_releases_hypernetwork_gives_its_coefficients(reference, tmp_path, float64):
@@ -58,8 +58,8 @@ def test_the_releases_hypernetwork_gives_its_coefficients(reference, tmp_path, f
     # A whole STEPH checkpoint: what is trained, and frozen models under names of their own.
     trained = {**numbers.state("hyper"), **numbers.state("head")}
     torch.save({**trained, "frozen.0": numbers.tensor("X_A")}, tmp_path / "steph.pth")
-    said = convert(tmp_path / "steph.pth", tmp_path / "steph.safetensors", models["theta0"])
-    assert said.startswith("STEPH, ") and "1 other entries left out (frozen.0)" in said
+    text = convert(tmp_path / "steph.pth", tmp_path / "steph.safetensors", models["theta0"])
+    assert text.startswith("STEPH, ") and "1 other entries left out (frozen.0)" in text
     null, target, *sources = (read_weights(path)[0] for path in models.values())
     model = STEPH(null, target, {f"s{i}": s for i, s in enumerate(sources)}, top_k=3, dim_hidden=16)
     load_into(model, load_state(tmp_path / "steph.safetensors"))
@@ -97,21 +97,12 @@ def test_an_origin_keeps_models_of_another_null_model_apart(tmp_path, released, 
         torch.save(to_released(null.state_dict()), tmp_path / f"null{i}.pth")
         convert(tmp_path / f"null{i}.pth", tmp_path / f"null{i}.safetensors", tmp_path / f"null{i}.pth")
     convert(released, tmp_path / "brca.safetensors", tmp_path / "null0.pth")
-    own, wrong = (load_state(tmp_path / f"null{i}.safetensors") for i in range(2))
+    right, wrong = (load_state(tmp_path / f"null{i}.safetensors") for i in range(2))
     model = load_state(tmp_path / "brca.safetensors")
-    assert own.origin == state_fingerprint(own)
-    task_vector(model, own)
+    assert right.origin == state_fingerprint(right)
+    task_vector(model, right)
     with pytest.raises(Refused, match="trained from another null model"):
         task_vector(model, wrong)
-
-
-def test_an_import_is_a_source_of_steph(tmp_path, released, network):
-    """A model of the authors', merged into one of ours."""
-    null, target = state_of(ABMIL(24, 16, 12, 8)), state_of(ABMIL(24, 16, 12, 8))
-    source, kind, others = read_weights(released)
-    assert kind == "ABMIL" and not others
-    logits = STEPH(null, target, {"BRCA": source}, top_k=1, dim_hidden=8)([torch.randn(5, 24)])
-    assert torch.isfinite(logits).all()
 
 
 WRAPPED = {
@@ -225,22 +216,19 @@ def test_damaged_files_never_end_in_another_error(tmp_path_factory, data):
         assert path.name in str(reason)
 
 
-def test_files_are_asked_for_by_their_ending(tmp_path, released):
-    with pytest.raises(Refused, match=r"there is no file"):
-        convert(tmp_path / "nosuch.pth", tmp_path / "a.safetensors")
-    with pytest.raises(Refused, match=r"a\.bin: expected a file that ends in"):
-        convert(released, tmp_path / "a.bin")
+def test_files_go_by_their_ending_and_other_networks_stay(tmp_path, released):
     (tmp_path / "there.safetensors").write_text("mine")
-    with pytest.raises(Refused, match="is there already"):
-        convert(released, tmp_path / "there.safetensors")
-    assert (tmp_path / "there.safetensors").read_text() == "mine"
-
-
-def test_another_network_of_ours_does_not_go_out(tmp_path):
     save_state(ModelState({"layers.0.weight": torch.zeros(2, 2)}), tmp_path / "gcn.safetensors")
-    with pytest.raises(Refused, match="cannot be carried over"):
-        convert(tmp_path / "gcn.safetensors", tmp_path / "gcn.pth")
-    assert [path.name for path in tmp_path.iterdir()] == ["gcn.safetensors"]
+    before = set(tmp_path.iterdir())
+    for source, target, message in (
+        ("nosuch.pth", "a.safetensors", "there is no file"),
+        ("brca.pth", "a.bin", r"a\.bin: expected a file that ends in"),
+        ("brca.pth", "there.safetensors", "is there already"),
+        ("gcn.safetensors", "gcn.pth", "cannot be carried over"),
+    ):
+        with pytest.raises(Refused, match=message):
+            convert(tmp_path / source, tmp_path / target)
+    assert set(tmp_path.iterdir()) == before and (tmp_path / "there.safetensors").read_text() == "mine"
 
 
 def test_the_command(tmp_path, released):

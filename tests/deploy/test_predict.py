@@ -2,7 +2,6 @@
 
 import time
 
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -32,26 +31,27 @@ def slides(tmp_path):
 
 
 def test_three_lines(tmp_path, slides):
-    made_folder(tmp_path / "model")
-    model = load_model(tmp_path / "model")
-    found = model.predict(slides)
-
-    own, bag = made_steph(), torch.from_numpy(np.concatenate([patches(13, seed=1), patches(14, seed=2)]))
-    hazards = torch.sigmoid(own([bag])).double()
-    assert found.risk == risk_score(hazards).item() and found.patient_id == "P1-DX1"
-    np.testing.assert_array_equal(found.survival, survival_curve(hazards)[0])
-    assert list(found.survival.index) == [365.0 * t for t in range(1, 9)]
-    w, lam, selected = own.coefficients(bag)
-    np.testing.assert_allclose(list(found.w.values()), w, rtol=1e-6)
-    np.testing.assert_allclose(list(found.lam.values()), lam, rtol=1e-6)
-    kept = found.mixture.set_index("source")["kept"]
-    assert set(kept.index[1:][kept[1:]]) == {own.source_names[i] for i in selected}
-    attention = attention_of(own, RaggedBatch.from_bags([bag]))
-    np.testing.assert_allclose(found.attention, attention, rtol=1e-6)
-    assert found.coords.shape == (27, 2) and found.edges == {"P1-DX1": 512, "P1-DX2": 512} and not found.notes
-    assert found.patches["slide_id"].value_counts().to_dict() == {"P1-DX1": 13, "P1-DX2": 14}
-    assert found.patches["rank"].tolist() == (-attention).argsort().argsort().__add__(1).tolist()
-    of_first = found.patches[found.patches["slide_id"] == "P1-DX1"]
+    prediction = load_model(made_folder(tmp_path / "model")).predict(slides)
+    steph, bag = made_steph(), torch.from_numpy(np.concatenate([patches(13, seed=1), patches(14, seed=2)]))
+    hazards = torch.sigmoid(steph([bag])).double()
+    assert prediction.risk == risk_score(hazards).item() and prediction.patient_id == "P1-DX1"
+    np.testing.assert_array_equal(prediction.survival, survival_curve(hazards)[0])
+    assert list(prediction.survival.index) == [365.0 * t for t in range(1, 9)]
+    w, lam, selected = steph.coefficients(bag)
+    np.testing.assert_allclose(list(prediction.w.values()), w, rtol=1e-6)
+    np.testing.assert_allclose(list(prediction.lam.values()), lam, rtol=1e-6)
+    kept = prediction.mixture.set_index("source")["kept"]
+    assert set(kept.index[1:][kept[1:]]) == {steph.source_names[i] for i in selected}
+    attention = attention_of(steph, RaggedBatch.from_bags([bag]))
+    np.testing.assert_allclose(prediction.attention, attention, rtol=1e-6)
+    assert (
+        prediction.coords.shape == (27, 2)
+        and prediction.edges == {"P1-DX1": 512, "P1-DX2": 512}
+        and not prediction.notes
+    )
+    assert prediction.patches["slide_id"].value_counts().to_dict() == {"P1-DX1": 13, "P1-DX2": 14}
+    assert prediction.patches["rank"].tolist() == (-attention).argsort().argsort().__add__(1).tolist()
+    of_first = prediction.patches[prediction.patches["slide_id"] == "P1-DX1"]
     assert of_first["percentile"].max() == pytest.approx(12.5 / 13) and of_first["patch"].tolist() == list(range(13))
 
 
@@ -71,9 +71,13 @@ def test_what_merges_nothing_has_no_w_and_what_pools_without_attention_no_map(tm
 
 def test_without_coordinates_all_but_the_map(model, tmp_path):
     whole = model.predict([write_slide(tmp_path / "a.h5", patches())])
-    found = model.predict([write_slide(tmp_path / "b.h5", patches(), coords=None)])
-    assert found.coords is None and found.risk == whole.risk and "No map can be drawn: b has no" in found.notes[0]
-    np.testing.assert_array_equal(found.attention, whole.attention)
+    prediction = model.predict([write_slide(tmp_path / "b.h5", patches(), coords=None)])
+    assert (
+        prediction.coords is None
+        and prediction.risk == whole.risk
+        and "No map can be drawn: b has no" in prediction.notes[0]
+    )
+    np.testing.assert_array_equal(prediction.attention, whole.attention)
     torch.save(torch.from_numpy(patches()), tmp_path / "c.pt")
     assert model.predict([tmp_path / "c.pt"]).risk == whole.risk
 
@@ -97,10 +101,10 @@ def test_features_are_brought_into_the_stores_format(tmp_path):
 
 def test_large_bags_are_sampled_as_in_the_study(tmp_path, slides):
     model = load_model(made_folder(tmp_path / "m", inputs={"max_patches": 9, "sample_seed": 4}))
-    found, again, other = (model.predict(slides, patient_id=who) for who in ("P1", "P1", "P2"))
-    assert len(found.patches) == 9 and found.risk == again.risk and found.risk != other.risk
-    assert "9 of 27 patches were read" in found.notes[0]
-    where = found.patches.set_index(["slide_id", "patch"])[["x", "y"]]
+    prediction, again, other = (model.predict(slides, patient_id=who) for who in ("P1", "P1", "P2"))
+    assert len(prediction.patches) == 9 and prediction.risk == again.risk and prediction.risk != other.risk
+    assert "9 of 27 patches were read" in prediction.notes[0]
+    where = prediction.patches.set_index(["slide_id", "patch"])[["x", "y"]]
     whole = load_model(made_folder(tmp_path / "all")).predict(slides).patches.set_index(["slide_id", "patch"])
     pd.testing.assert_frame_equal(where, whole.loc[where.index, ["x", "y"]])
     batch = read_bag(slides, model.config, "P1").batch(["P1"], coords=True)
@@ -121,10 +125,9 @@ def test_the_edge_of_a_patch(model, tmp_path):
 
 
 def test_a_table_of_patients(model, tmp_path):
-    (tmp_path / "slides").mkdir()
-    files = {
-        name: write_slide(tmp_path / "slides" / f"{name}.h5", patches(9 + i, seed=i)) for i, name in enumerate("abc")
-    }
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    files = {name: write_slide(folder / f"{name}.h5", patches(9 + i, seed=i)) for i, name in enumerate("abc")}
     (tmp_path / "t.csv").write_text("patient_id,path\nP2,slides/c.h5\nP1,slides/a.h5\nP1,slides/b.h5\n")
     table = model.predict_table(tmp_path / "t.csv")
     assert list(table.columns) == ["patient_id", "risk", "percentile", *(f"survival_{t}" for t in range(1, 9))]
@@ -160,19 +163,11 @@ def with_value(value):
         (lambda p: None, r"no feature file at .*a\.h5"),
         (lambda p: p.mkdir(), r"no feature file at .*a\.h5"),
         (lambda p: p.write_text("hello"), r"a\.h5: truncated or not an HDF5 file"),
-        (lambda p: p.write_bytes(b""), r"a\.h5: truncated or not an HDF5 file"),
         (lambda p: write_slide(p, patches(dim=DIM + 1)), r"a\.h5: 7 wide, expected 6: features of another encoder"),
         (lambda p: write_slide(p, np.zeros((0, DIM), np.float32), None), r"a\.h5: empty \(0 patches\)"),
         (lambda p: write_slide(p, with_value(np.nan)), r"a\.h5: 1 features are not finite"),
-        (lambda p: write_slide(p, with_value(np.inf)), r"a\.h5: 1 features are not finite"),
-        (lambda p: write_slide(p, patches().astype(int)), r"a\.h5: features of type int64, not floating point"),
-        (
-            lambda p: write_slide(p, patches(), encoder="conch_v1"),
-            r"features of conch_v1, expected UNI2-h.* The model reads",
-        ),
+        (lambda p: write_slide(p, patches(), encoder="conch"), r"features of conch, expected UNI2-h.* The model reads"),
         (lambda p: write_slide(p, patches(), coords_attributes={"patch_size": 512}), r"other patches than the study's"),
-        (lambda p: write_slide(p, patches(), coords=np.zeros((3, 2))), r"coords of shape \(3, 2\) do not fit"),
-        (lambda p: h5py.File(p, "w").close(), r"a\.h5: no dataset 'features'"),
         (lambda p: write_slide(p, patches() * 1e37), r"the risk is nan|not finite"),
     ],
 )
@@ -189,17 +184,13 @@ def test_values_too_large_for_the_stores_format_are_refused(tmp_path):
         model.predict([write_slide(tmp_path / "a.h5", with_value(1e6))])
 
 
-def test_no_slide_and_a_slide_twice(model, slides):
+def test_no_slide_a_slide_twice_and_a_device_that_is_not_there(model, slides, tmp_path):
     with pytest.raises(Refused, match="no slide given"):
         model.predict([])
     with pytest.raises(Refused, match="slide P1-DX1 is given twice"):
         model.predict([slides[0], slides[0]])
-
-
-def test_a_device_that_is_not_there(tmp_path):
-    made_folder(tmp_path / "m")
     with pytest.raises(Refused, match="cuda:9"):
-        load_model(tmp_path / "m", device="cuda:9")
+        load_model(tmp_path / "model", device="cuda:9")
 
 
 def test_a_gpus_model_on_the_cpu_says_that_numbers_agree_up_to_rounding(tmp_path, slides):
@@ -214,5 +205,5 @@ def test_ten_thousand_patches_take_seconds(tmp_path):
     made_folder(tmp_path / "m", whole, dim=1536, settings=settings)
     slide = write_slide(tmp_path / "a.h5", patches(10_000, dim=1536))
     start = time.process_time()
-    found = load_model(tmp_path / "m").predict([slide])
-    assert len(found.attention) == 10_000 and time.process_time() - start < 6  # 1.2 s where it was written
+    prediction = load_model(tmp_path / "m").predict([slide])
+    assert len(prediction.attention) == 10_000 and time.process_time() - start < 6  # 1.2 s where it was written

@@ -1,11 +1,14 @@
 """A small STEPH in a model folder, and slide files for it, without any study."""
 
+import json
+
 import h5py
 import numpy as np
 import torch
 
-from steph.data.manifest import Endpoint, Network
-from steph.deploy.model_folder import Config, Inputs, Score, Training, tensors_of, write_model
+from steph import PROJECT
+from steph.data.manifest import Network
+from steph.deploy.model_folder import Config, tensors_of, write_model
 from steph.merging.steph import STEPH
 from steph.mil import new_network
 from steph.mil.state import state_of
@@ -18,53 +21,20 @@ def made_steph(m=4, seed=0, dim=DIM, settings=SETTINGS, **options):
     """A STEPH of m sources named S0, S1, ..."""
     torch.manual_seed(seed)
 
-    def network():
-        return new_network("abmil", dim, settings)
-
     def state():
-        return state_of(network())
+        return state_of(new_network("abmil", dim, settings))
 
-    sources = {f"S{i}": state() for i in range(m)}
+    sources, network = {f"S{i}": state() for i in range(m)}, new_network("abmil", dim, settings)
     options = {"top_k": min(2, m), "dim_hidden": 7, **options}
-    return STEPH(state(), state(), sources, network=network(), **options).requires_grad_(False).eval()
+    return STEPH(state(), state(), sources, network=network, **options).requires_grad_(False).eval()
 
 
 def made_config(model, dim=DIM, settings=SETTINGS, inputs=None, **changes):
-    """A configuration that fits a model. inputs: what is said otherwise of the features."""
-    reads = {
-        "encoder": "UNI2-h", "dim": dim, "precision": "float32", "patch_size_px": 256, "magnification": 20,
-        "max_patches": None, "sample_seed": 0,
-    }  # fmt: skip
-    said = dict(  # noqa: C408 - as keywords
-        study="clinic",
-        study_title="A clinic",
-        synthetic=False,
-        dataset="GASTRIC",
-        projects=["GASTRIC"],
-        method="steph",
-        title="STEPH",
-        description="sparse task vector mixup",
-        fold=0,
-        seed=42,
-        precision="fp32",
-        device="cpu",
-        run="abc",
-        finished="2026-01-01T00:00:00+00:00",
-        versions={"steph": "0.1.0"},
-        endpoint=Endpoint(),
-        inputs=Inputs(**{**reads, **(inputs or {})}),
-        network=settings,
-        architecture=model.architecture(),
-        sources=[],
-        training=Training(
-            patients=4, events=2, longest_follow_up_days=1200, risks=[-6.0, -5.0, -4.0, -1.0], observed=[0.9, 0.8, 0.8]
-        ),
-        scores=[Score(folds=[0], patients=9, events=4, c_index=0.61, low=0.4, high=0.8)],
-        dropped=None,
-        differs=0.0,
-        files={},
-    )
-    return Config(**{**said, **changes})
+    """A configuration that fits a model: that of the frozen folder, with changes. inputs: changes of its inputs."""
+    content = json.loads((PROJECT / "tests" / "reference" / "model_folder" / "config.json").read_text(encoding="utf-8"))
+    content = {name: value for name, value in content.items() if name in Config.model_fields}
+    content["inputs"] |= {"dim": dim, **(inputs or {})}
+    return Config(**{**content, "network": settings, "architecture": model.architecture(), **changes})
 
 
 def made_folder(path, model=None, **changes):
