@@ -19,11 +19,13 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][-._A-Za-z0-9]*$", max_length=
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Plain data of known fields; others are refused, and nothing can be changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Source(_Strict):
+class Source(Strict):
     """Where something comes from, under which terms."""
 
     name: str
@@ -43,7 +45,7 @@ class Source(_Strict):
     note: str = ""
 
 
-class Endpoint(_Strict):
+class Endpoint(Strict):
     """What is predicted."""
 
     name: str = "DSS"
@@ -51,7 +53,7 @@ class Endpoint(_Strict):
     description: str = "disease-specific survival"
 
 
-class Features(_Strict):
+class Features(Strict):
     """The patch features that a study stands on; features of different encoders or sources are never mixed."""
 
     encoder: str
@@ -66,7 +68,7 @@ class Features(_Strict):
     )
 
 
-class DatasetEntry(_Strict):
+class DatasetEntry(Strict):
     """One data set: a cancer, or cancers that are studied together."""
 
     projects: list[Name] = Field(min_length=1)
@@ -79,7 +81,7 @@ class DatasetEntry(_Strict):
     folders: list[str] | None = Field(default=None, description="in place of features.folders")
 
 
-class Synthetic(_Strict):
+class Synthetic(Strict):
     """A made cohort in place of a real one."""
 
     scale: float = Field(gt=0, le=2, description="size, as a share of the data sets' patients")
@@ -88,7 +90,7 @@ class Synthetic(_Strict):
     external_patients: int = Field(default=200, ge=0, description="extra patients per data set, never trained on")
 
 
-class Network(_Strict):
+class Network(Strict):
     """Dimensions of the prognostic networks."""
 
     dim_emb: Positive = 512
@@ -98,7 +100,7 @@ class Network(_Strict):
     dropout: float = Field(default=0.25, ge=0, lt=1)
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """How anything is trained (the paper's Appendix C.2.1; the release fixes the rest)."""
 
     epochs: Positive = 20
@@ -114,7 +116,7 @@ class Recipe(_Strict):
     )
 
 
-class StephSettings(_Strict):
+class StephSettings(Strict):
     """STEPH's own numbers (Eq. 4 and 7)."""
 
     dim_hidden: Positive = 512
@@ -134,7 +136,7 @@ class StephSettings(_Strict):
         return self.gamma_large if n_patients > self.large_above else self.gamma_small
 
 
-class Study(_Strict):
+class Study(Strict):
     """A study: data sets, features, endpoint, networks, recipe."""
 
     name: Name

@@ -116,7 +116,7 @@ def _ask(
         for patient in track(patients, f"{run}: predict for all patients"):
             risk[patient] = float(predict(model, data, [patient], compute)["risk"].iloc[0])
             if model.merging is model:
-                in_use.update(sources_in_use(mixture(model, data, patient, compute)))
+                in_use.update(sources_in_use(mixture(model, data, patient, compute))["source"])
     return pd.Series(risk), in_use
 
 

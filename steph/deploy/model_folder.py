@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 import steph.methods  # noqa: F401 - with it every class of model is known that a folder may name
 from steph import Refused
-from steph.data.manifest import Endpoint, Network
+from steph.data.manifest import Endpoint, Network, Strict
 from steph.files.atomic import new_folder
 from steph.files.records import file_sha256, fingerprint, read_json
 from steph.merging.merged_encoder import Merged
@@ -33,11 +33,7 @@ FORMAT, VERSION = "steph-model", 1
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Inputs(_Strict):
+class Inputs(Strict):
     """The patch features that a model reads. precision: number format of the study's store; features are brought into
     it first. max_patches, sample_seed: how larger bags are sampled, None takes every patch."""
 
@@ -56,7 +52,7 @@ class Inputs(_Strict):
         return f"features of {self.encoder}, {self.dim} numbers for each patch of {size} pixels at {magnification:g}x"
 
 
-class Training(_Strict):
+class Training(Strict):
     """The patients that trained the model. risks: what it gives each of them, rising. observed: their Kaplan-Meier
     survival at the end of each interval that somebody was followed through."""
 
@@ -67,7 +63,7 @@ class Training(_Strict):
     observed: list[float]
 
 
-class Score(_Strict):
+class Score(Strict):
     """A C-index on test patients with its 95 % interval; None where it is undefined. folds: whose patients these are,
     each ranked by the model of its own fold."""
 
@@ -86,7 +82,7 @@ class Score(_Strict):
         return f"{self.c_index:.3f}" + ("" if self.low is None else f" ({self.low:.3f} to {self.high:.3f})")
 
 
-class Dropped(_Strict):
+class Dropped(Strict):
     """Sources that were left out of the folder, and what that changed for `patients` patients."""
 
     sources: list[str]
@@ -106,7 +102,7 @@ class Dropped(_Strict):
         )
 
 
-class Config(_Strict):
+class Config(Strict):
     """What ``config.json`` says. differs: largest difference of a risk from the study's own predictions for the test
     patients, found when the model was exported."""
 

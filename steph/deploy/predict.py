@@ -91,9 +91,9 @@ class Prediction:
         return self.survival.iloc[: len(self.model.config.training.observed) + 1]
 
 
-def sources_in_use(mixture: pd.DataFrame) -> list[str]:
-    """The sources of a patient's mixture (`mixture_of`) that are kept with a weight above 0."""
-    return mixture.iloc[1:].loc[lambda table: table["kept"] & (table["w"] > 0), "source"].tolist()
+def sources_in_use(mixture: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a patient's mixture (`mixture_of`) whose source is kept with a weight above 0."""
+    return mixture.iloc[1:].loc[lambda table: table["kept"] & (table["w"] > 0)]
 
 
 @dataclass(frozen=True, eq=False)

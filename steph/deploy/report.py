@@ -56,10 +56,8 @@ def summary(prediction: Prediction) -> str:
         f"survival by {c.endpoint.unit}: {curve}",
     ]
     if p.mixture is not None:
-        numbers = p.mixture.set_index("source")[["w", "lambda"]]
-        used = [
-            f"{name} (w {w:.3f}, λ {lam:.2f})" for name, w, lam in numbers.loc[sources_in_use(p.mixture)].itertuples()
-        ]
+        rows = sources_in_use(p.mixture)[["source", "w", "lambda"]].to_numpy()
+        used = [f"{source} (w {w:.3f}, λ {lam:.2f})" for source, w, lam in rows]
         lines.append(f"in use: {', '.join(used) or 'no source'}")
     return "\n".join([*lines, *p.notes, *_limits(p)])
 
@@ -119,9 +117,6 @@ def geojson(patches: pd.DataFrame, edge: int, n: int) -> dict[str, Any]:
     return {"type": "FeatureCollection", "features": features}
 
 
-# ------------------------------------------------------------------------------------------------ the report
-
-
 def html_report(prediction: Prediction) -> str:
     """The report, one HTML page with everything in it."""
     p = prediction
@@ -146,8 +141,8 @@ def html_report(prediction: Prediction) -> str:
 def _mixture(mixture: pd.DataFrame) -> pd.DataFrame:
     """What is merged, with what the table draws: in_use, and the length of a bar for the coefficient."""
     coefficient = mixture["coefficient"]
-    in_use = mixture["source"].isin(sources_in_use(mixture))
-    in_use.iloc[0] = coefficient.iloc[0] > 0
+    in_use = mixture.index.isin(sources_in_use(mixture).index)
+    in_use[0] = coefficient.iloc[0] > 0
     largest = max(coefficient.abs().max(), 1e-12)
     return mixture.assign(in_use=in_use, bar=4 * coefficient.abs() / largest).rename(columns={"lambda": "lam"})
 

@@ -1,4 +1,4 @@
-"""Export: a model folder says to the last bit what the study said, and its card says what it is."""
+"""Export: a model folder predicts to the last bit what the study predicted, and its card tells what it is."""
 
 import json
 import re
@@ -67,19 +67,18 @@ def test_the_same_numbers_as_in_the_study(method, tiny, patients, tmp_path):
     recorded = recorded.set_index("patient_id")
     model = load_model(tmp_path / "m")
     for patient, files in patients.items():
-        found = model.predict(files, patient_id=patient)
-        expected = recorded.loc[patient]
-        assert found.risk == expected["risk"]
-        np.testing.assert_array_equal(found.survival, expected.filter(regex=r"^survival_").to_numpy(float))
+        prediction, expected = model.predict(files, patient_id=patient), recorded.loc[patient]
+        assert prediction.risk == expected["risk"]
+        np.testing.assert_array_equal(prediction.survival, expected.filter(regex=r"^survival_").to_numpy(float))
 
 
 def test_attention_and_mixture_are_the_studys(tiny, patients, folder):
     data, original, model = tiny.dataset("SARC"), tiny.model(run_of("steph")), load_model(folder)
     for patient, files in patients.items():
-        found, expected = model.predict(files, patient_id=patient), attention_map(original, data, patient)
+        prediction, expected = model.predict(files, patient_id=patient), attention_map(original, data, patient)
         columns = ["slide_id", "patch", "x", "y", "attention", "rank", "percentile"]
-        pd.testing.assert_frame_equal(found.patches[columns], expected[columns], check_dtype=False)
-        pd.testing.assert_frame_equal(found.mixture, mixture(original, data, patient), check_dtype=False)
+        pd.testing.assert_frame_equal(prediction.patches[columns], expected[columns], check_dtype=False)
+        pd.testing.assert_frame_equal(prediction.mixture, mixture(original, data, patient), check_dtype=False)
 
 
 def test_the_folder_stands_alone(patients, folder, tmp_path, monkeypatch):
@@ -122,7 +121,7 @@ def test_sources_that_nobody_uses_are_dropped(tiny, patients, tmp_path):
     run = run_of("steph")
     data, original = tiny.dataset("SARC"), tiny.model(run)
     everyone = [*data.splits.train(0), *data.splits.test(0)]
-    used = {source for patient in everyone for source in sources_in_use(mixture(original, data, patient))}
+    used = {source for p in everyone for source in sources_in_use(mixture(original, data, p))["source"]}
     config = export.export(tiny, run, tmp_path / "m", drop_unused=True)
     names = ["CESC", "LIHC"]
     remaining = [name for name in names if name in used] or names[:1]
@@ -138,7 +137,7 @@ def test_sources_that_nobody_uses_are_dropped(tiny, patients, tmp_path):
 
 def test_what_dropping_changed_is_measured_and_told(tiny, tmp_path, monkeypatch):
     """A source that is in use, left out all the same: the card tells how far the risks moved."""
-    monkeypatch.setattr(export, "sources_in_use", lambda table: {*sources_in_use(table)} - {"LIHC"})
+    monkeypatch.setattr(export, "sources_in_use", lambda table: sources_in_use(table).query("source != 'LIHC'"))
     config = export.export(tiny, run_of("steph_param_w"), tmp_path / "m", drop_unused=True)
     assert config.dropped.sources == ["LIHC"] and config.dropped.max_change_in_risk > 1e-4
     assert f"at most {config.dropped.max_change_in_risk:.2g}" in config.dropped.text and "LIHC" in config.dropped.text
@@ -216,4 +215,4 @@ def test_the_pages_code_works(tiny, tmp_path, monkeypatch):
     written = [f"slides/{slide}.h5" for slide in scope["data"].slides(scope["patient"])]
     use = use.replace('["slides/P1-DX1.h5", "slides/P1-DX2.h5"]', repr(written))
     exec(use, scope)
-    assert scope["found"].patient_id == "P1" and scope["found"].coords is not None
+    assert scope["prediction"].patient_id == "P1" and scope["prediction"].coords is not None

@@ -40,8 +40,8 @@ def test_three_lines(tmp_path, slides):
     w, lam, selected = steph.coefficients(bag)
     np.testing.assert_allclose(list(prediction.w.values()), w, rtol=1e-6)
     np.testing.assert_allclose(list(prediction.lam.values()), lam, rtol=1e-6)
-    kept = prediction.mixture.set_index("source")["kept"]
-    assert set(kept.index[1:][kept[1:]]) == {steph.source_names[i] for i in selected}
+    sources = prediction.mixture.iloc[1:]
+    assert set(sources.loc[sources["kept"], "source"]) == {steph.source_names[i] for i in selected}
     attention = attention_of(steph, RaggedBatch.from_bags([bag]))
     np.testing.assert_allclose(prediction.attention, attention, rtol=1e-6)
     assert (
@@ -112,11 +112,9 @@ def test_large_bags_are_sampled_as_in_the_study(tmp_path, slides):
 
 
 def test_the_edge_of_a_patch(model, tmp_path):
-    def edge(**options):
-        path = tmp_path / "a.h5"
-        path.unlink(missing_ok=True)
-        given = options.pop("patch_px", None)
-        return model.predict([write_slide(path, patches(9), **options)], patch_px=given).edges["a"]
+    def edge(patch_px=None, **options):
+        path = write_slide(tmp_path / "a.h5", patches(9), **options)
+        return model.predict([path], patch_px=patch_px).edges["a"]
 
     assert edge() == 512
     assert edge(coords_attributes={"patch_size_level0": 1024}) == 1024

@@ -133,7 +133,8 @@ def test_names_are_text_never_markup(tmp_path):
     model.network.source_names = [NASTY, "\0<b>", "S2", "S3"]
     slides = [write_slide(tmp_path / f"{name}.h5", patches()) for name in ("<img src=x onerror=alert(1)>", "..", "~")]
     before = set(tmp_path.iterdir())
-    write_report(model.predict(slides, patient_id=NASTY), tmp_path / "out")
+    write_report(prediction := model.predict(slides, patient_id=NASTY), tmp_path / "out")
+    assert "nan" not in summary(prediction)  # where a source bears the target's name
     assert set(tmp_path.iterdir()) == {*before, tmp_path / "out"} and len(list((tmp_path / "out").iterdir())) == 6
     page = Page(text := (tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
     assert "script" not in page.tags and page.tags.count("img") == 3 and "b" not in page.tags
