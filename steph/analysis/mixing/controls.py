@@ -249,7 +249,7 @@ def choices(found: Mapping[str, pd.DataFrame], study: Study) -> pd.DataFrame:
     for target, w in final.items():
         pairs = dynamics.agreement(found[target])
         planted = dynamics.planted(study, target)
-        truth = None if planted is None else dynamics.with_planted(found[target], planted).set_index("seed")
+        truth = None if planted is None else dynamics.with_planted(found[target], planted)
         for seed in w.columns:
             involved = pairs[(pairs["seed_a"] == seed) | (pairs["seed_b"] == seed)]["correlation"]
             others = [
@@ -263,7 +263,7 @@ def choices(found: Mapping[str, pd.DataFrame], study: Study) -> pd.DataFrame:
                     "seed": seed,
                     "other_starts": involved.mean(),
                     "other_targets": pd.Series(others, dtype=float).mean(),
-                    "planted": np.nan if truth is None else truth.loc[seed, "correlation"],
+                    "planted": np.nan if truth is None else truth[seed],
                 }
             )
     return pd.DataFrame(rows)
