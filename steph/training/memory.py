@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from itertools import accumulate
 from math import isqrt
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import psutil
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from steph import Refused
 from steph.data.bags import PART, RaggedBatch, parts
+from steph.data.patients import PatientData
 from steph.data.resident import held_bytes
 from steph.mil import gated_attention
 from steph.mil.base import MIL, Model
@@ -46,20 +47,8 @@ processes = 1
 """How many processes share this machine's memory; the pool of a study says so in each of its workers."""
 
 
-class Bags(Protocol):
-    """What is asked of a data set."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def dim(self) -> int: ...
-
-    def n_patches(self, patient_ids: Sequence[str]) -> np.ndarray: ...
-
-
 def check(
-    model: Model, data: Bags, patients: Sequence[str], together: int, compute: Compute, trains: bool = False
+    model: Model, data: PatientData, patients: Sequence[str], together: int, compute: Compute, trains: bool = False
 ) -> None:
     """Raise `Refused` where memory does not suffice to take these patients' bags through a model, so many together.
 
