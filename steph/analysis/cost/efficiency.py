@@ -6,14 +6,15 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.analysis.cost.operations import counts, printed_gflops, reads
+from steph.analysis.cost.operations import prediction_products, printed_gflops, reads
+from steph.analysis.cost.planning import patients
 from steph.analysis.performance.estimates import Estimate
 from steph.analysis.performance.statistics import compare
 from steph.data.manifest import Study
 from steph.methods.registry import METHODS, title
 from steph.study.paper import AVERAGE, paper_c_index
 from steph.study.runs import Workbench
-from steph.study.tables import on_common_folds, primary_outcome
+from steph.study.tables import on_common_folds
 
 PARADIGMS = ("vanilla", "roupkt", "steph")
 """The learning paradigms that Fig. 2 compares: cancer-specific, transfer of representations, merging."""
@@ -21,13 +22,12 @@ BESIDE = ("model_average", "hypernetwork_only", "steph_subsampled", "joint")
 """What this book puts beside them."""
 
 
-def performance_and_cost(results: pd.DataFrame, counted: pd.DataFrame, value: str | None = None) -> pd.DataFrame:
+def performance_and_cost(results: pd.DataFrame, counted: pd.DataFrame, value: str) -> pd.DataFrame:
     """What Fig. 2 shows of a study, a row per method: method, c_index (mean over data sets), gflops, networks.
 
     results: of the methods, on the data sets and folds that all of them have. counted: `operations`. value: the
-    C-index of test folds or of external patients; None takes the steadier. Raises `Refused` where there is none.
+    C-index of test folds or of external patients. Raises `Refused` where there is none.
     """
-    value = value or primary_outcome(results)
     common = on_common_folds(results, list(results["method"].unique()))
     if common.empty or common[value].isna().any():
         raise Refused(f"the methods have no data set and fold in common where each has a {value}.")
@@ -67,60 +67,51 @@ def sampling_methods(study: Study, largest: int) -> list[str]:
 
 def bag_sizes(bench: Workbench) -> np.ndarray:
     """Patches of every patient's bag, of all data sets."""
-    found = []
-    for name in bench.study.datasets:
-        data, most = bench.dataset(name), bench.study.recipe.max_patches
-        sizes = data.n_patches(list(data.cohort.patients["patient_id"]))
-        found.append(sizes if most is None else np.minimum(sizes, most))
-    return np.concatenate(found)
+    return np.concatenate([patients(bench, name).patches for name in bench.study.datasets])
 
 
 def sampling_costs(times: pd.DataFrame) -> pd.DataFrame:
     """Format `steph.analysis.cost.timing.sampling_times` for display: of each bag and sample, how many times the
     operations and the seconds of the cancer's own model a prediction by STEPH takes; seconds are compared round by
-    round, medians told."""
-    own = times[times["reads"] == 0].set_index(["patches", "round"])[["seconds", "products"]]
-    beside = times[times["reads"] > 0].join(own, on=["patches", "round"], rsuffix=" (own)")
-    found = (
-        beside.assign(ratio=beside["seconds"] / beside["seconds (own)"])
-        .groupby(["patches", "reads"])
-        .median(numeric_only=True)
-    )
+    round, and medians shown."""
+    vanilla = times[times["reads"] == 0].set_index(["patches", "round"])[["seconds", "products"]]
+    steph = times[times["reads"] > 0].join(vanilla, on=["patches", "round"], rsuffix=" (vanilla)")
+    steph["ratio"] = steph["seconds"] / steph["seconds (vanilla)"]
+    medians = steph.groupby(["patches", "reads"]).median(numeric_only=True)
     return pd.DataFrame(
         {
-            "GFLOPs": found["products"] / 1e9,
-            "× Vanilla (operations)": found["products"] / found["products (own)"],
-            "seconds": found["seconds"],
-            "× Vanilla": found["ratio"],
+            "GFLOPs": medians["products"] / 1e9,
+            "× Vanilla (operations)": medians["products"] / medians["products (vanilla)"],
+            "seconds": medians["seconds"],
+            "× Vanilla": medians["ratio"],
         }
     ).reset_index()
 
 
-def sampling_scores(results: pd.DataFrame, study: Study, sizes: np.ndarray, value: str | None = None) -> pd.DataFrame:
+def sampling_scores(results: pd.DataFrame, study: Study, sizes: np.ndarray, value: str) -> pd.DataFrame:
     """What a sample costs in C-index in a study, a row per method (`sampling_methods`) that was run: method, reads
     (patches at most), share (of all patches, that are read), × Vanilla (operations of a prediction on a bag of mean
     size), C-index (mean over data sets), − STEPH (`steph.analysis.performance.statistics.compare`), low and high (its
     95 % interval).
 
-    results: of finished runs. sizes: `bag_sizes`. value: the C-index of test folds or of external patients; None takes
-    the steadier. Raises `Refused` where methods have no data set and fold in common.
+    results: of finished runs. sizes: `bag_sizes`. value: the C-index of test folds or of external patients. Raises
+    `Refused` where methods have no data set and fold in common.
     """
-    names = [name for name in sampling_methods(study, int(sizes.max())) if name in set(results["method"])]
-    value = value or primary_outcome(results)
-    common, mean = on_common_folds(results, names), round(float(sizes.mean()))
+    largest, mean = int(sizes.max()), round(float(sizes.mean()))
+    names = [name for name in sampling_methods(study, largest) if name in set(results["method"])]
+    common = on_common_folds(results, names)
     # Somebody may have run one cancer on more folds than the others.
-    everywhere = common.groupby("fold")["dataset"].transform("nunique") == common["dataset"].nunique()
-    common = common[everywhere]
-    own, rows = counts("vanilla", study, mean, ways=["products"])["products"], []
+    common = common[common.groupby("fold")["dataset"].transform("nunique") == common["dataset"].nunique()]
+    vanilla, rows = prediction_products("vanilla", study, mean), []
     for name in names:
-        most = reads(name, study) or int(sizes.max())
+        most = reads(name, study) or largest
         gain = compare(common, name, "steph", value).gain if name != "steph" else Estimate(0.0)
         rows.append(
             {
                 "method": title(name),
                 "reads": most,
                 "share": float(np.minimum(sizes, most).sum() / sizes.sum()),
-                "× Vanilla (operations)": counts(name, study, mean, ways=["products"])["products"] / own,
+                "× Vanilla (operations)": prediction_products(name, study, mean) / vanilla,
                 "C-index": common[common["method"] == name].groupby("dataset")[value].mean().mean(),
                 "− STEPH": gain.value,
                 "low": gain.low,

@@ -250,22 +250,20 @@ def on_bag(counter: Counter, make: Callable[[str], Model], study: Study, n: int,
     return few + (many - few) * (n - SMALL) // SMALL
 
 
-WAYS = ("layers", "products", "memory")
+def prediction_products(name: str, study: Study, n: int = PATCHES) -> int:
+    """Operations (`by_products`) of a method's prediction on a bag of n patches."""
+    return on_bag(by_products, partial(deployed, name, study), study, n)
 
 
-def counts(
-    name: str, study: Study, n: int = PATCHES, precision: str = "fp32", ways: Sequence[str] = WAYS
-) -> dict[str, int]:
-    """`by_layers`, `by_products` and `live_bytes` of the model that predicts (`deployed`) on a bag of n patches:
-    layers, products, memory, or some of them."""
+def prediction_memory(name: str, study: Study, n: int = PATCHES, precision: str = "fp32") -> int:
+    """`live_bytes` of a method's prediction on a bag of n patches."""
 
-    def memory(model: Model, patches: RaggedBatch) -> int:
+    def counter(model: Model, patches: RaggedBatch) -> int:
         with suppress(RuntimeError):  # layers that choose their own precision cannot do so on shapes
             return live_bytes(model, patches.to(patches.features.device, PRECISIONS[precision]))
         return live_bytes(model, patches)
 
-    counters: dict[str, Counter] = {"layers": by_layers, "products": by_products, "memory": memory}
-    return {way: on_bag(counters[way], partial(deployed, name, study), study, n, precision) for way in ways}
+    return on_bag(counter, partial(deployed, name, study), study, n, precision)
 
 
 def reads(name: str, study: Study) -> int | None:
@@ -274,10 +272,12 @@ def reads(name: str, study: Study) -> int | None:
     return merging.sample_patches if isinstance(merging, STEPH) else None
 
 
-def of_sample(study: Study, n: int, sample: int | None) -> int:
-    """Operations (`by_products`) of a prediction by STEPH on n patches, whose hypernetwork reads `sample` of them."""
-    model = cast(STEPH, deployed("steph", study))
-    model.sample_patches = sample
+def of_sample(study: Study, n: int, sample: int) -> int:
+    """Operations (`by_products`) of a prediction by STEPH on n patches, whose hypernetwork reads `sample` of them; 0:
+    of one by Vanilla."""
+    model = deployed("steph" if sample else "vanilla", study)
+    if isinstance(model, STEPH):
+        model.sample_patches = sample
     return by_products(model, random_bags([n], study.features.dim))
 
 
@@ -291,9 +291,18 @@ def of_methods(names: Sequence[str] | None = None, study: Study | None = None, n
     study = study or paper_study()
     rows = []
     for name in predicting(study) if names is None else names:
-        model, trained = deployed(name, study), trained_numbers(built(name, study))
-        numbers = {"networks": model.networks_per_bag, "trained": trained, "held": held_numbers(model)}
-        rows.append({"method": name, **counts(name, study, n), **numbers})
+        model = deployed(name, study)
+        rows.append(
+            {
+                "method": name,
+                "layers": on_bag(by_layers, partial(deployed, name, study), study, n),
+                "products": prediction_products(name, study, n),
+                "memory": prediction_memory(name, study, n),
+                "networks": model.networks_per_bag,
+                "trained": trained_numbers(built(name, study)),
+                "held": held_numbers(model),
+            }
+        )
     return pd.DataFrame(rows)
 
 

@@ -22,9 +22,9 @@ import torch
 from steph import Refused
 from steph.analysis.cost.operations import (
     built,
-    counts,
     deployed,
     on_bag,
+    prediction_products,
     products_of,
     trained_numbers,
     training_operations,
@@ -109,8 +109,7 @@ def cost_of(name: str, study: Study, n: int) -> Cost:
     """What a method costs at a study's dimensions, on bags of n patches."""
     model = built(name, study)
     once = on_bag(_of_frozen_features, partial(built, name, study), study, n) if model.has_frozen_features else 0
-    prediction = counts(name, study, n, ways=["products"])["products"]
-    update = training_operations([name], study, n)[name]
+    update, prediction = training_operations([name], study, n)[name], prediction_products(name, study, n)
     return Cost(update / n, once / n, prediction / n, trained_numbers(model) > 0)
 
 

@@ -18,16 +18,17 @@ from steph.analysis.cost.operations import (
     PATCHES,
     SMALL,
     counted,
-    counts,
     deployed,
     of_sample,
     paper_study,
+    prediction_memory,
     trained_numbers,
 )
 from steph.data.bags import RaggedBatch
 from steph.data.manifest import Study
 from steph.merging.steph import STEPH
 from steph.methods.registry import method, title
+from steph.mil.base import Model
 from steph.study.cache import cached_table
 from steph.study.paper import paper_table, table_methods
 from steph.study.runs import Run, Workbench
@@ -36,8 +37,62 @@ from steph.training.engine import fit
 from steph.training.memory import random_bags
 
 BUDGET = 3.0
-"""Seconds within which rounds of measuring are repeated on a CPU; `LEAST` rounds are made in any case."""
+"""Seconds within which rounds of measuring are repeated; `LEAST` rounds are made in any case, `MOST` at most."""
 LEAST, MOST = 3, 25
+
+
+def machine(device: str) -> str:
+    """What measures: the graphics card, or the processor, of which one thread is used."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, '') or platform.processor() or platform.machine()}, one thread"
+
+
+def brief(study: Study) -> float:
+    """The share of patches and of time with which a study is measured that is there for tests, not for numbers."""
+    return 0.1 if study.recipe.epochs < 5 else 1.0
+
+
+Row = dict[str, Any]
+
+
+def _cached(bench: Workbench, name: str, device: str, inputs: Row, measure: Callable[[], list[Row]]) -> pd.DataFrame:
+    """The table of a measurement on this machine, made once."""
+
+    def table() -> pd.DataFrame:
+        with single_thread():
+            return pd.DataFrame(measure()).assign(device=machine(device))
+
+    check_device(device)
+    return cached_table(bench, name, {**inputs, "machine": machine(device), "torch": torch.__version__}, table)
+
+
+def _in_rounds(
+    bench: Workbench, jobs: Sequence[Any], do: Callable[[Any], Row], warm_up: Callable[[Any], Any]
+) -> list[Row]:
+    """Rows that each job gives in each round, after a warm-up that gives none."""
+    for job in jobs:
+        warm_up(job)
+    started, last, rows, budget = time.perf_counter(), 0.0, [], BUDGET * brief(bench.study)
+    for i in range(MOST):
+        begun = time.perf_counter()
+        if i >= LEAST and begun - started + last >= budget:
+            break
+        at = i % len(jobs)
+        rows += [{**do(job), "round": i} for job in (*jobs[at:], *jobs[:at])]
+        last = time.perf_counter() - begun
+    return rows
+
+
+@torch.no_grad()
+def _seconds_of(model: Model, patches: RaggedBatch) -> float:
+    """Seconds of one prediction."""
+    started = time.perf_counter()
+    model(patches).sum().item()  # a number waits for a graphics card
+    return time.perf_counter() - started
 
 
 # ---------------------------------------------------------------------------------------------- a training epoch
@@ -55,73 +110,36 @@ def prerequisites(bench: Workbench, runs: Iterable[Run]) -> list[Run]:
     return list(dict.fromkeys(needed for run in runs for needed in bench.prerequisites(run).values()))
 
 
-def machine(device: str) -> str:
-    """What measures: the graphics card, or the processor, of which one thread is used."""
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(named, '') or platform.processor() or platform.machine()}, one thread"
-
-
-def epoch_times(bench: Workbench, runs: Sequence[Run], device: str = "cpu", budget: float = BUDGET) -> pd.DataFrame:
+def epoch_times(bench: Workbench, runs: Sequence[Run], device: str = "cpu") -> pd.DataFrame:
     """Seconds of whole epochs of training, measured in one process, a row per method and round: method, round, seconds,
     once, device.
 
     All methods train an epoch in each round, one after the other, in an order that moves on from round to round, so
     that whatever slows the machine slows all of them. Each starts from its untrained model; a first round is not
     counted. once: seconds of what a training does but once, such as features of frozen models. A method that trains
-    nothing takes none. Rounds are made until the budget of seconds is spent, `LEAST` at least.
+    nothing takes none. Rounds are made until the `BUDGET` of seconds is spent, `LEAST` at least.
     Measured once and cached. Raises `Refused` where a model that is built on is not finished.
     """
-    check_device(device)
-    inputs = {"runs": [bench.key(run) for run in runs], **_measuring(device)}
-    seconds = budget * brief(bench.study)
-    return cached_table(bench, "epoch_times", inputs, lambda: _measured_epochs(bench, runs, device, seconds))
-
-
-def _measuring(device: str) -> dict[str, str]:
-    """What measured, as the key of a cached table."""
-    return {"machine": machine(device), "torch": torch.__version__}
-
-
-def _measured_epochs(bench: Workbench, runs: Sequence[Run], device: str, budget: float) -> pd.DataFrame:
     study = bench.study
     recipe = study.recipe.model_copy(update={"epochs": 1})
-    models = {run: bench.untrained(run, device) for run in runs}
-    trained = [run for run in runs if trained_numbers(models[run])]
 
-    def epoch(run: Run) -> dict[str, Any]:
-        started = time.perf_counter()
-        data, patients = bench.training_set(run)
-        history = fit(models[run], data, patients, recipe, study.network, run.seed, bench.compute(run, device))
-        seconds = float(history["seconds"].iloc[0])
-        return {"method": run.method, "seconds": seconds, "once": time.perf_counter() - started - seconds}
+    def measure() -> list[Row]:
+        models = {run: bench.untrained(run, device) for run in runs}
+        trained = [run for run in runs if trained_numbers(models[run])]
 
-    with single_thread():
-        rows = _in_rounds(trained, epoch, budget, epoch)
-    idle = [run.method for run in runs if run not in trained]
-    rounds = sorted({row["round"] for row in rows})
-    rows += [{"method": name, "round": i, "seconds": 0.0, "once": 0.0} for name in idle for i in rounds]
-    return pd.DataFrame(rows).assign(device=machine(device))[["method", "round", "seconds", "once", "device"]]
+        def epoch(run: Run) -> Row:
+            started = time.perf_counter()
+            data, patients = bench.training_set(run)
+            history = fit(models[run], data, patients, recipe, study.network, run.seed, bench.compute(run, device))
+            seconds = float(history["seconds"].iloc[0])
+            return {"method": run.method, "seconds": seconds, "once": time.perf_counter() - started - seconds}
 
+        rows = _in_rounds(bench, trained, epoch, warm_up=epoch)
+        idle, rounds = [run.method for run in runs if run not in trained], {row["round"] for row in rows}
+        return rows + [{"method": name, "round": i, "seconds": 0.0, "once": 0.0} for name in idle for i in rounds]
 
-def _in_rounds(
-    jobs: Sequence[Any], do: Callable[[Any], dict[str, Any]], budget: float, warm_up: Callable[[Any], Any]
-) -> list[dict[str, Any]]:
-    """Rows that each job gives in each round, after a warm-up that gives none."""
-    for job in jobs:
-        warm_up(job)
-    started, last, rows = time.perf_counter(), 0.0, []
-    for i in range(MOST):
-        begun = time.perf_counter()
-        if i >= LEAST and begun - started + last >= budget:
-            break
-        at = i % len(jobs)
-        rows += [{**do(job), "round": i} for job in (*jobs[at:], *jobs[:at])]
-        last = time.perf_counter() - begun
-    return rows
+    inputs = {"runs": [bench.key(run) for run in runs]}
+    return _cached(bench, "epoch_times", device, inputs, measure)
 
 
 def of_both_stages(times: pd.DataFrame) -> pd.DataFrame:
@@ -191,67 +209,49 @@ CPU_PATCHES = 1000
 
 
 def prediction_times(
-    bench: Workbench,
-    names: Sequence[str] | None = None,
-    n: int | None = None,
-    device: str = "cpu",
-    precision: str = "fp32",
-    budget: float = BUDGET,
+    bench: Workbench, names: Sequence[str] | None = None, device: str = "cpu", precision: str = "fp32"
 ) -> pd.DataFrame:
-    """Seconds of a prediction on one bag of n patches at the paper's dimensions, a row per method and round: method,
-    patches, round, seconds, memory, device. Features and models are random; STEPH and ROUPKT stand on 13 models.
+    """Seconds of a prediction on one bag of `PATCHES` (on a processor `CPU_PATCHES`) at the paper's dimensions, a row
+    per method and round: method, patches, round, seconds, memory, device. Features and models are random; STEPH and
+    ROUPKT stand on 13 models; a study that is there for tests has fewer patches (`brief`).
 
     names: None takes the methods whose predictions differ in cost: one that merges once predicts with Vanilla's
-    network. n: None takes the paper's `PATCHES`, or `CPU_PATCHES`, fewer in a study that is there for tests (`brief`).
-    precision: of the patches; bf16 leaves parameters in single precision, as in training.
+    network. precision: of the patches; bf16 leaves parameters in single precision, as in training.
 
     Measured in rounds like `epoch_times`, and cached. memory: bytes at most, beyond the model and the bag; measured on
     a graphics card, counted (`live_bytes`) for a processor.
     """
-    check_device(device)
     if names is None:
         names = counted(bench).drop_duplicates(["networks", "products"])["method"].tolist()
-    share = brief(bench.study)
-    size = n or round((CPU_PATCHES if device == "cpu" else PATCHES) * share)
-    inputs = {"methods": list(names), "patches": size, "precision": precision, **_measuring(device)}
+    study, n = paper_study(), round((CPU_PATCHES if device == "cpu" else PATCHES) * brief(bench.study))
 
-    def measure() -> pd.DataFrame:
-        return _measured_predictions(names, size, device, precision, budget * share)
+    def measure() -> list[Row]:
+        models = {name: deployed(name, study, device).to(parameter_dtype(precision)) for name in names}
+        patches = random_bags([n], study.features.dim, device, PRECISIONS[precision])
+        few = random_bags([min(n, SMALL)], study.features.dim, device, PRECISIONS[precision])
+        coords, shifts = cast(Tensor, patches.coords), count(1)
+        memory: dict[str, int] = {}
 
-    return cached_table(bench, "prediction_times", inputs, measure)
+        def predict(name: str) -> Row:
+            # At new places: a graph of patches belongs to a prediction, and a model saves the last one.
+            moved = RaggedBatch(patches.features, patches.offsets, coords + next(shifts))
+            seconds = _seconds_of(models[name], moved)
+            return {"method": name, "patches": n, "seconds": seconds, "memory": memory.get(name)}
 
+        def warm_up(name: str) -> None:
+            if device == "cpu":
+                _seconds_of(models[name], few)
+                memory[name] = prediction_memory(name, study, n, precision)
+            else:
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+                predict(name)
+                memory[name] = torch.cuda.max_memory_allocated(device) - before
 
-def _measured_predictions(names: Sequence[str], n: int, device: str, precision: str, budget: float) -> pd.DataFrame:
-    study, dtype = paper_study(), PRECISIONS[precision]
-    models = {name: deployed(name, study, device).to(parameter_dtype(precision)) for name in names}
-    patches = random_bags([n], study.features.dim, device, dtype)
-    few = random_bags([min(n, SMALL)], study.features.dim, device, dtype)
-    coords, shifts = cast(Tensor, patches.coords), count(1)
-    memory: dict[str, int] = {}
+        return _in_rounds(bench, names, predict, warm_up)
 
-    @torch.no_grad()
-    def predict(name: str) -> dict[str, Any]:
-        # At new places: a graph of patches belongs to a prediction, and a model saves the last one.
-        moved = RaggedBatch(patches.features, patches.offsets, coords + next(shifts))
-        started = time.perf_counter()
-        models[name](moved).sum().item()  # a number waits for a graphics card
-        return {"method": name, "patches": n, "seconds": time.perf_counter() - started, "memory": memory.get(name)}
-
-    @torch.no_grad()
-    def warm_up(name: str) -> None:
-        if device == "cpu":
-            models[name](few)
-            memory[name] = counts(name, study, n, precision, ["memory"])["memory"]
-        else:
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            predict(name)
-            memory[name] = torch.cuda.max_memory_allocated(device) - before
-
-    with single_thread():
-        rows = _in_rounds(list(names), predict, budget, warm_up)
-    columns = ["method", "patches", "round", "seconds", "memory", "device"]
-    return pd.DataFrame(rows).assign(device=machine(device))[columns]
+    inputs = {"methods": list(names), "patches": n, "precision": precision}
+    return _cached(bench, "prediction_times", device, inputs, measure)
 
 
 SAMPLES = (256, 1024)
@@ -260,53 +260,32 @@ BAGS = (1000, 3000, 10_000)
 """Patches of the bags on which that is measured."""
 
 
-def sampling_times(
-    bench: Workbench, device: str = "cpu", precision: str = "fp32", bags: Sequence[int] = BAGS, budget: float = BUDGET
-) -> pd.DataFrame:
-    """Seconds and operations of a prediction by STEPH whose hypernetwork reads a sample, a row per bag, sample and
-    round: patches, reads (how many of them the hypernetwork reads; 0: Vanilla, which has none), round, seconds,
-    products, device. At the paper's dimensions, on random features; measured in rounds, and cached."""
-    check_device(device)
-    share = brief(bench.study)
-    sizes = [round(n * share) for n in bags]
-    inputs = {"patches": sizes, "precision": precision, **_measuring(device)}
+def sampling_times(bench: Workbench, device: str = "cpu", precision: str = "fp32") -> pd.DataFrame:
+    """Seconds and operations of a prediction by STEPH whose hypernetwork reads a sample, a row per bag (of `BAGS`),
+    sample (of `SAMPLES`) and round: patches, reads (how many of them the hypernetwork reads; 0: Vanilla, which has
+    none), round, seconds, products, device. At the paper's dimensions, on random features; measured in rounds, and
+    cached."""
+    study, sizes = paper_study(), [round(n * brief(bench.study)) for n in BAGS]
 
-    def measure() -> pd.DataFrame:
-        return _measured_sampling(sizes, device, precision, budget * share)
+    def measure() -> list[Row]:
+        plain, merging = (deployed(name, study, device).to(parameter_dtype(precision)) for name in ("vanilla", "steph"))
+        bags = {n: random_bags([n], study.features.dim, device, PRECISIONS[precision]) for n in sizes}
+        jobs = [(n, reads) for n in sizes for reads in (0, *(r for r in SAMPLES if r < n), n)]
+        products = {(n, reads): of_sample(study, n, reads) for n, reads in jobs}
 
-    return cached_table(bench, "sampling_times", inputs, measure)
+        def predict(job: tuple[int, int]) -> Row:
+            n, reads = job
+            cast(STEPH, merging).sample_patches = reads if reads < n else None
+            seconds = _seconds_of(merging if reads else plain, bags[n])
+            return {"patches": n, "reads": reads, "seconds": seconds, "products": products[job]}
 
+        def warm_up(job: tuple[int, int]) -> None:
+            if device != "cpu" or job[0] == min(sizes):
+                predict(job)
 
-def _measured_sampling(sizes: Sequence[int], device: str, precision: str, budget: float) -> pd.DataFrame:
-    study, dtype = paper_study(), PRECISIONS[precision]
-    plain, merging = (deployed(name, study, device).to(parameter_dtype(precision)) for name in ("vanilla", "steph"))
-    bags = {n: random_bags([n], study.features.dim, device, dtype) for n in sizes}
-    jobs = [(n, reads) for n in sizes for reads in (0, *(r for r in SAMPLES if r < n), n)]
-    products = {
-        (n, reads): of_sample(study, n, reads) if reads else counts("vanilla", study, n, ways=["products"])["products"]
-        for n, reads in jobs
-    }
+        return _in_rounds(bench, jobs, predict, warm_up)
 
-    @torch.no_grad()
-    def predict(job: tuple[int, int]) -> dict[str, Any]:
-        n, reads = job
-        cast(STEPH, merging).sample_patches = reads if reads < n else None
-        started = time.perf_counter()
-        (merging if reads else plain)(bags[n]).sum().item()
-        return {"patches": n, "reads": reads, "seconds": time.perf_counter() - started, "products": products[job]}
-
-    def warm_up(job: tuple[int, int]) -> None:
-        if device != "cpu" or job[0] == min(sizes):
-            predict(job)
-
-    with single_thread():
-        rows = _in_rounds(jobs, predict, budget, warm_up)
-    return pd.DataFrame(rows).assign(device=machine(device))
-
-
-def brief(study: Study) -> float:
-    """The share of patches and of time with which a study is measured that is there for tests, not for numbers."""
-    return 0.1 if study.recipe.epochs < 5 else 1.0
+    return _cached(bench, "sampling_times", device, {"patches": sizes, "precision": precision}, measure)
 
 
 def prediction_table(times: pd.DataFrame, counted: pd.DataFrame) -> pd.DataFrame:

@@ -19,10 +19,10 @@ def test_fig_2_has_the_papers_numbers_and_ours():
     rows = [(d, m, k, c + 0.1 * k) for d in ("A", "B") for k in (0, 1) for m, c in (("vanilla", 0.6), ("steph", 0.7))]
     results = pd.DataFrame([*rows, ("A", "vanilla", 2, 0.0)], columns=["dataset", "method", "fold", "c_index"])
     results["external_c_index"] = None
-    here = efficiency.performance_and_cost(results, counted).set_index("method")
+    here = efficiency.performance_and_cost(results, counted, "c_index").set_index("method")
     assert here["c_index"].tolist() == [pytest.approx(0.65), pytest.approx(0.75)]  # on the folds that both have
     with pytest.raises(Refused, match="in common"):
-        efficiency.performance_and_cost(results.assign(c_index=None), counted)
+        efficiency.performance_and_cost(results.assign(c_index=None), counted, "c_index")
 
 
 def test_samples_that_no_bag_exceeds_are_left_out():

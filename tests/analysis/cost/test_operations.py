@@ -67,7 +67,7 @@ def test_layers_are_counted_as_table_s4_counts_them():
 
 def test_a_hypernetwork_that_reads_a_sample_saves_its_half():
     study, n = operations.paper_study(), operations.PATCHES
-    whole, sample = (operations.counts(name, study)["products"] for name in ("steph", "steph_subsampled"))
+    whole, sample = (operations.prediction_products(name, study) for name in ("steph", "steph_subsampled"))
     assert whole - sample == 2 * (n - study.steph.sample_patches) * (D * H + H)
 
 
@@ -84,15 +84,13 @@ def test_what_is_merged_once_predicts_as_one_network_and_roupkt_as_fourteen():
 
 def test_shapes_alone_give_the_counts_of_real_numbers(tiny):
     study, n = tiny.study, 70
-    for name in operations.predicting(study):
-        model = operations.deployed(name, study, "cpu")
-        patches = random_bags([n], study.features.dim, "cpu")
-        counts = operations.counts(name, study, n)
-        assert operations.by_layers(model, patches) == counts["layers"], name
-        assert operations.by_products(model, patches) == counts["products"], name
-        fresh = random_bags([n], study.features.dim, "cpu")
+    for row in operations.of_methods(None, study, n).itertuples():
+        model = operations.deployed(row.method, study, "cpu")
+        patches, fresh = (random_bags([n], study.features.dim, "cpu") for _ in range(2))
+        assert operations.by_layers(model, patches) == row.layers, row.method
+        assert operations.by_products(model, patches) == row.products, row.method
         # Shapes are a device of their own: indices are copied to it, and some operations are made of others there.
-        assert live_bytes(model, fresh) == pytest.approx(counts["memory"], rel=0.1), name
+        assert live_bytes(model, fresh) == pytest.approx(row.memory, rel=0.1), row.method
 
 
 def test_the_models_counted_are_those_that_runs_train(tiny):
@@ -137,5 +135,5 @@ def test_chance_outside_is_left_alone():
 def test_memory_in_half_precision_is_counted_where_shapes_allow_it():
     study = operations.paper_study()
     for name, halved in (("vanilla", True), ("transmil", False)):  # TransMIL's layers choose their precision themselves
-        single, half = (operations.counts(name, study, 3000, p)["memory"] for p in ("fp32", "bf16"))
+        single, half = (operations.prediction_memory(name, study, 3000, p) for p in ("fp32", "bf16"))
         assert half < 0.7 * single if halved else half == single
