@@ -18,6 +18,7 @@ import tempfile
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -32,10 +33,10 @@ from steph.analysis.cost import planning
 from steph.book import pages
 from steph.book.notebooks import NOTEBOOKS, declared
 from steph.data.cohort import read_cohort
-from steph.data.dataset import feature_folders
+from steph.data.dataset import feature_folders, is_made, open_dataset
 from steph.data.features import find_slides, match_slides
 from steph.data.manifest import Study, load_study
-from steph.data.store import COORDS, DTYPES, Store
+from steph.data.store import COORDS, DTYPES
 from steph.files.atomic import free_bytes, in_words
 from steph.files.records import COMPLETION, Record, read_record
 from steph.study.runs import Run, Workbench, plan
@@ -94,25 +95,21 @@ class Case:
         return plan(self.study, precision=self.compute.precision)
 
     @cached_property
-    def has_data(self) -> bool:
-        """Whether all data sets can be opened without anything being made; keys of runs are known then."""
-        return all(_is_made(self.study, name) and not _refusal(self.bench, name) for name in self.study.datasets)
-
-    @cached_property
-    def missing(self) -> list[Run]:
-        """The planned runs that are not finished; all, where there are no data to tell."""
-        return [run for run in self.planned if not (self.has_data and (self.bench.folder(run) / COMPLETION).is_file())]
+    def missing(self) -> list[Run] | None:
+        """The planned runs that are not finished; None where data are missing: keys of runs are not known then."""
+        try:
+            return [run for run in self.planned if not (self.bench.folder(run) / COMPLETION).is_file()]
+        except Refused:
+            return None
 
     @cached_property
     def sizes(self) -> dict[str, planning.Patients]:
         """Patients of the data sets whose sizes are known, or given in the manifest, without anything being made."""
         sizes = {}
         for name in self.study.datasets:
-            if _is_made(self.study, name) or not self.study.synthetic:
-                try:
+            with suppress(Refused):  # the check of the data says so
+                if not self.study.synthetic or is_made(self.study, name):
                     sizes[name] = planning.patients(self.bench, name)
-                except Refused:  # the check of the data says so
-                    continue
         return sizes
 
 
@@ -389,9 +386,9 @@ def data(case: Case) -> Answers:
     study = case.study
     usable, not_made, without_labels = [], [], []
     for name in study.datasets:
-        if study.synthetic and not _is_made(study, name):
+        if study.synthetic and not is_made(study, name):
             not_made.append(name)
-        elif not study.synthetic and not (study.data / "labels" / f"{name}.csv").is_file():
+        elif not (study.data / "labels" / f"{name}.csv").is_file():
             without_labels.append(name)
         elif problem := _data_problem(case, name):
             yield FAIL, f"{name}: {problem[0]}", problem[1]
@@ -410,19 +407,15 @@ def data(case: Case) -> Answers:
 def _data_problem(case: Case, name: str) -> tuple[str, str] | None:
     """What keeps a data set that has labels from being used, and what to do."""
     study, option = case.study, f"{case.option} --dataset {shlex.quote(name)}"
-    check = f"`steph data check {option}` lists every slide"
-    if _is_made(study, name):
-        refusal = _refusal(case.bench, name)
-        return (refusal, "the message says what to do" + ("" if study.synthetic else f"; {check}")) if refusal else None
+    check, pack = f"`steph data check {option}` lists every slide", f"`steph data pack {option}`"
     try:
+        if study.synthetic or (study.data / "stores" / f"{name}.h5").is_file():
+            open_dataset(study, name, write=False)
+            return None
         cohort = read_cohort(study.data / "labels" / f"{name}.csv", name)
         files = find_slides(feature_folders(study, name))
-        store = study.data / "stores" / f"{name}.h5"
-        if store.is_file():
-            Store.open(store).matches(study.features, cohort, files or None)
-            return None  # only splits are missing, and the first run makes them
     except Refused as reason:
-        return str(reason), f"the message says what to do; {check}"
+        return str(reason), "the message says what to do" + ("" if study.synthetic else f"; {check}")
     slides = match_slides(cohort.slides["slide_id"].tolist(), files)
     with_file = sum(bool(file) for file in slides.values())
     text = f"labels of {len(slides)} slides, no store; {with_file} of the slides have a feature file"
@@ -430,35 +423,13 @@ def _data_problem(case: Case, name: str) -> tuple[str, str] | None:
         patterns = ", ".join(study.entry(name).folders or study.features.folders)
         fetch = f"`steph data fetch {option}` where the manifest names a source"
         return text, f"{fetch}; else put the files into {patterns} below {study.data} (STEPH_DATA moves it)"
-    pack = f"`steph data pack {option}`"
     return text, pack if with_file == len(slides) else f"{check}; then {pack}"
-
-
-def _is_made(study: Study, name: str) -> bool:
-    """Whether all files of a data set are there, so that opening it makes none."""
-    external = study.synthetic is not None and study.synthetic.external_patients > 0
-    roots = [study.data, study.data / "external"] if external else [study.data]
-    kinds = [("labels", "csv"), ("stores", "h5"), *([("oracle", "csv")] if study.synthetic else [])]
-    splits = study.data / "splits"
-    here = [splits / f"{name}{f'.repeat{repeat}' if repeat else ''}.csv" for repeat in range(study.repeats)]
-    authors = [splits / name, splits / f"tcga_{name.lower()}"]
-    divided = all(path.is_file() for path in here) or any(any(path.glob("splits_*.csv")) for path in authors)
-    return divided and all((root / kind / f"{name}.{end}").is_file() for root in roots for kind, end in kinds)
-
-
-def _refusal(bench: Workbench, name: str) -> str:
-    """Why a data set whose files are there cannot be opened; "" where it can."""
-    try:
-        bench.dataset(name)
-    except Refused as reason:
-        return str(reason)
-    return ""
 
 
 def disk(case: Case) -> Answers:
     """Free space against what the missing records, and the stores that are not packed, will take."""
-    study, runs = case.study, [(run.dataset, run.method) for run in case.missing]
-    records = planning.record_bytes(study, case.sizes, runs)
+    study, runs = case.study, case.planned if case.missing is None else case.missing
+    records = planning.record_bytes(study, case.sizes, [(run.dataset, run.method) for run in runs])
     patch = study.features.dim * DTYPES[study.features.precision].itemsize + 2 * COORDS.itemsize
     stores = sum(patch * int(size.patches.sum()) for size in case.sizes.values() if not size.known)
     build, data = _existing(study.build), _existing(study.data)
@@ -501,15 +472,14 @@ def runs(case: Case) -> Answers:
     for folder in sorted([*of_runs, *(path for path in others if path.is_dir())]):
         try:
             record = read_record(folder)
-            problem = _damage(record) if record else ""
-            stale += record is not None and folder in of_runs and not _is_current(case, record)
             unfinished += record is None
-        except Refused as reason:
-            problem = str(reason)
-        except UNREADABLE as reason:
-            problem = f"{folder / COMPLETION} is no record of a run ({type(reason).__name__}: {reason})"
-        if problem:
-            yield FAIL, problem, f"`rm -r {shlex.quote(str(folder))}`, then {again}"
+            if record:
+                _check_files(record)
+                stale += folder in of_runs and not _is_current(case, record)
+        except (Refused, *UNREADABLE) as reason:
+            damage = f"{folder / COMPLETION} is no record of a run ({type(reason).__name__}: {reason})"
+            text = str(reason) if isinstance(reason, Refused) else damage
+            yield FAIL, text, f"`rm -r {shlex.quote(str(folder))}`, then {again}"
     if stale:
         text = f"{stale} of {len(of_runs)} records{where} are of another code, data or configuration and not used"
         yield WARN, text, f"{again} makes new ones; the old may be deleted"
@@ -523,33 +493,29 @@ def runs(case: Case) -> Answers:
             text = f"{len(temporary)} temporary file(s) or folder(s), {size}, of killed processes; first {temporary[0]}"
             fix = f"if nothing runs now: `find {shlex.quote(str(root))} -name '.*.tmp' -prune -exec rm -r {{}} +`"
             yield WARN, text, fix
-    if not case.has_data:
+    if case.missing is None:
         yield PASS, f"{len(of_runs)} records{where}; which are current is known when all data are there"
     else:
         text = f"{len(case.planned) - len(case.missing)} of {len(case.planned)} runs of the study are finished"
         yield PASS, text, f"{again} makes the others" if case.missing else ""
 
 
-def _damage(record: Record) -> str:
-    """What is wrong with a record's files; "" where nothing is seen. Only those that were written to after the record
-    was finished are read whole: a file that goes bad without that is refused when a result needs it."""
+def _check_files(record: Record) -> None:
+    """Raise `Refused` for a damaged file of a record. Only those that were written to after the record was finished are
+    read whole: a file that goes bad without that is refused when a result needs it."""
     finished = (record.path / COMPLETION).stat().st_mtime_ns
     for name in record.info["files"]:
         path = record.path / name
         if not path.is_file() or path.stat().st_mtime_ns > finished:
-            try:
-                record.file(name)
-            except Refused as reason:
-                return str(reason)
-    return ""
+            record.file(name)
 
 
 def _is_current(case: Case, record: Record) -> bool:
     """Whether a record is what the study's run would be today; True where that cannot be told."""
-    try:
-        return not case.has_data or case.bench.folder(Run(**record.info["run"])) == record.path
-    except Refused:  # a data set or a method that is no more
-        return False
+    run = Run(**record.info["run"])
+    with suppress(Refused):  # a data set or a method that is no more
+        return case.missing is None or case.bench.folder(run) == record.path
+    return False
 
 
 def book(case: Case) -> Answers:

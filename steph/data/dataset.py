@@ -200,20 +200,23 @@ def _joined(pieces: Sequence[Sequence[slice | np.ndarray]]) -> list[slice | np.n
     return joined
 
 
-def open_dataset(study: Study, name: str) -> Dataset:
+def open_dataset(study: Study, name: str, write: bool = True) -> Dataset:
     """A data set of a study, from ``labels/``, ``splits/`` and ``stores/`` under the study's data root.
 
-    What a synthetic study lacks is made. Raises `Refused` for an unknown data set, for missing or unusable files, with
-    the command that makes them, and for a store that was made from other files than the manifest names.
+    What a synthetic study lacks is made. write: False makes and writes nothing; splits that are not there are drawn and
+    not written. Raises `Refused` for an unknown data set, for missing or unusable files, with the command that makes
+    them, and for a store that was made from other files than the manifest names.
     """
     study.entry(name)
     if study.synthetic is None:
-        return _open(study, name, study.data)
-    parts = [study.data] + [study.data / "external"] * bool(study.synthetic.external_patients)
-    if not all(file.is_file() for part in parts for file in _files(part, name)):
+        return _open(study, name, study.data, write_splits=write)
+    if not is_made(study, name):
+        if not write:
+            raise Refused(f"{name} of study {study.name} is not made yet; its first run makes it.")
         synthetic.make_dataset(study, name)
+    parts = _synthetic_roots(study)
     external = _open(study, name, parts[1], EXTERNAL) if len(parts) > 1 else None
-    dataset = _open(study, name, study.data, external=external)
+    dataset = _open(study, name, study.data, external=external, write_splits=write)
     for part, is_external in ((dataset, False), (external, True)):
         if part is not None and part.store.provenance != synthetic.provenance(study, name, is_external):
             raise Refused(
@@ -221,6 +224,17 @@ def open_dataset(study: Study, name: str) -> Dataset:
                 f"sharing, size). Delete {study.data} and it is made again, or give the changed study another name."
             )
     return dataset
+
+
+def is_made(study: Study, name: str) -> bool:
+    """Whether the labels, stores and truths of a synthetic data set are there."""
+    return all(file.is_file() for root in _synthetic_roots(study) for file in _files(root, name))
+
+
+def _synthetic_roots(study: Study) -> list[Path]:
+    """Where a synthetic study's data are: its patients', and the external ones' if it has any."""
+    external = study.synthetic is not None and study.synthetic.external_patients > 0
+    return [study.data, study.data / "external"] if external else [study.data]
 
 
 def dataset_fingerprint(study: Study, name: str) -> str:

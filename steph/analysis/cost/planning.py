@@ -31,6 +31,7 @@ from steph.analysis.cost.operations import (
 )
 from steph.analysis.cost.timing import machine
 from steph.data.bags import RaggedBatch
+from steph.data.dataset import Dataset, open_dataset
 from steph.data.manifest import Study
 from steph.data.store import DTYPES
 from steph.files.atomic import free_bytes, in_words
@@ -68,22 +69,22 @@ class Patients:
 def patients(bench: Workbench, dataset: str) -> Patients:
     """Bag sizes from the data set's store where it is packed, else as the manifest says: all of the mean size."""
     study, entry = bench.study, bench.study.entry(dataset)
-    none = np.empty(0, int)
+    most, none = study.recipe.max_patches or np.inf, np.empty(0, int)
+
+    def sizes(data: Dataset | None) -> np.ndarray:
+        return data.n_patches(list(data.cohort.patients["patient_id"])) if data else none
+
     if study.synthetic or (study.data / "stores" / f"{dataset}.h5").is_file():
-        data = bench.dataset(dataset)
-        patches, external = (
-            none if cohort is None else cohort.n_patches(list(cohort.cohort.patients["patient_id"]))
-            for cohort in (data, data.external)
-        )
+        data = bench.dataset(dataset) if study.synthetic else open_dataset(study, dataset, write=False)
+        patches, external, known = sizes(data), sizes(data.external), True
     elif entry.patients and entry.mean_patches:
-        data, patches, external = None, np.full(entry.patients, entry.mean_patches), none
+        patches, external, known = np.full(entry.patients, entry.mean_patches), none, False
     else:
         raise Refused(
             f"{dataset} of study {study.name} is not packed, and its entry in the manifest has no `patients` and "
             "`mean_patches` to go by. Pack it (`steph data pack`) or give both numbers."
         )
-    most = study.recipe.max_patches or np.inf
-    return Patients(np.minimum(patches, most).astype(int), np.minimum(external, most).astype(int), data is not None)
+    return Patients(np.minimum(patches, most).astype(int), np.minimum(external, most).astype(int), known)
 
 
 # ---------------------------------------------------------------------------------------------- operations
