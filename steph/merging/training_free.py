@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from steph import Refused
 from steph.data.bags import RaggedBatch
 from steph.merging.merged_encoder import MergedEncoder
 from steph.merging.task_vectors import Layout, State, apply_task_vector, encoder_part, task_vector
@@ -65,21 +64,21 @@ def by_concordance(target: float, sources: Sequence[float], top_k: int | None) -
     return by_worth(worth[0].item(), worth[1:], top_k)
 
 
-def by_scores(scores: Tensor, top_k: int | None, variance: float = 1.0) -> Mixture:
+def by_scores(scores: Tensor, top_k: int | None) -> Mixture:
     """From the fold's training patients: one scoring step from M_t, in the coefficients c of all task vectors.
 
     scores: (N, 1 + m) gradient of each patient's loss by the coefficients, the target's first, at c_0 = (1, 0, ..., 0)
-    (`patient_scores`). Before the patients are looked at, c is taken to be normal about c_0 with this variance: changes
+    (`patient_scores`). Before the patients are looked at, c is taken to be normal about c_0 with variance 1: changes
     much beyond 1 are not believed, and where patients say nothing M_t stays. With S the matrix of scores, S^T S the
     empirical Fisher information (Berndt, Hall, Hall and Hausman, 1974), the step to the most probable c is
 
-        c = c_0 - (S^T S + I / variance)^-1 S^T 1.
+        c = c_0 - (S^T S + I)^-1 S^T 1.
 
     Negative coefficients become 0, the sources' K largest are selected, and c is written as a mixture: one lambda =
     c_t / (c_t + sum c_s) for all sources, and w_j = c_sj / (1 - lambda).
     """
     eye = torch.eye(scores.shape[1], dtype=scores.dtype, device=scores.device)
-    start = eye[0] - torch.linalg.solve(scores.T @ scores + eye / variance, scores.sum(0))
+    start = eye[0] - torch.linalg.solve(scores.T @ scores + eye, scores.sum(0))
     target = start[0].clamp(min=0)
     sources, selected = _largest(start[1:].clamp(min=0), top_k)
     if sources.sum() == 0:
@@ -106,13 +105,8 @@ def patient_scores(
 def merged(
     null_state: State, target_state: State, source_states: Sequence[State], mixture: Mixture
 ) -> dict[str, Tensor]:
-    """The network's parameters under a mixture; the head is the target's own.
-
-    Raises `Refused` for a mixture of another number of sources.
-    """
+    """The network's parameters under a mixture; the head is the target's own."""
     w, lam = mixture
-    if len(w) != len(source_states):
-        raise Refused(f"a mixture of {len(w)} sources for a pool of {len(source_states)}.")
     of_target = (w * lam).sum().item()
     tau = {name: of_target * value for name, value in task_vector(target_state, null_state).items()}
     for share, state in zip((w * (1 - lam)).tolist(), source_states, strict=True):

@@ -1,6 +1,7 @@
 import torch
 
-from steph.data import RaggedBatch
+from steph.data.bags import as_batch
+from steph.merging.merged_encoder import Encoder
 from steph.mil import ABMIL, convert_released, to_released
 from steph.mil.state import load_into
 from tests.conftest import assert_states_close
@@ -55,30 +56,18 @@ def test_each_bag_under_its_own_weights(float64):
     torch.manual_seed(0)
     sizes, network = [3, 7, 5], ABMIL(6, 5, 4, 3).eval()
     names = [n for n, _ in network.named_parameters() if not n.startswith("head.")]
-    own = {n: torch.randn(3, *network.get_parameter(n).shape, requires_grad=True) for n in names}
+    weights = {n: torch.randn(3, *network.get_parameter(n).shape, requires_grad=True) for n in names}
     bags = [torch.randn(n, 6) for n in sizes]
     weighting = torch.randn(3, 5)
-    expected = torch.stack(
-        [
-            torch.func.functional_call(_Encode(network), {f"network.{n}": own[n][i] for n in names}, (bag,))
-            for i, bag in enumerate(bags)
-        ]
-    )
+    rows = [{f"network.{n}": v[i] for n, v in weights.items()} for i in range(3)]
+    alone = zip(rows, map(as_batch, ([bag] for bag in bags)), strict=True)
+    expected = torch.cat([torch.func.functional_call(Encoder(network), row, (batch,)) for row, batch in alone])
     (expected * weighting).sum().backward()
     padded = torch.nn.utils.rnn.pad_sequence(bags, batch_first=True)
     absent = torch.arange(7) >= torch.tensor(sizes).view(-1, 1)
     with torch.no_grad():
-        features, saved = network.encode_each({n: v.detach() for n, v in own.items()}, padded, absent, "everything")
-        out = {n: torch.full_like(v, torch.nan) for n, v in own.items()}
+        features, saved = network.encode_each({n: v.detach() for n, v in weights.items()}, padded, absent, "everything")
+        out = {n: torch.full_like(v, torch.nan) for n, v in weights.items()}
         network.encode_each_backward(saved, weighting, out)
     torch.testing.assert_close(features, expected.detach(), rtol=1e-12, atol=1e-14)
-    assert_states_close(out, {n: v.grad for n, v in own.items()}, rtol=1e-10)
-
-
-class _Encode(torch.nn.Module):
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, bag):
-        return self.network.encode(RaggedBatch.from_bags([bag]))[0]
+    assert_states_close(out, {n: v.grad for n, v in weights.items()}, rtol=1e-10)

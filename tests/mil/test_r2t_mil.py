@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from steph.mil.r2t_mil import HEADS, KERNEL, R2TMIL, REPRESENTATIVES, _regions
+from steph.mil.r2t_mil import HEADS, KERNEL, R2TMIL, REPRESENTATIVES
 
 DIM = 16
 
@@ -29,15 +29,6 @@ def regions_by_hand(n):
     ]
 
 
-@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 100, 257])
-def test_regions_are_blocks_of_the_square(n):
-    patches = torch.arange(1.0, n + 1).view(-1, 1)
-    found, rows = _regions(patches, [n])
-    expected = torch.tensor(regions_by_hand(n), dtype=torch.float32) + 1
-    assert torch.equal(found[0].squeeze(2), expected)
-    assert torch.equal(found.flatten(0, 2)[rows], patches)
-
-
 def attend_by_hand(attention, tokens):
     """Multi-head self-attention of tokens (n, dim), with the position encoding where there is one."""
     query, key, value = attention.inputs(tokens).chunk(3, dim=1)
@@ -54,7 +45,7 @@ def attend_by_hand(attention, tokens):
     return attention.out(torch.cat(found, 1))
 
 
-@pytest.mark.parametrize("n", [1, 40, 100, 300])
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 100, 257])
 def test_agrees_with_a_computation_region_by_region(network, n):
     bag, regions = torch.randn(n, 6), regions_by_hand(n)
 

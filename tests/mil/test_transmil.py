@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from steph.mil.transmil import HEADS, PositionEncoding, Squares, TransMIL
+from steph.mil.transmil import HEADS, Squares, TransMIL
 
 DIM = 16
 
@@ -78,41 +78,6 @@ def test_agrees_with_a_straight_line_computation(network, n, filled):
     drawn = torch.stack(attention).mean(0)[0, 1:].abs()
     shares = torch.stack([drawn[[j for j, patch in enumerate(filled) if patch == i]].sum() for i in range(n)])
     torch.testing.assert_close(network.attention(bag), shares / shares.sum(), rtol=1e-9, atol=1e-11)
-
-
-def test_the_position_encoding_lets_the_class_token_pass(float64):
-    torch.manual_seed(0)
-    encoding, tokens = PositionEncoding(DIM), torch.randn(2 + 9 + 4, DIM)
-    encoded = encoding(tokens, Squares.of([7, 4], 8, tokens.device))
-    assert torch.equal(encoded[:2], tokens[:2])
-    assert not torch.equal(encoded[2:], tokens[2:])
-
-
-@pytest.mark.parametrize("sizes", [[7], [9, 8], [1, 3, 16, 10, 30]])
-def test_tokens_stand_where_they_belong(sizes):
-    """Bags of one square, and of several: behind zeros in their row, and row by row in their picture."""
-    squares, landmarks = Squares.of(sizes, 8, torch.device("cpu")), 8
-    first = [sum(sizes[:i]) for i in range(len(sizes))]
-    at, pixel = iter(squares.sequence.at[len(sizes) :].tolist()), iter(squares.picture.at.tolist())
-    filled = iter(squares.filled.tolist())
-    for i, n in enumerate(sizes):
-        side = math.isqrt(n - 1) + 1
-        length = -(-(side**2 + 1) // landmarks) * landmarks
-        token = i * squares.sequence.length + length - side**2 - 1
-        assert squares.sequence.at[i] == token
-        for place in range(side**2):
-            assert next(filled) == first[i] + place % n
-            assert next(at) == token + 1 + place
-            row, column = divmod(place, side)
-            assert next(pixel) == (i * squares.side + row) * squares.side + column
-        if squares.absent is not None:
-            assert squares.absent[i, 0, 0].isneginf().tolist() == [j >= length for j in range(squares.sequence.length)]
-    values = torch.randn(len(sizes), squares.sequence.length, 2, dtype=torch.float64)
-    means = squares.at_landmarks(values)
-    for i, n in enumerate(sizes):
-        length = -(-((math.isqrt(n - 1) + 1) ** 2 + 1) // landmarks) * landmarks
-        expected = torch.stack([part.mean(0) for part in values[i, :length].chunk(landmarks)])
-        torch.testing.assert_close(means[i], expected)
 
 
 def test_large_bags_meet_only_their_like(monkeypatch, network):
