@@ -48,15 +48,14 @@ def survival_curve(prediction: Prediction) -> str:
     """The patient's survival curve, as far as somebody was followed, and the training cohort's."""
     from matplotlib.ticker import PercentFormatter
 
-    ax, config = _axes(height=2.6), prediction.model.config
+    ax, config = _axes(height=3), prediction.model.config
     curves = prediction.followed
     observed = [1.0, *config.training.observed]
     years = np.array([0.0, *curves.index]) / YEAR
-    ax.plot(years[: len(observed)], observed[: len(years)], "--", color=COLOURS["cohort"], linewidth=1.4)
     ax.plot(years, [1.0, *curves], "o-", color=COLOURS["patient"], linewidth=2, markersize=4, clip_on=False, zorder=3)
-    names = {"this patient, predicted": "patient", "training cohort, observed (Kaplan-Meier)": "cohort"}
-    for row, (name, colour) in enumerate(names.items()):
-        ax.text(0.02, 0.16 - 0.1 * row, name, color=COLOURS[colour], transform=ax.transAxes)
+    ax.plot(years[: len(observed)], observed[: len(years)], "--", color=COLOURS["cohort"], linewidth=1.4)
+    names = ["this patient, predicted", "training cohort, observed (Kaplan-Meier)"]
+    ax.legend(names, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, labelcolor="linecolor", labelspacing=0.2)
     ax.set(xlim=(0, years[-1]), ylim=(0, 1), yticks=[0, 0.25, 0.5, 0.75, 1])
     ax.set_xlabel(f"years of {YEAR} {config.endpoint.unit} from the start of follow-up", color=COLOURS["muted"])
     ax.yaxis.set_major_formatter(PercentFormatter(1))
