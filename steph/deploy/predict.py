@@ -128,7 +128,7 @@ class LoadedModel:
         bag = read_bag(paths, self.config, patient_id)
         with single_thread():
             row = self._row(bag)
-            batch = bag_of([network], bag, bag.patient_id, self.compute)
+            batch = bag_of(network, bag, bag.patient_id, self.compute)
             mixture = None if network.merging is None else mixture_of(network, batch, self.config.dataset)
             attention = None if network.pooling_network(batch) is None else attention_of(network, batch)
         survival = row.filter(regex=r"^survival_\d+$").to_numpy(float)

@@ -208,7 +208,7 @@ def attention_on_tumour(table: pd.DataFrame) -> Figure:
 
 def attention_by_dataset(table: pd.DataFrame) -> Figure:
     """AUC of attention for tumour patches, a row per data set: mean over its patients with the 95 % interval, for some
-    methods. table: as `steph.analysis.mixing.attention.over_datasets` gives it."""
+    methods. table: as `steph.analysis.mixing.attention.measured` gives it, of several data sets."""
     shown = [method for method in (OWN, MERGED, "model_average") if (table["method"] == method).any()]
     datasets = list(table["dataset"].unique())
     fig, ax = plt.subplots(figsize=(WIDTH, 0.3 * len(datasets) + 1.2))

@@ -41,9 +41,7 @@ def gather(bench: Workbench, results: pd.DataFrame, device: str = "cpu", precisi
         alignment=_alignment(bench, precision),
         operations=operations.counted(bench),
         epochs=timing.epoch_times(bench, epochs, device) if timed else None,
-        attention=attention.over_datasets(
-            bench, attention.finished_everywhere(bench, [0], study.seed, precision), device
-        ),
+        attention=attention.measured(bench, attention.finished_runs(bench, [0], study.seed, precision), device),
     )
 
 

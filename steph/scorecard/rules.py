@@ -39,7 +39,7 @@ class Evidence:
     results: of one seed. cohort: of `cohort_tables.cohort_numbers`. dynamics: by target, the course of w and lambda
     over several starts (`dynamics.dynamics`). landscapes: by target and source (`landscape.finished_landscapes`).
     trajectories: `trajectory.ends`. alignment: `sar.attention_against_embedding`. operations:
-    `operations.counted`. epochs: `timing.epoch_times`. attention: `attention.over_datasets`. What is missing
+    `operations.counted`. epochs: `timing.epoch_times`. attention: `attention.measured`. What is missing
     decides nothing.
     """
 

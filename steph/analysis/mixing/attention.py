@@ -11,7 +11,6 @@ bag of 200,000 patches 1,536 wide takes some 2 GB, for itself and for the hypern
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -31,11 +30,10 @@ from steph.files.progress import track
 from steph.merging.steph import STEPH, mixture_coefficients
 from steph.methods.registry import title as title_of_method
 from steph.mil import Model, new_network
-from steph.mil.base import network_needing_coords
 from steph.mil.state import load_into
 from steph.study.cache import cached_table
 from steph.study.runs import Run, Workbench, plan
-from steph.training.device import Compute, parameter_dtype, single_thread
+from steph.training.device import Compute, single_thread
 from steph.training.engine import loader
 
 OWN, MERGED = "vanilla", "steph"
@@ -127,7 +125,7 @@ def attention_map(model: Model, data: Dataset, patient: str, compute: Compute | 
     for a model that has no attention, or needs coordinates that are not there.
     """
     compute = compute or Compute()
-    batch = bag_of([model], data, patient, compute)
+    batch = bag_of(model, data, patient, compute)
     attention = attention_of(model.to(compute.device, compute.parameter_dtype).eval(), batch)
     return with_attention(places(data, patient, compute.max_patches), attention).astype({"rank": int})
 
@@ -142,11 +140,10 @@ def with_attention(patches: pd.DataFrame, attention: np.ndarray) -> pd.DataFrame
     return table
 
 
-def bag_of(models: Iterable[Model], data: PatientData, patient: str, compute: Compute) -> RaggedBatch:
-    """A patient's bag in the precision of parameters, with coordinates where one of the models needs them."""
-    needing = next((model for model in models if network_needing_coords(model) is not None), None)
-    exact = replace(compute, precision="fp64" if compute.precision == "fp64" else "fp32")
-    return loader(needing or nn.Identity(), data, [patient], exact)([patient])
+def bag_of(model: nn.Module, data: PatientData, patient: str, compute: Compute) -> RaggedBatch:
+    """A patient's bag for a model, or several in one module: in the precision of parameters, with coordinates where one
+    of them needs them."""
+    return loader(model, data, [patient], compute.exact)([patient])
 
 
 def beside(maps: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -160,32 +157,26 @@ def beside(maps: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return table.assign(difference=table[f"percentile_{second}"] - table[f"percentile_{first}"])
 
 
-def top_patches(table: pd.DataFrame, n: int = 5) -> pd.DataFrame:
-    """The n most attended patches under either of the models of `beside`, by the second's rank: slide_id, x, y, then
-    for each model times_NAME (attention over an even share, 1 / N) and rank_NAME; tumour where it is known."""
-    names = [column.removeprefix("rank_") for column in table.columns if column.startswith("rank_")]
-    chosen = table[(table[[f"rank_{name}" for name in names]] <= n).any(axis=1)].sort_values(f"rank_{names[-1]}")
-    shown = chosen[["slide_id", "x", "y"]].copy()
-    for name in names:
-        shown[f"times_{name}"] = chosen[f"attention_{name}"] * len(table)
-        shown[f"rank_{name}"] = chosen[f"rank_{name}"]
-    if "tumour" in table:
-        shown["tumour"] = chosen["tumour"]
-    return shown.reset_index(drop=True)
-
-
-def top_of_patients(maps: Mapping[str, pd.DataFrame], n: int = 5) -> pd.DataFrame:
-    """`top_patches` of several patients in one table, with patient_id."""
-    tables = [top_patches(table, n).assign(patient_id=patient) for patient, table in maps.items()]
-    table = pd.concat([part.astype({"slide_id": str}) for part in tables], ignore_index=True)
-    return table[["patient_id", *table.columns.drop("patient_id")]]
+def top_patches(maps: Mapping[str, pd.DataFrame], n: int = 5) -> pd.DataFrame:
+    """The n most attended patches of each patient, by patient, under either of the models of `beside`, by the second's
+    rank: patient_id, slide_id, x, y, then for each model times_NAME (attention over an even share, 1 / N) and
+    rank_NAME; tumour where it is known."""
+    tables = []
+    for table in maps.values():
+        names = [column.removeprefix("rank_") for column in table.columns if column.startswith("rank_")]
+        times = {f"times_{name}": table[f"attention_{name}"] * len(table) for name in names}
+        chosen = (table[[f"rank_{name}" for name in names]] <= n).any(axis=1)
+        columns = [column for name in names for column in (f"times_{name}", f"rank_{name}")]
+        part = table.assign(**times)[chosen].sort_values(f"rank_{names[-1]}").astype({"slide_id": str})
+        tables.append(part.filter(["patient_id", "slide_id", "x", "y", *columns, "tumour"]))
+    return pd.concat(tables, ignore_index=True)
 
 
 def mixture(model: Model, data: Dataset, patient: str, compute: Compute | None = None) -> pd.DataFrame:
     """`mixture_of` a patient of a data set; compute: as the model was trained."""
     compute = compute or Compute()
     model.to(compute.device, compute.parameter_dtype).eval()
-    return mixture_of(model, bag_of([model], data, patient, compute), data.name)
+    return mixture_of(model, bag_of(model, data, patient, compute), data.name)
 
 
 @torch.no_grad()
@@ -223,7 +214,9 @@ def runs(
     return sorted([*own, *merging], key=lambda run: run.fold)
 
 
-def finished(bench: Workbench, dataset: str, folds: Sequence[int], seed: int, precision: str = "fp32") -> list[str]:
+def finished_others(
+    bench: Workbench, dataset: str, folds: Sequence[int], seed: int, precision: str = "fp32"
+) -> list[str]:
     """Those of `OTHERS` whose runs on all these folds are finished, and can be looked at without training anything."""
     return [
         name
@@ -232,69 +225,77 @@ def finished(bench: Workbench, dataset: str, folds: Sequence[int], seed: int, pr
     ]
 
 
-def patients_to_show(bench: Workbench, chosen: Iterable[Run], names: Sequence[str] | None = None) -> pd.DataFrame:
+def finished_runs(bench: Workbench, folds: Sequence[int], seed: int, precision: str = "fp32") -> list[Run]:
+    """`runs` of every data set of a synthetic study where both models are finished on these folds, with those of
+    `OTHERS` that are finished on all of them. None in a real study, where it is not known what they should look at."""
+    study = bench.study
+    finished = [
+        name
+        for name in (study.datasets if study.synthetic else ())
+        if all(bench.record(run) is not None for run in runs(study, name, folds, seed, precision))
+    ]
+    by_dataset = [finished_others(bench, name, folds, seed, precision) for name in finished]
+    others = [name for name in OTHERS if all(name in names for names in by_dataset)]
+    return [run for name in finished for run in runs(study, name, folds, seed, precision, others)]
+
+
+def patients_to_show(bench: Workbench, runs: Iterable[Run], names: Sequence[str] | None = None) -> pd.DataFrame:
     """Test patients to look at, with their predictions from the records: fold, patient_id, time_days, event, n_slides,
     n_patches, risk_vanilla, risk_steph, place (1: STEPH's highest risk in the fold) and of (how many).
 
     names: which, each in the fold that tests it; None takes two of the first fold, STEPH's highest and lowest risk.
     Raises `Refused` for a name that none of the folds tests, and for runs that are not finished.
     """
-    chosen = list(chosen)
-    data = bench.dataset(chosen[0].dataset)
-    folds = list(dict.fromkeys(run.fold for run in chosen))
-    tables = [_predicted(bench, [run for run in chosen if run.fold == fold]) for fold in folds]
+    by_fold: dict[int, dict[str, Run]] = {}
+    for run in runs:
+        by_fold.setdefault(run.fold, {})[run.method] = run
+        data = bench.dataset(run.dataset)
+    tables = [_predicted(bench, by_method[OWN], by_method[MERGED]) for by_method in by_fold.values()]
     if names is None:
         table = tables[0].iloc[[0, -1]].drop_duplicates()
     else:
-        everyone = pd.concat(tables).drop_duplicates("patient_id").set_index("patient_id", drop=False)
+        table = pd.concat(tables).drop_duplicates("patient_id").set_index("patient_id", drop=False)
         for name in names:
-            if name not in everyone.index:
-                raise Refused(_not_tested(data, name, folds, str(everyone.index[0])))
-        table = everyone.loc[list(names)]
+            if name not in table.index:
+                fold = next((i for i in range(data.splits.n_folds) if name in data.splits.test(i)), None)
+                raise Refused(
+                    f"patient {name} is not tested in fold(s) {', '.join(map(str, by_fold))}: "
+                    + (f"{data.name} has no such patient" if fold is None else f"give folds = [{fold}], which tests it")
+                    + f". One that is: {table.index[0]}."
+                )
+        table = table.loc[list(names)]
     counts = {"n_slides": [len(data.slides(patient)) for patient in table["patient_id"]]}
     return table.assign(**counts, n_patches=data.n_patches(list(table["patient_id"]))).reset_index(drop=True)
 
 
-def of_patients(
-    bench: Workbench, chosen: Iterable[Run], patients: pd.DataFrame, device: str = "cpu"
-) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
-    """What there is to show of some patients (`patients_to_show`): their maps under M_t and STEPH (`beside`, with the
-    tumour where it is known) by patient, and STEPH's `mixture` of each in one table, with patient_id."""
-    chosen = list(chosen)
-    name, precision, max_patches = chosen[0].dataset, chosen[0].precision, bench.study.recipe.max_patches
-    data, known = bench.dataset(name), planted(bench.study, name)
-    maps, mixtures = {}, []
-    for row in patients.to_dict("records"):
-        of_fold = {run.method: run for run in chosen if run.fold == row["fold"]}
-        models = {method: bench.model(of_fold[method]) for method in (OWN, MERGED)}
-        how = (data, row["patient_id"], Compute(device, precision, max_patches))
-        pair = beside({method: attention_map(model, *how) for method, model in models.items()})
-        maps[row["patient_id"]] = with_planted(pair, known)
-        mixtures.append(mixture(models[MERGED], *how).assign(patient_id=row["patient_id"]))
-    table = pd.concat(mixtures, ignore_index=True)
-    return maps, table[["patient_id", *table.columns.drop("patient_id")]]
-
-
-def _predicted(bench: Workbench, of_fold: list[Run]) -> pd.DataFrame:
+def _predicted(bench: Workbench, own: Run, merged: Run) -> pd.DataFrame:
     """Both models' predictions for a fold's test patients, by falling risk under STEPH."""
-    found = {}
-    for run in of_fold:
-        if run.method in (OWN, MERGED):
-            record = bench.record(run)
-            if record is None:
-                raise Refused(f"{run} is not finished. Run it first: the notebook 08_interpretability does.")
-            table = pd.read_csv(record.file("predictions.csv"), dtype={"patient_id": str})
-            found[run.method] = table[["patient_id", "time_days", "event", "risk"]]
-    both = found[OWN].merge(found[MERGED][["patient_id", "risk"]], on="patient_id", suffixes=(f"_{OWN}", f"_{MERGED}"))
+    files = (bench.finished(run).file("predictions.csv") for run in (own, merged))
+    of_own, of_merged = (pd.read_csv(file, dtype={"patient_id": str}) for file in files)
+    both = of_own[["patient_id", "time_days", "event", "risk"]].merge(
+        of_merged[["patient_id", "risk"]], on="patient_id", suffixes=(f"_{OWN}", f"_{MERGED}")
+    )
     both = both.sort_values(f"risk_{MERGED}", ascending=False, kind="stable")
-    both.insert(0, "fold", of_fold[0].fold)
+    both.insert(0, "fold", own.fold)
     return both.assign(place=np.arange(1, len(both) + 1), of=len(both))
 
 
-def _not_tested(data: Dataset, name: str, folds: list[int], some: str) -> str:
-    where = [fold for fold in range(data.splits.n_folds) if name in data.splits.test(fold)]
-    said = f"fold {where[0]} tests it: give folds = [{where[0]}]" if where else f"{data.name} has no such patient"
-    return f"patient {name} is not tested in fold(s) {', '.join(map(str, folds))}: {said}. One that is: {some}."
+def of_patients(
+    bench: Workbench, runs: Iterable[Run], patients: pd.DataFrame, device: str = "cpu"
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
+    """What there is to show of some patients (`patients_to_show`): their maps under M_t and STEPH (`beside`, with the
+    tumour where it is known) by patient, and STEPH's `mixture` of each in one table, with patient_id."""
+    by_cell = {(run.fold, run.method): run for run in runs}
+    maps, mixtures = {}, []
+    for fold, patient in zip(patients["fold"], patients["patient_id"], strict=True):
+        own, merged = (by_cell[fold, method] for method in (OWN, MERGED))
+        where = bench.dataset(merged.dataset), patient, bench.compute(merged, device)
+        model = bench.model(merged)
+        pair = {OWN: attention_map(bench.model(own), *where), MERGED: attention_map(model, *where)}
+        maps[patient] = with_planted(beside(pair), planted(bench.study, merged.dataset))
+        mixtures.append(mixture(model, *where).assign(patient_id=patient))
+    table = pd.concat(mixtures, ignore_index=True)
+    return maps, table[["patient_id", *table.columns.drop("patient_id")]]
 
 
 # ------------------------------------------------------------------------------------------------ known tissue
@@ -350,14 +351,15 @@ def with_planted(table: pd.DataFrame, known: pd.DataFrame | None) -> pd.DataFram
 def effective_patches(attention: np.ndarray) -> float:
     """How many patches a model pools from: exp of the entropy of its attention (N,). N if all count the same, 1 if one
     patch has it all."""
-    positive = attention[attention > 0]
-    return float(np.exp(-(positive * np.log(positive)).sum()))
+    from scipy.special import entr
+
+    return float(np.exp(entr(attention).sum()))
 
 
-def top_overlap(first: np.ndarray, second: np.ndarray, share: float = TOP) -> float:
-    """How many of the most attended patches (`share` of N, at least one) two attentions have in common, 0 to 1. By
-    chance it would be `share`, or what that is of N."""
-    n = max(1, round(share * len(first)))
+def top_overlap(first: np.ndarray, second: np.ndarray) -> float:
+    """How many of the most attended patches (`TOP` of N, at least one) two attentions have in common, 0 to 1. By chance
+    it would be `TOP`, or what that is of N."""
+    n = max(1, round(TOP * len(first)))
     tops = [set(np.argsort(-attention, kind="stable")[:n].tolist()) for attention in (first, second)]
     return len(tops[0] & tops[1]) / n
 
@@ -365,13 +367,12 @@ def top_overlap(first: np.ndarray, second: np.ndarray, share: float = TOP) -> fl
 def auc(values: np.ndarray, positive: np.ndarray) -> float:
     """Chance that a patch of the positive ones has a higher value than one of the others, ties half; NaN where there
     are none of either."""
+    from scipy.stats import rankdata
+
     n, rest = int(positive.sum()), int((~positive).sum())
     if n == 0 or rest == 0:
         return float("nan")
-    from scipy.stats import rankdata
-
-    ranks = rankdata(values)
-    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * rest))
+    return float((rankdata(values)[positive].sum() - n * (n + 1) / 2) / (n * rest))
 
 
 def numbers(attention: Mapping[str, np.ndarray], patches: pd.DataFrame) -> pd.DataFrame:
@@ -410,52 +411,36 @@ def numbers(attention: Mapping[str, np.ndarray], patches: pd.DataFrame) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def measured(bench: Workbench, chosen: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
-    """`numbers` of all test patients of the folds of some runs (`runs`, of one data set), and of the untrained network:
-    dataset, fold, patient_id, then those columns. Kept: a second call reads it."""
-    chosen = list(chosen)
-    decides = {str(run): bench.key(run) for run in chosen}
-    return cached_table(bench, "attention", decides, lambda: _measured(bench, chosen, device))
+def measured(bench: Workbench, runs: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
+    """`numbers` of all test patients of the folds of some runs, and of the untrained network: dataset, fold,
+    patient_id, then those columns; empty for no runs. Computed once for the runs of each data set."""
+    by_dataset: dict[str, list[Run]] = {}
+    for run in runs:
+        by_dataset.setdefault(run.dataset, []).append(run)
+    tables = []
+    for of_dataset in by_dataset.values():
+        inputs = {str(run): bench.key(run) for run in of_dataset}
+        tables.append(cached_table(bench, "attention", inputs, lambda runs=of_dataset: _measured(bench, runs, device)))  # type: ignore[misc]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _measured(bench: Workbench, chosen: list[Run], device: str) -> pd.DataFrame:
-    study, name = bench.study, chosen[0].dataset
-    data, known, parts = bench.dataset(name), planted(bench.study, name), []
-    precision = chosen[0].precision
-    with single_thread() if device == "cpu" else nullcontext():
-        for fold in dict.fromkeys(run.fold for run in chosen):
-            models = {run.method: bench.model(run) for run in chosen if run.fold == fold}
+def _measured(bench: Workbench, runs: list[Run], device: str) -> pd.DataFrame:
+    study, dataset, compute = bench.study, runs[0].dataset, bench.compute(runs[0], device)
+    data, known, tables = bench.dataset(dataset), planted(study, dataset), []
+    with single_thread():
+        for fold in dict.fromkeys(run.fold for run in runs):
+            models = {run.method: bench.model(run) for run in runs if run.fold == fold}
             models[UNTRAINED] = new_network("abmil", study.features.dim, study.network)
             load_into(models[UNTRAINED], bench.null_state("abmil"))
-            models = {name: model.to(device, parameter_dtype(precision)).eval() for name, model in models.items()}
-            for patient in track(data.splits.test(fold), f"attention, {name}, fold {fold}"):
-                bag = bag_of(models.values(), data, patient, Compute(device, precision, study.recipe.max_patches))
-                patches = with_planted(places(data, patient, study.recipe.max_patches), known)
-                found = numbers({method: attention_of(model, bag) for method, model in models.items()}, patches)
-                parts.append(found.assign(dataset=name, fold=fold, patient_id=patient))
-    table = pd.concat(parts, ignore_index=True)
+            together = nn.ModuleList(models.values()).to(device, compute.parameter_dtype).eval()
+            for patient in track(data.splits.test(fold), f"attention, {dataset}, fold {fold}"):
+                bag = bag_of(together, data, patient, compute)
+                patches = with_planted(places(data, patient, compute.max_patches), known)
+                table = numbers({method: attention_of(model, bag) for method, model in models.items()}, patches)
+                tables.append(table.assign(dataset=dataset, fold=fold, patient_id=patient))
+    table = pd.concat(tables, ignore_index=True)
     first = ["dataset", "fold", "patient_id"]
     return table[[*first, *table.columns.difference(first, sort=False)]]
-
-
-def finished_everywhere(bench: Workbench, folds: Sequence[int], seed: int, precision: str = "fp32") -> list[Run]:
-    """`runs` of every data set of a synthetic study where both models are finished on these folds, with those of
-    `OTHERS` that are finished on all of them. None in a real study, where it is not known what they should look at."""
-    study = bench.study
-    pairs = {name: runs(study, name, folds, seed, precision) for name in study.datasets} if study.synthetic else {}
-    able = [name for name, found in pairs.items() if all(bench.record(run) is not None for run in found)]
-    common = set(OTHERS).intersection(*(finished(bench, name, folds, seed, precision) for name in able))
-    others = [name for name in OTHERS if name in common]
-    return [run for name in able for run in runs(study, name, folds, seed, precision, others)]
-
-
-def over_datasets(bench: Workbench, chosen: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
-    """`measured` of each data set of some runs, in one table; empty where there are none."""
-    by_dataset: dict[str, list[Run]] = {}
-    for run in chosen:
-        by_dataset.setdefault(run.dataset, []).append(run)
-    tables = [measured(bench, of_one, device) for of_one in by_dataset.values()]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 # ------------------------------------------------------------------------------------------------ over patients
@@ -478,76 +463,62 @@ def by_method(table: pd.DataFrame, values: pd.Series, unit: Sequence[str] = PATI
     n, and gain over M_t, unit by unit, with gain_low and gain_high."""
     wide = _by_unit(table, values, unit)
     rows = []
-    for method in table["method"].unique():
+    for method in wide.columns:
         mean, gain = mean_of(wide[method]), mean_of(wide[method] - wide[OWN])
-        rows.append(
-            {
-                "method": method, "mean": mean.value, "low": mean.low, "high": mean.high,
-                "n": int(wide[method].notna().sum()), "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high,
-            }
-        )  # fmt: skip
-    return pd.DataFrame(rows)
+        n = int(wide[method].notna().sum())
+        rows.append((method, mean.value, mean.low, mean.high, n, gain.value, gain.low, gain.high))
+    columns = ["method", "mean", "low", "high", "n", "gain", "gain_low", "gain_high"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def gain(
-    table: pd.DataFrame, values: pd.Series, first: str = MERGED, second: str = OWN, unit: Sequence[str] = PATIENT
-) -> Estimate:
-    """Mean over patients (or other units) of what one method has more than another of a value that belongs to the rows
-    of `measured`, with its 95 % interval. unit: ["dataset"] for the tables of `over_datasets`."""
+def gain(table: pd.DataFrame, values: pd.Series, over: str = OWN, unit: Sequence[str] = PATIENT) -> Estimate:
+    """Mean over patients (or other units) of what STEPH has more than another method of a value that belongs to the
+    rows of `measured`, with its 95 % interval. unit: ["dataset"] for the tables of several data sets."""
     wide = _by_unit(table, values, unit)
-    lacking = [method for method in (first, second) if method not in wide]
-    if lacking:
-        raise Refused(f"attention under {', '.join(lacking)} was not measured; there is {', '.join(wide.columns)}.")
-    return mean_of(wide[first] - wide[second])
+    return mean_of(wide[MERGED] - wide[over])
 
 
 def _by_unit(table: pd.DataFrame, values: pd.Series, unit: Sequence[str]) -> pd.DataFrame:
-    return table.assign(value=values).groupby([*unit, "method"], sort=False)["value"].mean().unstack("method")
+    """A row per unit and a column per method, in the table's order."""
+    means = table.assign(value=values).groupby([*unit, "method"], sort=False)["value"].mean().unstack("method")
+    return means[table["method"].unique()]
 
 
 def agreement_table(table: pd.DataFrame) -> pd.DataFrame:
     """Format `measured` for display, a row per method: how many patches it pools from, of how many, and how alike that
     is to M_t. Means over patients with 95 % intervals."""
-    values = {
-        "effective patches": (table["effective"], ".1f"),
-        "of the bag": (table["effective_share"], ".0%"),
-        f"top {TOP:.0%} in common": (table["overlap"], ".0%"),
-        "rank correlation": (table["correlation"], "+.2f"),
+    columns = {
+        "effective patches": ("mean", table["effective"], ".1f"),
+        "of the bag": ("mean", table["effective_share"], ".0%"),
+        f"top {TOP:.0%} in common": ("like", table["overlap"], ".0%"),
+        "rank correlation": ("like", table["correlation"], "+.2f"),
     }
-    return _wide(table, values, like=(f"top {TOP:.0%} in common", "rank correlation"))
+    return _wide(table, columns, PATIENT)
 
 
 def tumour_table(table: pd.DataFrame, unit: Sequence[str] = PATIENT) -> pd.DataFrame:
     """Format `measured` of known tissue for display, a row per method: AUC of attention for tumour patches, what it
     gains over M_t, and the attention on the tumour and on its border, over an even share. Means over patients (or other
     units) with 95 % intervals."""
-    gains = by_method(table, table["auc"], unit).set_index("method")
-    columns = ["gain", "gain_low", "gain_high"]
-    wide = _wide(
-        table,
-        {
-            "AUC for tumour": (table["auc"], ".2f"),
-            "tumour, × even": (times_even(table, "tumour"), ".2f"),
-            "border, × even": (times_even(table, "border"), ".2f"),
-        },
-        unit,
-    )
-    text = [with_interval(*gains.loc[method, columns], form="+.2f") if method != OWN else "" for method in gains.index]
-    wide.insert(2, f"AUC − {title(OWN)}", text)
-    return wide
+    columns = {
+        "AUC for tumour": ("mean", table["auc"], ".2f"),
+        f"AUC − {title(OWN)}": ("gain", table["auc"], "+.2f"),
+        "tumour, × even": ("mean", times_even(table, "tumour"), ".2f"),
+        "border, × even": ("mean", times_even(table, "border"), ".2f"),
+    }
+    return _wide(table, columns, unit)
 
 
-def _wide(
-    table: pd.DataFrame,
-    values: Mapping[str, tuple[pd.Series, str]],
-    unit: Sequence[str] = PATIENT,
-    like: Iterable[str] = (),
-) -> pd.DataFrame:
+def _wide(table: pd.DataFrame, columns: Mapping[str, tuple[str, pd.Series, str]], unit: Sequence[str]) -> pd.DataFrame:
+    """Columns of text, a row per method: of each column what it shows, a value of the rows of `measured`, and its
+    format. It shows its "mean", the "gain" over M_t, or the mean of what is "like" M_t; the last two not for M_t."""
     methods = list(table["method"].unique())
     wide = pd.DataFrame({"method": [title(method) for method in methods]})
-    for name, (value, form) in values.items():
-        found = by_method(table, value, unit).set_index("method").loc[methods, ["mean", "low", "high"]]
-        wide[name] = [with_interval(*row, form=form) for row in found.to_numpy()]
-    for name in like:
-        wide.loc[[methods.index(OWN)], name] = ""
+    for name, (what, values, form) in columns.items():
+        rows = by_method(table, values, unit)
+        numbers = rows[["gain", "gain_low", "gain_high"] if what == "gain" else ["mean", "low", "high"]].to_numpy()
+        wide[name] = [
+            "" if method == OWN and what != "mean" else with_interval(*row, form=form)
+            for method, row in zip(methods, numbers, strict=True)
+        ]
     return wide

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from torch import nn
 from torch.nn import functional as F
 
 from tests.helpers.fabricate import fabricate
@@ -30,20 +29,7 @@ from steph.mil.abmil import ABMIL
 from steph.study.execute import run_all
 from steph.study.runs import Run, Workbench
 
-
-class Given(nn.Module):
-    """A model whose attention is what it was given."""
-
-    def __init__(self, values):
-        super().__init__()
-        self.values = torch.as_tensor(values)
-
-    def attention(self, bag):
-        return self.values
-
-
-def bag_of(data, patient, **options):
-    return data.batch([patient], **options)
+NAMES = {"vanilla": "Vanilla", "steph": "STEPH"}
 
 
 # ------------------------------------------------------------------------------------------------ one patient
@@ -93,13 +79,9 @@ def test_other_networks_with_attention_have_maps(tiny, method):
     data = tiny.dataset("SARC")
     table = attention.attention_map(tiny.model(Run("SARC", method, 0, 42)), data, data.splits.test(0)[0])
     assert table["attention"].sum() == pytest.approx(1) and (table["attention"] >= 0).all()
-
-
-def test_surgery_moves_no_attention(tiny):
-    data = tiny.dataset("SARC")
-    pair = [tiny.model(Run("SARC", method, 0, 42)) for method in ("adamerging", "surgery_am")]
-    first, second = (attention.attention_map(model, data, data.splits.test(0)[0]) for model in pair)
-    pd.testing.assert_frame_equal(first, second)
+    if method == "surgery_am":  # moves no attention
+        merged = tiny.model(Run("SARC", "adamerging", 0, 42))
+        pd.testing.assert_frame_equal(table, attention.attention_map(merged, data, data.splits.test(0)[0]))
 
 
 @pytest.mark.parametrize("method", ["hypernetwork_only", "roupkt"])
@@ -118,7 +100,7 @@ def test_places_are_the_stores_in_the_bags_order(tiny):
         np.testing.assert_array_equal(part[["x", "y"]].to_numpy(int), data.store.coords_of([slide]))
         assert part["patch"].tolist() == list(range(len(part)))
     for limit in (None, 3, 9):
-        batch = bag_of(data, patient, coords=True, max_patches=limit)
+        batch = data.batch([patient], coords=True, max_patches=limit)
         found = attention.places(data, patient, limit)
         np.testing.assert_array_equal(found[["x", "y"]].to_numpy(int), batch.coords.numpy())
         rows = [data.store.ranges([s])[0][0] + i for s, i in zip(found["slide_id"], found["patch"], strict=True)]
@@ -131,28 +113,27 @@ def test_ranks_are_of_the_bag_and_percentiles_of_the_slide(tiny):
     first, second = (int(data.store.sizes[data.store.slide_ids.index(s)]) for s in data.slides(patient))
     values = np.arange(first + second, 0, -1.0)
     values[1] = values[0]  # two patches alike
-    table = attention.attention_map(Given(values), data, patient)
+    table = attention.with_attention(attention.places(data, patient), values)
     assert table["rank"].tolist() == list(range(1, first + second + 1))
     of_slide = table.groupby("slide_id", observed=True)["percentile"]
     assert of_slide.max().tolist() == pytest.approx([1 - 1 / first, 1 - 0.5 / second])
     assert of_slide.min().tolist() == pytest.approx([0.5 / first, 0.5 / second])
     assert table["percentile"][0] == table["percentile"][1]
-    np.testing.assert_allclose(table["attention"], values / values.sum())
 
 
 def test_two_maps_side_by_side_and_their_top_patches(tiny):
     data = tiny.dataset("SARC")
     patient = data.splits.test(0)[0]
-    n = int(data.n_patches([patient])[0])
-    rising, falling = np.arange(1.0, n + 1), np.arange(n, 0, -1.0)
-    maps = {"vanilla": attention.attention_map(Given(rising), data, patient)}
-    maps["steph"] = attention.attention_map(Given(falling), data, patient)
-    table = attention.beside(maps)
+    places = attention.places(data, patient)
+    rising = np.arange(1.0, len(places) + 1)
+    maps = {"vanilla": rising, "steph": rising[::-1]}
+    maps = {name: attention.with_attention(places, values / rising.sum()) for name, values in maps.items()}
+    table, n = attention.beside(maps), len(places)
     np.testing.assert_allclose(table["difference"], maps["steph"]["percentile"] - maps["vanilla"]["percentile"])
-    top = attention.top_patches(table, 2)
+    top = attention.top_patches({patient: table}, 2)
     assert top["rank_steph"].tolist() == [1, 2, n - 1, n] and top["rank_vanilla"].tolist() == [n, n - 1, 2, 1]
     assert top["times_steph"][0] == pytest.approx(n * n / rising.sum())
-    assert [top["x"][0], top["y"][0]] == [table["x"][0], table["y"][0]]
+    assert top.loc[0, ["patient_id", "x", "y"]].tolist() == [patient, table["x"][0], table["y"][0]]
 
 
 def test_the_mixture_is_what_the_model_merges():
@@ -282,8 +263,6 @@ def test_means_and_gains_over_patients():
         [found.value, found.low, found.high]
     )
     assert rows["mean"].to_dict() == pytest.approx({"vanilla": 0.65, "steph": 0.75}) and set(rows["n"]) == {4}
-    with pytest.raises(Refused, match="model_average was not measured"):
-        attention.gain(table, table["auc"], second="model_average")
 
 
 def test_an_undefined_value_is_left_out_and_counted():
@@ -309,7 +288,8 @@ def test_the_own_model_is_the_one_that_was_merged(tiny):
         ("vanilla", 1, 42), ("steph", 1, 7), ("model_average", 1, 7),
     ]  # fmt: skip
     assert tiny.prerequisites(chosen[1])["(target)"] == chosen[0]
-    assert attention.finished(tiny, "SARC", [0], 7) == [] and "joint" in attention.finished(tiny, "SARC", [0, 1], 42)
+    assert attention.finished_others(tiny, "SARC", [0], 7) == []
+    assert "joint" in attention.finished_others(tiny, "SARC", [0, 1], 42)
     with pytest.raises(Refused, match="unknown data set 'COADREAD'"):
         attention.runs(tiny.study, "COADREAD", [0], 42)
 
@@ -323,7 +303,7 @@ def test_patients_are_chosen_by_risk_or_by_name(tiny):
     one, elsewhere = data.splits.test(0)[1], data.splits.test(1)[0]
     row = attention.patients_to_show(tiny, chosen, [one]).iloc[0]
     assert (row["risk_steph"], row["n_patches"]) == (predicted[one], data.n_patches([one])[0])
-    with pytest.raises(Refused, match=r"fold 1 tests it: give folds = \[1\]"):
+    with pytest.raises(Refused, match=r"give folds = \[1\]"):
         attention.patients_to_show(tiny, chosen, [elsewhere])
     with pytest.raises(Refused, match="SARC has no such patient"):
         attention.patients_to_show(tiny, chosen, ["Elvis"])
@@ -357,13 +337,12 @@ def test_every_test_patient_is_measured_once_and_the_table_kept(tiny, monkeypatc
 
 
 def test_every_data_set_that_is_finished(tiny):
-    chosen = attention.finished_everywhere(tiny, [0], 42)
-    over = attention.over_datasets(tiny, chosen)
+    over = attention.measured(tiny, attention.finished_runs(tiny, [0], 42))
     assert set(over["dataset"]) == set(tiny.study.datasets)
     assert set(over["method"]) == {"vanilla", "steph", *attention.OTHERS, "untrained"}
     wide = attention.tumour_table(over, ["dataset"])
     assert wide["method"].tolist()[:2] == ["Vanilla", "STEPH"] and wide["AUC − Vanilla"][0] == ""
-    assert len(attention.over_datasets(tiny, attention.finished_everywhere(tiny, [0], 7))) == 0
+    assert attention.finished_runs(tiny, [0], 7) == [] and attention.measured(tiny, []).empty
 
 
 def test_maps_of_patients(tiny):
@@ -376,7 +355,7 @@ def test_maps_of_patients(tiny):
         model = tiny.model(Run("SARC", "steph", row.fold, 42))
         expected = attention.attention_map(model, data, row.patient_id)["attention"]
         np.testing.assert_array_equal(maps[row.patient_id]["attention_steph"], expected)
-    assert len(attention.top_of_patients(maps, 3)) >= 6
+    assert set(attention.top_patches(maps, 3)["patient_id"]) == set(maps)
 
 
 # ------------------------------------------------------------------------------------------------ real files
@@ -436,12 +415,12 @@ def test_maps_of_packed_slides(real):
         for slide, part in table.groupby("slide_id", observed=True):
             stored = {tuple(pair) for pair in np.asarray(data.store.coords_of([slide])).tolist()}
             assert {tuple(pair) for pair in part[["x", "y"]].to_numpy(int).tolist()} <= stored
-    fig = plots.attention_maps([maps[patient] for patient in patients["patient_id"]])
+    fig = plots.attention_maps(list(maps.values()), list(maps), NAMES, 256)
     assert fig.axes
     plt.close(fig)
     table = attention.measured(real, chosen)
     assert "auc" not in table and len(table) == 3 * len(data.splits.test(0))
-    assert attention.finished_everywhere(real, [0], 42) == [] and attention.over_datasets(real, []).empty
+    assert attention.finished_runs(real, [0], 42) == []
 
 
 def test_without_coordinates_there_are_numbers_and_a_clear_sentence_in_place_of_a_map(real):
@@ -450,12 +429,9 @@ def test_without_coordinates_there_are_numbers_and_a_clear_sentence_in_place_of_
     maps, _ = attention.of_patients(real, chosen, attention.patients_to_show(real, chosen))
     table = next(iter(maps.values()))
     assert table["x"].isna().all() and table["attention_steph"].sum() == pytest.approx(1)
-    for draw in (lambda: plots.attention_maps([table]), lambda: attention.refuse_without_places(table)):
-        with pytest.raises(
-            Refused, match=r"no attention map of patient TCGA-LIHC.* no coordinates of [12] of the [12]"
-        ):
-            draw()
-    assert attention.top_patches(table)["x"].isna().all()
+    with pytest.raises(Refused, match=r"no attention map of patient TCGA-LIHC.* no coordinates of [12] of the [12]"):
+        plots.attention_maps([table], ["P"], NAMES, 256)
+    assert attention.top_patches(maps)["x"].isna().all()
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -469,7 +445,7 @@ def drawn(tiny):
     name = next(p for p in data.splits.test(0) if len(data.slides(p)) == 2)
     maps, _ = attention.of_patients(tiny, chosen, attention.patients_to_show(tiny, chosen, [name]))
     plots.set_style()
-    fig = plots.attention_maps([maps[name]], [name], {"vanilla": "Vanilla", "steph": "STEPH"}, 256)
+    fig = plots.attention_maps([maps[name]], [name], NAMES, 256)
     fig.canvas.draw()
     yield SimpleNamespace(table=maps[name], fig=fig, slides=data.slides(name))
     plt.close("all")
@@ -507,7 +483,7 @@ def test_the_map_names_its_patient_rings_the_top_and_outlines_the_tumour(drawn):
 
 
 def test_figures_of_all_patients(tiny):
-    over = attention.over_datasets(tiny, attention.finished_everywhere(tiny, [0], 42))
+    over = attention.measured(tiny, attention.finished_runs(tiny, [0], 42))
     one = over[over["dataset"] == "SARC"]
     for draw, table in (
         (plots.attention_agreement, one), (plots.attention_on_tumour, one), (plots.attention_by_dataset, over),
