@@ -17,13 +17,12 @@ from typer.testing import CliRunner
 
 from steph import PROJECT, Refused
 from steph.book import doctor
-from steph.book.doctor import as_json, as_text, examine
+from steph.book.doctor import as_text, examine
 from steph.cli import app
 from steph.data.cohort import read_cohort, write_cohort
 from steph.data.dataset import pack_dataset
 from steph.data.manifest import load_study
 from steph.files.atomic import in_words
-from steph.files.records import read_record
 from steph.study.runs import plan
 from tests.helpers.fabricate import fabricate
 
@@ -64,7 +63,7 @@ def assert_fix_is_real(fix):
     for line in re.findall(r"`([^`]+)`", fix):
         words = shlex.split(line)
         if words[0].startswith("--"):
-            assert {name for name in words if name.startswith("--")} <= options_of_doctor(), line
+            parse_command(["doctor", *words])
         elif words[0] == "steph":
             parse_command(words[1:])
         elif words[0] == "make":
@@ -77,11 +76,6 @@ def assert_fix_is_real(fix):
             assert line.split(".")[-1] in sources
         else:
             assert words[0] in ("pip", "python", "git", "nbstripout", "rm", "find", "nvidia-smi"), line
-
-
-def options_of_doctor():
-    command = typer.main.get_command(app).commands["doctor"]
-    return {name for parameter in command.params for name in parameter.opts}
 
 
 def parse_command(words):
@@ -120,6 +114,7 @@ def test_a_healthy_study_passes_and_nothing_is_touched(build):
         assert_fix_is_real(finding.fix)
     assert content(build.parent) == before
     assert "3 data sets can be used: LIHC, CESC, SARC" in as_text(findings)
+    assert f"3 of {len(plan(load_study('tiny')))} runs of the study are finished" in as_text(findings)
 
 
 def test_a_study_of_which_nothing_is_made_passes(tmp_path, monkeypatch):
@@ -128,27 +123,21 @@ def test_a_study_of_which_nothing_is_made_passes(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_has_its_form(build):
-    findings = examine("tiny")
-    report = json.loads(as_json(findings, "tiny", "cpu"))
-    assert set(report) == {"version", "steph", "study", "device", "findings"} and report["version"] == 1
-    assert all(set(f) == WORDS and all(isinstance(v, str) for v in f.values()) for f in report["findings"])
-    assert len(report["findings"]) == len(findings)
-
-
 def steph(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-def test_the_exit_code_tells(build):
+def test_the_exit_code_tells_and_json_has_its_form(build):
     done = steph("doctor", "--study", "tiny")
     assert done.exit_code == 0 and ", 0 FAIL" in done.output
-    done = steph("doctor", "--study", "tiny", "--format", "json")
-    assert done.exit_code == 0 and json.loads(done.stdout)["findings"]
     next(build.glob("runs/*/*/*/run.json")).write_text("{")
     done = steph("doctor", "--study", "tiny", "--format", "json")
     assert done.exit_code == 1 and "Traceback" not in done.output
-    assert [f["check"] for f in json.loads(done.stdout)["findings"] if f["status"] == "FAIL"] == ["runs"]
+    report = json.loads(done.stdout)
+    assert set(report) == {"version", "steph", "study", "device", "findings"} and report["version"] == 1
+    for finding in report["findings"]:
+        assert set(finding) == WORDS and all(isinstance(value, str) for value in finding.values())
+    assert [f["check"] for f in report["findings"] if f["status"] == "FAIL"] == ["runs"]
     assert steph("doctor", "--study", "tiny", "--format", "xml").exit_code == 2
 
 
@@ -317,9 +306,6 @@ def test_a_broken_manifest_is_the_last_finding(tmp_path, text, words):
     assert [f.check for f in findings if f.status == "FAIL"] == ["manifest"] and findings[-1].check == "manifest"
     assert words in findings[-1].found
     assert_fix_is_real(findings[-1].fix)
-
-
-def test_an_unknown_study_names_its_neighbours():
     assert "Did you mean tiny" in one("manifest", "FAIL", "tinny").found
 
 
@@ -330,15 +316,6 @@ def test_an_unknown_study_names_its_neighbours():
 def test_a_build_folder_that_cannot_be_written_fails(monkeypatch):
     monkeypatch.setenv("STEPH_BUILD", "/proc/self/build")
     assert "cannot be written" in one("build_folder", "FAIL").found
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_build_folder_fails(build):
-    build.chmod(0o500)
-    try:
-        assert "Permission denied" in one("build_folder", "FAIL").found
-    finally:
-        build.chmod(0o700)
 
 
 @pytest.mark.parametrize(("kind", "words"), [("nfs4", "slow with many small files"), ("tmpfs", "in memory")])
@@ -445,10 +422,6 @@ def record_of(build):
     return next(build.glob("runs/SARC/vanilla/*"))
 
 
-def test_finished_runs_are_counted(build):
-    assert found("runs")[-1].found == f"3 of {len(plan(load_study('tiny')))} runs of the study are finished"
-
-
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"status": "complete", "files": {}}', '{"status": "complete"}'])
 def test_a_damaged_completion_record_fails_with_its_path(build, text):
     folder = record_of(build)
@@ -457,21 +430,16 @@ def test_a_damaged_completion_record_fails_with_its_path(build, text):
     assert str(folder / "run.json") in finding.found and f"rm -r {folder}" in finding.fix
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "bit", "edited"])
-@pytest.mark.parametrize("kind", ["runs/SARC/vanilla", "null_models"])
-def test_a_damaged_file_of_a_record_fails_with_its_path(build, damage, kind):
-    folder = next((build / kind).iterdir())
-    name = "predictions.csv" if damage == "edited" else "model.safetensors"
-    if name not in read_record(folder).info["files"]:
-        pytest.skip("null models have no predictions")
-    path = folder / name
-    whole = path.read_bytes()
-    if damage == "gone":
-        path.unlink()
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b + b"x", None])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("runs/SARC/vanilla", "predictions.csv"), ("null_models", "model.safetensors")]
+)
+def test_a_damaged_file_of_a_record_fails_with_its_path(build, damage, kind, name):
+    path = next((build / kind).iterdir()) / name
+    if damage:
+        path.write_bytes(damage(path.read_bytes()))
     else:
-        path.write_bytes(
-            {"cut": whole[:-1], "bit": whole[:-1] + bytes([whole[-1] ^ 1]), "edited": whole + b"\n"}[damage]
-        )
+        path.unlink()
     finding = one("runs", "FAIL")
     assert str(path) in finding.found and "rm -r" in finding.fix
 
