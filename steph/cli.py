@@ -358,7 +358,7 @@ def data_check(study: StudyOption = "tcga", dataset: DatasetsOption = None) -> N
         print(problems_message(table) if problems else f"{name}: {len(table)} slides, all usable")
         store = manifest.data / "stores" / f"{name}.h5"
         if store.is_file():
-            Store.open(store).verify(progress=True)
+            Store.open(store).verify()
             print(f"{name}: the store holds what was packed")
     if unusable:
         raise typer.Exit(1)

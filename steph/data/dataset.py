@@ -344,7 +344,7 @@ def check_dataset(study: Study, name: str) -> pd.DataFrame:
     return check_slides(slide_ids, _required_slide_files(study, name), study.features.dim, study.features)
 
 
-def pack_dataset(study: Study, name: str, allow_missing: bool = False, progress: bool = True) -> Store:
+def pack_dataset(study: Study, name: str, allow_missing: bool = False) -> Store:
     """Pack a data set's slide files into its store; a store that is there and matches them is left as it is."""
     study.entry(name)
     if study.synthetic:
@@ -358,7 +358,7 @@ def pack_dataset(study: Study, name: str, allow_missing: bool = False, progress:
             return store
         except Refused:
             pass  # Made from something else, or damaged: made anew below, and replaced when that is whole.
-    return pack(stored, cohort, _required_slide_files(study, name), study.features, allow_missing, progress)
+    return pack(stored, cohort, _required_slide_files(study, name), study.features, allow_missing)
 
 
 def _required_slide_files(study: Study, name: str) -> dict[str, Path]:

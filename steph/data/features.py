@@ -332,7 +332,7 @@ def _encoder_key(encoder: str) -> str:
     return SAME_ENCODER.get(letters, letters)
 
 
-def problems_message(table: pd.DataFrame, per_problem: int = 20) -> str:
+def problems_message(table: pd.DataFrame) -> str:
     """All problems of a preflight table in one text, slides with the same problem together; '' where there is none."""
     bad = table[table["problem"] != ""]
     if bad.empty:
@@ -343,7 +343,7 @@ def problems_message(table: pd.DataFrame, per_problem: int = 20) -> str:
             f"    {slide}" + ("" if pd.isna(path) else f" ({path})")
             for slide, path in zip(group["slide_id"], group["path"], strict=True)
         ]
-        lines += [f"  {problem}: {len(group)} slide(s)", _listed(named, per_problem)]
+        lines += [f"  {problem}: {len(group)} slide(s)", _listed(named, 20)]
     return "\n".join(lines)
 
 

@@ -294,6 +294,11 @@ def _receive(item: Item) -> None:
             )
     except HTTPError:
         raise
+    except ValueError as error:  # more than 50 GB
+        raise Refused(
+            f"{item.name}: {error} Or get it with the hub's own client (`hf download`) and put it to {item.path}; then "
+            "the same command unpacks it."
+        ) from None
     except OSError as error:
         if error.errno is None:  # of the client itself: another size than expected
             raise _Incomplete(f"{_size(item.part)} of {item.size} bytes arrived") from None

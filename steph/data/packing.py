@@ -76,7 +76,6 @@ def pack(
     files: dict[str, Path],
     features: Features,
     allow_missing: bool = False,
-    progress: bool = True,
 ) -> Store:
     """Pack slide feature files into a store, slides in the order of the cohort's patients.
 
@@ -105,9 +104,9 @@ def pack(
     }
     with _partial(path, features, sizes, provenance) as (partial, file):
         writer = _Writer(partial, file, features, sizes)
-        done = writer.finished_slides(list(sources), progress)
+        done = writer.finished_slides(list(sources))
         todo = [(i, slide) for i, slide in enumerate(sources) if i not in done]
-        for i, slide in track(todo, f"pack {path.name}") if progress else todo:
+        for i, slide in track(todo, f"pack {path.name}"):
             writer.add(i, slide, blocks(sources[slide]), f"slide {slide} ({sources[slide]})")
         writer.finish()
         partial.replace(path)
@@ -227,13 +226,13 @@ class _Writer:
         self.file.seek(self.at[name] + row * row_bytes)
         self.file.write(content)
 
-    def finished_slides(self, slide_ids: list[str], progress: bool) -> set[int]:
+    def finished_slides(self, slide_ids: list[str]) -> set[int]:
         """The slides that an interrupted packing finished, their bytes checked against their hashes."""
         candidates = np.flatnonzero(self.hashes.any(axis=1)).tolist()
         features = np.memmap(self.path, self.dtype, "r", self.at["features"], (self.offsets[-1], self.dim))
         coords = np.memmap(self.path, COORDS, "r", self.at["coords"], (self.offsets[-1], 2))
         done = set()
-        for i in track(candidates, "check what was packed before") if progress and candidates else candidates:
+        for i in track(candidates, "check what was packed before") if candidates else ():
             rows = slice(self.offsets[i], self.offsets[i + 1])
             if slide_hash(features[rows], coords[rows]) == self.hashes[i].tobytes():
                 self.slide_ids[i] = slide_ids[i]

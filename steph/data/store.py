@@ -194,9 +194,9 @@ class Store:
         pieces = [array[start:stop] for start, stop in self.ranges(slide_ids)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def verify(self, progress: bool = False) -> None:
+    def verify(self) -> None:
         """Read everything and compare it with the hashes. Raises `Refused` naming the slides that are damaged."""
-        self._compare(track(self.slide_ids, f"verify {self.path.name}") if progress else self.slide_ids)
+        self._compare(track(self.slide_ids, f"verify {self.path.name}"))
 
     @cached_property
     def _compared(self) -> set[str]:

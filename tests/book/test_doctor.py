@@ -401,7 +401,7 @@ def test_data_that_is_missing_is_told_step_by_step(real):
     hidden.rename(one_slide)
 
     for name in study.datasets:
-        pack_dataset(study, name, progress=False)
+        pack_dataset(study, name)
     before = content(data)
     assert "2 data sets can be used: LIHC, SARC" in one("data", "PASS", manifest).found
     assert content(data) == before, "splits are not made by looking"

@@ -41,7 +41,7 @@ def study(tmp_path, monkeypatch):
 
 @pytest.fixture
 def dataset(study):
-    pack_dataset(study, "LUNG", progress=False)
+    pack_dataset(study, "LUNG")
     return open_dataset(study, "LUNG")
 
 
@@ -99,8 +99,8 @@ def test_slides_left_out_are_not_in_the_bag(study, tmp_path):
     gone = next(iter(find_slides(feature_folders(study, "LUNG")).values()))
     gone.unlink()
     with pytest.raises(Refused, match=f"missing: 1 slide.*\n.*{gone.stem}"):
-        pack_dataset(study, "LUNG", progress=False)
-    pack_dataset(study, "LUNG", allow_missing=True, progress=False)
+        pack_dataset(study, "LUNG")
+    pack_dataset(study, "LUNG", allow_missing=True)
     dataset = open_dataset(study, "LUNG")
     patient = gone.stem.split("-")[0]
     assert dataset.slides(patient) == [s for s in dataset.cohort.slides_of[patient] if s != gone.stem]
@@ -163,7 +163,7 @@ def test_slides_without_coordinates_are_refused_by_name(study, dataset):
         if path.stem.startswith("P3-DX1"):
             features, _ = read(path)
             write_h5(path, features=features, coords=None)
-    pack_dataset(study, "LUNG", progress=False)
+    pack_dataset(study, "LUNG")
     dataset = open_dataset(study, "LUNG")
     dataset.check_coords(["P1", "P2"], "Patch-GCN")
     with pytest.raises(Refused, match=r"Patch-GCN needs patches' coordinates, and 1 of 4 slides of LUNG have.*P3-DX1"):
@@ -213,7 +213,7 @@ def test_a_store_of_other_files_is_refused_and_packed_anew(study, dataset, tmp_p
     with pytest.raises(Refused, match="1 source file") as refused:
         open_dataset(study, "LUNG")
     assert "steph data pack --study mini --dataset LUNG" in str(refused.value)
-    pack_dataset(study, "LUNG", progress=False)
+    pack_dataset(study, "LUNG")
     again = open_dataset(study, "LUNG")
     assert again.store.bag([path.stem]).shape == (99, DIM) and again.fingerprint != dataset.fingerprint
 
@@ -235,7 +235,7 @@ def test_packing_what_is_packed_does_nothing(study, dataset, monkeypatch):
 
 def test_a_damaged_store_is_packed_anew(study, dataset):
     dataset.store.path.write_bytes(b"half")
-    assert pack_dataset(study, "LUNG", progress=False).fingerprint == dataset.store.fingerprint
+    assert pack_dataset(study, "LUNG").fingerprint == dataset.store.fingerprint
 
 
 def test_check_lists_every_slide(study, tmp_path):

@@ -274,6 +274,12 @@ def test_a_whole_download_that_was_not_unpacked_is_not_asked_for_again(study, se
     assert server.sent == sent and len(slides(study.data)) == 3 and not leftovers(study.data)
 
 
+def test_what_is_too_large_for_a_plain_download_is_named(study, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.MAX_HTTP_DOWNLOAD_SIZE", 100)
+    with pytest.raises(Refused, match=r"TCGA-SARC\.tar\.gz: The file is too large.*`hf download`"):
+        fetch.fetch(study, ["SARC"], ["features"])
+
+
 def test_one_bad_archive_does_not_keep_the_others(study, server):
     link = tarfile.TarInfo("link.h5")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"

@@ -27,7 +27,7 @@ def test_nothing_is_written_where_files_are_bad_and_all_are_named(tmp_path):
     cohort = cohort_of(1, len(expected))
     cohort.slides["slide_id"] = list(expected)
     with pytest.raises(Refused) as refused:
-        pack(tmp_path / "out/S.h5", cohort, find_slides([tmp_path / "f"]), HALF, progress=False)
+        pack(tmp_path / "out/S.h5", cohort, find_slides([tmp_path / "f"]), HALF)
     for slide, words in expected.items():
         assert slide in str(refused.value) and words in str(refused.value)
     assert "--allow-missing" in str(refused.value)
@@ -52,7 +52,7 @@ def test_values_that_cannot_be_kept_are_refused_naming_slide_and_file(tmp_path, 
     values[3, 2] = value
     path = write_h5(tmp_path / f"f/{slides[1]}.h5", features=values)
     with pytest.raises(Refused, match=words) as refused:
-        pack(tmp_path / "S.h5", cohort, find_slides([tmp_path / "f"]), features, progress=False)
+        pack(tmp_path / "S.h5", cohort, find_slides([tmp_path / "f"]), features)
     assert slides[1] in str(refused.value) and str(path) in str(refused.value)
     assert not (tmp_path / "S.h5").exists()
 
@@ -65,8 +65,8 @@ def test_missing_and_empty_slides_are_left_out_on_request_and_recorded(tmp_path)
     write_h5(files[slides[4]], n=0)
     found = find_slides([tmp_path / "f"])
     with pytest.raises(Refused, match="2 of 9 slides"):
-        pack(tmp_path / "S.h5", cohort, found, HALF, progress=False)
-    store = pack(tmp_path / "S.h5", cohort, found, HALF, allow_missing=True, progress=False)
+        pack(tmp_path / "S.h5", cohort, found, HALF)
+    store = pack(tmp_path / "S.h5", cohort, found, HALF, allow_missing=True)
     assert list(store.slide_ids) == [s for s in slides if s not in (slides[0], slides[4])]
     assert [(row["slide_id"], row["reason"]) for row in store.provenance["left_out"]] == [
         (slides[0], "missing"),
@@ -84,7 +84,7 @@ def test_a_patient_without_any_slide_is_never_left_out(tmp_path):
         if slide.startswith("P1"):
             path.unlink()
     with pytest.raises(Refused, match=r"1 patient\(s\) have no slide with features: P1\b"):
-        pack(tmp_path / "S.h5", cohort, find_slides([tmp_path / "f"]), HALF, allow_missing=True, progress=False)
+        pack(tmp_path / "S.h5", cohort, find_slides([tmp_path / "f"]), HALF, allow_missing=True)
 
 
 def test_damaged_slides_are_refused_even_where_missing_ones_are_allowed(tmp_path):
@@ -92,7 +92,7 @@ def test_damaged_slides_are_refused_even_where_missing_ones_are_allowed(tmp_path
     path = list(fabricate(cohort, tmp_path / "f", "trident", DIM, 30).values())[1]
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(Refused, match="truncated"):
-        pack(tmp_path / "S.h5", cohort, find_slides([tmp_path / "f"]), HALF, allow_missing=True, progress=False)
+        pack(tmp_path / "S.h5", cohort, find_slides([tmp_path / "f"]), HALF, allow_missing=True)
 
 
 def test_write_store_refuses_what_does_not_fit_and_leaves_nothing(tmp_path):
@@ -141,7 +141,7 @@ def watched(path):
             os.kill(os.getpid(), signal.SIGKILL)
 packing.blocks = watched
 folder = Path(sys.argv[2])
-packing.pack(folder / "S.h5", cohort_of(4), features.find_slides([folder / "clam"]), HALF, progress=False)
+packing.pack(folder / "S.h5", cohort_of(4), features.find_slides([folder / "clam"]), HALF)
 """
 
 
@@ -236,7 +236,7 @@ def test_a_partial_of_other_files_is_not_gone_on_with(tmp_path, monkeypatch, rea
     else:
         (tmp_path / ".S.h5.partial").write_bytes(b"half a file")
     read_now.clear()
-    store = pack(tmp_path / "S.h5", cohort, found, features, progress=False)
+    store = pack(tmp_path / "S.h5", cohort, found, features)
     assert len(read_now) == 8
     store.verify()
 
@@ -255,11 +255,11 @@ def test_a_second_packing_of_the_same_store_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(packing, "blocks", waiting)
     arguments = (tmp_path / "S.h5", cohort, found, HALF)
-    first = threading.Thread(target=pack, args=arguments, kwargs={"progress": False})
+    first = threading.Thread(target=pack, args=arguments)
     first.start()
     assert inside.wait(20)
     with pytest.raises(Refused, match="another process is packing"):
-        pack(*arguments, progress=False)
+        pack(*arguments)
     leave.set()
     first.join()
     Store.open(tmp_path / "S.h5").verify()
@@ -273,8 +273,10 @@ def test_memory_is_bounded_by_the_block_not_by_the_slide(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_files, "BLOCK_BYTES", 100 * DIM * 4)
     held = []
     real = packing.stored_features
-    monkeypatch.setattr(packing, "stored_features", lambda patches, *a: held.append(patches.nbytes) or real(patches, *a))
-    store = pack(tmp_path / "S.h5", cohort, find_slides([tmp_path / "f"]), SINGLE, progress=False)
+    monkeypatch.setattr(
+        packing, "stored_features", lambda patches, *a: held.append(patches.nbytes) or real(patches, *a)
+    )
+    store = pack(tmp_path / "S.h5", cohort, find_slides([tmp_path / "f"]), SINGLE)
     assert len(held) == 50 and max(held) == 100 * DIM * 4
     assert np.array_equal(store.features, values)
     one_block = write_store(tmp_path / "T.h5", SINGLE, [(slide, values, None)], [5_000], {})
@@ -318,7 +320,7 @@ def test_on_a_real_disk_that_fills_up_it_says_so_then_how_much_is_missing_and_go
     cohort = cohort_of(4)
     fabricate(cohort, tmp_path / "f", "trident", DIM, 1500)
     arguments = cohort, find_slides([tmp_path / "f"]), HALF
-    whole = pack(tmp_path / "whole.h5", *arguments, progress=False)
+    whole = pack(tmp_path / "whole.h5", *arguments)
     counted, left = packing.blocks, [3]
 
     def filling(path):
@@ -332,14 +334,14 @@ def test_on_a_real_disk_that_fills_up_it_says_so_then_how_much_is_missing_and_go
     with monkeypatch.context() as patched:
         patched.setattr(packing, "blocks", filling)
         with pytest.raises(Refused, match=r"no space left in .* for S\.h5"):
-            pack(small_disk / "S.h5", *arguments, progress=False)
+            pack(small_disk / "S.h5", *arguments)
     assert not (small_disk / "S.h5").exists(), "nothing is taken for a store that is none"
     read_now.clear()
     with pytest.raises(Refused, match=r"no space for .*S.h5 .* kB are needed, .* has 0 bytes free, .* kB too little"):
-        pack(small_disk / "S.h5", *arguments, progress=False)
+        pack(small_disk / "S.h5", *arguments)
     assert not read_now, "it is said before anything is read again"
     (small_disk / "other").unlink()
-    assert pack(small_disk / "S.h5", *arguments, progress=False).fingerprint == whole.fingerprint
+    assert pack(small_disk / "S.h5", *arguments).fingerprint == whole.fingerprint
     assert 0 < len(read_now) < 8, "slides that were packed before the disk was full are not read again"
     assert [path.name for path in small_disk.iterdir()] == ["S.h5"]
 

@@ -29,7 +29,7 @@ SINGLE = Features(encoder="UNI2-h", dim=DIM, precision="float32")
 def packed(tmp_path, cohort=None, layout="trident", features=HALF, name="S.h5", seed=0, **more):
     cohort = cohort or cohort_of(4)
     fabricate(cohort, tmp_path / layout, layout, DIM, 30, seed)
-    return pack(tmp_path / name, cohort, find_slides([tmp_path / layout]), features, progress=False, **more)
+    return pack(tmp_path / name, cohort, find_slides([tmp_path / layout]), features, **more)
 
 
 @pytest.mark.parametrize("features", [HALF, SINGLE], ids=lambda f: f.precision)
@@ -95,7 +95,7 @@ def test_slides_without_coordinates_have_minus_one(tmp_path):
     first, second = cohort.slides["slide_id"]
     write_h5(tmp_path / f"f/{first}.h5")
     torch.save(torch.ones(3, DIM), tmp_path / f"f/{second}.pt")
-    store = pack(tmp_path / "S.h5", cohort, find_slides([tmp_path / "f"]), HALF, progress=False)
+    store = pack(tmp_path / "S.h5", cohort, find_slides([tmp_path / "f"]), HALF)
     assert (store.coords_of([first]) == 0).all() and (store.coords_of([second]) == -1).all()
 
 

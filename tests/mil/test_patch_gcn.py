@@ -161,7 +161,7 @@ def trained(study, network):
 
 
 def test_trains_on_a_data_set_with_coordinates_and_sampled_bags(study):
-    pack_dataset(study, "LUNG", progress=False)
+    pack_dataset(study, "LUNG")
     model, predictions = trained(study, "patch_gcn")
     dataset = open_dataset(study, "LUNG")
     assert dataset.n_patches(predictions["patient_id"]).max() > 25
@@ -178,7 +178,7 @@ def test_a_data_set_without_coordinates_is_refused_before_training(study):
     for path in find_slides(feature_folders(study, "LUNG")).values():
         features, _ = read(path)
         write_h5(path, features=features, coords=None)
-    pack_dataset(study, "LUNG", progress=False)
+    pack_dataset(study, "LUNG")
     with pytest.raises(Refused, match=r"PatchGCN needs patches' coordinates, and 24 of 24 slides of LUNG have none"):
         trained(study, "patch_gcn")
     assert len(trained(study, "ilra")[1]) == 12

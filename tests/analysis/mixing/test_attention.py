@@ -398,7 +398,7 @@ def rehearsal(tmp_path_factory):
             files = fabricate(cohort, folder / "data" / "features" / name, "clam", dim=12, mean_patches=40, seed=1)
             for path in files.values() if name == "LIHC" else []:
                 path.unlink()
-            pack_dataset(bench.study, name, progress=False)
+            pack_dataset(bench.study, name)
         run_all(
             bench, [run for name in ("SARC", "LIHC") for run in attention.runs(bench.study, name, [0], 42)], workers=1
         )
