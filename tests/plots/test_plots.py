@@ -38,49 +38,34 @@ def _style(tmp_path, monkeypatch):
 
 def parameters(study: str = "tiny", **changed: object) -> SimpleNamespace:
     found = load_study(study)
-    given = {
-        "study": found,
-        "dataset": "all",
-        "folds": list(range(found.folds)),
-        "seed": found.seed,
-        "precision": "fp32",
-        "device": "cpu",
-    }
-    return SimpleNamespace(**{**given, **changed})
+    plain = {"study": found, "dataset": "all", "folds": list(range(found.folds)), "seed": found.seed}
+    return SimpleNamespace(**{**plain, "precision": "fp32", "device": "cpu", **changed})
+
+
+def crossed(**axes: Sequence) -> pd.DataFrame:
+    """A row for each combination of values, by column."""
+    return pd.DataFrame(list(product(*axes.values())), columns=list(axes))
 
 
 def cohort(name: str, n: int = 30):
     rng = np.random.default_rng(0)
-    table = pd.DataFrame(
-        {
-            "patient_id": [f"P{i}" for i in range(n)],
-            "slide_id": [f"S{i}" for i in range(n)],
-            "project": name,
-            "time_days": rng.integers(30, 3000, n),
-            "event": rng.integers(0, 2, n),
-        }
-    )
-    return cohort_from(table, name, "test")
+    patients = {"patient_id": [f"P{i}" for i in range(n)], "slide_id": [f"S{i}" for i in range(n)], "project": name}
+    events = {"time_days": rng.integers(30, 3000, n), "event": rng.integers(0, 2, n)}
+    return cohort_from(pd.DataFrame({**patients, **events}), name, "test")
 
 
 def c_indices(undefined: bool = False) -> pd.DataFrame:
-    rows = [
-        {"dataset": d, "method": m, "fold": k, "c_index": 0.5 + 0.01 * k, "external_c_index": 0.6}
-        for d, m, k in product(["SARC", "LIHC"], ["vanilla", "steph", "hypernetwork_only"], range(3))
-    ]
-    table = pd.DataFrame(rows)
+    table = crossed(dataset=["SARC", "LIHC"], method=["vanilla", "steph", "hypernetwork_only"], fold=range(3))
+    table = table.assign(c_index=0.5 + 0.01 * table["fold"], external_c_index=0.6)
     if undefined:
-        table.loc[(table["dataset"] == "SARC") & (table["method"] == "steph") & (table["fold"] == 2), "c_index"] = None
+        table.loc[table.query("dataset == 'SARC' and method == 'steph' and fold == 2").index, "c_index"] = None
     return table
 
 
 def course(seeds: int = 3, sources: list[str] = DATASETS[1:]) -> pd.DataFrame:
-    rng = np.random.default_rng(0)
-    rows = [
-        {"seed": s, "epoch": e, "source": name, "w": rng.random(), "lambda": rng.random()}
-        for s, e, name in product(range(seeds), range(1, 5), sources)
-    ]
-    return pd.DataFrame(rows)
+    table = crossed(seed=range(seeds), epoch=range(1, 5), source=sources)
+    w, shares = np.random.default_rng(0).random((len(table), 2)).T
+    return table.assign(w=w, **{"lambda": shares})
 
 
 def differences() -> pd.DataFrame:
@@ -96,33 +81,21 @@ def gained() -> pd.DataFrame:
 
 def swept() -> pd.DataFrame:
     """Three values of a setting: the default in the middle, the last without a mean."""
-    return pd.DataFrame(
-        {
-            "row": ["0", "0.05", "0.1"], "mean": [0.6, 0.7, np.nan], "gain": [-0.1, np.nan, np.nan],
-            "low": [-0.2, np.nan, np.nan], "high": [0.0, np.nan, np.nan], "paper_gain": [-0.02, np.nan, -0.04],
-        }
-    )  # fmt: skip
+    rows = [("0", 0.6, -0.1, -0.2, 0.0, -0.02), ("0.05", 0.7, *[np.nan] * 4), ("0.1", *[np.nan] * 4, -0.04)]
+    return pd.DataFrame(rows, columns=["row", "mean", "gain", "low", "high", "paper_gain"])
 
 
 def controlled(external: bool = True) -> pd.DataFrame:
     """Two comparisons in two places; one has no answer."""
     kinds = ["test folds", "external patients"] if external else ["test folds"]
-    rows = [
-        {
-            "where": where, "rival": rival, "comparison": name, "on": on,
-            "difference": value, "low": value - 0.02, "high": value + 0.02,
-        }
-        for where, (rival, name, value), on in product(
-            ["study", "its twin"], [(False, "A − B", 0.05), (True, "B − C", np.nan)], kinds
-        )
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
+    table = crossed(where=["study", "its twin"], comparison=["A − B", "B − C"], on=kinds)
+    value = table["comparison"].map({"A − B": 0.05, "B − C": np.nan})
+    return table.assign(rival=table["comparison"] == "B − C", difference=value, low=value - 0.02, high=value + 0.02)
 
 
 def started(targets: list[str], seeds: int = 3) -> pd.DataFrame:
-    rng = np.random.default_rng(0)
-    rows = [{"target": t, "seed": s, "gain": rng.normal(0, 0.05)} for t, s in product(targets, range(seeds))]
-    return pd.DataFrame(rows)
+    table = crossed(target=targets, seed=range(seeds))
+    return table.assign(gain=np.random.default_rng(0).normal(0, 0.05, len(table)))
 
 
 def chosen(targets: list[str], columns: int = 3) -> pd.DataFrame:
@@ -132,18 +105,14 @@ def chosen(targets: list[str], columns: int = 3) -> pd.DataFrame:
 
 def epoch_rounds() -> pd.DataFrame:
     names = ["vanilla", "model_average", "adamerging", "steph", "steph_m6", "steph_m12"]
-    rows = [(m, i, 0.0 if m == "model_average" else 1 + 0.1 * i, 0.0, "x") for m, i in product(names, range(3))]
-    return pd.DataFrame(rows, columns=["method", "round", "seconds", "once", "device"])
+    table = crossed(method=names, round=range(3)).assign(once=0.0, device="x")
+    return table.assign(seconds=(1 + 0.1 * table["round"]).where(table["method"] != "model_average", 0.0))
 
 
 def costs() -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "method": ["vanilla", "steph", "roupkt"], "c_index": [0.6, 0.65, 0.65], "gflops": [20, 40, 300],
-            "networks": [1, 2, 14], "products": [20, 40, 300], "patches": 100, "seconds": [1.0, 2.0, 14.0],
-            "memory": 1e6,
-        }
-    )  # fmt: skip
+    rows = [("vanilla", 0.6, 20, 1), ("steph", 0.65, 40, 2), ("roupkt", 0.65, 300, 14)]
+    table = pd.DataFrame(rows, columns=["method", "c_index", "gflops", "networks"])
+    return table.assign(products=table["gflops"], patches=100, seconds=1.0 * table["networks"], memory=1e6)
 
 
 def sampled() -> pd.DataFrame:
@@ -154,11 +123,9 @@ def sampled() -> pd.DataFrame:
 def judged(problem: str = "") -> pd.DataFrame:
     """Two methods on two data sets, looked at in every way that the evidence has; the last possibly undefined."""
     numbers = {"auc": 0.6, "skill": -0.1, "low": 0.05, "high": 0.9, "hazard_ratio": 0.5, "p": 0.01, "gain": 0.1}
-    rows = [
-        {**numbers, "dataset": d, "method": m, "against": m, "year": y, "predicted": 0.2 * y, "observed": 0.25 * y}
-        for d, m, y in product(["SARC", "LIHC"], ["vanilla", "steph"], [1, 2])
-    ]
-    table = pd.DataFrame(rows).assign(problem="")
+    table = crossed(dataset=["SARC", "LIHC"], method=["vanilla", "steph"], year=[1, 2]).assign(problem="", **numbers)
+    year = table["year"]
+    table = table.assign(against=table["method"], predicted=0.2 * year, observed=0.25 * year)
     if problem:
         table.loc[len(table) - 1, [*numbers, "observed", "problem"]] = [*[np.nan] * (len(numbers) + 1), problem]
     return table
@@ -171,9 +138,7 @@ def last_judged(problem: str = "") -> pd.DataFrame:
 def groups(high: bool | None = None) -> pd.DataFrame:
     patients = cohort("SARC").patients
     split = patients.index % 2 == 0 if high is None else high
-    return pd.concat(
-        [patients.assign(dataset=d, method=m, high=split) for d, m in product(["SARC", "LIHC"], ["vanilla", "steph"])]
-    )
+    return crossed(dataset=["SARC", "LIHC"], method=["vanilla", "steph"]).merge(patients.assign(high=split), "cross")
 
 
 def transferred(columns: int = 13) -> pd.DataFrame:
@@ -183,50 +148,38 @@ def transferred(columns: int = 13) -> pd.DataFrame:
 
 def aligned(sources: list[str], kinds: tuple[str, ...] = sar.KINDS) -> pd.DataFrame:
     """Curves of subspace alignment as `steph.analysis.mixing.sar.curves` gives them, made up."""
-    rng = np.random.default_rng(0)
-    rows = [
-        ("BRCA", name, layer, kind, draw, share, rule, 0.5 + 0.4 * share + 0.1 * rng.random(), 4, 16)
-        for name, layer, kind, draw, share, rule in product(
-            sources, sar.LAYERS, kinds, (0, 1), (0, 0.5, 1), sar.RANK_RULES
-        )
-        if kind != "source" or draw == 0
-    ]
-    columns = ["target", "source", "layer", "kind", "draw", "lambda", "rule", "sar", "rank", "rows"]
-    return pd.DataFrame(rows, columns=columns)
+    axes = {"source": sources, "layer": sar.LAYERS, "kind": kinds, "draw": (0, 1), "lambda": (0, 0.5, 1)}
+    table = crossed(**axes, rule=sar.RANK_RULES).query("kind != 'source' or draw == 0")
+    noise = 0.1 * np.random.default_rng(0).random(len(table))
+    return table.assign(target="BRCA", sar=0.5 + 0.4 * table["lambda"] + noise, rank=4, rows=16)
 
 
 def spectra(models: list[str]) -> pd.DataFrame:
-    kept = [(direction + 1, 0.5**direction, 1 - 0.3 * 0.5**direction, 8) for direction in range(8)]
-    rows = [(model, layer, *row) for model, layer, row in product(models, sar.LAYERS, kept)]
-    return pd.DataFrame(rows, columns=["model", "layer", "direction", "value", "kept", "rows"])
+    table = crossed(model=models, layer=sar.LAYERS, direction=range(1, 9))
+    value = 0.5 ** (table["direction"] - 1)
+    return table.assign(value=value, kept=1 - 0.3 * value, rows=8)
 
 
 def mixed_training(seeds: int = 3) -> pd.DataFrame:
     """Comparisons as `steph.analysis.mixing.vicinal.compare` gives them, made up; with one seed, no other batches."""
+    axes = {"seed": range(seeds), "steps": (1, 10, 100), "lambda": (0.25, 0.5)}
     candidates = vicinal.CANDIDATES if seeds > 1 else vicinal.CANDIDATES[:3]
-    values = {"ratio": 1.0, "moved": 0.1, "nll_reference": 0.7, "c_index": 0.6, "c_index_reference": 0.6}
-    rows = [
-        {"seed": s, "steps": n, "lambda": share, "reference": reference, "candidate": candidate, **values}
-        | {"cosine": 1 - 0.01 * s - 0.001 * n, "distance": 0.01 * n, "nll": 1 / n}
-        for s, n, share, reference, candidate in product(
-            range(seeds), (1, 10, 100), (0.25, 0.5), (vicinal.LOSSES, vicinal.FEATURES), candidates
-        )
-    ]
-    return vicinal.summary(pd.DataFrame(rows))
+    table = crossed(**axes, reference=(vicinal.LOSSES, vicinal.FEATURES), candidate=candidates)
+    table = table.assign(ratio=1.0, moved=0.1, nll_reference=0.7, c_index=0.6, c_index_reference=0.6)
+    cosine = 1 - 0.01 * table["seed"] - 0.001 * table["steps"]
+    return vicinal.summary(table.assign(cosine=cosine, distance=0.01 * table["steps"], nll=1 / table["steps"]))
 
 
 def inequalities() -> pd.DataFrame:
     statements = (vicinal.CONVEX, vicinal.EQ_9, vicinal.EQ_10)
-    rows = [(place, statement, 0.6) for place, statement in product(["M_0", "random logits"], statements)][:-1]
-    return pd.DataFrame(rows, columns=["place", "statement", "holds"])
+    return crossed(place=["M_0", "random logits"], statement=statements).assign(holds=0.6)[:-1]
 
 
 def attended(n: int = 6) -> pd.DataFrame:
     """Attention of n patients of two data sets, measured against known tissue."""
     rng = np.random.default_rng(0)
-    tumour, zone = np.arange(20) < 8, np.repeat(list(attention.ZONES), [3, 5, 5, 7])
+    patches = pd.DataFrame({"tumour": np.arange(20) < 8, "zone": np.repeat(list(attention.ZONES), [3, 5, 5, 7])})
     methods = ["vanilla", "steph", "model_average", "untrained"]
-    patches = pd.DataFrame({"tumour": tumour, "zone": zone})
     parts = [
         attention.numbers({m: rng.dirichlet(np.ones(20)) for m in methods}, patches).assign(
             dataset=DATASETS[i % 2], fold=0, patient_id=f"P{i}"
@@ -238,18 +191,15 @@ def attended(n: int = 6) -> pd.DataFrame:
 
 def attention_map(n: int, tumour: bool = False) -> pd.DataFrame:
     """A patient's two maps: n patches on each of two slides."""
-    rng, places = np.random.default_rng(0), np.arange(n)
-    maps = {}
-    for name in ("vanilla", "steph"):
-        maps[name] = pd.DataFrame(
-            {
-                "patient_id": "P", "slide_id": pd.Categorical(np.repeat(["S1", "S2"], n)), "patch": np.tile(places, 2),
-                "x": np.tile(places % 40 * 256, 2), "y": np.tile(places // 40 * 256, 2),
-                "attention": rng.dirichlet(np.ones(2 * n)), "rank": 1 + rng.permutation(2 * n),
-                "percentile": rng.random(2 * n),
-            }
-        )  # fmt: skip
-    table = attention.beside(maps)
+    rng, patch = np.random.default_rng(0), np.tile(np.arange(n), 2)
+    slides = pd.Categorical(np.repeat(["S1", "S2"], n))
+    places = {"patient_id": "P", "slide_id": slides, "patch": patch, "x": patch % 40 * 256, "y": patch // 40 * 256}
+
+    def drawn() -> pd.DataFrame:
+        values = {"attention": rng.dirichlet(np.ones(2 * n)), "rank": 1 + rng.permutation(2 * n)}
+        return pd.DataFrame({**places, **values, "percentile": rng.random(2 * n)})
+
+    table = attention.beside({name: drawn() for name in NAMES})
     return table.assign(tumour=table["patch"] < n // 3) if tumour else table
 
 
@@ -262,8 +212,8 @@ def plane(best_s: float = 0.3, best_t: float = 0.6) -> pd.DataFrame:
 
 
 def paths(seeds: int = 1, sources: Sequence[str] = ("SARC",), reach: float = 0.9) -> pd.DataFrame:
-    found = pd.DataFrame(product(sources, range(seeds), range(1, 5)), columns=["source", "seed", "epoch"])
-    return found.assign(c_s=reach * found["epoch"] / 4, c_t=reach * found["epoch"] / 8)
+    table = crossed(source=sources, seed=range(seeds), epoch=range(1, 5))
+    return table.assign(c_s=reach * table["epoch"] / 4, c_t=reach * table["epoch"] / 8)
 
 
 NAMES = {"vanilla": "Vanilla", "steph": "STEPH"}
