@@ -201,7 +201,7 @@ def reference() -> dict[str, str]:
         room: {"title": f"`steph.{room}`", "purpose": _purpose(room), "modules": modules}
         for room, modules in rooms().items()
     }
-    pages[GROUND]["title"] = "Modules outside the rooms"
+    pages[GROUND] |= {"title": "Modules outside the rooms", "purpose": "Modules outside the rooms."}
     return {
         "index": render("steph.book", "reference.md", rooms=pages),
         **{room: render("steph.book", "room.md", **page) for room, page in pages.items()},
