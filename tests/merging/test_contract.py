@@ -108,6 +108,7 @@ def test_a_merge_knows_no_layers_and_no_other_source(network, merge, float64):
     for name, state in merged.items():
         assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in pool.null.items()}
         assert all(torch.isfinite(value).all() for value in state.values())
+        assert torch.equal(state["head.weight"], pool.sources[name]["head.weight"]) and state.origin == pool.null.origin
         tau = merge(pool.vector(pool.target), pool.vector(pool.sources[name]))
         assert_states_close(encoder(state), apply_task_vector(encoder(pool.null), tau))
 

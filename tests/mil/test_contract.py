@@ -20,7 +20,7 @@ from steph import Refused
 from steph.data import RaggedBatch
 from steph.data.manifest import Network
 from steph.deploy.model_folder import build, fill, tensors_of
-from steph.merging import STEPH, MergedEncoder, Surgery, task_vector
+from steph.merging import STEPH, Surgery
 from steph.mil import ABMIL, NETWORKS, ROUPKT, FineTuned, MeanMIL, Model, network_needing_coords, new_network
 from steph.mil.gated_attention import layer_by_layer
 from steph.mil.state import load_into, load_state, save_state, state_fingerprint, state_of
@@ -179,6 +179,17 @@ def test_the_network_that_pools_a_bag_attends_to_all_of_it(model, bags):
         torch.testing.assert_close(pooling(batch), model(batch), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+def test_in_half_precision_it_is_the_same_model(kind):
+    model = MAKERS[kind]().eval()
+    batch = packed(model, [torch.randn(n, 6) for n in SIZES])
+    single, half = model(batch), model(batch.to("cpu", torch.bfloat16))
+    half.square().sum().backward()
+    assert half.dtype == torch.float32 and not torch.equal(half, single)
+    assert (half - single).abs().max() < 0.05 * (single.max() - single.min())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_a_model_is_made_again_from_its_architecture(model, bags):
     architecture = json.loads(json.dumps(model.architecture()))
     again = build(architecture, 6, DIMENSIONS)
@@ -232,17 +243,6 @@ def test_batches_and_bags_one_by_one_have_the_same_logits_and_gradients(net, siz
     torch.testing.assert_close(net.head(net.encode(packed(net, bags))), together)
 
 
-def test_half_precision_is_the_same_network(name):
-    net = network(name).eval()
-    batch = packed(net, [torch.randn(n, 6) for n in SIZES])
-    half = net(batch.to("cpu", torch.bfloat16))
-    half.square().sum().backward()
-    single = net(batch)
-    assert half.dtype == torch.float32
-    assert (half - single).abs().max() < 0.05 * (single.max() - single.min())
-    assert all(p.grad.isfinite().all() for p in net.parameters())
-
-
 def test_a_leading_axis_of_one_changes_nothing(net, bags):
     batch = packed(net, bags)
     coords = batch.coords if batch.coords is None else batch.coords.split(SIZES)
@@ -257,22 +257,11 @@ def test_order_of_patches_matters_only_where_it_is_said(net, bags):
         assert (turned - straight)[-1].abs().max() > 1e-6, "it promises less than it holds"
 
 
-def test_attention_takes_one_bag_and_sums_to_one(net, bags):
-    """That of networks without attention, too: it is the same for all patches."""
-    for bag in bags:
-        attention = net.attention(packed(net, [bag]))
-        assert attention.shape == (len(bag),) and attention.min() >= 0
-        assert attention.sum().item() == pytest.approx(1)
+def test_attention_is_of_one_bag(net, bags):
+    """Where there is none, all patches have the same."""
+    assert net.attention(packed(net, bags[2:3])).sum().item() == pytest.approx(1)
     with pytest.raises(Refused, match=r"one bag was expected; this batch has 8\."):
         net.attention(packed(net, bags))
-
-
-@pytest.mark.parametrize("sizes", [SIZES, (1,), (3, 64, 65)])
-def test_gradients_are_finite_and_everywhere(net, sizes):
-    bags = [torch.randn(n, 6, dtype=torch.float64) for n in sizes]
-    net.train()(packed(net, bags)).square().sum().backward()
-    for parameter, value in net.named_parameters():
-        assert value.grad is not None and value.grad.isfinite().all(), parameter
 
 
 def test_gradients_are_those_of_finite_differences(net, bags):
@@ -308,8 +297,9 @@ def test_works_at_the_demos_size(name):
 # ------------------------------------------------------------------------------------------------ states
 
 
-def test_one_seed_gives_one_network(name):
-    assert state_fingerprint(state_of(network(name, 3))) == state_fingerprint(state_of(network(name, 3)))
+@pytest.mark.parametrize("kind", MAKERS)
+def test_one_seed_gives_one_model(kind):
+    assert state_fingerprint(state_of(MAKERS[kind]())) == state_fingerprint(state_of(MAKERS[kind]()))
 
 
 def test_a_state_goes_to_a_file_and_back_exactly(net, tmp_path):
@@ -341,20 +331,9 @@ def test_a_damaged_state_is_named(tmp_path, content):
 # ------------------------------------------------------------------------------------------------ merging
 
 
-def test_a_network_is_merged_under_any_coefficients(name, net, bags):
-    """None of a vector gives the network back, one whole vector the model that it belongs to."""
-    null, *others = (state_of(network(name, seed)) for seed in range(4))
-    merged = MergedEncoder(network(name).eval(), null, [task_vector(state, null) for state in others])
-    batch = packed(net, bags)
-    zero = torch.zeros(len(SIZES), 3, dtype=torch.float64)
-    torch.testing.assert_close(merged(zero, batch), net.encode(batch), rtol=1e-11, atol=1e-13)
-    load_into(net, others[1])
-    zero[:, 1] = 1
-    torch.testing.assert_close(merged(zero, batch), net.encode(batch), rtol=1e-9, atol=1e-11)
-
-
-def test_every_trained_part_of_a_model_gets_a_gradient(model, bags):
-    logits, loss, _ = passed(model, bags)
+@pytest.mark.parametrize("sizes", [SIZES, (1,), (3, 64, 65)])
+def test_every_trained_part_of_a_model_gets_a_gradient(model, sizes):
+    logits, loss, _ = passed(model.train(), [torch.randn(n, 6) for n in sizes])
     (logits.square().sum() + (0 if loss is None else loss)).backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained and all(p.grad is not None and p.grad.isfinite().all() for p in trained)
@@ -384,6 +363,20 @@ def test_a_width_that_heads_do_not_divide_is_refused(network):
 
 PAPERS = {"transmil": (2_949_680, 116.2), "ilra": (4_214_560, 55.1), "r2t_mil": (2_975_008, 44.4),
           "patch_gcn": (1_687_330, 33.4), "abmil": (1_197_729, None)}  # fmt: skip
+
+
+def test_trained_parameters_are_the_papers():
+    """1.34 M of STEPH in Table S4; with a linear head in its hypernetworks (difference D1); of ROUPKT on 13 models."""
+    with torch.device("meta"):
+        target, *others = (new_network("abmil", 1536, Network()) for _ in range(13))
+        states = {str(i): dict(other.named_parameters()) for i, other in enumerate(others)}
+        null = dict(target.named_parameters())
+        models = [STEPH(null, null, states, hyper_head=head) for head in ("mlp", "linear")]
+        models.append(
+            ROUPKT(new_network("abmil", 1536, Network()), {str(i): n for i, n in enumerate([target, *others])})
+        )
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models]
+    assert counts == [1_340_984, 815_672, 4_618_913]
 
 
 @pytest.mark.parametrize("name", PAPERS)
