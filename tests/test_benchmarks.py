@@ -156,22 +156,19 @@ def test_scaling_varies_one_thing_at_a_time(small):
 
 def test_every_layout_holds_the_same_bags(tmp_path):
     files = loading.write_files(tmp_path, bags=5, patches=7, dim=3)
-    order = [3, 0, 4, 1, 2]
-    delivered = {}
-    for name in ("store", "one h5 per slide", "serialised tensors"):
+
+    def delivered(way):
         parts: list[torch.Tensor] = []
-        loading.WAYS[name](files, order, parts.append)
-        delivered[name] = torch.cat(parts)
-    first = delivered.pop("store")
-    assert first.shape == (35, 3) and first.dtype == torch.float32
-    for found in delivered.values():
-        assert torch.equal(found, first)
-    joined: list[torch.Tensor] = []
-    loading.WAYS["store, for updates"](files, order, joined.append)
-    assert len(joined) == 1 and torch.equal(joined[0], first)
-    straight: list[torch.Tensor] = []
-    loading.WAYS["store, as it lies"](files, order, straight.append)
-    assert torch.equal(torch.cat(straight)[21:28], first[:7])
+        loading.WAYS[way](files, [3, 0, 4, 1, 2], parts.append)
+        return parts
+
+    features = torch.cat(delivered("store"))
+    assert features.shape == (35, 3) and features.dtype == torch.float32
+    for way in ("one h5 per slide", "serialised tensors"):
+        assert torch.equal(torch.cat(delivered(way)), features)
+    [joined] = delivered("store, for updates")
+    assert torch.equal(joined, features)
+    assert torch.equal(torch.cat(delivered("store, as it lies"))[21:28], features[:7])
 
 
 def test_loading_is_measured_cold_and_warm_and_leaves_nothing(tmp_path):
@@ -313,21 +310,18 @@ def test_a_section_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch
 
 
 def test_one_network_or_epoch_that_fails_costs_no_other(tmp_path, monkeypatch, small, capsys):
-    def fails_once(real):
+    def without_steph(answer):
         def wrapped(*arguments, **options):
-            if "steph" in (arguments[1], *(arguments[2] if isinstance(arguments[2], tuple) else ())):
+            if "steph" in str(arguments[1:3]):
                 raise RuntimeError("no kernel")
-            return real(*arguments, **options)
+            return answer(*arguments, **options)
 
         return wrapped
 
-    monkeypatch.setattr(gpu, "agreement", fails_once(lambda _, __, names, **___: [{"network": names[0]}]))
-    assert gpu.agreements("cpu", True)[-1] == {
-        "network": "steph",
-        "error": "RuntimeError: no kernel",
-        "tolerated": False,
-    }
-    monkeypatch.setattr(gpu, "epochs", fails_once(gpu.epochs))
+    monkeypatch.setattr(gpu, "agreement", without_steph(lambda _, __, names, **___: [{"network": names[0]}]))
+    error = {"network": "steph", "error": "RuntimeError: no kernel", "tolerated": False}
+    assert gpu.agreements("cpu", True) == [*({"network": name} for name in agreements.NAMES[:-1]), error]
+    monkeypatch.setattr(gpu, "epochs", without_steph(gpu.epochs))
     rows = gpu.brca("cpu", tmp_path, True, (("steph", "bf16", False), ("abmil", "fp32", False)), SMALL, [2] * 32)
     assert rows[0]["error"] == "RuntimeError: no kernel" and rows[1]["seconds"] > 0 and gpu._failed(rows)
     assert [r["verdict"] for r in targets.judged({"epoch": rows}, targets.GPU_TARGETS)] == ["not measured"] * 2

@@ -114,20 +114,6 @@ def test_agrees_with_a_straight_line_computation(network):
     torch.testing.assert_close(network.encode(batch)[0], attention @ patches, rtol=1e-10, atol=1e-12)
 
 
-def test_every_parameter_learns(network):
-    batch = RaggedBatch.from_bags([torch.randn(30, 6), torch.randn(12, 6)], [grid(30), grid(12)])
-    (network(batch) * torch.randn(2, 4)).sum().backward()
-    idle = {name for name, p in network.named_parameters() if p.grad.abs().max() < 1e-12}
-    assert idle <= {"score.bias"}  # a softmax does not see it
-
-
-def test_bags_without_coordinates_are_refused(network):
-    with pytest.raises(Refused, match=r"Patch-GCN needs the coordinates.*coords=True"):
-        network([torch.randn(5, 6)])
-    with pytest.raises(Refused, match="one bag was expected; this batch has 2"):
-        network.attention(RaggedBatch.from_bags([torch.randn(5, 6)] * 2, [grid(5)] * 2))
-
-
 # ------------------------------------------------------------------------------------------------ training
 
 
