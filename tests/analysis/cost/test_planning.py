@@ -93,7 +93,11 @@ def test_seconds_are_those_of_finished_runs_of_the_kind(tiny, monkeypatch):
     assert taken[table["method"].str.startswith("steph")].tolist() == pytest.approx([45.0, 45.0])  # of one kind
     assert taken[table["method"] == "vanilla"].sum() == pytest.approx(30.0)
     text = "\n".join(report(tiny, table, taken, "cpu", "fp32"))
-    assert "the 5 finished runs took 120 s by their records" in text
+    # Of steph and steph_beta0 each is predicted from the other: 60 for 30 and 30 for 60; the models as they took.
+    assert "the 5 finished runs took 120 s by their records" in text and "is predicted to within" in text
+    pair = table[table["method"].str.startswith("steph")]
+    assert planning.error_of_pace(pair) == pytest.approx((1.0 + 0.5) / 2)
+    assert np.isnan(planning.error_of_pace(pair[:1]))
 
 
 def test_what_no_finished_run_tells_is_measured_once(tiny, monkeypatch):
