@@ -7,9 +7,10 @@ control takes one of these away. A synthetic study has one more: its twin, the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from steph.analysis.performance.estimates import (
 from steph.analysis.performance.statistics import Comparison, ceiling, compare
 from steph.data.manifest import MANIFESTS, Study, load_study
 from steph.methods.registry import title
-from steph.study.runs import Run, Workbench, plan
+from steph.study.runs import Run, plan
 from steph.study.tables import VALUES, primary_outcome, refuse_repeats
 
 START_FOLD = 0
@@ -74,15 +75,16 @@ METHODS = list(dict.fromkeys(m for c in CONTROLS for m in (c.second, c.first)))
 TWIN_METHODS = ["vanilla", "hypernetwork_only", "steph_random_sources", "steph"]
 """Those that are run on the twin too."""
 
-ESTIMATE = ["difference", "low", "high", "conclusion"]
+TWIN_CONTROLS = [c for c in CONTROLS if {c.first, c.second} <= set(TWIN_METHODS)]
+"""The controls that can be asked in a twin."""
 
 
 # ------------------------------------------------------------------------------------------------- runs
 
 
-def comparisons(study: Study, seed: int | None = None, precision: str = "fp32") -> list[Run]:
+def comparisons(study: Study, seed: int, precision: str = "fp32") -> list[Run]:
     """The runs of all that the controls compare, on the folds that the study gives each method (`book_folds`)."""
-    return plan(study, None, METHODS, None, [study.seed if seed is None else seed], precision)
+    return plan(study, None, METHODS, None, [seed], precision)
 
 
 def start_runs(study: Study, seeds: Sequence[int], precision: str = "fp32") -> list[Run]:
@@ -104,72 +106,71 @@ def twin(study: Study) -> Study | None:
     path = MANIFESTS / f"{study.name}_twin.yaml"
     if study.synthetic is None or not study.synthetic.sharing or study.address != study.name or not path.is_file():
         return None
-    found = load_study(path.stem)
-    expected, have = (each.model_dump(exclude={"name", "title", "book_folds"}) for each in (study, found))
+    other = load_study(path.stem)
+    expected, present = (each.model_dump(exclude={"name", "title", "book_folds"}) for each in (study, other))
     expected["synthetic"]["sharing"] = False
-    differing = [key for key in expected if expected[key] != have[key]]
+    differing = [key for key in expected if expected[key] != present[key]]
     if differing:
         raise Refused(
             f"{path} is no twin of study {study.name}: they differ in {', '.join(differing)}. A twin says `extends: "
             f"{study.name}`, its own name and title, `synthetic: {{sharing: false}}`, and at most book_folds besides."
         )
-    return found
+    return other
 
 
-def twin_runs(study: Study, seed: int | None = None, precision: str = "fp32") -> list[Run]:
+def twin_runs(study: Study, seed: int, precision: str = "fp32") -> list[Run]:
     """Every run that the chapter needs in the study's twin; none where there is no twin."""
-    found = twin(study)
-    if found is None:
-        return []
-    return plan(found, None, TWIN_METHODS, None, [study.seed if seed is None else seed], precision)
+    other = twin(study)
+    return [] if other is None else plan(other, None, TWIN_METHODS, None, [seed], precision)
 
 
 # ------------------------------------------------------------------------------------ methods compared
 
 
-def control_table(results: pd.DataFrame, controls: Iterable[Control] | None = None) -> pd.DataFrame:
+def control_table(results: pd.DataFrame, controls: Sequence[Control] = CONTROLS) -> pd.DataFrame:
     """A row per control and kind of patients: id, rival, question, comparison, on (test folds; external patients where
     the study has some), difference, low, high, conclusion.
 
     conclusion: as `estimates.conclusion` words it; "no answer: ..." where something is undefined or was not run.
     """
-    rows = []
-    for control in CONTROLS if controls is None else controls:
-        for value in _values(results):
-            found = _answer(partial(compare, results, control.first, control.second, value))
-            rows.append({**_head(control, value), **found})
-    return pd.DataFrame(rows)
+    return _asked(controls, results, lambda c, value: compare(results, c.first, c.second, value))
 
 
-def twin_controls() -> list[Control]:
-    """The controls that can be asked in a twin."""
-    return [c for c in CONTROLS if {c.first, c.second} <= set(TWIN_METHODS)]
-
-
-def against_twin(own: pd.DataFrame, other: pd.DataFrame, controls: Iterable[Control] | None = None) -> pd.DataFrame:
+def against_twin(results: pd.DataFrame, of_twin: pd.DataFrame) -> pd.DataFrame:
     """How much larger a difference is in the study than in its twin, in the columns of `control_table`.
 
     Differences are paired by data set and fold number, on the folds that both have. Folds of one number hold other
     patients in the two, so their noise adds up, and the interval knows it.
     """
-    rows = []
-    for control in twin_controls() if controls is None else controls:
-        for value in _values(own):
-            found = _answer(partial(_apart, own, other, control, value))
-            rows.append({**_head(control, value), **found})
-    return pd.DataFrame(rows)
+    return _asked(TWIN_CONTROLS, results, lambda control, value: compare_gains(results, of_twin, control, value))
+
+
+def compare_gains(results: pd.DataFrame, of_twin: pd.DataFrame, control: Control, value: str) -> Comparison:
+    """A control's difference in a study compared with that in its twin."""
+    parts = [_gains(table, control, value).assign(method=where) for where, table in ((HERE, results), (TWIN, of_twin))]
+    return compare(pd.concat(parts, ignore_index=True), HERE, TWIN, "gain")
+
+
+def _gains(results: pd.DataFrame, control: Control, value: str) -> pd.DataFrame:
+    """dataset, fold, gain of the first method over the second, where both were run."""
+    refuse_repeats(results)
+    cells = results.set_index(["method", "dataset", "fold"])[value].astype(float)
+    first, second = (cells[cells.index.get_level_values(0) == m].droplevel(0) for m in (control.first, control.second))
+    first, second = first.align(second, join="inner")
+    gains = (first - second).rename("gain").reset_index()
+    return gains.assign(folds=results["folds"].iloc[0]) if "folds" in results else gains  # `compare` looks at it
 
 
 HERE, TWIN, APART = "study", "its twin", "study − twin"
 """Where the rows of `side_by_side` belong."""
 
 
-def side_by_side(own: pd.DataFrame, other: pd.DataFrame | None = None) -> pd.DataFrame:
+def side_by_side(results: pd.DataFrame, of_twin: pd.DataFrame | None = None) -> pd.DataFrame:
     """`control_table` of a study; where it has a twin, of that, and `against_twin`; one below the other, told apart by
     the first column, `where`."""
-    parts = {HERE: control_table(own)}
-    if other is not None:
-        parts |= {TWIN: control_table(other, twin_controls()), APART: against_twin(own, other)}
+    parts = {HERE: control_table(results)}
+    if of_twin is not None:
+        parts |= {TWIN: control_table(of_twin, TWIN_CONTROLS), APART: against_twin(results, of_twin)}
     table = pd.concat(parts, names=["where", None])
     return table.reset_index(level="where").reset_index(drop=True)
 
@@ -177,22 +178,29 @@ def side_by_side(own: pd.DataFrame, other: pd.DataFrame | None = None) -> pd.Dat
 def ceilings(parts: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
     """`statistics.ceiling` of studies side by side: a row per method, and for each study its mean C-index, the true
     risk's and the share, on the patients with the least noise. parts: by name, the results and the oracle's."""
-    found = {
-        name: ceiling(results, oracle, primary_outcome(results)).set_index("method").add_suffix(f", {name}")
+    tables = [
+        ceiling(results, oracle, primary_outcome(results)).set_index("method").add_suffix(f", {name}")
         for name, (results, oracle) in parts.items()
-    }
-    return pd.concat(found.values(), axis=1).reset_index()
+    ]
+    return pd.concat(tables, axis=1).reset_index()
 
 
-def _values(results: pd.DataFrame) -> list[str]:
-    """What C-indices there are: on test folds, and on external patients where the study has some."""
-    return [value for value in VALUES if value == "c_index" or results[value].notna().any()]
-
-
-def _head(control: Control, value: str) -> dict[str, Any]:
-    comparison = f"{title(control.first)} − {title(control.second)}"
-    head = {"id": control.id, "rival": not control.condition, "question": control.question}
-    return {**head, "comparison": comparison, "on": VALUES[value]}
+def _asked(
+    controls: Sequence[Control], results: pd.DataFrame, comparison: Callable[[Control, str], Comparison]
+) -> pd.DataFrame:
+    """The columns of `control_table`, of what compares a control by one of the C-indices that the results have."""
+    rows = []
+    for control, value in product(controls, VALUES):
+        if value == "c_index" or results[value].notna().any():
+            row = {
+                "id": control.id,
+                "rival": not control.condition,
+                "question": control.question,
+                "comparison": f"{title(control.first)} − {title(control.second)}",
+                "on": VALUES[value],
+            }
+            rows.append(row | _answer(partial(comparison, control, value)))
+    return pd.DataFrame(rows)
 
 
 def _answer(comparison: Callable[[], Comparison]) -> dict[str, Any]:
@@ -206,66 +214,38 @@ def _no_answer(reason: str) -> dict[str, Any]:
     return {"difference": np.nan, "low": np.nan, "high": np.nan, "conclusion": f"no answer: {reason}"}
 
 
-def _estimate(found: Estimate) -> dict[str, Any]:
-    return {"difference": found.value, "low": found.low, "high": found.high, "conclusion": conclusion(found)}
-
-
-def _apart(own: pd.DataFrame, other: pd.DataFrame, control: Control, value: str) -> Comparison:
-    parts = [_gains(own, control, value).assign(method=HERE), _gains(other, control, value).assign(method=TWIN)]
-    return compare(pd.concat(parts, ignore_index=True), HERE, TWIN, "gain")
-
-
-def _gains(results: pd.DataFrame, control: Control, value: str) -> pd.DataFrame:
-    """dataset, fold, gain of the first method over the second, where both were run."""
-    refuse_repeats(results)
-    own = [results[results["method"] == m].set_index(["dataset", "fold"]) for m in (control.first, control.second)]
-    first, second = (cells[value].astype(float) for cells in own)
-    first, second = first.align(second, join="inner")
-    gains = (first - second).rename("gain").reset_index()
-    return gains.assign(folds=results["folds"].iloc[0]) if "folds" in results else gains  # `compare` looks at it
+def _estimate(gain: Estimate) -> dict[str, Any]:
+    return {"difference": gain.value, "low": gain.low, "high": gain.high, "conclusion": conclusion(gain)}
 
 
 # ------------------------------------------------------------------------------------------------- starts
 
 
-def courses(bench: Workbench, chosen: Iterable[Run]) -> dict[str, pd.DataFrame]:
-    """By target, `dynamics.dynamics` of its starts."""
-    own: dict[str, list[Run]] = {}
-    for run in chosen:
-        own.setdefault(run.dataset, []).append(run)
-    return {target: dynamics.dynamics(bench, starts) for target, starts in own.items()}
-
-
-def choices(found: Mapping[str, pd.DataFrame], study: Study) -> pd.DataFrame:
-    """What the choice of sources follows, a row per target and start; rank correlations of the final w.
+def choices(courses: Mapping[str, pd.DataFrame], study: Study) -> pd.DataFrame:
+    """What the choice of sources follows, a row per target and start; rank correlations of the final w. courses: of
+    `dynamics.by_target`.
 
     target, seed; other_starts: with the same target's w from each other start, the mean; other_targets: with each other
     target's w from the same start, over the sources that both have, the mean; planted: with what was planted (NaN for
     real patients). NaN where w is the same for all sources, or where there are fewer than three.
     """
-    ends = {target: dynamics.at_the_end(course) for target, course in found.items()}
-    final = {target: end.pivot(index="source", columns="seed", values="w") for target, end in ends.items()}
+    weights = {target: dynamics.final_weights(course) for target, course in courses.items()}
     rows = []
-    for target, w in final.items():
-        pairs = dynamics.agreement(found[target])
+    for target, w in weights.items():
         planted = dynamics.planted(study, target)
-        truth = None if planted is None else dynamics.with_planted(found[target], planted)
         for seed in w.columns:
-            involved = pairs[(pairs["seed_a"] == seed) | (pairs["seed_b"] == seed)]["correlation"]
-            others = [
-                dynamics.rank_correlation(w.loc[common, seed], theirs.loc[common, seed])
-                for other, theirs in final.items()
-                if other != target and seed in theirs and len(common := w.index.intersection(theirs.index))
+            other_starts = [(w[seed], w[other]) for other in w.columns.drop(seed)]
+            other_targets = [
+                w[seed].align(other[seed], join="inner")
+                for name, other in weights.items()
+                if name != target and seed in other
             ]
-            rows.append(
-                {
-                    "target": target,
-                    "seed": seed,
-                    "other_starts": involved.mean(),
-                    "other_targets": pd.Series(others, dtype=float).mean(),
-                    "planted": np.nan if truth is None else truth[seed],
-                }
-            )
+            row = {
+                name: pd.Series([dynamics.rank_correlation(*pair) for pair in pairs], dtype=float).mean()
+                for name, pairs in (("other_starts", other_starts), ("other_targets", other_targets))
+            }
+            row["planted"] = np.nan if planted is None else dynamics.rank_correlation(w[seed], planted[w.index])
+            rows.append({"target": target, "seed": seed, **row})
     return pd.DataFrame(rows)
 
 
@@ -292,12 +272,12 @@ def mean_over(table: pd.DataFrame, value: str) -> Estimate:
     return around(mean, *(reach_of_mean(wide.mean(axis=axis).dropna()) for axis in (0, 1)))
 
 
-def chosen(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def chosen(courses: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """How the choice of sources varies over starts, a row per target: target, starts, largest (the sources that got the
     largest w, with how often), distinct (how many those are), always and never (sources used in every start, in none),
     sources (in all)."""
     rows = []
-    for target, course in found.items():
+    for target, course in courses.items():
         by_source, starts = dynamics.by_source(course), course["seed"].nunique()
         top = by_source.loc[by_source["top"] > 0, "top"].sort_values(ascending=False, kind="stable")
         rows.append(
@@ -318,22 +298,21 @@ def start_gains(starts: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
     """What each start gains over the cancer's own model on each target: target, seed, c_index, gain; on the patients
     with the least noise. starts: STEPH's results from several starts on one fold; own: those of vanilla."""
     value = primary_outcome(pd.concat([starts, own], ignore_index=True))
-    base = own.set_index(["dataset", "fold"])[value].astype(float)
-    c_index = starts[value].astype(float)
-    gain = c_index.to_numpy() - base.loc[pd.MultiIndex.from_frame(starts[["dataset", "fold"]])].to_numpy()
-    return pd.DataFrame({"target": starts["dataset"], "seed": starts["seed"], "c_index": c_index, "gain": gain})
+    both = starts.merge(own[["dataset", "fold", value]], on=["dataset", "fold"], how="left", suffixes=("", "_own"))
+    c_index = both[value].astype(float)
+    gain = c_index - both[f"{value}_own"].astype(float)
+    return pd.DataFrame({"target": both["dataset"], "seed": both["seed"], "c_index": c_index, "gain": gain})
 
 
 def c_index_by_start(gains: pd.DataFrame) -> pd.DataFrame:
     """How the C-index varies over starts, a row per target of `start_gains`: target; of the C-index mean, std, least,
     largest, NaN where a start has none."""
-    rows = []
-    for target, own in gains.groupby("target", sort=False):
-        values = own["c_index"].to_numpy(float)
-        std = float(values.std(ddof=1)) if len(values) > 1 else np.nan
-        rows.append((target, values.mean(), std, values.min(), values.max()))
-    names = [f"C-index, {name}" for name in ("mean", "std", "least", "largest")]
-    return pd.DataFrame(rows, columns=["target", *names])
+    wide = gains.pivot(index="target", columns="seed", values="c_index").reindex(gains["target"].unique())
+    columns = {
+        "C-index, mean": wide.mean(axis=1, skipna=False), "C-index, std": wide.std(axis=1, skipna=False),
+        "C-index, least": wide.min(axis=1, skipna=False), "C-index, largest": wide.max(axis=1, skipna=False),
+    }  # fmt: skip
+    return pd.DataFrame(columns).rename_axis("target").reset_index()
 
 
 def gain_by_start(starts: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
@@ -341,10 +320,9 @@ def gain_by_start(starts: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
     `start_gains`."""
     value = primary_outcome(pd.concat([starts, own], ignore_index=True))
     rows = []
-    for seed in sorted(starts["seed"].unique()):
-        both = pd.concat([starts[starts["seed"] == seed], own], ignore_index=True)
-        found = _answer(partial(compare, both, "steph", "vanilla", value))
-        rows.append({"seed": seed, "on": VALUES[value], **found})
+    for seed, of_start in starts.groupby("seed"):
+        both = pd.concat([of_start, own], ignore_index=True)
+        rows.append({"seed": seed, "on": VALUES[value], **_answer(partial(compare, both, "steph", "vanilla", value))})
     return pd.DataFrame(rows)
 
 
@@ -362,24 +340,19 @@ def conditions(summary: pd.DataFrame, choice: pd.DataFrame) -> pd.DataFrame:
 
     summary: of `side_by_side`. choice: of `choices`.
     """
-    own = summary[summary["where"] == HERE].set_index(["id", "on"])
-    on = list(VALUES.values())[-1]
-    on = on if on in set(summary["on"]) else VALUES["c_index"]
-    rows = [
-        {"id": c.id, "control": c.name, "condition": c.condition, "on": on, **_cells(own.loc[[(c.id, on)]])}
-        for c in CONTROLS
-        if c.condition
-    ]
-    apart = summary[(summary["where"] == APART) & (summary["id"] == "gain") & (summary["on"] == on)]
-    known = _cells(apart) if len(apart) else _no_answer("this study has no twin without sharing")
+    on = next(kind for kind in reversed(VALUES.values()) if kind in set(summary["on"]))
+    answers = summary[summary["on"] == on].set_index(["where", "id"])[["difference", "low", "high", "conclusion"]]
+    answer = {key: dict(row) for key, row in answers.iterrows()}
+    rows = [(c.id, c.name, c.condition, on, answer[HERE, c.id]) for c in CONTROLS if c.condition]
+    no_twin = _no_answer("this study has no twin without sharing")
     condition = "the gain is larger where there is something to share"
-    rows.append({"id": "twin", "control": "no-sharing twin", "condition": condition, "on": on, **known})
-    belongs = choice.assign(apart=choice["other_starts"] - choice["other_targets"])
-    for id, control, column, condition, lacking in (
+    rows.append(("twin", "no-sharing twin", condition, on, answer.get((APART, "gain"), no_twin)))
+    own_choice = mean_over(choice.assign(apart=choice["other_starts"] - choice["other_targets"]), "apart")
+    for id, control, mean, condition, lacking in (
         (
             "starts",
             "several starts",
-            "apart",
+            own_choice,
             "the sources chosen are the target's: its starts agree better with each other than, from the same start, "
             "with other targets",
             "it takes two starts, and three sources that two targets have in common",
@@ -387,18 +360,20 @@ def conditions(summary: pd.DataFrame, choice: pd.DataFrame) -> pd.DataFrame:
         (
             "planted",
             "planted similarity",
-            "planted",
+            mean_over(choice, "planted"),
             "the sources chosen are those that share prognosis with the target",
             "nobody knows what real cancers share; in a synthetic study it takes three sources",
         ),
     ):
-        mean = mean_over(belongs, column)
         known = _no_answer(lacking) if np.isnan(mean.value) else _estimate(mean)
-        rows.append({"id": id, "control": control, "condition": condition, "on": CORRELATION, **known})
-    return pd.DataFrame(rows).replace({"conclusion": {BETTER: HOLDS, WORSE: REVERSED}})
+        rows.append((id, control, condition, CORRELATION, known))
+    table = pd.DataFrame(
+        [{"id": id, "control": name, "condition": text, "on": on, **known} for id, name, text, on, known in rows]
+    )
+    return table.replace({"conclusion": {BETTER: HOLDS, WORSE: REVERSED}})
 
 
-_SAID = {
+_IN_WORDS = {
     "gain": ("**The gain**", "STEPH over the cancers' own models"),
     "capacity": ("**Hypernetwork only**", "STEPH's lead over it"),
     "noise": ("**Random sources**", "STEPH's lead over them"),
@@ -410,44 +385,37 @@ _SAID = {
     ),
     "planted": ("**Planted similarity**", "Its correlation with the weights"),
 }
+"""Conditions by id: the control, and what its difference is of."""
 
 
-def _cells(rows: pd.DataFrame) -> dict[str, Any]:
-    """The estimate and the conclusion of the first of some rows."""
-    return dict(rows[ESTIMATE].iloc[0])
-
-
-def said(row: Mapping[Any, Any]) -> str:
+def in_words(row: Mapping[Any, Any]) -> str:
     """The estimate and conclusion of a row in words. Where nothing is shown it says whether a gain of the margin is
     excluded: then the difference is known to be small."""
     if pd.isna(row["difference"]):
         return str(row["conclusion"]).rstrip(".")
-    estimate = Estimate(row["difference"], row["low"], row["high"])
+    text = f"{row['difference']:+.3f} ({interval(Estimate(row['difference'], row['low'], row['high']))}), "
     excluded = row["conclusion"] == INCONCLUSIVE and row["on"] != CORRELATION and row["high"] < MIN_DIFFERENCE
-    return (
-        f"{estimate.value:+.3f} ({interval(estimate)}), {row['conclusion']}"
-        + f"; a difference of {MIN_DIFFERENCE} is excluded" * excluded
-    )
+    return text + row["conclusion"] + (f"; a difference of {MIN_DIFFERENCE} is excluded" if excluded else "")
 
 
 def verdicts(summary: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     """Each of the `conditions` in a sentence. Beside a lead over a rival stands what the rival gains by itself, where
-    that is read, and how much of STEPH's gain it is."""
+    that is interpreted, and how much of STEPH's gain it is."""
     rows = {(row["where"], row["id"], row["on"]): row for row in summary.to_dict("records")}
     lines = []
     for row in table.to_dict("records"):
-        beside = ""
+        name, what = _IN_WORDS[row["id"]]
+        undefined, beside = pd.isna(row["difference"]), ""
         rival = rows.get((HERE, f"{row['id']}-gain", row["on"]))
-        if rival is not None and rival["conclusion"] == BETTER and not pd.isna(row["difference"]):
+        if rival is not None and rival["conclusion"] == BETTER and not undefined:
             # STEPH's gain on the folds of these two: the rival's and STEPH's lead over it.
             whole = rival["difference"] + row["difference"]
             share = f": {rival['difference'] / whole:.0%} of STEPH's gain" if whole > 0 else ""
-            beside = f" The control itself gains {said(rival)}{share}."
+            beside = f" The control itself gains {in_words(rival)}{share}."
         if row["id"] == "twin" and (TWIN, "gain", row["on"]) in rows:
-            beside = f" There, STEPH gains {said(rows[TWIN, 'gain', row['on']])}."
-        name, what = _SAID[row["id"]]
-        told = f"{what}: {said(row)}" if not pd.isna(row["difference"]) else said(row).replace("no", "No", 1)
-        lines.append(f"{name}. {told}.{beside}")
+            beside = f" There, STEPH gains {in_words(rows[TWIN, 'gain', row['on']])}."
+        text = in_words(row).replace("no", "No", 1) if undefined else f"{what}: {in_words(row)}"
+        lines.append(f"{name}. {text}.{beside}")
     return lines
 
 

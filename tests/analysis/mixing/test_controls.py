@@ -65,9 +65,9 @@ def test_a_study_is_its_twins_but_for_sharing():
         assert found.address == found.name
     assert controls.twin(load_study("tcga")) is None
     assert controls.twin(load_study("demo_twin")) is None
-    runs = controls.twin_runs(load_study("demo"))
+    runs = controls.twin_runs(load_study("demo"), 42)
     assert {r.method for r in runs} == set(controls.TWIN_METHODS) and {r.fold for r in runs} == {0, 1}
-    assert controls.twin_runs(load_study("tcga")) == []
+    assert controls.twin_runs(load_study("tcga"), 42) == []
 
 
 def test_what_differs_in_more_is_no_twin(tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def test_gains_less_the_twins_know_the_folds_of_the_cross_validation():
     """`statistics.compare` corrects by the folds of one cross-validation where results tell them."""
     own, other = made(TRANSFER, folds=2), made({}, folds=2, seed=1)
     errors = [
-        controls._apart(own.assign(**more), other.assign(**more), CONTROLS[0], "c_index").gains["error"]
+        controls.compare_gains(own.assign(**more), other.assign(**more), CONTROLS[0], "c_index").gains["error"]
         for more in ({}, {"folds": 5})
     ]
     assert (errors[0] / errors[1]).tolist() == pytest.approx([np.sqrt((1 / 2 + 1) / (1 / 2 + 1 / 4))] * 13)
