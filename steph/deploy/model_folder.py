@@ -22,6 +22,7 @@ from torch import Tensor
 
 import steph.methods  # noqa: F401 - with it every class of model is known that a folder may name
 from steph import Refused
+from steph.analysis.performance.estimates import with_interval
 from steph.data.manifest import Endpoint, Network, Strict
 from steph.files.atomic import new_folder
 from steph.files.records import file_sha256, fingerprint, read_json
@@ -77,9 +78,7 @@ class Score(Strict):
     @property
     def text(self) -> str:
         """The C-index with its interval."""
-        if self.c_index is None:
-            return "undefined"
-        return f"{self.c_index:.3f}" + ("" if self.low is None else f" ({self.low:.3f} to {self.high:.3f})")
+        return with_interval(self.c_index, self.low, self.high, form=".3f")
 
 
 class Dropped(Strict):

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from IPython import display as ipython
 from matplotlib.figure import Figure
 
 from steph.files.atomic import atomic_path
@@ -40,8 +41,6 @@ def file_name(name: str, p: Any) -> str:
 def show_figure(fig: Figure, name: str, p: Any) -> Path:
     """Stamp a figure, write it as SVG and PNG to ``build/<study>/figures/`` and display it. p: the notebook's
     `steph.book.notebooks.Parameters`. Returns the path of the PNG."""
-    from IPython.display import display
-
     stamp(fig, p.study)
     folder, data = p.study.build / "figures", {}
     for kind, mime in (("svg", "image/svg+xml"), ("png", "image/png")):
@@ -52,7 +51,7 @@ def show_figure(fig: Figure, name: str, p: Any) -> Path:
             fig.savefig(temporary, format=kind, bbox_inches="tight", pad_inches=0.08, metadata=metadata)
         data[mime] = path.read_text(encoding="utf-8") if kind == "svg" else path.read_bytes()
     plt.close(fig)
-    display({**data, "text/plain": f"figure {path.name}"}, raw=True)
+    ipython.display({**data, "text/plain": f"figure {path.name}"}, raw=True)
     show_link(path.with_suffix(".svg"))
     return path
 
@@ -66,10 +65,8 @@ def show_table(
     decimals. index: show it.
     The CSV of a synthetic study says so in its first column.
     """
-    from IPython.display import display
-
     path = write_table(table, name, p, index)
-    display(styled(table, formats, index))
+    ipython.display(styled(table, formats, index))
     show_link(path)
     return path
 
@@ -88,14 +85,12 @@ def write_table(table: pd.DataFrame, name: str, p: Any, index: bool = True) -> P
 
 def show_blocks(table: pd.DataFrame, name: str, p: Any, columns: int = 7) -> Path:
     """`show_table` for a table too wide for the page: one CSV, displayed in blocks of so many columns."""
-    from IPython.display import display
-
     blocks = -(-table.shape[1] // columns)
     if blocks <= 1:
         return show_table(table, name, p)
     path = write_table(table, name, p)
     for part in np.array_split(np.arange(table.shape[1]), blocks):
-        display(styled(table.iloc[:, part]))
+        ipython.display(styled(table.iloc[:, part]))
     show_link(path)
     return path
 
@@ -103,26 +98,20 @@ def show_blocks(table: pd.DataFrame, name: str, p: Any, columns: int = 7) -> Pat
 def show_link(path: Path) -> None:
     """Display a small link to a file, named by its kind ("CSV"), that holds where the notebook lies: in the folder that
     `steph run` puts it into, else in the current one."""
-    from IPython.display import display
-
     folder = os.environ.get(FOLDER_VARIABLE) or Path.cwd()
     target = quote(Path(os.path.relpath(path, folder)).as_posix())
     html = f'<p class="to-file"><a href="{target}" download>{path.suffix[1:].upper()}</a></p>'
-    display({"text/html": html, "text/plain": f"file {target}"}, raw=True)
+    ipython.display({"text/html": html, "text/plain": f"file {target}"}, raw=True)
 
 
 def show_styled(table: pd.DataFrame, index: bool = True) -> None:
     """Display a table, or a part of one, that is written elsewhere."""
-    from IPython.display import display
-
-    display(styled(table, index=index))
+    ipython.display(styled(table, index=index))
 
 
 def show_text(*lines: str) -> None:
     """Display Markdown: one paragraph, or a list item per line that begins with a dash."""
-    from IPython.display import Markdown, display
-
-    display(Markdown("\n".join(lines)))
+    ipython.display(ipython.Markdown("\n".join(lines)))
 
 
 def styled(table: pd.DataFrame, formats: Mapping[Any, str] | None = None, index: bool = True) -> Any:

@@ -32,18 +32,20 @@ def out_of_fold(
     Raises `Refused` for a run that is not finished or given twice, for a method that lacks folds, and where a patient
     is tested by two folds.
     """
-    runs, study = list(runs), bench.study
-    if not runs:
-        raise Refused("no runs to read predictions of; name at least one.")
-    parts = []
+    study, parts = bench.study, []
     for run in runs:
         table = _of_run(bench, run, external)
         place = {"dataset": run.dataset, "method": run.method, "seed": run.seed}
         place |= {"repeat": run.fold // study.folds, "fold": run.fold}
         parts.append(pd.concat([pd.DataFrame(place, index=table.index), table], axis=1))
     together = pd.concat(parts, ignore_index=True)
-    if not some_folds:
-        _refuse_missing_folds(runs, study.n_folds)
+    for (dataset, method, seed), rows in together.groupby(WHICH, sort=False):
+        lacking = sorted(set(range(study.n_folds)) - set(rows["fold"]))
+        if lacking and not some_folds:
+            raise Refused(
+                f"{title(str(method))} on {dataset}, seed {seed}: fold(s) {', '.join(map(str, lacking))} of "
+                f"{study.n_folds} are missing, so some patients have no prediction. Run them, or say some_folds=True."
+            )
     who = [*WHICH, "fold" if external else "repeat", "patient_id"]
     twice = together[together.duplicated(who)]
     if len(twice):
@@ -68,19 +70,6 @@ def _of_run(bench: Workbench, run: Run, external: bool) -> pd.DataFrame:
     if not np.isfinite(table["risk"]).all():
         raise Refused(f"{found.path / file} has risks that are not finite: the model diverged.")
     return table.astype({"event": bool})
-
-
-def _refuse_missing_folds(runs: list[Run], n_folds: int) -> None:
-    folds: dict[tuple[str, str, int], set[int]] = {}
-    for run in runs:
-        folds.setdefault((run.dataset, run.method, run.seed), set()).add(run.fold)
-    for (dataset, method, seed), own in folds.items():
-        lacking = sorted(set(range(n_folds)) - own)
-        if lacking:
-            raise Refused(
-                f"{title(method)} on {dataset}, seed {seed}: fold(s) {', '.join(map(str, lacking))} of {n_folds} are "
-                "missing, so some patients have no prediction. Run them, or say some_folds=True."
-            )
 
 
 def once(predictions: pd.DataFrame) -> pd.DataFrame:
