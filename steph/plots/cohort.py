@@ -9,12 +9,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from steph.data.cohort import Cohort
 from steph.data.dataset import Dataset
-from steph.plots.parts import colour_bar, draw_survival, heat_map, key, label_sides, legend, name_rows, panels
-from steph.plots.style import BLUE, CENSORED, DAYS_PER_YEAR, EVENT, INK, MUTED, ORANGE, WIDTH
+from steph.plots import style
+from steph.plots.style import BLUE, CENSORED, DAYS_PER_YEAR, INK, MUTED, ORANGE, WIDTH
 
 
 def follow_up(cohorts: Sequence[Cohort]) -> Figure:
@@ -23,52 +23,42 @@ def follow_up(cohorts: Sequence[Cohort]) -> Figure:
     rng = np.random.default_rng(0)  # spreads the dots; the same in every run
     beside: Any = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8, "color": MUTED}
     for row, cohort in enumerate(cohorts):
-        patients = cohort.patients
-        years, event = patients["time_days"].to_numpy() / DAYS_PER_YEAR, patients["event"].to_numpy(bool)
-        for died, colour, side in ((True, EVENT, -1), (False, CENSORED, 1)):
-            x = years[event == died]
+        years, event = cohort.patients["time_days"] / DAYS_PER_YEAR, cohort.patients["event"].astype(bool)
+        for x, colour, side in ((years[event], ORANGE, -1), (years[~event], CENSORED, 1)):
             y = row + side * (0.07 + 0.3 * rng.random(len(x)))
             # Drawn as pixels, thousands of patients keep the file small.
             ax.scatter(x, y, s=5, color=colour, alpha=0.75, linewidths=0, rasterized=True)
-        median = float(np.median(years))
+        median = years.median()
         ax.plot([median, median], [row - 0.4, row + 0.4], color=INK, linewidth=1.4)
-        ax.annotate(f"{int(event.sum())} of {len(patients)}", (1.01, row), **beside)
+        ax.annotate(f"{event.sum()} of {len(event)}", (1.01, row), **beside)
     ax.annotate("events", (1.01, -0.75), weight="bold", **beside)
-    name_rows(ax, [c.dataset for c in cohorts], ticks=True)
+    style.name_rows(ax, [c.dataset for c in cohorts], ticks=True)
     ax.set(xlabel="follow-up (years)", ylim=(len(cohorts) - 0.4, -0.6))
     ax.set_xlim(left=0)
     dot: Any = {"marker": "o", "linestyle": "", "markersize": 4}
-    keys = [key("event (above)", color=EVENT, **dot), key("censored (below)", color=CENSORED, **dot)]
-    legend(fig, [*keys, key("median follow-up", color=INK, linewidth=1.4)], 3)
+    keys = [style.key("event (above)", color=ORANGE, **dot), style.key("censored (below)", color=CENSORED, **dot)]
+    style.legend(fig, [*keys, style.key("median follow-up", color=INK, linewidth=1.4)], 3)
     return fig
 
 
 def kaplan_meier(cohorts: Sequence[Cohort]) -> Figure:
     """Kaplan-Meier curve of each cohort with its 95 % band; under each year, how many patients are still at risk."""
-
-    def size(rows: int, columns: int) -> tuple[float, float]:
-        return (WIDTH, 1.85 * rows) if columns > 1 else (4.5, 3.0)
-
-    fig, axes = panels(len(cohorts), 4, size, sharey=True)
-    label_sides(axes, "", "survival")
+    fig, axes = style.panels(
+        len(cohorts), 4, lambda rows, columns: (WIDTH, 1.85 * rows) if columns > 1 else (4.5, 3.0), "", "survival",
+        sharey=True,
+    )  # fmt: skip
     for ax, cohort in zip(axes, cohorts, strict=True):
-        patients = cohort.patients
-        years = patients["time_days"] / DAYS_PER_YEAR
-        at, survival = draw_survival(ax, years, patients["event"], linewidth=1.3)
-        censored = years[~patients["event"].astype(bool)].to_numpy()
-        level = survival[np.searchsorted(at, censored, side="right") - 1]
-        ax.plot(censored, level, "|", color=BLUE, markersize=3, markeredgewidth=0.5, alpha=0.6, rasterized=True)
-        ticks = _year_ticks(float(years.max()))
-        ax.set_xticks(ticks, [f"{t:g}\n{int((years >= t).sum())}" for t in ticks])
-        ax.set(ylim=(0, 1.02), xlim=(0, float(years.max()) * 1.02), title=cohort.dataset, yticks=[0, 0.5, 1])
+        years, event = cohort.patients["time_days"] / DAYS_PER_YEAR, cohort.patients["event"].astype(bool)
+        at, survival = style.draw_survival(ax, years, event, linewidth=1.3)
+        level = survival[np.searchsorted(at, years[~event], side="right") - 1]
+        ax.plot(years[~event], level, "|", color=BLUE, markersize=3, markeredgewidth=0.5, alpha=0.6, rasterized=True)
+        longest = years.max()
+        step = next((s for s in (1, 2, 3, 5, 8, 10, 15, 20) if longest / s < 4.5), 30)
+        ticks = np.arange(0, longest, step)
+        ax.set_xticks(ticks, [f"{t:g}\n{(years >= t).sum()}" for t in ticks])
+        ax.set(ylim=(0, 1.02), xlim=(0, longest * 1.02), title=cohort.dataset, yticks=[0, 0.5, 1])
     fig.supxlabel("years since diagnosis; below: patients still at risk", fontsize=9)
     return fig
-
-
-def _year_ticks(longest: float) -> np.ndarray:
-    """Four steps or fewer, of a round number of years."""
-    step = next((s for s in (1, 2, 3, 5, 8, 10, 15, 20) if longest / s < 4.5), 30)
-    return np.arange(0, longest, step)
 
 
 def patches(datasets: Sequence[Dataset]) -> Figure:
@@ -84,11 +74,9 @@ def patches(datasets: Sequence[Dataset]) -> Figure:
     )  # fmt: skip
     ax.set_yticks(range(1, len(datasets) + 1), [data.name for data in datasets])
     ax.invert_yaxis()
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(10, (1, 2, 3, 5)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    ax.set(xscale="log", xlabel="patches per patient (all slides together)")
+    ax.xaxis.set(major_locator=LogLocator(10, (1, 2, 3, 5)), major_formatter="{x:,.0f}")
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("patches per patient (all slides together)")
     ax.grid(axis="y", visible=False)
     return fig
 
@@ -97,8 +85,9 @@ def similarity(matrix: pd.DataFrame) -> Figure:
     """Heat map of the planted similarity between data sets (C, C), -1 to 1."""
     size = min(6.0, 1.6 + 0.36 * len(matrix))
     fig, ax = plt.subplots(figsize=(size + 0.8, size))
-    texts = matrix.map(lambda value: f"{value:.1f}".replace("-0.0", "0.0"))
-    image = heat_map(ax, matrix, "RdBu_r", (-1, 1), texts, matrix.abs() > 0.6, size=6.5, rotate=True, bare=False)
+    image = style.heat_map(ax, matrix, "RdBu_r", (-1, 1), "{:z.1f}", size=6.5, rotate=True)
+    ax.spines[["left", "bottom"]].set_visible(True)
+    ax.tick_params(length=3.5)
     ax.set_aspect("equal")
-    colour_bar(fig, image, ax, shrink=0.7, label="planted similarity")
+    style.colour_bar(fig, image, ax, shrink=0.7, label="planted similarity")
     return fig

@@ -1,4 +1,5 @@
-"""Figures of methods compared: C-indices, differences with intervals, gains by data set, sweeps of a setting."""
+"""Figures of methods compared: C-indices, differences with intervals, gains by data set, sweeps of a setting, and the
+controls (chapters 01 to 03, 10, 11)."""
 
 from __future__ import annotations
 
@@ -9,56 +10,58 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
 
 from steph.analysis.performance.estimates import MIN_DIFFERENCE
 from steph.methods.registry import title
-from steph.plots import parts
-from steph.plots.style import BLUE, INK, MUTED, WIDTH, colour_of
-from steph.study.tables import beside_paper, summary
+from steph.plots import style
+from steph.plots.style import BLUE, CENSORED, INK, MUTED, PAPERS, SKY, WIDTH, colour_of, key
+from steph.study.tables import VALUES, beside_paper, summary
+
+IN_BAND = f"difference in C-index, with its 95 % interval; grey, ± {MIN_DIFFERENCE}: not interpreted"
+PATIENTS: dict[str, Any] = {
+    VALUES["c_index"]: {"color": SKY, "marker": "s", "markersize": 4},
+    VALUES["external_c_index"]: {"color": BLUE, "marker": "o", "markersize": 5.5},
+}
+HEADS = {False: "If it is transfer, beyond the band:", True: "Gains without any source:"}
 
 
 def c_index(results: pd.DataFrame, oracle: pd.DataFrame | None = None, value: str = "c_index") -> Figure:
     """C-index of methods, a row per data set: a dot for each fold, a bar for their mean, an open diamond for the
     paper's mean where Table 1 has it, and a dotted line for the true risk's (of `oracle_table`)."""
     methods = list(results["method"].unique())
-    means = summary(results, value).set_index(["dataset", "method"])
     # The paper's numbers are of test folds; beside external patients there is nothing of its to show.
-    paper = beside_paper(results) if value == "c_index" else pd.DataFrame(columns=["dataset", "method", "paper"])
-    printed = paper.dropna(subset="paper").set_index(["dataset", "method"])["paper"].to_dict()
-    rows = list(means.index.unique("dataset"))
-    step = 0.8 / len(methods)
+    means = beside_paper(results) if value == "c_index" else summary(results, value).assign(paper=np.nan)
+    rows = list(means["dataset"].unique())
+    step, at = 0.8 / len(methods), np.arange(len(rows))
     fig, ax = plt.subplots(figsize=(WIDTH, 0.13 * len(rows) * (len(methods) + 0.6) + 1.0))
-    parts.stripe_rows(ax, len(rows))
-    for i, dataset in enumerate(rows):
-        for k, method in enumerate(methods):
-            y, colour = i + (k - (len(methods) - 1) / 2) * step, colour_of(method)
-            cells = results[(results["dataset"] == dataset) & (results["method"] == method)][value].astype(float)
-            parts.draw_dots(ax, cells, y, colour, size=9)
-            row = means.loc[(dataset, method)]
-            if row["undefined"]:
-                text = f"{title(method)}: undefined ({row['undefined']})"
+    style.stripe_rows(ax, len(rows))
+    for k, method in enumerate(methods):
+        shift, colour = (k - (len(methods) - 1) / 2) * step, colour_of(method)
+        folds = results[results["method"] == method]
+        style.draw_dots(ax, folds[value].astype(float), folds["dataset"].map(rows.index) + shift, colour, size=9)
+        mean = means[means["method"] == method].set_index("dataset").reindex(rows)
+        style.draw_bar(ax, mean["mean"], at + shift, step * 0.46, colour)
+        for y, reason in zip(at + shift, mean["undefined"], strict=True):
+            if reason:
+                text = f"{title(method)}: undefined ({reason})"
                 ax.text(0.99, y, text, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=7)
-            else:
-                parts.draw_bar(ax, row["mean"], y, step * 0.46, colour)
-            if (dataset, method) in printed:
-                look: Any = {"markersize": 4.2, "markeredgecolor": colour, "markeredgewidth": 1.1, "zorder": 4}
-                ax.plot(float(printed[dataset, method]), y, **parts.PAPERS, **look)
-    known = oracle is not None and len(oracle) > 0
-    if oracle is not None and known:
+        look: Any = {"markersize": 4.2, "markeredgecolor": colour, "markeredgewidth": 1.1, "zorder": 4}
+        ax.plot(mean["paper"].astype(float), at + shift, **PAPERS, **look)
+    keys = [key(title(m), color=colour_of(m), linewidth=3) for m in methods]
+    keys.append(key("one fold", color=MUTED, marker="o", markersize=3, linestyle=""))
+    keys.append(key("mean", color=MUTED, linestyle="", marker="|", markersize=9, markeredgewidth=2.6))
+    if means["paper"].notna().any():
+        keys.append(key("the paper's mean (TCGA)", color=MUTED, markersize=4, **PAPERS))
+    if oracle is not None and len(oracle):
         best = summary(oracle, value).set_index("dataset")["mean"].reindex(rows).to_numpy(float)
-        at = np.arange(len(rows))
-        ax.vlines(best, at - 0.42, at + 0.42, color="black", linewidth=1, linestyle=":", zorder=2)
+        line: Any = {"color": "black", "linewidth": 1, "linestyle": ":"}
+        ax.vlines(best, at - 0.42, at + 0.42, zorder=2, **line)
+        keys.append(key("true risk", **line))
     ax.axvline(0.5, color=MUTED, linewidth=0.8, zorder=1)
-    parts.name_rows(ax, rows)
+    style.name_rows(ax, rows)
     ax.set_xlabel("C-index on external patients" if value.startswith("external") else "C-index on the test fold")
-    keys = [parts.key(title(m), color=colour_of(m), linewidth=3) for m in methods]
-    keys.append(parts.key("one fold", color=MUTED, marker="o", markersize=3, linestyle=""))
-    keys.append(parts.key("mean", color=MUTED, linestyle="", marker="|", markersize=9, markeredgewidth=2.6))
-    if printed:
-        keys.append(parts.key("the paper's mean (TCGA)", color=MUTED, markersize=4, linestyle="", **parts.PAPERS))
-    if known:
-        keys.append(parts.key("true risk", color="black", linewidth=1, linestyle=":"))
-    parts.legend(fig, keys, 4)
+    style.legend(fig, keys, 4)
     return fig
 
 
@@ -66,37 +69,34 @@ def intervals(table: pd.DataFrame) -> Figure:
     """Differences with their intervals, a row each: columns label, difference, low, high, paper (an open diamond;
     may be NaN). In the grey band differences are too small to be interpreted."""
     fig, ax = plt.subplots(figsize=(WIDTH, 0.29 * len(table) + 1.0))
-    parts.zero_line(ax)
+    style.zero_line(ax)
     rows = np.arange(len(table))
-    look: Any = {"markeredgecolor": INK, "markersize": 5, "linestyle": "", **parts.PAPERS}
-    parts.draw_estimates(ax, table, "difference", rows, BLUE, width=2, markersize=5)
+    look: Any = {"markeredgecolor": INK, "markersize": 5, **PAPERS}
+    style.draw_estimates(ax, table, "difference", rows, BLUE, width=2, markersize=5)
     ax.plot(table["paper"].to_numpy(float), rows, **look)
-    parts.name_rows(ax, list(table["label"]), ticks=True)
-    ax.set_xlabel(f"difference in C-index, with its 95 % interval; grey, ± {MIN_DIFFERENCE}: not interpreted")
+    style.name_rows(ax, list(table["label"]), ticks=True)
+    ax.set_xlabel(IN_BAND)
     if table["paper"].notna().any():
-        parts.legend(fig, [parts.key("the paper's (TCGA)", **look)], 1)
+        style.legend(fig, [key("the paper's (TCGA)", **look)], 1)
     return fig
 
 
 def gains(tables: Mapping[str, pd.DataFrame], reference: str) -> Figure:
     """Heat maps of what each method (rows) gains over one of them on each data set (columns), one below the other: of
     `steph.study.tables.gains_over`. All share one scale; a blank cell has no number."""
-    titles = {"here": "here", "paper": "the paper (TCGA)"}
     columns = max((list(t.columns) for t in tables.values()), key=len)
     heights = [len(t) for t in tables.values()]
     size = (WIDTH if len(columns) > 4 else 4.5, 0.25 * sum(heights) + 1.15 * len(tables) + 0.3)
     fig, axes = plt.subplots(len(tables), 1, figsize=size, height_ratios=heights, squeeze=False, sharex=True)
-    largest = max(0.02, *(float(np.nanmax(np.abs(t.to_numpy(float)))) for t in tables.values()))
+    largest = 100 * max(0.02, *(np.nanmax(np.abs(t.to_numpy(float))) for t in tables.values()))
     for ax, (name, table) in zip(axes[:, 0], tables.items(), strict=True):
-        wide = table.reindex(columns=columns).astype(float)
-        texts = wide.map(lambda value: "" if pd.isna(value) else f"{100 * value:+.1f}")
-        dark = wide.abs() > 0.6 * largest
-        image = parts.heat_map(ax, wide, "RdBu", (-largest, largest), texts, dark, size=6.5, rotate=True)
-        ax.set_title(titles.get(name, name))
+        wide = 100 * table.reindex(columns=columns).astype(float)
+        image = style.heat_map(ax, wide, "RdBu", (-largest, largest), "{:+.1f}", size=6.5, rotate=True)
+        ax.set_title("the paper (TCGA)" if name == "paper" else name)
         ax.tick_params(labelbottom=True)
-    bar = parts.colour_bar(fig, image, axes[:, 0], shrink=0.5, pad=0.02, aspect=30)
+    bar = style.colour_bar(fig, image, axes[:, 0], shrink=0.5, pad=0.02, aspect=30)
     bar.set_label(f"C-index − {reference}'s (in the cells: × 100)")
-    bar.ax.yaxis.set_major_formatter(lambda x, _: f"{x:+.2f}")
+    bar.ax.yaxis.set_major_formatter(lambda x, _: f"{x / 100:+.2f}")
     return fig
 
 
@@ -109,19 +109,80 @@ def sweeps(tables: Mapping[str, pd.DataFrame]) -> Figure:
     fig, axes = plt.subplots(1, len(tables), figsize=(WIDTH, 2.7), sharey=True, squeeze=False)
     for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
         at = np.arange(len(table))
-        gain = table["gain"].fillna(0.0).where(table["mean"].notna()).to_numpy(float)
-        paper = table["paper_gain"].to_numpy(float)
-        paper = np.where(np.isnan(paper) & table["gain"].isna().to_numpy(), 0.0, paper)
+        gain = table["gain"].fillna(0.0).where(table["mean"].notna())
+        paper = table["paper_gain"].where(table["paper_gain"].notna() | table["gain"].notna(), 0.0)
         ax.axhspan(-MIN_DIFFERENCE, MIN_DIFFERENCE, color="#F0F1F3", zorder=0, linewidth=0)
         ax.axhline(0, color=MUTED, linewidth=0.9)
         ax.vlines(at, table["low"].to_numpy(float), table["high"].to_numpy(float), color=BLUE, linewidth=1.6)
         ax.plot(at, gain, "o-", color=BLUE, markersize=4.5, label="here, with its 95 % interval")
-        look: Any = {"color": INK, "linestyle": "--", "linewidth": 0.9, "markersize": 4, **parts.PAPERS}
+        look: Any = {**PAPERS, "color": INK, "linestyle": "--", "linewidth": 0.9, "markersize": 4}
         ax.plot(at, paper, label="the paper (TCGA)", **look)
         ax.set_xticks(at, list(table["row"]))
         ax.set(xlabel=name, xlim=(-0.4, len(table) - 0.6))
         ax.grid(axis="x", visible=False)
     axes[0, 0].set_ylabel("C-index − STEPH's")
     axes[0, 0].yaxis.set_major_formatter(lambda x, _: f"{x:+.3f}")
-    parts.legend(fig, axes[0, 0], 2)
+    style.legend(fig, axes[0, 0], 2)
+    return fig
+
+
+def transfer_controls(summary: pd.DataFrame, titles: dict[str, str]) -> Figure:
+    """Differences with their 95 % intervals: a row per comparison, a panel per place, a mark per kind of patients.
+
+    summary: of `steph.analysis.mixing.controls.side_by_side`. titles: by place, in the order of the panels. In the grey
+    band differences are too small to be interpreted. What has no answer is not drawn; the tables give the reason.
+    """
+    rows: list[str] = []  # a heading, its comparisons, a heading, ...
+    for rival, group in summary.groupby("rival"):
+        rows += [HEADS[bool(rival)], *group["comparison"].unique()]
+    kinds = [kind for kind in PATIENTS if kind in set(summary["on"])]
+    size = (min(WIDTH, 3.0 + 2.0 * len(titles)), 0.33 * len(rows) + 1.2)
+    fig, axes = plt.subplots(1, len(titles), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for ax, (where, name) in zip(axes[0], titles.items(), strict=True):
+        style.zero_line(ax)
+        for k, kind in enumerate(kinds):
+            part = summary[(summary["where"] == where) & (summary["on"] == kind) & summary["difference"].notna()]
+            at = part["comparison"].map(rows.index).to_numpy(float) + 0.3 * (k - (len(kinds) - 1) / 2)
+            style.draw_estimates(ax, part, "difference", at, width=1.8, label=kind, **PATIENTS[kind])
+        ax.set_title(name)
+        style.name_rows(ax, rows)
+        ax.xaxis.set_major_formatter(style.short_signed)
+        ax.xaxis.set_major_locator(MultipleLocator(0.1 if len(titles) > 1 else 0.05))
+    for label in axes[0, 0].get_yticklabels():
+        if label.get_text() in HEADS.values():
+            label.set_fontweight("bold")
+    style.legend(fig, axes[0, 0], 2, title=IN_BAND.replace(", with", " with"))
+    return fig
+
+
+def starts_of_all(choice: pd.DataFrame, gains: pd.DataFrame) -> Figure:
+    """Left, a heat map of what each target's choice of sources is correlated with; right, what each start gains on it.
+    The last row is the mean over targets.
+
+    choice: of `steph.analysis.mixing.controls.choice_wide`; may have no columns. gains: of `start_gains`, target, seed,
+    gain.
+    """
+    rows = [str(name) for name in choice.index]
+    at = np.arange(len(rows))
+    size, ratios = (WIDTH, 0.27 * len(rows) + 1.5), [0.75 * max(choice.shape[1], 1), 3]
+    fig, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, width_ratios=ratios)
+    if choice.empty:
+        choice = pd.DataFrame(np.nan, rows, [""])
+        left.text(0.5, 0.5, "it takes\nthree sources", transform=left.transAxes, ha="center", va="center", color=MUTED)
+    choice.columns = [name.replace(", ", ",\n").replace("what was ", "what was\n") for name in choice.columns]
+    style.heat_map(left, choice.astype(float), "RdBu_r", (-1, 1), "{:+.2f}")
+    left.set_title("Rank correlation of w with …")
+
+    style.zero_line(right)
+    wide = gains.pivot(index="target", columns="seed", values="gain").reindex(rows).astype(float)
+    wide.loc[rows[-1]] = wide.drop(index=rows[-1]).mean(skipna=False)
+    right.hlines(at, wide.min(axis=1, skipna=False), wide.max(axis=1, skipna=False), color=CENSORED, linewidth=1)
+    for _, column in wide.items():
+        right.plot(column, at, "o", color=BLUE, markersize=3.5, alpha=0.8)
+    right.set(title="Gain over the own model, a dot per start", xlabel="difference in C-index")
+    right.xaxis.set_major_formatter(style.short_signed)
+    style.name_rows(right, rows)
+    left.axhline(len(rows) - 1.5, color="white", linewidth=3)
+    right.axhline(len(rows) - 1.5, color=MUTED, linewidth=0.6)
+    left.get_yticklabels()[-1].set_fontweight("bold")
     return fig

@@ -42,17 +42,16 @@ def show_figure(fig: Figure, name: str, p: Any) -> Path:
     """Stamp a figure, write it as SVG and PNG to ``build/<study>/figures/`` and display it. p: the notebook's
     `steph.book.notebooks.Parameters`. Returns the path of the PNG."""
     stamp(fig, p.study)
-    folder, data = p.study.build / "figures", {}
-    for kind, mime in (("svg", "image/svg+xml"), ("png", "image/png")):
-        path = folder / f"{file_name(name, p)}.{kind}"
-        with atomic_path(path) as temporary:
-            # No date, and with svg.hashsalt no random ids: the same figure is the same file.
-            metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    path = p.study.build / "figures" / f"{file_name(name, p)}.png"
+    # No date, and with svg.hashsalt no random ids: the same figure is the same file.
+    for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+        with atomic_path(path.with_suffix(f".{kind}")) as temporary:
             fig.savefig(temporary, format=kind, bbox_inches="tight", pad_inches=0.08, metadata=metadata)
-        data[mime] = path.read_text(encoding="utf-8") if kind == "svg" else path.read_bytes()
     plt.close(fig)
-    ipython.display({**data, "text/plain": f"figure {path.name}"}, raw=True)
-    show_link(path.with_suffix(".svg"))
+    svg = path.with_suffix(".svg")
+    images = {"image/svg+xml": svg.read_text(encoding="utf-8"), "image/png": path.read_bytes()}
+    ipython.display({**images, "text/plain": f"figure {path.name}"}, raw=True)
+    show_link(svg)
     return path
 
 
@@ -66,7 +65,7 @@ def show_table(
     The CSV of a synthetic study says so in its first column.
     """
     path = write_table(table, name, p, index)
-    ipython.display(styled(table, formats, index))
+    show_styled(table, formats, index)
     show_link(path)
     return path
 
@@ -83,14 +82,11 @@ def write_table(table: pd.DataFrame, name: str, p: Any, index: bool = True) -> P
     return path
 
 
-def show_blocks(table: pd.DataFrame, name: str, p: Any, columns: int = 7) -> Path:
-    """`show_table` for a table too wide for the page: one CSV, displayed in blocks of so many columns."""
-    blocks = -(-table.shape[1] // columns)
-    if blocks <= 1:
-        return show_table(table, name, p)
+def show_blocks(table: pd.DataFrame, name: str, p: Any) -> Path:
+    """`show_table` for a table too wide for the page: one CSV, displayed in blocks of seven columns at most."""
     path = write_table(table, name, p)
-    for part in np.array_split(np.arange(table.shape[1]), blocks):
-        ipython.display(styled(table.iloc[:, part]))
+    for part in np.array_split(np.arange(table.shape[1]), -(-table.shape[1] // 7)):
+        show_styled(table.iloc[:, part])
     show_link(path)
     return path
 
@@ -104,9 +100,9 @@ def show_link(path: Path) -> None:
     ipython.display({"text/html": html, "text/plain": f"file {target}"}, raw=True)
 
 
-def show_styled(table: pd.DataFrame, index: bool = True) -> None:
+def show_styled(table: pd.DataFrame, formats: Mapping[Any, str] | None = None, index: bool = True) -> None:
     """Display a table, or a part of one, that is written elsewhere."""
-    ipython.display(styled(table, index=index))
+    ipython.display(styled(table, formats, index))
 
 
 def show_text(*lines: str) -> None:
@@ -117,23 +113,17 @@ def show_text(*lines: str) -> None:
 def styled(table: pd.DataFrame, formats: Mapping[Any, str] | None = None, index: bool = True) -> Any:
     """A table as HTML: thousands separated, fractions with four decimals unless `formats` says otherwise, blank for a
     missing value."""
-    given = formats or {}
+    by_dtype = {"i": "{:,}", "u": "{:,}", "f": "{:.4f}"}
     chosen: dict[Any, Any] = {}
-    for column in table.columns:
-        named = next((name for name in (column, *(column if isinstance(column, tuple) else ())) if name in given), None)
-        if named is not None:
-            chosen[column] = given[named]
-        elif pd.api.types.is_integer_dtype(table[column]):
-            chosen[column] = "{:,}"
-        elif pd.api.types.is_float_dtype(table[column]):
-            chosen[column] = "{:.4f}"
-        else:
-            chosen[column] = _unbroken
+    for column, dtype in table.dtypes.items():
+        names = (column, *column) if isinstance(column, tuple) else (column,)
+        named = [form for name, form in (formats or {}).items() if name in names]
+        chosen[column] = named[0] if named else by_dtype.get(dtype.kind, _unbroken)
     shown = table.style.format(chosen, na_rep="", escape="html")
     for axis in (0, 1):
         shown = shown.format_index(escape="html", axis=axis)
-    numeric = [f".col{i}" for i, column in enumerate(table.columns) if pd.api.types.is_numeric_dtype(table[column])]
     heading = f"th.level{table.columns.nlevels - 1}"
+    numeric = [f".col{i}" for i, dtype in enumerate(table.dtypes) if pd.api.types.is_numeric_dtype(dtype)]
     styles: list[Any] = [
         {"selector": "th, td", "props": "padding: .25em .6em; text-align: left; vertical-align: top"},
         {"selector": "th.col_heading", "props": "border-bottom: 1px solid currentColor"},
@@ -147,4 +137,4 @@ def _unbroken(value: Any) -> Any:
     """Text whose short brackets, such as "(± 0.032)", are not broken over lines."""
     if not isinstance(value, str):
         return value
-    return re.sub(r"\([^()]{1,20}\)", lambda found: found[0].replace(" ", "\u00a0"), value)
+    return re.sub(r"\([^()]{1,20}\)", lambda brackets: brackets[0].replace(" ", "\u00a0"), value)

@@ -1,4 +1,5 @@
-"""Figures of loss landscapes: the plane of two task vectors, the line of mixtures in it (Figs. 4, 6, S3, S5)."""
+"""Figures of loss landscapes: the plane of two task vectors, the line of mixtures in it (Figs. 4, 6, S3, S5), and STEPH
+on its way through it (Fig. 8)."""
 
 from __future__ import annotations
 
@@ -13,13 +14,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from steph.analysis.mixing.landscape import best_magnitude, lambda_line, lower_range, smoothed, square
-from steph.plots.parts import colour_bar, key, legend
-from steph.plots.style import BLUE, GREEN, GREY, INK, MUTED, WIDTH
+from steph.plots import style
+from steph.plots.style import BLUE, GREEN, GREY, INK, MUTED, WIDTH, key
 
-SETS = {"train": ("training", GREY), "test": ("test", BLUE), "external": ("external", GREEN)}
-"""Sets of patients: word and colour."""
-LOWER, COLOURS = "#C81E1E", "Blues"
-"""What is lower than M_t; the losses, light for small ones."""
+SETS = {"loss_train": ("training", GREY), "loss_test": ("test", BLUE), "loss_external": ("external", GREEN)}
+"""Sets of patients by their losses: word and colour."""
+LOWER, EDGE = "#C81E1E", "#7F1D1D"
+"""What is lower than M_t; the way of STEPH."""
+ON_LINE = key(r"$\lambda\tau_t+(1-\lambda)\tau_s$", color=INK, linewidth=1)
+LIKE_TARGET = key(r"as much loss as $M_t$", color=INK, linewidth=0.9, linestyle="--")
+LESS = key(r"mixtures of less loss than $M_t$", color=LOWER, linewidth=2.2)
 
 
 def loss_planes(table: pd.DataFrame, target: str, source: str) -> Figure:
@@ -28,17 +32,18 @@ def loss_planes(table: pd.DataFrame, target: str, source: str) -> Figure:
     `steph.analysis.mixing.landscape.landscape`.
     """
     fig, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.2), height_ratios=[1.25, 1])
-    for ax, which, letter in zip(axes[0], ("train", "test"), "ab", strict=True):
-        image = draw_plane(ax, table, f"loss_{which}")
-        ax.set_title(f"({letter}) {SETS[which][0]} loss, {source} → {target}")
-        loss_bar(fig, image, ax, shrink=0.85)
-    for ax, which in zip(axes[1], ("train", "test"), strict=True):
-        draw_line(ax, table, which, magnitude=True)
-        ax.set_title(f"(c) {SETS[which][0]} loss of mixtures")
-        ax.set_xlabel(r"$\lambda$  (0: $M_s$, 1: $M_t$)")
+    for plane, below, column, letter in zip(*axes, ("loss_train", "loss_test"), "ab", strict=True):
+        word = SETS[column][0]
+        image = _draw_plane(plane, table, column, _levels(table[column]))
+        plane.set(title=f"({letter}) {word} loss, {source} → {target}", xlabel=r"$C_s$")
+        _loss_bar(fig, image, plane, shrink=0.85)
+        _draw_line(below, table, column)
+        below.set(title=f"(c) {word} loss of mixtures", xlabel=r"$\lambda$  (0: $M_s$, 1: $M_t$)")
     axes[1, 0].set_ylabel("loss")
     axes[0, 0].set_ylabel(r"$C_t$")
-    legend(fig, _keys(magnitude=True), 3)
+    dot: Any = {"color": MUTED, "marker": "o", "markersize": 5}
+    on_rays = key("(c) least over $w$", linestyle=":", markerfacecolor="white", **dot)
+    style.legend(fig, [ON_LINE, LIKE_TARGET, LESS, key(r"(c) along the line, $w=1$", **dot), on_rays], 3)
     return fig
 
 
@@ -50,115 +55,112 @@ def loss_planes_of_pairs(tables: Mapping[str, pd.DataFrame], target: str) -> Fig
     rows = -(-len(tables) // columns)
     size = (WIDTH * max(2, columns) / 3, 3.9 * rows + 0.5)
     fig, axes = plt.subplots(2 * rows, columns, figsize=size, height_ratios=[1.5, 1] * rows, squeeze=False)
-    levels = loss_levels(pd.concat(tables.values()), "loss_test")
-    lines = {source: _from_target(table) for source, table in tables.items()}
-    low = min(float(line.drop(columns="lambda").to_numpy().min()) for line in lines.values())
+    levels = _levels(pd.concat(tables.values())["loss_test"])
+    lines = {source: lambda_line(table).set_index("lambda") for source, table in tables.items()}
+    lines = {source: line - line.iloc[-1] for source, line in lines.items()}
+    low = min(line.to_numpy().min() for line in lines.values())
     high = max(-low, 0.02)  # what is far above M_t matters less than how far below it a mixture comes
-    for i, (source, table) in enumerate(tables.items()):
-        plane, below = axes[2 * (i // columns), i % columns], axes[2 * (i // columns) + 1, i % columns]
-        image = draw_plane(plane, table, "loss_test", levels)
-        plane.set_title(f"{source} → {target}")
+    for ax in axes.flat:
+        ax.set_visible(False)
+    for (source, line), plane, below in zip(lines.items(), axes[::2].flat, axes[1::2].flat, strict=False):
+        image = _draw_plane(plane, tables[source], "loss_test", levels)
+        plane.set(title=f"{source} → {target}", xlabel=r"$C_s$", visible=True)
         below.axhline(0, color=MUTED, linewidth=0.8)
-        for column in lines[source].columns[1:]:
-            below.plot(lines[source]["lambda"], lines[source][column], color=SETS[column.removeprefix("loss_")][1])
-        below.set(ylim=(low * 1.15 - 0.002, high * 1.5), xlim=(0, 1), xlabel=r"$\lambda$")
-        below.set_xticks([0, 0.5, 1])
-        if i % columns == 0:
-            plane.set_ylabel(r"$C_t$")
-            below.set_ylabel(r"loss $-$ that of $M_t$")
-        else:
-            below.tick_params(labelleft=False)
-    for i in range(len(tables), rows * columns):
-        for row in (0, 1):
-            axes[2 * (i // columns) + row, i % columns].set_visible(False)
-    loss_bar(fig, image, axes[::2], shrink=0.6, label="test loss")
-    shown = [SETS[column.removeprefix("loss_")] for column in next(iter(lines.values())).columns[1:]]
-    legend(fig, [*_keys(magnitude=False), *(key(f"{word} patients", color=colour) for word, colour in shown)], 3)
+        for column in line.columns:
+            below.plot(line[column], color=SETS[column][1])
+        below.set(ylim=(low * 1.15 - 0.002, high * 1.5), xlim=(0, 1), xticks=[0, 0.5, 1], xlabel=r"$\lambda$")
+        below.set(visible=True)
+        below.tick_params(labelleft=below in axes[:, 0])
+    for plane, below in zip(axes[::2, 0], axes[1::2, 0], strict=True):
+        plane.set_ylabel(r"$C_t$")
+        below.set_ylabel(r"loss $-$ that of $M_t$")
+    _loss_bar(fig, image, axes[::2], shrink=0.6, label="test loss")
+    sets = [key(f"{SETS[column][0]} patients", color=SETS[column][1]) for column in line.columns]
+    style.legend(fig, [ON_LINE, LIKE_TARGET, LESS, *sets], 3)
     return fig
 
 
-def draw_plane(ax: Axes, table: pd.DataFrame, column: str, levels: np.ndarray | None = None, lower: bool = True) -> Any:
+def trajectories(paths: pd.DataFrame, tables: Mapping[str, pd.DataFrame], target: str) -> Figure:
+    """Where STEPH with one source stands after each epoch, over the smoothed test loss of the pair, as in Fig. 8: a
+    panel for each run, deeper colour for later epochs. Points outside the landscape are drawn where they are, on white.
+
+    paths: as `steph.analysis.mixing.trajectory.trajectories` gives it. tables: the landscape of each source.
+    """
+    runs = paths.groupby(["source", "seed"], sort=False)
+    fig, axes = style.panels(
+        len(runs), 3, lambda rows, columns: (WIDTH * max(2, columns) / 3, 2.35 * rows + 0.5),
+        r"$C_s = w(1-\lambda)$", r"$C_t = w\lambda$", sharey=True,
+    )  # fmt: skip
+    several = paths["seed"].nunique() > 1
+    levels = _levels(pd.concat([tables[source] for source in paths["source"].unique()])["loss_test"])
+    far = max(1.0, float(paths[["c_s", "c_t"]].to_numpy().max()) * 1.04)
+    last = int(paths["epoch"].max())
+    shades, scale = plt.get_cmap("Reds"), plt.Normalize(1 - 0.3 * last, last)  # the first epoch is not white
+    edge: Any = {"markeredgecolor": EDGE, "markeredgewidth": 0.5}
+    for ax, ((source, seed), path) in zip(axes, runs, strict=True):
+        image = _draw_plane(ax, tables[str(source)], "loss_test", levels, lower=False)
+        ax.plot(path["c_s"], path["c_t"], color=EDGE, linewidth=0.7, zorder=6)
+        ax.scatter(
+            path["c_s"], path["c_t"], c=path["epoch"], cmap=shades, norm=scale, s=22, zorder=7, edgecolors=EDGE,
+            linewidths=0.5, clip_on=False,
+        )  # fmt: skip
+        ax.set(xlim=(0, far), ylim=(0, far), title=f"{source}, start {seed}" if several else f"{source} → {target}")
+    _loss_bar(fig, image, axes, shrink=0.7, label="test loss")
+    dot: Any = {"marker": "o", "markersize": 5, "linestyle": "", **edge}
+    epochs = sorted({1, (1 + last) // 2, last})
+    keys = [key(f"epoch {epoch}", markerfacecolor=shades(scale(epoch)), **dot) for epoch in epochs]
+    style.legend(fig, [*keys, LIKE_TARGET], 4)
+    return fig
+
+
+def _draw_plane(ax: Axes, table: pd.DataFrame, column: str, levels: np.ndarray, lower: bool = True) -> Any:
     """The plane of a pair as filled contours, smoothed, with M_0, M_s, M_t, the line of mixtures and a dashed contour
     at the loss of M_t; lower: in red, the mixtures of lower loss. Returns the contours, for a colour bar."""
     at = np.unique(table["c_s"])
-    levels = loss_levels(table, column) if levels is None else levels
     values = np.clip(square(smoothed(table), column), levels[0], None).T  # rows: C_t
-    image = ax.contourf(at, at, values, levels=levels, cmap=COLOURS, extend="max")
+    image = ax.contourf(at, at, values, levels=levels, cmap="Blues", extend="max")
     line = lambda_line(table)
     # As computed, not smoothed: smoothing would move it off M_t.
-    ax.contour(at, at, square(table, column).T, levels=[float(line[column].iloc[-1])], colors=INK,
-               linewidths=0.9, linestyles="--")  # fmt: skip
+    look: Any = {"colors": INK, "linewidths": 0.9, "linestyles": "--"}
+    ax.contour(at, at, square(table, column).T, levels=[float(line[column].iloc[-1])], **look)
     ax.plot([1, 0], [0, 1], color=INK, linewidth=1)
-    found = lower_range(line, column) if lower else None
-    if found:
-        ends = np.array([[1 - lam, lam] for lam in found])
-        ax.plot(*ends.T, color=LOWER, linewidth=2.2, solid_capstyle="round")
-        for x, y in ends:
-            ax.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": LOWER, "linewidth": 1.4,
-                                                        "shrinkA": 0, "shrinkB": 0})  # fmt: skip
-    for name, (x, y), place in (("M_0", (0, 0), (5, 6)), ("M_s", (1, 0), (-17, 6)), ("M_t", (0, 1), (5, -11))):
-        ax.plot(x, y, "o", color=INK, markersize=5, clip_on=False, zorder=5)
-        ax.annotate(f"${name}$", (x, y), place, textcoords="offset points", fontsize=9, zorder=6,
-                    bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6})  # fmt: skip
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel=r"$C_s$", aspect="equal")
-    ax.set_xticks([0, 0.5, 1])
-    ax.set_yticks([0, 0.5, 1])
+    if lower and (ends := lower_range(line, column)):
+        c_t = np.array(ends)
+        ax.plot(1 - c_t, c_t, color=LOWER, linewidth=2.2, solid_capstyle="round")
+        arrow = {"arrowstyle": "-|>", "color": LOWER, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0}
+        for y in ends:
+            ax.annotate("", (1 - y, y), (0, 0), arrowprops=arrow)
+    for name, point, place in (("$M_0$", (0, 0), (5, 6)), ("$M_s$", (1, 0), (-17, 6)), ("$M_t$", (0, 1), (5, -11))):
+        ax.plot(*point, "o", color=INK, markersize=5, clip_on=False, zorder=5)
+        box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.6}
+        ax.annotate(name, point, place, textcoords="offset points", fontsize=9, zorder=6, bbox=box)
+    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
     ax.grid(visible=False)
     return image
 
 
-def loss_bar(fig: Figure, image: Any, axes: Any, **options: Any) -> None:
-    """The colour bar of losses, with round numbers at its ticks."""
-    low, high = image.levels[0], image.levels[-1]
-    ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
-    bar = colour_bar(fig, image, axes, pad=0.02, ticks=ticks, format="%.4g", **options)
-    bar.ax.tick_params(labelsize=7.5)
-
-
-def draw_line(ax: Axes, table: pd.DataFrame, which: str, magnitude: bool) -> None:
-    """The loss along the line of mixtures, its least marked, M_t's as a dashed line; magnitude: also the least loss
-    when w scales the mixture."""
-    column, colour, line = f"loss_{which}", SETS[which][1], lambda_line(table)
-    ax.axhline(float(line[column].iloc[-1]), color=INK, linewidth=0.9, linestyle="--")
-    found = lower_range(line, column)
-    if found:
-        ax.axvspan(*found, color=LOWER, alpha=0.12, linewidth=0)
-    ax.plot(line["lambda"], line[column], color=colour)
-    best = int(line[column].argmin())
-    ax.plot(line["lambda"][best], line[column][best], "o", color=colour, markersize=5)
-    if magnitude:
-        rays = best_magnitude(table)
-        ax.plot(rays["lambda"], rays[column], color=colour, linestyle=":")
-        best = int(rays[column].argmin())
-        ax.plot(rays["lambda"][best], rays[column][best], "o", color=colour, markerfacecolor="white", markersize=5)
-    ax.set(xlim=(-0.02, 1.02))
-
-
-def loss_levels(table: pd.DataFrame, column: str) -> np.ndarray:
+def _levels(losses: pd.Series) -> np.ndarray:
     """Levels of the contours. The corner of M_0 is so much higher than all else that the colours end before it."""
-    low, high = table[column].quantile([0, 0.8])
+    low, high = losses.quantile([0, 0.8])
     return np.linspace(low, max(high, low + 1e-6), 16)
 
 
-def _from_target(table: pd.DataFrame) -> pd.DataFrame:
-    """The line of mixtures, each loss less that of M_t."""
-    line = lambda_line(table)
-    return line.assign(**{name: line[name] - line[name].iloc[-1] for name in line.columns[1:]})
+def _loss_bar(fig: Figure, image: Any, axes: Any, **options: Any) -> None:
+    """The colour bar of losses, with round numbers at its ticks."""
+    low, high = image.levels[0], image.levels[-1]
+    ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
+    bar = style.colour_bar(fig, image, axes, pad=0.02, ticks=ticks, format="%.4g", **options)
+    bar.ax.tick_params(labelsize=7.5)
 
 
-def like_target() -> Any:
-    """The entry of a legend for the contour at the loss of M_t."""
-    return key(r"as much loss as $M_t$", color=INK, linewidth=0.9, linestyle="--")
-
-
-def _keys(magnitude: bool) -> list[Any]:
-    keys = [
-        key(r"$\lambda\tau_t+(1-\lambda)\tau_s$", color=INK, linewidth=1),
-        like_target(),
-        key(r"mixtures of less loss than $M_t$", color=LOWER, linewidth=2.2),
-    ]
-    if magnitude:
-        dot: Any = {"color": MUTED, "marker": "o", "markersize": 5}
-        keys.append(key(r"(c) along the line, $w=1$", **dot))
-        keys.append(key("(c) least over $w$", linestyle=":", markerfacecolor="white", **dot))
-    return keys
+def _draw_line(ax: Axes, table: pd.DataFrame, column: str) -> None:
+    """The loss along the line of mixtures and the least when w scales the mixture, their least marked; M_t's dashed."""
+    line, colour = lambda_line(table), SETS[column][1]
+    ax.axhline(float(line[column].iloc[-1]), color=INK, linewidth=0.9, linestyle="--")
+    if lower := lower_range(line, column):
+        ax.axvspan(*lower, color=LOWER, alpha=0.12, linewidth=0)
+    for losses, linestyle, face in ((line, "-", colour), (best_magnitude(table), ":", "white")):
+        best = int(losses[column].argmin())
+        look: Any = {"color": colour, "linestyle": linestyle, "marker": "o", "markerfacecolor": face}
+        ax.plot(losses["lambda"], losses[column], markersize=5, markevery=[best], **look)
+    ax.set(xlim=(-0.02, 1.02))

@@ -23,6 +23,7 @@ from steph.analysis.mixing.landscape import grid
 from steph.data.cohort import cohort_from
 from steph.data.manifest import load_study
 from steph.methods.registry import METHODS
+from steph.plots import display, style
 from steph.study.paper import paper_table
 
 DATASETS = list(paper_table("table_s1_datasets")["dataset"])
@@ -260,7 +261,7 @@ FIGURES = {
     "attention on the tumour of one patient": lambda: plots.attention_on_tumour(attended(1)),
     "attention by data set": lambda: plots.attention_by_dataset(attended()),
     "starts": lambda: plots.starts(at_the_end(course())),
-    "performance and cost": lambda: plots.performance_and_cost(costs(), costs().iloc[:2]),
+    "performance and cost": lambda: plots.performance_and_cost(costs(), costs().iloc[:2], "here"),
     "epochs": lambda: plots.epochs(epoch_rounds()),
     "epochs by sources": lambda: plots.epochs_by_sources(epoch_rounds()),
     "predictions": lambda: plots.predictions(costs(), costs()),
@@ -291,15 +292,15 @@ def texts(fig) -> str:
 def test_every_figure_fits_the_page_and_is_opaque(name):
     fig = FIGURES[name]()
     fig.canvas.draw()
-    assert fig.get_size_inches()[0] <= plots.WIDTH + 0.01
+    assert fig.get_size_inches()[0] <= style.WIDTH + 0.01
     assert fig.get_facecolor() == (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(("study", "stamped"), [("tiny", True), ("demo_twin", True), ("tcga", False)])
 def test_the_stamp_is_on_every_synthetic_figure_and_on_no_other(study, stamped):
     fig = plots.intervals(differences())
-    plots.stamp(fig, load_study(study))
-    plots.stamp(fig, load_study(study))
+    style.stamp(fig, load_study(study))
+    style.stamp(fig, load_study(study))
     found = [text for text in fig.texts if text.get_gid() == "stamp"]
     assert len(found) == stamped
     if stamped:
@@ -344,7 +345,8 @@ def test_wide_tables_are_one_file_in_blocks_that_fit(monkeypatch):
 
 def test_cells_of_a_map_are_hundredths_and_a_missing_one_is_blank():
     fig = plots.gains({"here": gained()}, "Vanilla")
-    assert [text.get_text() for text in fig.axes[0].texts] == ["+10.0", "-20.0", "+0.0", "+1.0", "+2.0"]
+    cells = [text.get_text() for text in fig.axes[0].texts]
+    assert cells == ["+10.0", "-20.0", "", "+0.0", "+1.0", "+2.0"]
 
 
 def test_a_sweep_is_drawn_around_its_default_and_leaves_out_what_is_undefined():
@@ -377,20 +379,20 @@ def test_tables_are_shown_rounded_and_escaped():
     table = pd.DataFrame(
         {("method", "x"): ["<b>"], ("mean", "x"): [1 / 3], ("n", "x"): [1234], ("none", "x"): [np.nan]}
     )
-    html = plots.styled(table, {"mean": "{:.1f}"}).to_html()
+    html = display.styled(table, {"mean": "{:.1f}"}).to_html()
     assert "&lt;b&gt;" in html and ">0.3<" in html and ">1,234<" in html and "nan" not in html
 
 
 def test_short_brackets_of_a_cell_stay_on_one_line():
     text = "0.6648 (± 0.032) (a remark that is rather long)"
-    html = plots.styled(pd.DataFrame({"c": [text]})).to_html()
+    html = display.styled(pd.DataFrame({"c": [text]})).to_html()
     assert "0.6648 (±\u00a00.032) (a remark that is rather long)" in html
 
 
 def test_file_names_tell_the_choice_of_parameters():
-    assert plots.file_name("table1", parameters()) == "table1"
+    assert display.file_name("table1", parameters()) == "table1"
     narrowed = parameters(dataset="SARC", folds=[1], seed=7, precision="fp64")
-    assert plots.file_name("table1", narrowed) == "table1-SARC-fold1-seed7-fp64"
+    assert display.file_name("table1", narrowed) == "table1-SARC-fold1-seed7-fp64"
 
 
 def test_an_undefined_mean_is_written_where_its_bar_would_be():
@@ -418,28 +420,28 @@ def test_a_map_of_transfer_frames_the_own_models_only():
 def test_at_risk_counts_are_the_patients_still_followed():
     own = cohort("SARC")
     fig = plots.kaplan_meier([own])
-    years = own.patients["time_days"] / plots.DAYS_PER_YEAR
+    years = own.patients["time_days"] / style.DAYS_PER_YEAR
     for label in fig.axes[0].get_xticklabels():
         year, at_risk = label.get_text().split("\n")
         assert int(at_risk) == (years >= float(year)).sum()
 
 
 def test_the_paper_data_sets_look_different_and_always_the_same():
-    looks = [(plots.colour_of_dataset(name), str(plots.line_of_dataset(name))) for name in DATASETS]
+    looks = [str(style.line_of_dataset(name)) for name in DATASETS]
     assert len(set(looks)) == len(DATASETS)
-    assert plots.colour_of_dataset("MY_COHORT") == plots.colour_of_dataset("MY_COHORT")
+    assert style.line_of_dataset("MY_COHORT") == style.line_of_dataset("MY_COHORT")
 
 
 def test_methods_have_colours_and_those_of_the_first_chapters_differ():
-    assert len({plots.colour_of(name) for name in ("vanilla", "model_average", "steph", "hypernetwork_only")}) == 4
-    assert all(matplotlib.colors.is_color_like(plots.colour_of(name)) for name in METHODS)
+    assert len({style.colour_of(name) for name in ("vanilla", "model_average", "steph", "hypernetwork_only")}) == 4
+    assert all(matplotlib.colors.is_color_like(style.colour_of(name)) for name in METHODS)
 
 
 def test_labels_at_line_ends_do_not_overlap_and_move_little():
     _, ax = plt.subplots()
     ax.set_ylim(0, 1)
     ends = pd.Series(dict.fromkeys(DATASETS[:6], 0.0) | {"SARC": 1.0, "CESC": 0.5})
-    plots.label_ends(ax, ends, 1.0)
+    style.label_ends(ax, ends, 1.0)
     places = {a.get_text(): a.xyann[1] for a in ax.texts}
     ordered = sorted(places.values())
     assert min(np.diff(ordered)) > 1 / 17 and ordered[0] >= 0 and ordered[-1] <= 1

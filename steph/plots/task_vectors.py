@@ -1,0 +1,204 @@
+"""Figures of task vectors: their subspace alignment (SAR; Figs. 5, 7), and how near a mixture of two is to the task
+vector of mixed training (Appendix B)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+
+from steph.analysis.mixing import vicinal
+from steph.analysis.mixing.sar import ALPHA, ATTENTION, EMBEDDING
+from steph.plots import style
+from steph.plots.style import BLUE, DASHED, GREEN, GREY, MUTED, ORANGE, PURPLE, SKY, WIDTH, legend
+
+COLOURS = {EMBEDDING: BLUE, ATTENTION: ORANGE, "attention, tanh": PURPLE, "attention, sigmoid": GREEN}
+RULES: dict[str, Any] = {"released": "-", "paper": DASHED}
+NAMES = {
+    EMBEDDING: r"$f_{emb}$", ATTENTION: r"$f_{attn}$", "attention, tanh": "tanh", "attention, sigmoid": "sigmoid"
+}  # fmt: skip
+CANDIDATES = {
+    vicinal.MIXTURE: (BLUE, "o", r"$\tau_{mix}$"),
+    vicinal.TARGET_ALONE: (ORANGE, "s", r"$\tau_t$ alone"),
+    vicinal.SOURCE_ALONE: (GREEN, "^", r"$\tau_s$ alone"),
+    vicinal.OTHER_BATCHES: (GREY, "", "the same training, other batches"),
+}
+REFERENCES = {
+    vicinal.LOSSES: "training on mixed losses (Eq. 8)",
+    vicinal.FEATURES: "training on mixed features (Eq. 10)",
+}
+STATEMENTS = {
+    vicinal.CONVEX: "premise: dL/dŷ convex in ŷ\n(one label)",
+    vicinal.EQ_9: "Eq. 9\n(mixed labels)",
+    vicinal.EQ_10: "Eq. 10\n(parameters)",
+}
+
+
+def alignment(curves: pd.DataFrame, layers: tuple[str, ...] = (EMBEDDING, ATTENTION)) -> Figure:
+    """SAR of tau_t with the mixture over lambda, a panel per pair, as in Figs. 5 and 7: a colour per layer, the
+    released rank rule solid, the paper's dashed. Dotted in the layer's colour, with a band from the least to the
+    largest draw: a rotated source, which shares nothing with the target, under the released rule.
+
+    curves: as `steph.analysis.mixing.sar.curves` gives them, of one target.
+    """
+    sources = list(curves["source"].unique())
+    alone = len(sources) == 1
+    fig, axes = style.panels(
+        len(sources), 3,
+        lambda rows, columns: (WIDTH, 3.0) if alone else (min(WIDTH, 2.6 * columns + 0.6), 2.25 * rows + 0.75),
+        "λ", "SAR", sharex=True, sharey=True,
+    )  # fmt: skip
+    for ax, (source, of_source) in zip(axes, curves.groupby("source", sort=False), strict=True):
+        for layer in layers:
+            _draw_alignment(ax, of_source[of_source["layer"] == layer], COLOURS[layer])
+        ax.set(xlim=(0, 1), title=f"{of_source['target'].iloc[0]} with {source}")
+    low = curves.loc[curves["layer"].isin(layers) & (curves["kind"] != "noise"), "sar"].min()
+    axes[0].set_ylim(np.floor(low * 10) / 10, 1.02)
+    keys = [style.key(NAMES[layer], color=COLOURS[layer]) for layer in layers]
+    lines = {"released rule": RULES["released"], "paper's rule": RULES["paper"], "rotated source, released rule": ":"}
+    keys += [style.key(name, color=MUTED, linestyle=line) for name, line in lines.items()]
+    if alone:
+        legend(fig, keys, 1, "outside right center")
+    else:
+        legend(fig, keys, 5 if len(sources) > 2 else 3)
+    return fig
+
+
+def _draw_alignment(ax: Axes, curves: pd.DataFrame, colour: str) -> None:
+    """One layer of one pair: both rules, and the rotated source."""
+    rotated = curves[(curves["kind"] == "rotated") & (curves["rule"] == "released")].groupby("lambda")["sar"]
+    draws = rotated.agg(["min", "mean", "max"])
+    ax.fill_between(draws.index, draws["min"], draws["max"], color=colour, alpha=0.15, linewidth=0)
+    ax.plot(draws["mean"], color=colour, linestyle=":", linewidth=1.2)
+    for rule, line in RULES.items():
+        part = curves[(curves["kind"] == "source") & (curves["rule"] == rule)]
+        ax.plot(part["lambda"], part["sar"], color=colour, linestyle=line)
+
+
+def dominant_directions(spectra: pd.DataFrame) -> Figure:
+    """What the first directions of each task vector keep of its norm, a panel per layer, against their share of all
+    directions; the levels that the two rank rules ask for are grey. The steeper a curve, the fewer directions are
+    dominant.
+
+    spectra: as `steph.analysis.mixing.sar.spectra` gives them; the first model is drawn thick.
+    """
+    models = list(spectra["model"].unique())
+    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.1), sharey=True)
+    for ax, layer in zip(axes, (EMBEDDING, ATTENTION), strict=True):
+        for model in reversed(models):
+            part = spectra[(spectra["model"] == model) & (spectra["layer"] == layer)]
+            width = 2.6 if model == models[0] else 1.2
+            look = style.line_of_dataset(model)
+            ax.plot(part["direction"] / part["rows"], part["kept"], label=model, linewidth=width, **look)
+        for rule, level, name, place in (
+            ("released", ALPHA, "released rule", "top"),
+            ("paper", np.sqrt(1 - (1 - ALPHA) ** 2), "paper's rule", "bottom"),
+        ):
+            ax.axhline(level, color=MUTED, linewidth=0.9, linestyle=RULES[rule])
+            ax.annotate(
+                name, (1, level), xycoords=("axes fraction", "data"), ha="right", va=place, fontsize=7.5, color=MUTED,
+                xytext=(-2, -2 if place == "top" else 1), textcoords="offset points",
+            )  # fmt: skip
+        ax.set(xlim=(0, 1), ylim=(None, 1.03), xlabel="share of directions", title=f"{layer} ({NAMES[layer]})")
+    axes[0].set_ylabel("share of the norm kept")
+    legend(fig, axes[0].get_legend_handles_labels()[0][::-1], 1, "outside right center")
+    return fig
+
+
+def against_rotated(pairs: pd.DataFrame) -> Figure:
+    """SAR of each pair beside that of the rotated source, a point per pair and layer: at lambda 0, the source's own
+    directions, and at the middle lambda, by the released rank rule. On the line, a source does no better than one that
+    shares nothing.
+
+    pairs: as `steph.analysis.mixing.sar.every_pair` gives them.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4), sharex=True, sharey=True)
+    chosen = pairs[pairs["rule"] == "released"]
+    low = np.floor(10 * chosen[["zero", "rotated_zero", "at", "rotated"]].to_numpy().min()) / 10
+    columns = {"λ = 0: the source alone": ("rotated_zero", "zero"), "λ = 0.5": ("rotated", "at")}
+    for ax, (title, (x, y)) in zip(axes, columns.items(), strict=True):
+        ax.plot([low, 1], [low, 1], color=MUTED, linewidth=0.9)
+        for layer, marker in ((EMBEDDING, "o"), (ATTENTION, "^")):
+            part, name = chosen[chosen["layer"] == layer], f"{layer} ({NAMES[layer]})"
+            look: Any = {"s": 22, "marker": marker, "color": COLOURS[layer], "alpha": 0.75, "linewidths": 0}
+            ax.scatter(part[x], part[y], label=name, **look)
+        ax.set(xlim=(low, 1.01), ylim=(low, 1.01), xlabel="SAR with the source rotated", title=title)
+    axes[0].set_ylabel("SAR with the source")
+    axes[0].legend(loc="lower right")
+    return fig
+
+
+def nearness(summary: pd.DataFrame, value: str = "cosine") -> Figure:
+    """Cosine (or distance) to the task vector of mixed training over its length in steps: a column of panels per
+    lambda, a row per reference. Bands go from the least to the largest seed.
+
+    summary: as `steph.analysis.mixing.vicinal.summary` gives it. value: "cosine" or "distance".
+    """
+    groups = summary.groupby(["reference", "lambda"])
+    lambdas = sorted(summary["lambda"].unique())
+    fig, axes = plt.subplots(2, len(lambdas), figsize=(WIDTH, 5.2), sharex=True, sharey=True, squeeze=False)
+    y, place = (0.04, "bottom") if value == "cosine" else (0.96, "top")  # where no curve is
+    for row, (reference, title) in zip(axes, REFERENCES.items(), strict=True):
+        for ax, share in zip(row, lambdas, strict=True):
+            part = groups.get_group((reference, share))
+            for candidate, look in CANDIDATES.items():
+                _draw_steps(ax, part[part["candidate"] == candidate], value, *look)
+            ax.set_xscale("log")
+            ax.text(0.03, y, f"λ = {share:g}", fontsize=8.5, transform=ax.transAxes, va=place)
+        row[0].set(title=title, ylabel=value)
+    for ax in axes[-1]:
+        ax.set_xlabel("steps of training")
+    legend(fig, axes[0, 0], 4)
+    return fig
+
+
+def tested_mixtures(summary: pd.DataFrame, c_index: bool = False) -> Figure:
+    """Test loss (or C-index) on the target over the length of training, a panel per lambda: the mixture, the two
+    trainings that it stands for, and the target's own model."""
+    name = "c_index" if c_index else "nll"
+    groups = summary.groupby("lambda")
+    fig, axes = plt.subplots(1, len(groups), figsize=(WIDTH, 2.9), sharey=True, squeeze=False)
+    for ax, (share, part) in zip(axes[0], groups, strict=True):
+        of = part.groupby(["candidate", "reference"]).get_group
+        _draw_steps(ax, of((vicinal.TARGET_ALONE, vicinal.LOSSES)), name, ORANGE, "s", r"$M_t$")
+        _draw_steps(ax, of((vicinal.MIXTURE, vicinal.LOSSES)), name, BLUE, "o", r"$M_0+\tau_{mix}$")
+        for reference, colour, marker in ((vicinal.LOSSES, SKY, "D"), (vicinal.FEATURES, PURPLE, "v")):
+            mixed = of((vicinal.MIXTURE, reference))
+            ax.plot(mixed["steps"], mixed[f"{name}_reference"], color=colour, marker=marker, ms=3.5, label=reference)
+        ax.set(xscale="log", xlabel="steps of training", title=f"λ = {share:g}")
+    axes[0, 0].set_ylabel("C-index on the target" if c_index else "test loss on the target")
+    if not c_index:
+        axes[0, 0].set_yscale("log")
+        axes[0, 0].yaxis.set(major_locator=MaxNLocator(5), major_formatter=ScalarFormatter())
+        axes[0, 0].yaxis.set_minor_formatter(NullFormatter())
+    legend(fig, axes[0, 0], 4)
+    return fig
+
+
+def _draw_steps(ax: Axes, part: pd.DataFrame, value: str, colour: str, marker: str, label: str) -> None:
+    """A value over the steps of training, with a band over seeds."""
+    if part.empty:  # with one seed there are no other batches
+        return
+    ax.plot(part["steps"], part[value], color=colour, marker=marker, ms=3.5, ls="-" if marker else ":", label=label)
+    if f"{value}_min" in part:
+        low, high = part[f"{value}_min"], part[f"{value}_max"]
+        ax.fill_between(part["steps"], low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def convexity(table: pd.DataFrame) -> Figure:
+    """In which share of the components each inequality behind Eq. 10 holds, a row per place at which it was looked at.
+
+    table: as `steph.analysis.mixing.vicinal.premise` gives it.
+    """
+    wide = table.pivot(index="place", columns="statement", values="holds")
+    wide = wide.loc[table["place"].unique(), list(STATEMENTS)].rename(columns=STATEMENTS)
+    fig, ax = plt.subplots(figsize=(5.6, 0.42 * len(wide) + 1.1))
+    texts = (100 * wide).map("{:.0f} %".format).where(wide.notna(), "–")
+    style.heat_map(ax, wide, "RdBu", (0, 1), texts, middle=0.5, dark=0.7, size=9)
+    ax.set_title("share of components in which it holds")
+    return fig
