@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steph import Refused
 from steph.data.bags import RaggedBatch
 from steph.mil.base import MIL, BagEncoder, Bags, ForwardPass, Frozen, Model
 
@@ -35,24 +34,19 @@ class Surgery(Model):
     the name, so this is a second training stage on what AdaMerging gave; both networks being frozen, their features are
     computed once.
 
-    merged: a model with `encode` and `head`. target: the target cancer's own network. head: which head reads the
-    adapted features: the merged model's, or the target's own (the original, whose merging keeps every task's head).
+    merged: the trained model; its head reads the adapted features (the original, whose merging leaves every task its
+    head, has the target's own there). target: the target cancer's own network.
     """
 
     supervised = False
     has_frozen_features = True
     reads_patches = False
 
-    def __init__(
-        self, merged: BagEncoder, target: BagEncoder, rank: int = 16, head: Literal["merged", "target"] = "merged"
-    ) -> None:
+    def __init__(self, merged: BagEncoder, target: BagEncoder) -> None:
         super().__init__()
-        if head not in ("merged", "target"):
-            raise Refused(f"head = {head!r}; expected 'merged' or 'target'.")
         self.merged, self.target = Frozen(merged), Frozen(target)
-        self.head_of: Literal["merged", "target"] = head
         weight = self.target.head.weight
-        self.adapter = Adapter(weight.shape[1], rank).to(weight.dtype)
+        self.adapter = Adapter(weight.shape[1]).to(weight.dtype)
 
     def frozen_features(self, bags: Bags) -> Tensor:
         """Bag features of the merged and of the target's own model, (B, 2, H)."""
@@ -61,13 +55,12 @@ class Surgery(Model):
     def forward_pass(self, bags: Bags | None, frozen: Tensor | None = None) -> ForwardPass:
         """The auxiliary loss is the mean absolute difference of the adapted features from the target model's. Without
         `frozen` the target's own model is not asked, and there is no loss."""
-        head = self.merged.head if self.head_of == "merged" else self.target.head
         if frozen is None:
             assert bags is not None
-            return ForwardPass(head(self.adapter(self.merged.encode(bags))))
+            return ForwardPass(self.merged.head(self.adapter(self.merged.encode(bags))))
         features, target = frozen.unbind(1)
         adapted = self.adapter(features)
-        return ForwardPass(head(adapted), F.l1_loss(adapted, target))
+        return ForwardPass(self.merged.head(adapted), F.l1_loss(adapted, target))
 
     @property
     def networks_per_bag(self) -> int:
@@ -85,15 +78,14 @@ class Surgery(Model):
         if merged is self.merged.network:
             return self
         assert isinstance(merged, BagEncoder)
-        model = Surgery(merged, self.target.network, self.adapter.down.out_features, self.head_of)
+        model = Surgery(merged, self.target.network)
         model.adapter = self.adapter
         return model
 
     def architecture(self) -> dict[str, Any]:
-        options = {"rank": self.adapter.down.out_features, "head": self.head_of}
         merged, target = self.merged.network.architecture(), self.target.network.architecture()
-        return {"kind": self.kind, "merged": merged, "target": target, "options": options}
+        return {"kind": self.kind, "merged": merged, "target": target}
 
     @classmethod
     def rebuild(cls, architecture: Mapping[str, Any], part: Callable[[Mapping[str, Any]], Any]) -> Surgery:
-        return cls(part(architecture["merged"]), part(architecture["target"]), **architecture["options"])
+        return cls(part(architecture["merged"]), part(architecture["target"]))

@@ -25,8 +25,8 @@ def steph_gamma_search(x: Inputs, values: Sequence[float]) -> Model:
     if not facts:
         scores = grid_search(
             values,
-            own=lambda: vanilla(x),
-            merged=lambda own_state, gamma: steph(replace(x, target_state=own_state), gamma=gamma),
+            target=lambda: vanilla(x),
+            merged=lambda state, gamma: steph(replace(x, target_state=state), gamma=gamma),
             dataset=x.data,
             patients=x.patients,
             recipe=x.recipe,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -226,13 +225,13 @@ def prefetched(load: Callable[[Any], Any], items: Iterable[Any], compute: Comput
         yield from map(load, items)
         return
     with ThreadPoolExecutor(1) as pool:
-        waiting: deque[Future[Any]] = deque()
+        loading: Future[Any] | None = None
         for item in items:
-            waiting.append(pool.submit(load, item))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            before, loading = loading, pool.submit(load, item)
+            if before is not None:
+                yield before.result()
+        if loading is not None:
+            yield loading.result()
 
 
 def _with_memory(

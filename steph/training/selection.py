@@ -26,7 +26,7 @@ INNER_FOLDS = 3
 
 def grid_search(
     values: Sequence[float],
-    own: Callable[[], Model],
+    target: Callable[[], Model],
     merged: Callable[[ModelState, float], Model],
     dataset: Dataset,
     patients: Sequence[str],
@@ -37,8 +37,8 @@ def grid_search(
 ) -> pd.DataFrame:
     """C-index of each value of a setting in `INNER_FOLDS` inner folds of these patients: value, fold, c_index.
 
-    own: makes the target's own network, untrained. merged: makes the merged model from its trained parameters and a
-    value. Everything is trained by the study's recipe under `seed`, so it costs INNER_FOLDS * (1 + number of values)
+    target: makes the target's own network, untrained. merged: makes the merged model from its trained parameters and
+    a value. Everything is trained by the study's recipe under `seed`, so it costs INNER_FOLDS * (1 + number of values)
     trainings, each on (1 - 1 / INNER_FOLDS) of the patients: for three folds and five values, 12 times one training.
     Raises `Refused` where an inner fold has no event or no pair to compare.
     """
@@ -54,10 +54,10 @@ def grid_search(
             return model
 
         seed_everything(seed)
-        own_state = state_of(trained(own()))
+        target_state = state_of(trained(target()))
         for value in values:
             seed_everything(seed)
-            model = trained(merged(own_state, value))
+            model = trained(merged(target_state, value))
             table = predict(model, dataset, judge, compute)
             c_index = concordance_index(table["time_days"], table["event"], table["risk"])
             rows.append({"value": value, "fold": fold, "c_index": c_index})

@@ -67,8 +67,7 @@ MODELS = {
     "finetuned": lambda: FineTuned(network(), fresh_head=True),
     "roupkt": lambda: ROUPKT(network(), {"A": network(), "B": network()}, top_k=1),
     "roupkt_identity": lambda: ROUPKT(network(), {"A": network()}, top_k=1, expert="identity"),
-    "surgery": lambda: Surgery(made_steph(), network(), rank=3),
-    "surgery_target_head": lambda: Surgery(network(), network(), head="target"),
+    "surgery": lambda: Surgery(made_steph(), network()),
     "a_users_own": lambda: Scaled(network(), 3.0),
 }
 

@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from steph import Refused
 from steph.data.manifest import Recipe
 from steph.merging import Surgery
 from steph.merging.surgery import Adapter
@@ -27,14 +26,14 @@ def test_adapter_is_the_originals(reference, float64):
     assert Adapter(512).down.weight.shape == (int(numbers["default_rank"]), 512)
 
 
-def made(seed=0, **options):
+def made():
     """A merged model of three cancers, and surgery on it."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     null, target, one, two = (state_of(ABMIL(5, 8, 4, 8)) for _ in range(4))
     merged = adamerging(null, target, {"target": target, "one": one, "two": two}, dropout=0.25)
     target_model = ABMIL(5, 8, 4, 8)
     load_into(target_model, target)
-    return Surgery(merged, target_model, **options)
+    return Surgery(merged, target_model)
 
 
 def test_only_the_adapter_is_trained_and_labels_train_nothing():
@@ -54,7 +53,7 @@ def test_only_the_adapter_is_trained_and_labels_train_nothing():
 
 
 def test_the_loss_is_the_distance_from_the_features_of_the_target_without_dropout():
-    model, data = made(rank=3).train(), Patients()
+    model, data = made().train(), Patients()
     batch = data.batch(data.ids[:6])
     frozen = model.frozen_features(batch)
     merged, target = (part.network.eval().encode(batch) for part in (model.merged, model.target))
@@ -62,14 +61,3 @@ def test_the_loss_is_the_distance_from_the_features_of_the_target_without_dropou
     expected = (model.adapter(merged) - target).abs().mean()
     assert model.forward_pass(None, frozen).auxiliary_loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert model.forward_pass(batch).auxiliary_loss is None, "the target's own model was not asked"
-
-
-def test_which_head_reads_is_an_option():
-    data = Patients()
-    batch = data.batch(data.ids[:3])
-    model, original = made(), made(head="target")
-    features = model.merged.encode(batch)
-    assert torch.equal(model(batch), model.merged.network.head(features))
-    assert torch.equal(original(batch), original.target.network.head(features))
-    with pytest.raises(Refused, match="head = 'magic'"):
-        made(head="magic")

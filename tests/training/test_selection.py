@@ -34,7 +34,7 @@ def test_who_judges_a_value_trained_none_of_what_is_merged(tiny, monkeypatch):
     study = tiny.study
     scores = grid_search(
         (0.1, 0.2),
-        own=lambda: Network("own"),
+        target=lambda: Network("own"),
         merged=lambda state, value: Network(f"merged {value}"),
         dataset=data,
         patients=patients,
