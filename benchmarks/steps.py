@@ -175,7 +175,9 @@ def by_hand(dims: str = "demo", patches: int = 64, repeats: int = 60) -> list[di
         for part in ("optimizer", "likelihood"):
             rows.append({
                 "network": network, "dims": dims, "patches": patches, "part": part,
-                "ours_ms": 1e3 * times["ours"].median, "plain_ms": 1e3 * times[part].median, "ratio": ratio(times[part], times["ours"]),
+                "ours_ms": 1e3 * times["ours"].median,
+                "plain_ms": 1e3 * times[part].median,
+                "ratio": ratio(times[part], times["ours"]),
             })  # fmt: skip
     return rows
 

@@ -1,8 +1,8 @@
 """Notebooks as commands: parameters checked by name, type and value before any work, execution that is whole or fails.
 
-A notebook declares what it takes in its cell tagged ``parameters``. `steph run` checks what a person chose against that cell
-before a kernel starts; `start`, the notebook's second cell, checks again, so plain papermill is as strict. A copy that
-ran to its end gets a completion record beside it, written last; nothing else counts as finished.
+A notebook declares what it takes in its cell tagged ``parameters``. `steph run` checks what a person chose against that
+cell before a kernel starts; `start`, the notebook's second cell, checks again, so plain papermill is as strict. A copy
+that ran to its end gets a completion record beside it, written last; nothing else counts as finished.
 """
 
 from __future__ import annotations

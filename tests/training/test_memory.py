@@ -1,4 +1,4 @@
-"""steph.training.memory: what is predicted on shapes is what a process then takes; what does not fit is refused before."""
+"""Memory: what is counted on shapes is what a process then takes; what does not fit is refused before."""
 
 from __future__ import annotations
 
