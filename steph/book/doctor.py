@@ -1,7 +1,7 @@
 """What stands in the way of a study on this machine, and what to do about it: the checks of `steph doctor`.
 
-A check is a function that looks, quickly and without changing anything, and yields a status, what it found and what to
-do. A new check is one function, named in one of the two lists, `MACHINE` and `STUDY`.
+A check is a function that looks, quickly and without changing anything, and yields a status, what it found and, unless
+all is well, what to do. A new check is one function, named in one of the two lists, `MACHINE` and `STUDY`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,8 @@ from typing import Any
 
 import psutil
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from steph import PROJECT, Refused, __version__
 from steph.analysis.cost import planning
@@ -43,15 +44,12 @@ from steph.study.runs import Run, Workbench, plan
 from steph.training.device import Compute, check_device, precision_for
 from steph.training.memory import available, control_groups
 
-REPORT_VERSION = 1
-"""Of the JSON report; raised when what a program reads from it changes."""
 NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "beegfs", "gpfs", "fuse.sshfs", "9p", "afs"}
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 """What reading a damaged record or notebook may raise."""
 INSTALL = "`make env`, or `pip install -c constraints.txt -e '.[book,dev]'`"
 
 Answers = Iterator[tuple[str, ...]]
-"""What a check yields: status, what it found and, unless all is well, what to do."""
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 
 
@@ -81,26 +79,21 @@ class Case:
     def study(self) -> Study:
         return self.bench.study
 
-    @cached_property
+    @property
     def option(self) -> str:
         """The study as commands are given it."""
         return f"--study {shlex.quote(self.study.address)}"
 
     @cached_property
-    def compute(self) -> Compute:
-        return Compute(self.device, precision_for("auto", self.device))
-
-    @cached_property
     def planned(self) -> list[Run]:
-        return plan(self.study, precision=self.compute.precision)
+        return plan(self.study, precision=precision_for("auto", self.device))
 
     @cached_property
     def missing(self) -> list[Run] | None:
         """The planned runs that are not finished; None where data are missing: keys of runs are not known then."""
-        try:
+        with suppress(Refused):
             return [run for run in self.planned if not (self.bench.folder(run) / COMPLETION).is_file()]
-        except Refused:
-            return None
+        return None
 
     @cached_property
     def sizes(self) -> dict[str, planning.Patients]:
@@ -141,6 +134,11 @@ def carried_out(check: Callable[[Case], Answers], case: Case) -> list[Finding]:
     return [Finding(check.__name__.replace("_", " "), *answer) for answer in answers]
 
 
+def judged(text: str, *troubles: tuple[object, str, str, str]) -> tuple[str, ...]:
+    """The answer of the first trouble that is there, (whether, status, more of the text, fix); else all is well."""
+    return next(((status, text + more, fix) for there, status, more, fix in troubles if there), (PASS, text))
+
+
 def as_text(findings: list[Finding]) -> str:
     """Findings for people: a line each, its fix below, the count at the end."""
     lines, indent = [], " " * 20
@@ -154,49 +152,44 @@ def as_text(findings: list[Finding]) -> str:
 
 
 def as_json(findings: list[Finding], study: str, device: str) -> str:
-    """Findings for programs: ``{"version", "steph", "study", "device", "findings": [{check, status, found, fix}]}``."""
-    head = {"version": REPORT_VERSION, "steph": __version__, "study": study, "device": device}
+    """Findings for programs: ``{"version", "steph", "study", "device", "findings": [{check, status, found, fix}]}``;
+    version: of this form, raised when it changes."""
+    head = {"version": 1, "steph": __version__, "study": study, "device": device}
     return json.dumps({**head, "findings": [asdict(finding) for finding in findings]}, indent=1, ensure_ascii=False)
-
-
-# ------------------------------------------------------------------------------------------------ the machine
 
 
 def python(_: Case) -> Answers:
     """The interpreter against ``requires-python``."""
-    from packaging.specifiers import SpecifierSet
-
     now, needed = platform.python_version(), _project()["requires-python"]
-    if now in SpecifierSet(needed):
-        yield PASS, f"{now} (needed: {needed}), {sys.executable}"
-    else:
-        yield FAIL, f"{now}; needed: {needed}", "`make env PYTHON=python3.12`, or any from 3.11 on"
+    yield judged(
+        f"{now} (needed: {needed}), {sys.executable}",
+        (now not in SpecifierSet(needed), FAIL, "", "`make env PYTHON=python3.12`, or any from 3.11 on"),
+    )
 
 
 def packages(_: Case) -> Answers:
     """Installed packages against what the project needs and against the exact set it was tested with."""
-    from packaging.requirements import Requirement
-
-    project = _project()
-    needs = [(text, FAIL, "") for text in project["dependencies"]]
-    needs += [(text, WARN, " (for notebooks and the book)") for text in project["optional-dependencies"]["book"]]
-    suit = True
-    for text, status, purpose in needs:
-        package = Requirement(text)
-        installed = _installed(package.name)
-        if installed is None or not package.specifier.contains(installed, prereleases=True):
-            suit = False
-            state = installed or "is not installed"
-            yield status, f"{package.name} {state}; needed: {package.specifier}{purpose}", INSTALL
-    lines = (PROJECT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = dict(line.strip().split("==") for line in lines if "==" in line and not line.startswith("#"))
-    others = [f"{name} {_installed(name)} (pinned {pin})" for name, pin in pins.items() if _differs(name, pin)]
+    project, suit = _project(), True
+    for texts, status, purpose in (
+        (project["dependencies"], FAIL, ""),
+        (project["optional-dependencies"]["book"], WARN, " (for notebooks and the book)"),
+    ):
+        for package in map(Requirement, texts):
+            installed = _installed(package.name)
+            if not installed or not package.specifier.contains(installed, prereleases=True):
+                suit = False
+                state = installed or "is not installed"
+                yield status, f"{package.name} {state}; needed: {package.specifier}{purpose}", INSTALL
+    pins = re.findall(r"^([^#=\s]+)==(\S+)", (PROJECT / "constraints.txt").read_text(encoding="utf-8"), re.M)
+    versions = [(name, _installed(name), pin) for name, pin in pins]
+    # A build such as +cpu is no other version, and what is not installed is not needed.
+    others = [f"{name} {now} (pinned {pin})" for name, now, pin in versions if now and now.split("+")[0] != pin]
     if others:
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""
         text = f"{len(others)} of {len(pins)} packages are not the pinned ones: {', '.join(others[:8])}{more}"
         yield WARN, f"{text}; the last digits of results may differ", INSTALL
     elif suit:
-        yield PASS, f"{len(needs)} needed ones are there, at the pinned versions"
+        yield PASS, f"the {len(pins)} packages are at the pinned versions"
 
 
 def _project() -> dict[str, Any]:
@@ -204,99 +197,83 @@ def _project() -> dict[str, Any]:
 
 
 def _installed(name: str) -> str | None:
-    try:
+    with suppress(PackageNotFoundError):
         return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _differs(name: str, pin: str) -> bool:
-    """Another version; a build such as +cpu is none, and what is not installed is not needed."""
-    installed = _installed(name)
-    return installed is not None and installed.split("+")[0] != pin
+    return None
 
 
 def device(case: Case) -> Answers:
     """The device asked for: is it there, does it compute; and whether a GPU lies idle."""
-    driver = _driver()
+    driver, name = _driver(), case.device
     built = f"PyTorch {torch.__version__} for " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU")
     built += f"; the driver names {driver}" if driver else ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if case.device == "cpu" and driver and not torch.version.cuda:
-        yield WARN, f"cpu, {built}: the GPU lies idle", "`make env TORCH=cuda`"
-    elif case.device == "cpu":
-        yield PASS, f"cpu, {built}" + ("; `--device cuda` uses it" if gpus else "")
+    if name == "cpu":
+        idle = driver and not torch.version.cuda
+        usable = "; `--device cuda` uses it" if gpus else ""
+        yield judged(f"cpu, {built}{usable}", (idle, WARN, ": the GPU lies idle", "`make env TORCH=cuda`"))
+        return
+    try:
+        check_device(name)
+        torch.ones(8, device=name).sum().item()
+        free, size = torch.cuda.mem_get_info(name)
+    except Refused as reason:
+        why = f"; {str(caught[0].message).splitlines()[0]}" if caught else ""
+        yield FAIL, f"{reason} {built}{why}", _remedy(driver, gpus)
+    except (RuntimeError, AssertionError) as error:
+        text = f"{name} does not compute: {str(error).splitlines()[0]}; {built}"
+        yield FAIL, text, "`make env TORCH=cuda` with a driver that fits, or another GPU"
     else:
-        try:
-            check_device(case.device)
-            works = torch.ones(8, device=case.device).sum().item() == 8
-            free, size = torch.cuda.mem_get_info(case.device)
-        except Refused as reason:
-            why = f"; {str(caught[0].message).splitlines()[0]}" if caught else ""
-            yield FAIL, f"{reason} {built}{why}", _remedy(driver, gpus)
-        except (RuntimeError, AssertionError) as error:
-            text = f"{case.device} does not compute: {str(error).splitlines()[0]}; {built}"
-            yield FAIL, text, "`make env TORCH=cuda` with a driver that fits, or another GPU"
-        else:
-            text = f"{case.device}, {torch.cuda.get_device_name(case.device)}, {built}; {free / 1e9:.0f} of "
-            text += f"{size / 1e9:.0f} GB free"
-            if works and free > size / 2:
-                yield PASS, text
-            else:
-                yield WARN, text, "`nvidia-smi` lists who uses it; wait, or take another GPU"
+        yield judged(
+            f"{name}, {torch.cuda.get_device_name(name)}, {built}; {in_words(free)} of {in_words(size)} free",
+            (free < size / 2, WARN, "", "`nvidia-smi` lists who uses it; wait, or take another GPU"),
+        )
 
 
 def _driver() -> str:
-    """What NVIDIA's driver says of its GPUs: names and its version; "" where there is none."""
-    command = shutil.which("nvidia-smi")
-    query = [str(command), "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10) if command else None
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return "; ".join(done.stdout.strip().splitlines()[:8]) if done and done.returncode == 0 else ""
+    """Names of GPUs and NVIDIA's driver's version; "" where there is none."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        return "; ".join(done.stdout.strip().splitlines()[:8])
+    return ""
 
 
 def _remedy(driver: str, gpus: int) -> str:
     """What to do where a GPU is not there."""
-    if gpus:
-        return "`steph doctor --device cuda:0`, or another that is there"
-    if not driver:
-        return "run where a GPU and NVIDIA's driver are (`nvidia-smi` must answer), or with `--device cpu`"
-    if not torch.version.cuda:
-        return "`make env TORCH=cuda`"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return f"CUDA_VISIBLE_DEVICES is {visible!r}: unset it, or name a GPU that is there"
-    return "a newer driver, or a PyTorch that fits the driver: `make env TORCH=system PYTHON=...`"
+    remedies = (
+        (gpus, "`steph doctor --device cuda:0`, or another that is there"),
+        (not driver, "run where a GPU and NVIDIA's driver are (`nvidia-smi` must answer), or with `--device cpu`"),
+        (not torch.version.cuda, "`make env TORCH=cuda`"),
+        (visible is not None, f"CUDA_VISIBLE_DEVICES is {visible!r}: unset it, or name a GPU that is there"),
+        (True, "a newer driver, or a PyTorch that fits the driver: `make env TORCH=system PYTHON=...`"),
+    )
+    return next(remedy for holds, remedy in remedies if holds)
 
 
 def threads(_: Case) -> Answers:
     """Cores that this process may use, against how many it would take."""
     cores, number = os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS")
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    usable = max(1, min(usable, int(_cores_of_groups())))
-    text = f"{usable} of {cores} cores may be used; OMP_NUM_THREADS is {number or 'not set'}"
-    if number and (not number.isdecimal() or not 1 <= int(number) <= usable):
-        yield WARN, text, "`export OMP_NUM_THREADS=1`: runs share the cores, one thread each"
-    elif usable < cores:
-        left_to_itself = f"left alone it starts a process for each of the {cores} cores"
-        yield WARN, text, f"`steph study run --workers {usable}`; {left_to_itself}"
-    else:
-        yield PASS, text
-
-
-def _cores_of_groups() -> float:
-    """Cores that control groups (version 2) leave this process; very many where they set no limit."""
-    limits = [path.read_text().split() for group in control_groups("") if (path := group / "cpu.max").is_file()]
-    return min((int(quota) / int(period) for quota, period in limits if quota != "max"), default=sys.maxsize)
+    for group in control_groups(""):  # of version 2
+        if (limit := group / "cpu.max").is_file():
+            quota, period = limit.read_text().split()
+            usable = usable if quota == "max" else max(1, min(usable, int(quota) // int(period)))
+    misfit = number and (not number.isdecimal() or not 1 <= int(number) <= usable)
+    workers = f"`steph study run --workers {usable}`; left alone it starts a process for each of the {cores} cores"
+    yield judged(
+        f"{usable} of {cores} cores may be used; OMP_NUM_THREADS is {number or 'not set'}",
+        (misfit, WARN, "", "`export OMP_NUM_THREADS=1`: runs share the cores, one thread each"),
+        (usable < cores, WARN, "", workers),
+    )
 
 
 def kernel(_: Case) -> Answers:
     """Whether notebooks run in this environment: what the kernel python3 starts."""
-    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel  # of the extra "book"
 
     again = "`python -m ipykernel install --sys-prefix --name python3`, with this environment's python"
     try:
@@ -305,15 +282,14 @@ def kernel(_: Case) -> Answers:
         yield FAIL, "there is no Jupyter kernel python3", again
         return
     command = spec.argv[0]
-    if re.fullmatch(r"python[\d.]*", command) or Path(command).absolute() == Path(sys.executable).absolute():
-        yield PASS, f"python3 starts {sys.executable}"
-    else:
-        yield FAIL, f"python3, of {spec.resource_dir}, starts {command}; this environment is {sys.executable}", again
+    here = re.fullmatch(r"python[\d.]*", command) or Path(command).absolute() == Path(sys.executable).absolute()
+    text = f"python3, of {spec.resource_dir}, starts {command}; this environment is {sys.executable}"
+    yield (PASS, f"python3 starts {sys.executable}") if here else (FAIL, text, again)
 
 
 def notebooks(_: Case) -> Answers:
     """The notebooks in ``notebooks/``: valid, without outputs, with a cell of parameters."""
-    import nbformat
+    import nbformat  # of the extra "book"
 
     bad, paths = 0, [path for path in sorted(NOTEBOOKS.rglob("*.ipynb")) if path.parent.name != ".ipynb_checkpoints"]
     for path in paths:
@@ -322,15 +298,16 @@ def notebooks(_: Case) -> Answers:
             notebook = nbformat.from_dict(json.loads(path.read_text(encoding="utf-8")))
             nbformat.validate(notebook)
             declared(path)
+            shown = any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
         except (nbformat.ValidationError, Refused, *UNREADABLE) as error:
             bad += 1
-            text = f"{name}: {str(error).splitlines()[0]}"
-            yield FAIL, text, f"`git checkout {shlex.quote(str(name))}` brings back the kept"
-            continue
-        if any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells):
-            bad += 1
-            text = f"{name} has outputs; notebooks are kept without"
-            yield WARN, text, f"`nbstripout {shlex.quote(str(name))}`"
+            fix = f"`git checkout {shlex.quote(str(name))}` brings back the kept"
+            yield FAIL, f"{name}: {str(error).splitlines()[0]}", fix
+        else:
+            bad += shown
+            if shown:
+                fix = f"`nbstripout {shlex.quote(str(name))}`"
+                yield WARN, f"{name} has outputs; notebooks are kept without", fix
     if not bad:
         yield PASS, f"{len(paths)} kept notebooks are valid and have no outputs"
 
@@ -347,27 +324,21 @@ def manifest(case: Case) -> Answers:
     yield PASS, f"study {study.name}: {len(study.datasets)} data sets, {folds}, {len(runs)} runs"
 
 
-# ------------------------------------------------------------------------------------------------ the study
-
-
 def build_folder(case: Case) -> Answers:
     """Where results go: whether it can be written, and what kind of disk it is on."""
     folder, move = _existing(case.study.build), "`export STEPH_BUILD=/a/folder/of/yours`"
     kind = _file_system(folder)
     text = f"{case.study.build}, on {kind or 'an unknown file system'}"
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".steph-doctor."):
-            pass
+        tempfile.NamedTemporaryFile(dir=folder, prefix=".steph-doctor.").close()
     except OSError as error:
-        text = f"{case.study.build} cannot be written: {error.strerror} ({folder}, {kind or 'unknown file system'})"
-        yield FAIL, text, f"change its rights, or {move}"
+        yield FAIL, f"{text}, cannot be written: {error.strerror} ({folder})", f"change its rights, or {move}"
         return
-    if kind == "tmpfs":
-        yield WARN, f"{text}: in memory, and gone with it", move
-    elif kind in NETWORK_FILE_SYSTEMS:
-        yield WARN, f"{text}: a network's, slow with many small files", f"{move} on a local disk"
-    else:
-        yield PASS, text
+    yield judged(
+        text,
+        (kind == "tmpfs", WARN, ": in memory, and gone with it", move),
+        (kind in NETWORK_FILE_SYSTEMS, WARN, ": a network's, slow with many small files", f"{move} on a local disk"),
+    )
 
 
 def _existing(folder: Path) -> Path:
@@ -384,10 +355,10 @@ def _file_system(folder: Path) -> str:
 def data(case: Case) -> Answers:
     """Labels, splits and features of each data set: there, missing, or not to be used."""
     study = case.study
-    usable, not_made, without_labels = [], [], []
+    usable, not_made, without_labels = [], 0, []
     for name in study.datasets:
         if study.synthetic and not is_made(study, name):
-            not_made.append(name)
+            not_made += 1
         elif not (study.data / "labels" / f"{name}.csv").is_file():
             without_labels.append(name)
         elif problem := _data_problem(case, name):
@@ -401,7 +372,7 @@ def data(case: Case) -> Answers:
     if usable:
         yield PASS, f"{len(usable)} data sets can be used: {', '.join(usable)} (in {study.data})"
     if not_made:
-        yield PASS, f"{len(not_made)} synthetic data sets are not made yet; their first run makes them"
+        yield PASS, f"{not_made} synthetic data sets are not made yet; their first run makes them"
 
 
 def _data_problem(case: Case, name: str) -> tuple[str, str] | None:
@@ -438,28 +409,31 @@ def disk(case: Case) -> Answers:
         needs = [("STEPH_DATA" if stores > records else "STEPH_BUILD", build, records + stores)]
     for move, folder, need in needs:
         free = free_bytes(folder)
-        text = f"{in_words(free)} free at {folder}; the study still takes about {in_words(need)} there"
         fix = f"free some, or `export {move}=/a/larger/disk`; `steph study plan {case.option}` counts in detail"
-        status = FAIL if free < need else WARN if free < 1.2 * need + 1e9 else PASS
-        yield status, text, fix if status != PASS else ""
+        yield judged(
+            f"{in_words(free)} free at {folder}; the study still takes about {in_words(need)} there",
+            (free < need, FAIL, "", fix),
+            (free < 1.2 * need + 1e9, WARN, "", fix),
+        )
 
 
 def memory(case: Case) -> Answers:
-    """Memory that is free against what a process that trains takes."""
-    free, study, cores = available("cpu"), case.study, os.cpu_count() or 1
+    """Memory that is free against what a process that trains takes: of each network the method with the most around it,
+    which merges, or stands on one that does."""
+    free, cores = available("cpu"), os.cpu_count() or 1
     need = 1e9  # the libraries
     if case.sizes:
-        names = {run.method for run in case.planned}
-        need += planning.memory(study, case.sizes, names, Compute(precision=case.compute.precision))["bytes"].max()
-    text = f"{in_words(free)} free; a process that trains takes about {in_words(need)}"
-    if free < need:
-        fix = "set `recipe.max_patches`, or a smaller `recipe.bags_per_step`, in the manifest; or a larger machine"
-        yield FAIL, text, fix
-    elif free < need * cores and case.device == "cpu":
-        fix = f"`steph study run {case.option} --workers {int(free // need)}`"
-        yield WARN, f"{text}, too much for one on each of {cores} cores", fix
-    else:
-        yield PASS, text
+        by_extent = sorted(case.planned, key=lambda run: (bool(run.entry.after), run.entry.needs_sources))
+        names = {run.entry.network: run.method for run in by_extent}.values()
+        need += planning.memory(case.study, case.sizes, names, Compute(precision=by_extent[0].precision))["bytes"].max()
+    smaller = "set `recipe.max_patches`, or a smaller `recipe.bags_per_step`, in the manifest; or a larger machine"
+    workers = f"`steph study run {case.option} --workers {int(free // need)}`"
+    crowded = free < need * cores and case.device == "cpu"
+    yield judged(
+        f"{in_words(free)} free; a process that trains takes about {in_words(need)}",
+        (free < need, FAIL, "", smaller),
+        (crowded, WARN, f", too much for one on each of {cores} cores", workers),
+    )
 
 
 def runs(case: Case) -> Answers:
@@ -473,9 +447,7 @@ def runs(case: Case) -> Answers:
         try:
             record = read_record(folder)
             unfinished += record is None
-            if record:
-                _check_files(record)
-                stale += folder in of_runs and not _is_current(case, record)
+            stale += record is not None and not _is_current(case, record)
         except (Refused, *UNREADABLE) as reason:
             damage = f"{folder / COMPLETION} is no record of a run ({type(reason).__name__}: {reason})"
             text = str(reason) if isinstance(reason, Refused) else damage
@@ -484,8 +456,7 @@ def runs(case: Case) -> Answers:
         text = f"{stale} of {len(of_runs)} records{where} are of another code, data or configuration and not used"
         yield WARN, text, f"{again} makes new ones; the old may be deleted"
     if unfinished:
-        text = f"{unfinished} run(s) were begun and not finished{where}"
-        yield WARN, text, f"nothing, if one is running now; else {again}"
+        yield WARN, f"{unfinished} run(s) were begun and not finished{where}", f"nothing, if one runs now; else {again}"
     for root in [study.build] if study.build in study.data.parents else [study.build, study.data]:
         if temporary := sorted(root.rglob(".*.tmp")):
             files = [file for path in temporary for file in (path, *path.rglob("*")) if file.is_file()]
@@ -500,21 +471,21 @@ def runs(case: Case) -> Answers:
         yield PASS, text, f"{again} makes the others" if case.missing else ""
 
 
-def _check_files(record: Record) -> None:
-    """Raise `Refused` for a damaged file of a record. Only those that were written to after the record was finished are
-    read whole: a file that goes bad without that is refused when a result needs it."""
+def _is_current(case: Case, record: Record) -> bool:
+    """Whether a record is what the study's run would be today; True where that cannot be told.
+
+    Raises `Refused` for a damaged file. Only those that were written to after the record was finished are read whole: a
+    file that goes bad without that is refused when a result needs it.
+    """
     finished = (record.path / COMPLETION).stat().st_mtime_ns
     for name in record.info["files"]:
         path = record.path / name
         if not path.is_file() or path.stat().st_mtime_ns > finished:
             record.file(name)
-
-
-def _is_current(case: Case, record: Record) -> bool:
-    """Whether a record is what the study's run would be today; True where that cannot be told."""
-    run = Run(**record.info["run"])
+    if "run" not in record.info or case.missing is None:
+        return True
     with suppress(Refused):  # a data set or a method that is no more
-        return case.missing is None or case.bench.folder(run) == record.path
+        return case.bench.folder(Run(**record.info["run"])) == record.path
     return False
 
 
@@ -535,16 +506,16 @@ def book(case: Case) -> Answers:
     if not page.is_file() or not status.is_file():
         yield PASS, "not built yet", f"{again} builds it"
         return
-    text = status.read_text(encoding="utf-8")
-    built = re.search(r"^Study `([^`]+)`.*?Built with the code of ([^\n]+?) on ", text, re.S | re.M)
+    built = re.search(
+        r"^Study `([^`]+)`.*?Built with the code of ([^\n]+?) on ", status.read_text("utf-8"), re.S | re.M
+    )
     study, code = built.groups() if built else ("?", "?")
-    now = pages.code_state()
-    if study != case.study.name:
-        yield PASS, f"not built of this study; {page} is of {study}", f"{again} builds it"
-    elif code == now:
-        yield PASS, f"{page}, of the code of {code}"
-    else:
-        yield WARN, f"{page} is of the code of {code}; now it is {now}", again
+    text, now = f"{page}, of study {study}, of the code of {code}", pages.code_state()
+    yield judged(
+        text,
+        (study != case.study.name, PASS, f"; not built of {case.study.name}", f"{again} builds it"),
+        (code != now, WARN, f"; now it is {now}", again),
+    )
 
 
 MACHINE = (python, packages, device, threads, kernel, notebooks, manifest)

@@ -122,8 +122,8 @@ def _built(name: str, study: Study, device: str) -> Model:
     inputs = replace(
         inputs,
         null_state=_state(inputs.network()),
-        target_state=_state(inputs.network()),
-        source_states={source: _state(inputs.network()) for source in sources},
+        target_state=(state := _state(inputs.network())),
+        source_states=dict.fromkeys(sources, state),
         stage_state=_state(stage, trained_only=True) if stage else None,
     )
     return entry.build(inputs, **entry.options)

@@ -289,9 +289,11 @@ def record_bytes(study: Study, sizes: Mapping[str, Patients], runs: Iterable[tup
     """Bytes that the records of runs, (data set, method) each, will take: what was trained, and tables of predictions.
     sizes: patients by data set; others are left out."""
     runs = [(dataset, name) for dataset, name in runs if dataset in sizes]
-    numbers = {name: trained_numbers(built(name, study)) for name in {name for _, name in runs}}
+    kinds = {name: kind_of(method(name)) for _, name in runs}
+    one_of_each = {kind: name for name, kind in kinds.items()}
+    numbers = {kind: trained_numbers(built(name, study)) for kind, name in one_of_each.items()}
     tested = {dataset: len(size.patches) / study.folds + len(size.external) for dataset, size in sizes.items()}
-    return round(sum(4 * numbers[name] + BYTES_PER_PATIENT * tested[dataset] for dataset, name in runs))
+    return round(sum(4 * numbers[kinds[name]] + BYTES_PER_PATIENT * tested[dataset] for dataset, name in runs))
 
 
 # ---------------------------------------------------------------------------------------------- in words
