@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pandas as pd
 
-from steph import Refused
 from steph.analysis.cost import operations, timing
 from steph.analysis.mixing import attention, dynamics, landscape, sar, trajectory
 from steph.analysis.performance import cohort_tables
@@ -46,7 +45,5 @@ def gather(bench: Workbench, results: pd.DataFrame, device: str = "cpu", precisi
 
 
 def _alignment(bench: Workbench, precision: str) -> pd.DataFrame | None:
-    try:
-        return sar.attention_against_embedding(sar.every_pair(bench, 0, bench.study.seed, precision=precision))
-    except Refused:  # no target of which all models are finished
-        return None
+    by_target = sar.finished_models(bench, 0, precision)
+    return sar.attention_against_embedding(sar.every_pair(bench, by_target, bench.study.seed)) if by_target else None

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from steph import Refused
+from steph.analysis.mixing import pairs
 from steph.analysis.mixing.dynamics import rank_correlation
-from steph.analysis.mixing.pairs import models
 from steph.data.manifest import Study, unknown
 from steph.data.synthetic import planted_similarity
 from steph.files.records import fingerprint
@@ -31,7 +31,7 @@ from steph.merging.random_sources import random_sources
 from steph.merging.task_vectors import task_vector
 from steph.mil.state import ModelState
 from steph.study.cache import cached_table
-from steph.study.runs import TARGET, Workbench
+from steph.study.runs import TARGET, Run, Workbench
 from steph.training.device import single_thread
 
 ALPHA = 0.95
@@ -180,28 +180,24 @@ def turned(matrix: Tensor, key: str) -> Tensor:
 
 def curves(
     bench: Workbench,
-    target: str,
-    sources: Sequence[str],
-    fold: int,
+    models: Mapping[str, Run],
     seed: int,
-    precision: str = "fp32",
     device: str = "cpu",
     lambdas: Sequence[float] = LAMBDAS,
     draws: int = 3,
 ) -> pd.DataFrame:
     """`mixture_curve` of a target with each source, for every one of `LAYERS`, with baselines. Computed once.
 
-    The runs (`steph.analysis.mixing.pairs.models`) must be finished. seed: of the baselines, of which there are `draws`
+    models: finished runs (`steph.analysis.mixing.pairs.models`). seed: of the baselines, of which there are `draws`
     each. Returns target, source, layer, kind (`KINDS`), draw (0 where kind is "source"), and the columns of
     `mixture_curve`.
     """
-    runs = models(bench.study, target, sources, fold, precision)
-    keys = {role: bench.key(run) for role, run in runs.items()}
+    keys = {role: bench.key(run) for role, run in models.items()}
     inputs: dict[str, Any] = {"runs": keys, "seed": seed, "lambdas": list(lambdas), "draws": draws, "alpha": ALPHA}
 
     def compute() -> pd.DataFrame:
         null = bench.null_state("abmil")
-        states = {role: bench.state(run) for role, run in runs.items()}
+        states = {role: bench.state(run) for role, run in models.items()}
         tau_target = task_vector(states.pop(TARGET), null)
         parts = []
         with single_thread():
@@ -210,7 +206,7 @@ def curves(
                     target_matrix = layer_matrix(tau_target, layer).to(device)
                     curve = mixture_curve(target_matrix, source.to(device), lambdas)
                     parts.append(curve.assign(source=name, layer=layer, kind=kind, draw=draw))
-        return pd.concat(parts, ignore_index=True).assign(target=target)
+        return pd.concat(parts, ignore_index=True).assign(target=models[TARGET].dataset)
 
     table = cached_table(bench, "sar", inputs, compute)
     return table[["target", "source", "layer", "kind", "draw", "lambda", "rule", "sar", "rank", "rows"]]
@@ -234,12 +230,10 @@ def _sources(
             yield layer, "noise", draw, layer_matrix(noise[draw], layer)
 
 
-def spectra(
-    bench: Workbench, target: str, sources: Sequence[str], fold: int, precision: str = "fp32", device: str = "cpu"
-) -> pd.DataFrame:
-    """Singular values of the task vectors: model (target or source), layer, direction (1, 2, ...), value, kept (norm
-    of this many directions over the whole norm), rows (r). Computed once."""
-    runs = {run.dataset: run for run in models(bench.study, target, sources, fold, precision).values()}
+def spectra(bench: Workbench, models: Mapping[str, Run], device: str = "cpu") -> pd.DataFrame:
+    """Singular values of the models' task vectors: model (target or source), layer, direction (1, 2, ...), value, kept
+    (norm of this many directions over the whole norm), rows (r). Computed once."""
+    runs = {run.dataset: run for run in models.values()}
 
     def compute() -> pd.DataFrame:
         null, parts = bench.null_state("abmil"), []
@@ -316,34 +310,20 @@ def attention_against_embedding(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def every_pair(
-    bench: Workbench,
-    fold: int,
-    seed: int,
-    pairs: Mapping[str, Sequence[str]] | None = None,
-    precision: str = "fp32",
-    device: str = "cpu",
-) -> pd.DataFrame:
-    """`reading` of many pairs, at lambda 0, 0.5 and 1, with one draw of each baseline. Computed once.
+def finished_models(bench: Workbench, fold: int, precision: str = "fp32") -> list[dict[str, Run]]:
+    """The models of each target with all of its sources, as `steph.analysis.mixing.pairs.models` gives them, of those
+    targets where all are finished."""
+    study = bench.study
+    by_target = [pairs.models(study, name, study.sources_of(name), fold, precision) for name in study.datasets]
+    return [models for models in by_target if all(bench.record(run) is not None for run in models.values())]
 
-    pairs: sources by target. None takes every data set as a target with all of its sources, where all their models are
-    finished. Raises `Refused` where none are.
-    """
-    if pairs is None:
-        study = bench.study
-        pairs = {name: study.sources_of(name) for name in study.datasets}
-        unfinished = {
-            target
-            for target, sources in pairs.items()
-            if any(bench.record(run) is None for run in models(study, target, sources, fold, precision).values())
-        }
-        pairs = {target: sources for target, sources in pairs.items() if target not in unfinished}
-    if not pairs:
-        raise Refused(f"study {bench.study.name} has no target of which all models of fold {fold} are finished.")
-    tables = [
-        curves(bench, target, sources, fold, seed, precision, device, (0.0, 0.5, 1.0), draws=1)
-        for target, sources in pairs.items()
-    ]
+
+def every_pair(
+    bench: Workbench, by_target: Sequence[Mapping[str, Run]], seed: int, device: str = "cpu"
+) -> pd.DataFrame:
+    """`reading` of all pairs of some targets' models, at lambda 0, 0.5 and 1, with one draw of each baseline. Computed
+    once."""
+    tables = [curves(bench, models, seed, device, (0.0, 0.5, 1.0), draws=1) for models in by_target]
     return reading(pd.concat(tables, ignore_index=True))
 
 

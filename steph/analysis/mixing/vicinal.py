@@ -34,7 +34,6 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from steph import Refused
-from steph.analysis.mixing.pairs import check_sources
 from steph.data.bags import RaggedBatch
 from steph.data.dataset import Dataset
 from steph.data.manifest import Study
@@ -42,7 +41,7 @@ from steph.merging.merged_encoder import Encoder
 from steph.merging.task_vectors import Layout
 from steph.mil.abmil import ABMIL
 from steph.study.cache import cached_table
-from steph.study.runs import Workbench
+from steph.study.runs import Run, Workbench
 from steph.survival import concordance_index, nll_loss, risk_score, targets
 from steph.training.device import Compute, single_thread
 from steph.training.engine import groups_of, loader, seed_everything
@@ -370,20 +369,17 @@ def _holding(left: Tensor, right: Tensor) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- of a study
 
 
-def small_problem(bench: Workbench, target: str, source: str, fold: int, device: str = "cpu") -> Problem:
-    """The small problem of a study: at most `MAX_PATIENTS` training patients of the target's fold and of the source's
-    fold 0, at most `MAX_TESTED` of the target's external or else test patients, drawn by the study's seed, with at
-    most `MAX_PATCHES` patches each, and ABMIL with at most `DIM_EMB` and `DIM_ATTN` units, its M_0 drawn by the same
-    seed. Features of more than `DIM_IN` numbers are projected onto so many random directions and scaled to a mean
-    square of 1, so that one rate suits all.
+def small_problem(bench: Workbench, pair: Run, device: str = "cpu") -> Problem:
+    """The small problem of a pair (`steph.analysis.mixing.pairs.pair`): at most `MAX_PATIENTS` training patients of the
+    target's fold and of the source's fold 0, at most `MAX_TESTED` of the target's external or else test patients, drawn
+    by the study's seed, with at most `MAX_PATCHES` patches each, and ABMIL with at most `DIM_EMB` and `DIM_ATTN` units,
+    its M_0 drawn by the same seed. Features of more than `DIM_IN` numbers are projected onto so many random directions
+    and scaled to a mean square of 1, so that one rate suits all.
 
-    Raises `Refused` for an unknown data set, a source that is the target, a fold out of range, and patients of whom no
-    C-index can be told.
+    Raises `Refused` for patients of whom no C-index can be told.
     """
-    study = bench.study
-    check_sources(study, target, [source], fold)
-    data, source_data = bench.dataset(target), bench.dataset(source)
-    test_data, tested = data, data.splits.test(fold)
+    study, data, source_data = bench.study, bench.dataset(pair.dataset), bench.dataset(str(pair.entry.only))
+    test_data, tested = data, data.splits.test(pair.fold)
     if data.external is not None:
         test_data, tested = data.external, list(data.external.cohort.patients["patient_id"])
     n = study.network
@@ -391,7 +387,7 @@ def small_problem(bench: Workbench, target: str, source: str, fold: int, device:
     seed_everything(study.seed)
     network = ABMIL(min(study.features.dim, DIM_IN), **small, dropout=0.0).to(device, torch.float64).eval()
     loaded = [
-        _load(study, network, data, data.splits.train(fold), MAX_PATIENTS, device),
+        _load(study, network, data, data.splits.train(pair.fold), MAX_PATIENTS, device),
         _load(study, network, source_data, source_data.splits.train(0), MAX_PATIENTS, device),
         _load(study, network, test_data, tested, MAX_TESTED, device),
     ]
@@ -429,42 +425,38 @@ def lengths(study: Study) -> list[int]:
     return [steps for steps in LENGTHS if steps <= max(10 * study.recipe.epochs, LENGTHS[1])]
 
 
-def of_study(
-    bench: Workbench, target: str, source: str, fold: int, seeds: Sequence[int], device: str = "cpu"
-) -> pd.DataFrame:
-    """`compare` on the small problem of a study, over `lengths`. Computed once."""
+def of_pair(bench: Workbench, pair: Run, seeds: Sequence[int], device: str = "cpu") -> pd.DataFrame:
+    """`compare` on the `small_problem` of a pair, over `lengths`. Computed once."""
     settings: dict[str, Any] = {"seeds": list(seeds), "lengths": lengths(bench.study), "lambdas": LAMBDAS, "rate": RATE}
     return cached_table(
         bench,
         "vicinal",
-        _inputs(bench, target, source, fold) | settings,
-        lambda: compare(small_problem(bench, target, source, fold, device), **settings),
+        _inputs(bench, pair) | settings,
+        lambda: compare(small_problem(bench, pair, device), **settings),
     )
 
 
-def premise_of_study(
-    bench: Workbench, target: str, source: str, fold: int, seed: int, device: str = "cpu"
-) -> pd.DataFrame:
-    """`premise` on the small problem of a study, at M_0 and at the M_t of the longest of `lengths`. Computed once."""
+def premise_of_pair(bench: Workbench, pair: Run, seed: int, device: str = "cpu") -> pd.DataFrame:
+    """`premise` on the `small_problem` of a pair, at M_0 and at the M_t of the longest of `lengths`. Computed once."""
     steps = max(lengths(bench.study))
 
     def compute() -> pd.DataFrame:
-        problem = small_problem(bench, target, source, fold, device)
+        problem = small_problem(bench, pair, device)
         with single_thread():
             tau = train(problem, [1.0], [False], [steps], seed, RATE)[steps][0]
         return premise(problem, {"M_0": problem.null, "M_t": problem.null + tau}, seed=seed)
 
-    inputs = _inputs(bench, target, source, fold) | {"seed": seed, "steps": steps}
+    inputs = _inputs(bench, pair) | {"seed": seed, "steps": steps}
     return cached_table(bench, "vicinal_premise", inputs, compute)
 
 
-def _inputs(bench: Workbench, target: str, source: str, fold: int) -> dict[str, Any]:
-    """The patients, features and settings that the small problem of a study follows from."""
-    study, data = bench.study, bench.dataset(target)
+def _inputs(bench: Workbench, pair: Run) -> dict[str, Any]:
+    """The patients, features and settings that the small problem of a pair follows from."""
+    study, data, source = bench.study, bench.dataset(pair.dataset), str(pair.entry.only)
     return {
-        "target": [target, data.fingerprint, data.external.fingerprint if data.external else ""],
+        "target": [pair.dataset, data.fingerprint, data.external.fingerprint if data.external else ""],
         "source": [source, bench.dataset(source).fingerprint],
-        "fold": fold,
+        "fold": pair.fold,
         "study": [study.seed, study.features.dim, study.network.model_dump(mode="json"), study.recipe.alpha],
     }
 

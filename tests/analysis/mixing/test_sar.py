@@ -11,10 +11,11 @@ import torch
 
 from steph import Refused
 from steph.analysis.mixing import sar
+from steph.analysis.mixing.pairs import models
 from steph.data.manifest import load_study
 from steph.merging.iso import iso_c
 from steph.merging.task_vectors import task_vector
-from steph.study.execute import Run
+from steph.study.runs import TARGET, Run
 
 OURS = {"code": "released", "paper": "paper"}
 ALPHAS = {"a95": 0.95, "a90": 0.90, "a99": 0.99}
@@ -234,7 +235,7 @@ def test_the_layers_are_compared_pair_by_pair_and_with_what_chance_gives():
 
 
 def test_curves_of_a_study_are_those_of_its_models(tiny):
-    found = sar.curves(tiny, "SARC", ["LIHC"], 1, 42, lambdas=(0.0, 0.5, 1.0), draws=2)
+    found = sar.curves(tiny, models(tiny.study, "SARC", ["LIHC"], 1), 42, lambdas=(0.0, 0.5, 1.0), draws=2)
     assert set(found["kind"]) == set(sar.KINDS) and set(found["layer"]) == set(sar.LAYERS)
     assert len(found) == len(sar.LAYERS) * (1 + 2 + 2) * 3 * 2
     null = tiny.null_state("abmil")
@@ -248,10 +249,10 @@ def test_curves_of_a_study_are_those_of_its_models(tiny):
 
 
 def test_curves_are_kept_and_baselines_follow_the_seed(tiny):
-    settings = {"lambdas": (0.0, 1.0), "draws": 1}
-    first = sar.curves(tiny, "SARC", ["CESC"], 0, 42, **settings)
-    pd.testing.assert_frame_equal(first, sar.curves(tiny, "SARC", ["CESC"], 0, 42, **settings))
-    other = sar.curves(tiny, "SARC", ["CESC"], 0, 43, **settings)
+    pair, settings = models(tiny.study, "SARC", ["CESC"], 0), {"lambdas": (0.0, 1.0), "draws": 1}
+    first = sar.curves(tiny, pair, 42, **settings)
+    pd.testing.assert_frame_equal(first, sar.curves(tiny, pair, 42, **settings))
+    other = sar.curves(tiny, pair, 43, **settings)
     same = first["sar"] == other["sar"]
     assert same[first["kind"] == "source"].all()
     at_source = (first["lambda"] == 0) & (first["rule"] == "released") & (first["layer"] == sar.EMBEDDING)
@@ -259,17 +260,18 @@ def test_curves_are_kept_and_baselines_follow_the_seed(tiny):
 
 
 def test_every_pair_of_a_study_and_what_was_planted(tiny):
-    read = sar.every_pair(tiny, 0, 42)
+    by_target = sar.finished_models(tiny, 0)
+    read = sar.every_pair(tiny, by_target, 42)
     assert len(read[["target", "source"]].drop_duplicates()) == 6
     planted = sar.against_planted(read, tiny.study)
     assert planted is not None and (planted["pairs"] == 6).all() and planted["at"].between(-1, 1).all()
     assert sar.against_planted(read, load_study("tcga")) is None
-    few = sar.every_pair(tiny, 0, 42, {"SARC": ["LIHC"]})
-    assert few["target"].unique().tolist() == ["SARC"] and few["source"].unique().tolist() == ["LIHC"]
+    assert [each[TARGET].dataset for each in by_target] == list(tiny.study.datasets)
+    assert sar.finished_models(tiny, 0, "fp64") == []
 
 
 def test_spectra_of_a_study_and_their_ranks(tiny):
-    spectra = sar.spectra(tiny, "SARC", ["LIHC"], 0)
+    spectra = sar.spectra(tiny, models(tiny.study, "SARC", ["LIHC"], 0))
     assert spectra["model"].unique().tolist() == ["SARC", "LIHC"]
     for _, part in spectra.groupby(["model", "layer"]):
         assert part["kept"].is_monotonic_increasing and part["kept"].iloc[-1] == pytest.approx(1)

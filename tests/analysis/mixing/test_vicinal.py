@@ -9,6 +9,7 @@ import torch
 
 from steph import Refused
 from steph.analysis.mixing import vicinal
+from steph.analysis.mixing.pairs import pair
 from steph.analysis.mixing.vicinal import CONVEX, EQ_9, EQ_10, FEATURES, LOSSES, MIXTURE, OTHER_BATCHES, TARGET_ALONE
 from steph.data.bags import RaggedBatch
 from steph.data.manifest import load_study
@@ -201,18 +202,20 @@ def test_eq_9_is_an_equality_where_only_labels_differ(problem):
 
 
 def test_the_small_problem_of_a_study(tiny):
-    found = vicinal.small_problem(tiny, "SARC", "LIHC", 1)
+    found = vicinal.small_problem(tiny, pair(tiny.study, "SARC", "LIHC", 1))
     data = tiny.dataset("SARC")
     assert data.splits is not None and data.external is not None
     assert len(found.target) == len(data.splits.train(1)) and len(found.test) == len(data.external.cohort)
     assert max(found.source.bags.sizes) <= vicinal.MAX_PATCHES
     assert found.null.dtype == torch.float64 and found.network.dropout == 0
-    torch.testing.assert_close(found.null, vicinal.small_problem(tiny, "SARC", "LIHC", 1).null, rtol=0, atol=0)
+    torch.testing.assert_close(
+        found.null, vicinal.small_problem(tiny, pair(tiny.study, "SARC", "LIHC", 1)).null, rtol=0, atol=0
+    )
 
 
 def test_a_large_set_of_patients_is_sampled(tiny, monkeypatch):
     monkeypatch.setattr(vicinal, "MAX_PATIENTS", 20)
-    found = vicinal.small_problem(tiny, "SARC", "LIHC", 0)
+    found = vicinal.small_problem(tiny, pair(tiny.study, "SARC", "LIHC", 0))
     assert len(found.target) == len(found.source) == 20
     train = tiny.dataset("SARC").splits.train(0)
     every = set(tiny.dataset("SARC").labels(train)["time_days"])
@@ -220,9 +223,9 @@ def test_a_large_set_of_patients_is_sampled(tiny, monkeypatch):
 
 
 def test_wide_features_are_projected_and_scaled(tiny, monkeypatch):
-    whole = vicinal.small_problem(tiny, "SARC", "LIHC", 0)
+    whole = vicinal.small_problem(tiny, pair(tiny.study, "SARC", "LIHC", 0))
     monkeypatch.setattr(vicinal, "DIM_IN", 8)
-    found = vicinal.small_problem(tiny, "SARC", "LIHC", 0)
+    found = vicinal.small_problem(tiny, pair(tiny.study, "SARC", "LIHC", 0))
     assert found.target.bags.features.square().mean() == pytest.approx(1)
     assert found.network.embed.in_features == found.test.bags.features.shape[1] == 8
     assert found.target.bags.offsets == whole.target.bags.offsets
@@ -232,21 +235,6 @@ def test_wide_features_are_projected_and_scaled(tiny, monkeypatch):
     torch.testing.assert_close(whole.test.bags.features @ onto, found.test.bags.features, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize(
-    ("target", "source", "fold", "message"),
-    [
-        ("SARK", "LIHC", 0, "Did you mean SARC"),
-        ("SARC", "SARC", 0, "unknown source"),
-        ("SARC", "LIHC", 2, "0 to 1"),
-    ],
-)
-def test_problems_that_cannot_be_are_refused(target, source, fold, message):
-    from steph.study.execute import Workbench
-
-    with pytest.raises(Refused, match=message):
-        vicinal.small_problem(Workbench("tiny"), target, source, fold)
-
-
 def test_how_long_a_study_trains():
     assert vicinal.lengths(load_study("tiny")) == [1, 2, 5, 10, 20]
     assert vicinal.lengths(load_study("demo")) == vicinal.lengths(load_study("tcga")) == list(vicinal.LENGTHS)
@@ -254,10 +242,10 @@ def test_how_long_a_study_trains():
 
 def test_a_studys_comparison_is_kept_and_read_in_words(tiny, monkeypatch):
     monkeypatch.setattr(vicinal, "LENGTHS", (1, 2))
-    table = vicinal.of_study(tiny, "SARC", "LIHC", 0, [42, 43])
-    premise = vicinal.premise_of_study(tiny, "SARC", "LIHC", 0, 42)
+    asked = pair(tiny.study, "SARC", "LIHC", 0)
+    table, premise = vicinal.of_pair(tiny, asked, [42, 43]), vicinal.premise_of_pair(tiny, asked, 42)
     monkeypatch.setattr(vicinal, "compare", None)
-    pd.testing.assert_frame_equal(table, vicinal.of_study(tiny, "SARC", "LIHC", 0, [42, 43]))
+    pd.testing.assert_frame_equal(table, vicinal.of_pair(tiny, asked, [42, 43]))
     lines = vicinal.take_away(vicinal.summary(table), premise)
     assert len(lines) == 4 and lines[0].startswith("- After 1 step the mixture is, up to a relative distance of")
     holds = premise.set_index(["place", "statement"])["holds"]
