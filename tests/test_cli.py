@@ -48,6 +48,7 @@ def test_a_plan_is_told_before_anything_starts(call, tiny):
         (["run", "01_baselines", "-p", "study=tiny", "-p", "folds=[3]"], "its folds are 0 to 1"),
         (["run", "01_baselines", "-p", "nonsense"], "expected name=value"),
         (["run", "nosuch"], "unknown notebook 'nosuch'"),
+        (["run", ""], "unknown notebook ''"),
         (["data", "pack", "--study", "tiny"], "synthetic"),
         (["results", "--study", "nosuch"], "unknown study 'nosuch'"),
     ],

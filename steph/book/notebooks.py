@@ -221,7 +221,7 @@ def find(name: str | Path) -> Path:
     """A notebook by path, also below ``notebooks/`` (``templates/new_method``), or by name (``01_baselines``,
     ``baselines``). Raises `Refused` for one that is not there."""
     path = Path(name)
-    for candidate in (path, NOTEBOOKS / path.with_suffix(".ipynb")):
+    for candidate in (path, (NOTEBOOKS / path).with_suffix(".ipynb")):
         if candidate.suffix == ".ipynb" and candidate.is_file():
             return candidate
     known = sorted(NOTEBOOKS.glob("*.ipynb"))

@@ -341,7 +341,7 @@ def check_dataset(study: Study, name: str) -> pd.DataFrame:
     """The preflight table of a data set's slide files (`steph.data.features.check_slides`)."""
     cohort = read_cohort(_files(study.data, name)[0], name)
     slide_ids = [slide for slides in cohort.slides_of.values() for slide in slides]
-    return check_slides(slide_ids, _required_slide_files(study, name), study.features.dim, study.features)
+    return check_slides(slide_ids, _required_slide_files(study, name), study.features)
 
 
 def pack_dataset(study: Study, name: str, allow_missing: bool = False) -> Store:

@@ -16,8 +16,7 @@ import pickle
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +38,6 @@ ENCODER_KEYS = ("encoder", "encoder_name", "patch_encoder", "patch_encoder_name"
 SAME_ENCODER = {"univ2": "uni2h", "uni2": "uni2h", "mahmoodlabuni2h": "uni2h"}
 """Other names of encoders, in small letters and figures alone."""
 
-TABLE = ["slide_id", "path", "n_patches", "dim", "has_coords", "size_bytes", "problem"]
-
-
-@dataclass(frozen=True)
-class SlideInfo:
-    """What the header of a feature file says. attributes: those of ``coords`` (TRIDENT: patch size, magnification), and
-    encoder where the file names one."""
-
-    path: Path
-    n_patches: int
-    dim: int
-    has_coords: bool
-    size_bytes: int
-    attributes: dict[str, Any] = field(default_factory=dict)
-
-
-# ------------------------------------------------------------------------------------------------ finding
-
 
 def find_slides(folders: Iterable[Path]) -> dict[str, Path]:
     """The feature files (``.h5``, ``.pt``) in `folders` and their subfolders: file name without its ending -> path.
@@ -67,11 +48,12 @@ def find_slides(folders: Iterable[Path]) -> dict[str, Path]:
     """
     slides: dict[str, Path] = {}
     twice = []
-    for path in sorted(set(_files(folders))):
+    for path in sorted(_files(folders)):
         other = slides.setdefault(path.stem, path)
         if other.resolve() == path.resolve():
             continue
-        if path.suffix != other.suffix and _output(path) == _output(other):
+        outputs = {p.parent.parent if p.parent.name in {"h5_files", "pt_files"} else p.parent for p in (path, other)}
+        if path.suffix != other.suffix and len(outputs) == 1:
             slides[path.stem] = path if path.suffix == ".h5" else other
         else:
             twice.append(f"  {path.stem}: {other} and {path}")
@@ -88,15 +70,9 @@ def _files(folders: Iterable[Path]) -> Iterator[Path]:
     for root in folders:
         for folder, subfolders, names in os.walk(root, followlinks=True):
             real = os.path.realpath(folder)
-            subfolders[:] = [] if real in visited else [name for name in subfolders if not name.startswith(".")]
-            if real not in visited:
-                visited.add(real)
-                yield from (Path(folder, n) for n in names if n.endswith(SUFFIXES) and not n.startswith("."))
-
-
-def _output(path: Path) -> Path:
-    """The output folder of the tool that wrote a file."""
-    return path.parent.parent if path.parent.name in {"h5_files", "pt_files"} else path.parent
+            subfolders[:] = [name for name in subfolders if real not in visited and not name.startswith(".")]
+            visited.add(real)
+            yield from (Path(folder, name) for name in names if name.endswith(SUFFIXES) and not name.startswith("."))
 
 
 def match_slides(slide_ids: Iterable[str], files: dict[str, Path]) -> dict[str, list[Path]]:
@@ -113,45 +89,44 @@ def match_slides(slide_ids: Iterable[str], files: dict[str, Path]) -> dict[str, 
     return matches
 
 
-# ------------------------------------------------------------------------------------------------ reading
+class SlideFile:
+    """An open feature file of `n_patches` patches, `dim` wide, its form checked.
 
-
-class _SlideFile:
-    """An open feature file, its form checked. features, coords: arrays, perhaps with a leading axis of 1."""
+    attributes: those of ``coords`` (TRIDENT: patch size, magnification), and ``encoder`` where the file names one.
+    """
 
     def __init__(self, path: Path, features: Any, coords: Any, attributes: dict[str, Any]) -> None:
-        self.path, self.features, self.coords = path, features, coords
-        chunks = getattr(features, "chunks", None)
-        self.rows_per_chunk = chunks[-2] if chunks else 1
-        n_patches, dim = features.shape[-2:]
-        self.info = SlideInfo(path, n_patches, dim, coords is not None, path.stat().st_size, attributes)
+        self.path, self.features, self.coords, self.attributes = path, features, coords, attributes
+        self.n_patches, self.dim = features.shape[-2:]
 
-    def read(self, rows: slice) -> tuple[np.ndarray, np.ndarray | None]:
+    def read(self, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
+        """Features (n, D) in the file's precision (bfloat16 as float32) and coords (n, 2) or None, of some rows."""
         try:
-            coords = None if self.coords is None else np.asarray(self.coords[_index(self.coords, rows)])
-            features = self.features[_index(self.features, rows)]
+            features = self.features[(0, rows) if self.features.ndim == 3 else rows]
+            coords = None if self.coords is None else self.coords[(0, rows) if self.coords.ndim == 3 else rows]
         except (OSError, RuntimeError) as error:
             raise _unreadable(self.path, error) from None
         if isinstance(features, torch.Tensor):
             features = (features.float() if features.dtype == torch.bfloat16 else features).numpy()
         return features, coords
 
-
-def _index(array: Any, rows: slice) -> Any:
-    return (0, rows) if array.ndim == 3 else rows
-
-
-def _unreadable(path: Path, error: Exception, problem: str = "not readable") -> Refused:
-    line = (str(error) or type(error).__name__).splitlines()[0][:200]
-    return Refused(f"{path}: {problem} ({line}); download or extract it again")
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """The file, once, in pieces of about `BLOCK_BYTES` (whole chunks of it), as `read` gives them."""
+        chunks = getattr(self.features, "chunks", None)
+        chunk = chunks[-2] if chunks else 1
+        step = max(BLOCK_BYTES // (max(self.dim, 1) * 4) // chunk, 1) * chunk
+        return (self.read(slice(start, start + step)) for start in range(0, self.n_patches, step))
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[_SlideFile]:
-    if not path.is_file():
-        raise Refused(f"{path}: missing")
+def open_slide(path: Path) -> Iterator[SlideFile]:
+    """Open a feature file; only its header is read.
+
+    Raises `Refused`, with ``<path>: <problem>``, for a truncated or pickled file, one without ``features``
+    or with others than floating-point numbers, and coordinates of another length.
+    """
     if path.suffix == ".pt":
-        yield _SlideFile(path, _tensor(path), None, {})
+        yield SlideFile(path, _tensor(path), None, {})
         return
     try:
         # Files are only read, and network file systems often cannot lock.
@@ -160,84 +135,78 @@ def _opened(path: Path) -> Iterator[_SlideFile]:
         raise _unreadable(path, error, "truncated or not an HDF5 file") from None
     with file:
         try:
-            opened = _hdf5(path, file)
+            slide = _hdf5(path, file)
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # A damaged header raises any.
             raise _unreadable(path, error) from None
-        yield opened
+        yield slide
 
 
-def _hdf5(path: Path, file: h5py.File) -> _SlideFile:
+def _unreadable(path: Path, error: Exception, problem: str = "not readable") -> Refused:
+    line = (str(error) or type(error).__name__).splitlines()[0][:200]
+    return Refused(f"{path}: {problem} ({line}); download or extract it again")
+
+
+def _hdf5(path: Path, file: h5py.File) -> SlideFile:
     features, coords = file.get("features"), file.get("coords")
     if not isinstance(features, h5py.Dataset):
-        raise Refused(
-            f"{path}: no dataset 'features'; the file holds: {', '.join(sorted(map(str, file))) or 'nothing'}"
-        )
-    n_patches = _checked_patches(path, features.shape, "features", features.dtype.kind == "f", str(features.dtype))
+        content = ", ".join(sorted(map(str, file))) or "nothing"
+        raise Refused(f"{path}: no dataset 'features'; the file holds: {content}")
+    _refuse_form(path, features.shape, "features", features.dtype.kind == "f", features.dtype)
+    datasets = [features] if coords is None else [features, coords]
     if coords is not None:
+        n_patches = features.shape[-2]
         if not isinstance(coords, h5py.Dataset) or coords.dtype.kind not in "iu":
             raise Refused(f"{path}: 'coords' are {getattr(coords, 'dtype', 'a group')}, expected integers")
         if coords.shape not in {(n_patches, 2), (1, n_patches, 2)}:
             raise Refused(f"{path}: coords of shape {coords.shape} do not fit features of {n_patches} patches")
-    parts = [part for part in (file, features, coords) if part is not None]
-    names = [_plain(part.attrs.get(key)) for part in parts for key in ENCODER_KEYS]
+    for dataset in datasets:
+        if not _is_written(dataset):
+            raise Refused(f"{path}: '{dataset.name[1:]}' was never fully written; extract it again")
     attributes = {} if coords is None else {name: _plain(value) for name, value in coords.attrs.items()}
+    names = [_plain(part.attrs.get(key)) for part in (file, *datasets) for key in ENCODER_KEYS]
     attributes["encoder"] = next((name for name in names if name and isinstance(name, str)), None)
-    for dataset in (features, coords):
-        _refuse_unwritten(path, dataset)
-    return _SlideFile(path, features, coords, attributes)
+    return SlideFile(path, features, coords, attributes)
 
 
-def _refuse_unwritten(path: Path, dataset: h5py.Dataset | None) -> None:
+def _is_written(dataset: h5py.Dataset) -> bool:
     """HDF5 reads parts that were never written as zeros; a tool that was killed leaves such files."""
-    if dataset is None or dataset.size == 0 or dataset.is_virtual:
-        return
-    if dataset.chunks:
-        whole = dataset.id.get_num_chunks() >= prod(
-            -(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)
-        )
-    else:
-        whole = dataset.id.get_storage_size() >= dataset.nbytes
-    if not whole:
-        raise Refused(f"{path}: '{dataset.name[1:]}' was never fully written; extract it again")
+    if dataset.size == 0 or dataset.is_virtual:
+        return True
+    if dataset.chunks is None:
+        return dataset.id.get_storage_size() >= dataset.nbytes
+    chunks = [ceil(n / chunk) for n, chunk in zip(dataset.shape, dataset.chunks, strict=True)]
+    return dataset.id.get_num_chunks() >= prod(chunks)
 
 
 def _tensor(path: Path) -> torch.Tensor:
     """The tensor of a ``.pt`` file, mapped where its format allows; `weights_only` runs no code of the file."""
     try:
+        with path.open("rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # What torch warns of is refused below.
-            try:
-                value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap can only be used" not in str(error):
-                    raise
-                value = torch.load(path, map_location="cpu", weights_only=True)
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        content = f"a {type(value).__name__}"
     except pickle.UnpicklingError:
-        raise Refused(_pickled(path, "Python objects")) from None
+        value, content = None, "Python objects"
     except Exception as error:  # A damaged file makes torch raise nearly anything.
         raise _unreadable(path, error, "truncated or not a PyTorch file") from None
     if not isinstance(value, torch.Tensor):
-        raise Refused(_pickled(path, f"a {type(value).__name__}"))
-    if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-        raise Refused(f"{path}: the tensor is sparse, quantized or without values; expected a plain one")
-    _checked_patches(path, tuple(value.shape), "the tensor", value.dtype in FLOATS, str(value.dtype))
+        raise Refused(
+            f"{path}: holds {content}, not a bare tensor. Pickles run code when they are loaded, so nothing else is "
+            "opened; where you trust its origin, save it with the tool that made it as HDF5 or as one tensor"
+        )
+    if value.layout != torch.strided or value.device.type != "cpu":
+        raise Refused(f"{path}: the tensor is sparse or without values; expected a plain one")
+    _refuse_form(path, tuple(value.shape), "the tensor", value.dtype in FLOATS, value.dtype)
     return value.detach()
 
 
-def _pickled(path: Path, what: str) -> str:
-    return (
-        f"{path}: holds {what}, not a bare tensor. Pickles run code when they are loaded, so nothing else is opened; "
-        "where you trust its origin, save it with the tool that made it as HDF5 or as one tensor"
-    )
-
-
-def _checked_patches(path: Path, shape: tuple[int, ...], what: str, floating: bool, dtype: str) -> int:
-    """The number of patches of an array of features."""
+def _refuse_form(path: Path, shape: tuple[int, ...], what: str, floating: bool, dtype: Any) -> None:
     if not floating:
         raise Refused(f"{path}: {what} of type {dtype}, not floating point of 16 to 64 bits")
-    if not (len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)):
+    if len(shape) != 2 and (len(shape) != 3 or shape[0] != 1):
         raise Refused(f"{path}: {what} of shape {shape}; expected (patches, width) or (1, patches, width)")
-    return shape[-2]
 
 
 def _plain(value: Any) -> Any:
@@ -247,89 +216,48 @@ def _plain(value: Any) -> Any:
     return None if value == "None" else value
 
 
-def inspect(path: Path, dim: int | None = None) -> SlideInfo:
-    """What a feature file holds, from its header alone. dim: the width that it should have.
+def check_slides(slide_ids: Iterable[str], files: dict[str, Path], features: Features) -> pd.DataFrame:
+    """The preflight table: slide_id, path, n_patches and `problem`, empty where the file can be used, of each slide.
 
-    Raises `Refused`, with ``<path>: <problem>``, for a missing, truncated or pickled file, one without ``features``
-    or with others than floating-point numbers, coordinates of another length, another width than `dim`.
+    Only headers are read. Encoder, patch size and magnification are compared where the file states them.
     """
-    with _opened(path) as file:
-        # An empty slide may have any width: some tools write (0, 0).
-        if dim is not None and file.info.dim != dim and file.info.n_patches:
-            raise Refused(f"{path}: {file.info.dim} wide, expected {dim}: features of another encoder")
-        return file.info
-
-
-def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """A whole feature file: features (n, D) in the file's precision (bfloat16 as float32), coords (n, 2) or None."""
-    with _opened(path) as file:
-        return file.read(slice(None))
-
-
-def blocks(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """A whole feature file, once, in pieces of about `BLOCK_BYTES` (whole chunks of the file), as `read` gives them."""
-    with _opened(path) as file:
-        n_patches, chunk = file.info.n_patches, file.rows_per_chunk
-        step = max(BLOCK_BYTES // (max(file.info.dim, 1) * 4) // chunk, 1) * chunk
-        for start in range(0, n_patches, step):
-            yield file.read(slice(start, min(start + step, n_patches)))
-
-
-# ------------------------------------------------------------------------------------------------ preflight
-
-
-def check_slides(
-    slide_ids: Iterable[str], files: dict[str, Path], dim: int, extraction: Features | None = None
-) -> pd.DataFrame:
-    """The preflight table: a row per slide with the columns `TABLE`; `problem` is empty where the file can be used.
-
-    Only headers are read. extraction: what the study says of encoder, patch size and magnification, compared with what
-    the file says, where it says something.
-    """
-    rows = []
+    rows: list[tuple[str, str | None, int | None, str]] = []
     taken: dict[Path, str] = {}
     for slide, paths in match_slides(slide_ids, files).items():
-        row: dict[str, Any] = dict.fromkeys(TABLE, pd.NA) | {"slide_id": slide, "problem": ""}
-        rows.append(row)
         if len(paths) != 1:
-            row["problem"] = f"may mean any of: {', '.join(map(str, paths))}" if paths else "missing"
+            problem = f"may mean any of: {', '.join(map(str, paths))}" if paths else "missing"
+            rows.append((slide, None, None, problem))
             continue
-        row["path"] = str(paths[0])
-        owner = taken.setdefault(paths[0], slide)
+        path, n_patches = paths[0], None
+        owner = taken.setdefault(path, slide)
         try:
-            info = inspect(paths[0], dim)
+            with open_slide(path) as file:
+                n_patches, problem = file.n_patches, _difference(file, features)
         except Refused as error:
-            row["problem"] = str(error).removeprefix(f"{paths[0]}: ")
-            continue
-        row |= {name: getattr(info, name) for name in ("n_patches", "dim", "has_coords", "size_bytes")}
+            problem = str(error).removeprefix(f"{path}: ")
         if owner != slide:
-            row["problem"] = f"the file is also that of slide {owner}"
-        elif info.n_patches == 0:
-            row["problem"] = "empty (0 patches)"
-        elif extraction is not None:
-            row["problem"] = _other_extraction(info.attributes, extraction)
-    return pd.DataFrame(rows, columns=TABLE)
+            problem = f"the file is also that of slide {owner}"
+        rows.append((slide, str(path), n_patches, problem))
+    return pd.DataFrame(rows, columns=["slide_id", "path", "n_patches", "problem"])
 
 
-def _other_extraction(attributes: dict[str, Any], expected: Features) -> str:
-    encoder = attributes.get("encoder")
-    if encoder is not None and _encoder_key(encoder) != _encoder_key(expected.encoder):
-        return (
-            f"features of {encoder}, expected {expected.encoder}: they mean something else, also where they are as wide"
-        )
+def _difference(file: SlideFile, expected: Features) -> str:
+    """What keeps a file from being one of the study's; '' where nothing does."""
+    if file.n_patches == 0:  # Of any width: some tools write (0, 0).
+        return "empty (0 patches)"
+    if file.dim != expected.dim:
+        return f"{file.dim} wide, expected {expected.dim}: features of another encoder"
+    encoder = file.attributes.get("encoder") or expected.encoder
+    first, second = ("".join(c for c in name.lower() if c.isalnum()) for name in (encoder, expected.encoder))
+    if SAME_ENCODER.get(first, first) != SAME_ENCODER.get(second, second):
+        return f"features of {encoder}, expected {expected.encoder}: other numbers, also where they are as wide"
     pairs = [("patch_size", expected.patch_size_px), ("target_magnification", expected.magnification)]
     differ = [
-        f"{name} {attributes[name]}, expected {value:g}"
+        f"{name} {file.attributes[name]}, expected {value:g}"
         for name, value in pairs
-        if isinstance(attributes.get(name), int | float) and attributes[name] != value
+        if isinstance(file.attributes.get(name), int | float) and file.attributes[name] != value
     ]
     return f"other patches than the study's: {'; '.join(differ)}" if differ else ""
-
-
-def _encoder_key(encoder: str) -> str:
-    """The same for all names of one encoder."""
-    letters = "".join(c for c in encoder.lower() if c.isalnum())
-    return SAME_ENCODER.get(letters, letters)
 
 
 def problems_message(table: pd.DataFrame) -> str:
@@ -339,13 +267,12 @@ def problems_message(table: pd.DataFrame) -> str:
         return ""
     lines = [f"{len(bad)} of {len(table)} slides cannot be used:"]
     for problem, group in bad.groupby("problem", sort=False):
-        named = [
-            f"    {slide}" + ("" if pd.isna(path) else f" ({path})")
-            for slide, path in zip(group["slide_id"], group["path"], strict=True)
-        ]
-        lines += [f"  {problem}: {len(group)} slide(s)", _listed(named, 20)]
+        named = zip(group["slide_id"], group["path"], strict=True)
+        names = [f"    {slide} ({path})" if path else f"    {slide}" for slide, path in named]
+        lines += [f"  {problem}: {len(group)} slide(s)", _listed(names, 20)]
     return "\n".join(lines)
 
 
 def _listed(lines: list[str], most: int) -> str:
-    return "\n".join(lines[:most] + ([f"    ... and {len(lines) - most} more"] if len(lines) > most else []))
+    more = [f"    ... and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join(lines[:most] + more)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from steph import Refused
 from steph.data.archives import folder_of, is_archive, missing_files, safe_name, unpack, unpacked
 from steph.data.features import check_slides, find_slides, problems_message
-from steph.data.manifest import Source, Study
+from steph.data.manifest import Features, Source, Study
 from steph.files.atomic import DiskFull, disk_errors, refuse_full_disk
 from steph.files.lock import exclusive
 from steph.files.progress import track
@@ -103,7 +103,7 @@ def fetch(
         problems = []
         for item in track(missing, f"{study.name}: fetch"):
             try:
-                results[item] = _get(item, study.features.dim)
+                results[item] = _get(item, study.features)
             except (Unavailable, DiskFull):
                 raise
             except Refused as error:
@@ -238,7 +238,7 @@ def _check_access(missing: list[Item]) -> None:
             _patiently(lambda item=item: get_hf_file_metadata(item.url, timeout=TIMEOUT, headers=_headers(item)))  # type: ignore[misc]
 
 
-def _get(item: Item, dim: int) -> Fetched:
+def _get(item: Item, features: Features) -> Fetched:
     """Fetch one file and put it, or what is in it, to its place."""
     with disk_errors(item.path):
         item.path.parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +257,7 @@ def _get(item: Item, dim: int) -> Fetched:
     n_files = unpack(archive, folder, item.path.name, origin)
     item.part.unlink(missing_ok=True)
     slides = find_slides([folder])
-    problems = problems_message(check_slides(slides, slides, dim))
+    problems = problems_message(check_slides(slides, slides, features))
     return Fetched(item, folder, f"{n_files} files{note}" + (f"\n{problems}" if problems else ""))
 
 

@@ -22,7 +22,7 @@ import pandas as pd
 
 from steph import Refused
 from steph.data.cohort import Cohort
-from steph.data.features import blocks, check_slides, problems_message
+from steph.data.features import check_slides, open_slide, problems_message
 from steph.data.manifest import Features
 from steph.data.store import (
     COORDS,
@@ -88,7 +88,7 @@ def pack(
     finite or too large for float16, too little disk space, and while another process packs the same store.
     """
     slide_ids = [slide for slides in cohort.slides_of.values() for slide in slides]
-    table = check_slides(slide_ids, files, features.dim, features).set_index("slide_id", drop=False)
+    table = check_slides(slide_ids, files, features).set_index("slide_id", drop=False)
     left_out = _left_out(table, cohort, path) if allow_missing else table.iloc[:0]
     usable = table.drop(index=left_out.index)
     if message := problems_message(usable):
@@ -107,7 +107,8 @@ def pack(
         done = writer.finished_slides(list(sources))
         todo = [(i, slide) for i, slide in enumerate(sources) if i not in done]
         for i, slide in track(todo, f"pack {path.name}"):
-            writer.add(i, slide, blocks(sources[slide]), f"slide {slide} ({sources[slide]})")
+            with open_slide(sources[slide]) as source:
+                writer.add(i, slide, source.blocks(), f"slide {slide} ({sources[slide]})")
         writer.finish()
         partial.replace(path)
     return Store.open(path)

@@ -22,7 +22,7 @@ import torch
 from steph import Refused, mil
 from steph.analysis.mixing.attention import attention_of, bag_of, mixture_of, patch_size, with_attention
 from steph.data.bags import RaggedBatch, sampled
-from steph.data.features import check_slides, inspect, read
+from steph.data.features import check_slides, open_slide
 from steph.data.manifest import Features
 from steph.data.packing import stored_features
 from steph.data.patients import PatientData
@@ -219,15 +219,16 @@ def read_slide(path: Path, inputs: Inputs) -> tuple[np.ndarray, pd.DataFrame, in
     if not path.is_file():
         raise Refused(f"no feature file at {path}. Give the .h5 (or .pt) files of one patient's slides one by one.")
     extraction = Features(**inputs.model_dump(exclude={"max_patches", "sample_seed"}))
-    problem = check_slides([path.stem], {path.stem: path}, inputs.dim, extraction)["problem"].iloc[0]
+    problem = check_slides([path.stem], {path.stem: path}, extraction)["problem"].iloc[0]
     if problem:
         raise Refused(f"{path}: {problem}. The model reads {inputs.extraction}.")
-    features, coords = read(path)
+    with open_slide(path) as slide:
+        features, coords = slide.read()
+        edge = slide.attributes.get("patch_size_level0")
     features = stored_features(features, DTYPES[inputs.precision], str(path))
     patches = pd.DataFrame({"slide_id": path.stem, "patch": np.arange(len(features))})
     for axis, name in enumerate("xy"):
         patches[name] = pd.array([pd.NA] * len(features) if coords is None else coords[:, axis], dtype="Int64")
-    edge = inspect(path).attributes.get("patch_size_level0")
     if not (isinstance(edge, int | float) and edge >= 1):
         edge = None if coords is None else patch_size(coords[:, 0], coords[:, 1])
     return features, patches, int(edge or inputs.patch_size_px)

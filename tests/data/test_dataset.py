@@ -10,10 +10,10 @@ from steph.data import dataset as datasets
 from steph.data.bags import sampled
 from steph.data.cohort import read_cohort, write_cohort
 from steph.data.dataset import check_dataset, dataset_fingerprint, feature_folders, open_dataset, pack_dataset
-from steph.data.features import find_slides, read
+from steph.data.features import find_slides
 from steph.data.manifest import Study
 from tests.data.test_features import DIM, cohort_of, write_h5
-from tests.helpers.fabricate import fabricate
+from tests.helpers.fabricate import fabricate, read
 
 SLIDES = 2
 

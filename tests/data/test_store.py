@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 from steph import Refused
 from steph.data import packing
-from steph.data.features import find_slides, read
+from steph.data.features import find_slides
 from steph.data.manifest import Features
 from steph.data.packing import pack, write_store
 from steph.data.store import Store
 from steph.mil.state import load_state
 from tests.data.test_features import DIM, cohort_of, write_h5
-from tests.helpers.fabricate import LAYOUTS, fabricate
+from tests.helpers.fabricate import LAYOUTS, fabricate, read
 
 HALF = Features(encoder="UNI2-h", dim=DIM, precision="float16")
 SINGLE = Features(encoder="UNI2-h", dim=DIM, precision="float32")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from steph.data.cohort import Cohort, read_cohort
+from steph.data.features import open_slide
 from steph.files.progress import track
 
 PATCH = 256
@@ -51,6 +52,12 @@ def fabricate(
         features, coords = _slide(row.slide_id, signal * risk[row.patient_id] * direction, mean_patches, seed)
         written[row.slide_id] = write(folder, row.slide_id, row.project, features, coords)
     return written
+
+
+def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Features and coordinates of a whole feature file."""
+    with open_slide(path) as slide:
+        return slide.read()
 
 
 def patient_risk(cohort: Cohort) -> dict[str, float]:

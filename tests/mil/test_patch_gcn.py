@@ -10,14 +10,14 @@ from steph import Refused
 from steph.data import RaggedBatch
 from steph.data.cohort import write_cohort
 from steph.data.dataset import feature_folders, open_dataset, pack_dataset
-from steph.data.features import find_slides, read
+from steph.data.features import find_slides
 from steph.data.manifest import Network, Study
 from steph.mil import NETWORKS, patch_gcn
 from steph.mil.patch_gcn import PatchGCN, graph_of, neighbours
 from steph.training.device import Compute
 from steph.training.engine import fit, predict, seed_everything
 from tests.data.test_features import DIM, cohort_of, write_h5
-from tests.helpers.fabricate import fabricate
+from tests.helpers.fabricate import fabricate, read
 
 PAPER = Network()
 
