@@ -5,6 +5,8 @@ Matrices are merged so; parameters of any other shape (biases, tokens) by their 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,11 +20,7 @@ def iso_c(tau_target: State, tau_source: State) -> dict[str, Tensor]:
     A matrix of one row has one singular value: it becomes the plain sum. Where the sum lacks full rank, the directions
     that it lacks are any orthonormal ones (LAPACK's), and get the mean value too.
     """
-    check_same_network(tau_target, tau_source)
-    return {
-        name: _flat_spectrum(value + tau_source[name]) if value.ndim == 2 else (value + tau_source[name]) / 2
-        for name, value in tau_target.items()
-    }
+    return _merged(tau_target, tau_source, lambda target, source: _flat_spectrum(target + source))
 
 
 def iso_cts(tau_target: State, tau_source: State, common_fraction: float = 0.8) -> dict[str, Tensor]:
@@ -33,20 +31,21 @@ def iso_cts(tau_target: State, tau_source: State, common_fraction: float = 0.8) 
     vectors; STEPH's release writes every pair's result over one source, and its paper has no such row.
     Raises `Refused` for a fraction outside [0, 1].
     """
-    check_same_network(tau_target, tau_source)
     if not 0 <= common_fraction <= 1:
         raise Refused(f"common_fraction = {common_fraction}: a share of directions; expected 0 to 1.")
-    return {
-        name: _common_and_specific([value, tau_source[name]], common_fraction)
-        if value.ndim == 2
-        else (value + tau_source[name]) / 2
-        for name, value in tau_target.items()
-    }
+    return _merged(tau_target, tau_source, lambda *matrices: _common_and_specific([*matrices], common_fraction))
 
 
 def specific_directions(rank: int, common_fraction: float, tasks: int = 2) -> int:
     """Directions that each task gets for itself of a matrix' `rank` (its smaller side); the rest are common."""
     return round((rank - int(rank * common_fraction)) / tasks)
+
+
+def _merged(tau_target: State, tau_source: State, merge: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
+    """Two task vectors with their matrices merged, all else averaged."""
+    check_same_network(tau_target, tau_source)
+    pairs = {name: (value, tau_source[name]) for name, value in tau_target.items()}
+    return {name: merge(*pair) if pair[0].ndim == 2 else (pair[0] + pair[1]) / 2 for name, pair in pairs.items()}
 
 
 def _flat_spectrum(matrix: Tensor) -> Tensor:

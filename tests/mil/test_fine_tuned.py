@@ -19,9 +19,3 @@ def test_fine_tuning_trains_a_head_and_nothing_else():
     assert all(torch.equal(value, before[name]) for name, value in state_of(model.encoder.network).items())
     fresh = FineTuned(network, fresh_head=True)
     assert not torch.equal(fresh.head.weight, before["head.weight"]) and fresh.head.weight.shape == (8, 8)
-
-
-def test_features_are_those_of_a_network_without_dropout_in_training_too():
-    network, data = ABMIL(5, 8, 4, 8, dropout=0.5), Patients()
-    model, batch = FineTuned(network, fresh_head=True).train(), data.batch(data.ids[:3])
-    assert torch.equal(model.frozen_features(batch), network.eval().encode(batch))
