@@ -5,7 +5,6 @@ from steph.plots.attention import attention_agreement, attention_by_dataset, att
 from steph.plots.cohort import follow_up, kaplan_meier, patches, similarity
 from steph.plots.comparison import c_index, gains, intervals, starts_of_all, sweeps, transfer_controls
 from steph.plots.display import show_blocks, show_figure, show_link, show_styled, show_table, show_text, write_table
-from steph.plots.dynamics import course, courses, starts
 from steph.plots.efficiency import epochs, epochs_by_sources, performance_and_cost, predictions, sampling
 from steph.plots.evidence import (
     accuracy,
@@ -16,7 +15,7 @@ from steph.plots.evidence import (
     risk_groups,
     transferability,
 )
-from steph.plots.landscape import loss_planes, loss_planes_of_pairs, trajectories
+from steph.plots.landscape import course, courses, loss_planes, loss_planes_of_pairs, starts, trajectories
 from steph.plots.style import set_style
 from steph.plots.task_vectors import (
     against_rotated,

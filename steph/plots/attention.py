@@ -27,15 +27,14 @@ def attention_maps(
 ) -> Figure:
     """Attention of two models over the tissue, a row per slide: the first's, the second's, and the difference.
 
-    tables: as `steph.analysis.mixing.attention.beside` gives them, one per patient; with tumour where it is known,
-    which is then outlined. Each patch is a square of its own size at its place. Colour is its percentile among the
-    slide's patches; below each map, what that is in attention, over an even share of the patient's patches (1 / N). The
-    top patches of the patient under either model are ringed and numbered in its map.
-    labels: of the patients. names: the titles of the two models. edge: of patches, in level-0 pixels, where a slide's
-    coordinates do not tell it. Raises `Refused` where a slide has no coordinates.
+    tables: of `steph.analysis.mixing.attention.beside`, one per patient; `tumour`, where it has it, is outlined. Colour
+    is a patch's percentile on its slide; below, what that is in attention, over an even share of the patient's patches
+    (1 / N). The top patches of the patient under each model are ringed. labels: of the patients. names: titles of the
+    two models. edge: of a patch in level-0 pixels, where coordinates do not tell it. Raises `Refused` without them.
     """
     first, second = names
     rows: list[tuple[str, pd.DataFrame, int, int]] = []
+    inches: list[float] = []
     for table, label in zip(tables, labels, strict=True):
         attention.refuse_without_places(table)
         slides = table.groupby("slide_id", observed=True)
@@ -45,10 +44,8 @@ def attention_maps(
                 slide = f", slide {number} of {len(slides)}" if len(slides) > 1 else ""
                 size = attention.patch_size(part["x"].to_numpy(int), part["y"].to_numpy(int)) or edge
                 rows.append((label.replace("$", r"\$") + slide, part, len(table), size))  # a name is no formula
-    inches = []
-    for _, part, _, size in rows:
-        wide, high = np.ptp(part[["x", "y"]].to_numpy(int), axis=0) + 2 * size
-        inches.append(0.86 * WIDTH / 3 * np.clip(high / wide, 0.35, 1.6) + 0.75)
+                wide, high = np.ptp(part[["x", "y"]].to_numpy(int), axis=0) + 2 * size
+                inches.append(0.86 * WIDTH / 3 * np.clip(high / wide, 0.35, 1.6) + 0.75)
     fig, axes = plt.subplots(len(rows), 3, figsize=(WIDTH, sum(inches)), squeeze=False, height_ratios=inches)
     shares = [0.1, 0.5, 0.9]
     for (label, part, n, size), line in zip(rows, axes, strict=True):
@@ -153,20 +150,21 @@ def attention_on_tumour(table: pd.DataFrame) -> Figure:
     methods = list(table["method"].unique())
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 0.3 * max(len(methods), 5) + 1.3))
     rng = np.random.default_rng(0)  # spreads the dots; the same in every run
-    for i, (method, mean) in enumerate(attention.by_method(table, table["auc"]).groupby("method", sort=False)):
+    for i, method in enumerate(methods):
         values = table.loc[table["method"] == method, "auc"].dropna()
         y = i + 0.22 * (2 * rng.random(len(values)) - 1)
-        left.scatter(values, y, s=7, color=colour_of(str(method)), alpha=0.3, linewidths=0)
-        _draw_mean(left, mean, [i], str(method))
+        left.scatter(values, y, s=7, color=colour_of(method), alpha=0.3, linewidths=0)
+    _draw_means(left, attention.by_method(table, table["auc"]), "method", methods, methods, 0)
     left.axvline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
     left.set(xlim=(-0.02, 1.02), title="AUC of attention for tumour", xlabel="0.5: blind to it, 1: all above the rest")
     style.name_rows(left, [title(method) for method in methods], ticks=True)
-    zones = [attention.by_method(table, attention.times_even(table, zone)) for zone in attention.ZONES]
-    _draw_means(right, zones, [method for method in (OWN, MERGED, UNTRAINED) if method in methods], 0.2)
+    zones, compared = attention.ZONES, [method for method in (OWN, MERGED, UNTRAINED) if method in methods]
+    means = pd.concat([attention.by_method(table, attention.times_even(table, z)).assign(zone=z) for z in zones])
+    _draw_means(right, means, "zone", list(zones), compared, 0.2)
     right.axvline(1, color=MUTED, linewidth=0.8, linestyle=":")
     right.set(title="attention, × even share", xlabel="1: as much as any patch")
     right.set_xlim(left=0)
-    style.name_rows(right, list(attention.ZONES.values()), ticks=True)
+    style.name_rows(right, list(zones.values()), ticks=True)
     style.legend(fig, right, 3)
     return fig
 
@@ -175,25 +173,21 @@ def attention_by_dataset(table: pd.DataFrame) -> Figure:
     """AUC of attention for tumour patches, a row per data set: mean over its patients with the 95 % interval, for some
     methods. table: as `steph.analysis.mixing.attention.measured` gives it, of several data sets."""
     methods = [method for method in (OWN, MERGED, "model_average") if (table["method"] == method).any()]
-    datasets = dict(list(table.groupby("dataset", sort=False)))
+    datasets = list(table["dataset"].unique())
     fig, ax = plt.subplots(figsize=(WIDTH, 0.3 * len(datasets) + 1.2))
-    style.stripe_rows(ax, len(datasets))
-    _draw_means(ax, [attention.by_method(part, part["auc"]) for part in datasets.values()], methods, 0.24)
+    parts = table.groupby("dataset")
+    means = pd.concat([attention.by_method(part, part["auc"]).assign(dataset=name) for name, part in parts])
+    _draw_means(ax, means, "dataset", datasets, methods, 0.24)
     ax.axvline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
-    style.name_rows(ax, [str(name) for name in datasets], ticks=True)
+    style.name_rows(ax, datasets, ticks=True, stripes=True)
     ax.set(xlim=(0, 1.01), xlabel="AUC of attention for tumour patches, mean over test patients")
     style.legend(fig, ax, len(methods))
     return fig
 
 
-def _draw_means(ax: Axes, tables: Sequence[pd.DataFrame], methods: Sequence[str], step: float) -> None:
-    """Means by `steph.analysis.mixing.attention.by_method`, a row per table, methods `step` apart in it."""
-    means = pd.concat([table.set_index("method").reindex(list(methods)) for table in tables])
-    for k, method in enumerate(methods):
-        y = np.arange(len(tables)) + step * (k - (len(methods) - 1) / 2)
-        _draw_mean(ax, means.loc[[method]], y, method, label=title(method))
-
-
-def _draw_mean(ax: Axes, means: pd.DataFrame, y: Any, method: str, **options: Any) -> None:
-    look: Any = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.5, "zorder": 4, **look_of(method)}
-    style.draw_estimates(ax, means, "mean", y, **look, **options)
+def _draw_means(
+    ax: Axes, means: pd.DataFrame, row: str, rows: Sequence[str], methods: Sequence[str], step: float
+) -> None:
+    edge: Any = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.5, "zorder": 4}
+    looks = {method: look_of(method) | edge | {"label": title(method)} for method in methods}
+    style.draw_estimates(ax, means, "mean", row, rows, "method", looks, step)

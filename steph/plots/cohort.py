@@ -43,15 +43,12 @@ def follow_up(cohorts: Sequence[Cohort]) -> Figure:
 
 def kaplan_meier(cohorts: Sequence[Cohort]) -> Figure:
     """Kaplan-Meier curve of each cohort with its 95 % band; under each year, how many patients are still at risk."""
-    fig, axes = style.panels(
-        len(cohorts), 4, lambda rows, columns: (WIDTH, 1.85 * rows) if columns > 1 else (4.5, 3.0), "", "survival",
-        sharey=True,
-    )  # fmt: skip
+    fig, axes = style.panels(len(cohorts), 4, 1.85, "", "survival", alone=(4.5, 3.0), sharey=True)
     for ax, cohort in zip(axes, cohorts, strict=True):
         years, event = cohort.patients["time_days"] / DAYS_PER_YEAR, cohort.patients["event"].astype(bool)
-        at, survival = style.draw_survival(ax, years, event, linewidth=1.3)
-        level = survival[np.searchsorted(at, years[~event], side="right") - 1]
-        ax.plot(years[~event], level, "|", color=BLUE, markersize=3, markeredgewidth=0.5, alpha=0.6, rasterized=True)
+        curve, censored = style.draw_survival(ax, years, event, BLUE, 0.18, linewidth=1.3), years[~event]
+        look: Any = {"color": BLUE, "markersize": 3, "markeredgewidth": 0.5, "alpha": 0.6, "rasterized": True}
+        ax.plot(censored, curve.predict(censored), "|", **look)
         longest = years.max()
         step = next((s for s in (1, 2, 3, 5, 8, 10, 15, 20) if longest / s < 4.5), 30)
         ticks = np.arange(0, longest, step)

@@ -35,13 +35,12 @@ def c_index(results: pd.DataFrame, oracle: pd.DataFrame | None = None, value: st
     rows = list(means["dataset"].unique())
     step, at = 0.8 / len(methods), np.arange(len(rows))
     fig, ax = plt.subplots(figsize=(WIDTH, 0.13 * len(rows) * (len(methods) + 0.6) + 1.0))
-    style.stripe_rows(ax, len(rows))
     for k, method in enumerate(methods):
         shift, colour = (k - (len(methods) - 1) / 2) * step, colour_of(method)
         folds = results[results["method"] == method]
-        style.draw_dots(ax, folds[value].astype(float), folds["dataset"].map(rows.index) + shift, colour, size=9)
         mean = means[means["method"] == method].set_index("dataset").reindex(rows)
-        style.draw_bar(ax, mean["mean"], at + shift, step * 0.46, colour)
+        heights = folds["dataset"].map(rows.index) + shift
+        style.draw_dots(ax, folds[value].astype(float), heights, colour, mean["mean"], at + shift, step * 0.46)
         for y, reason in zip(at + shift, mean["undefined"], strict=True):
             if reason:
                 text = f"{title(method)}: undefined ({reason})"
@@ -59,7 +58,7 @@ def c_index(results: pd.DataFrame, oracle: pd.DataFrame | None = None, value: st
         ax.vlines(best, at - 0.42, at + 0.42, zorder=2, **line)
         keys.append(key("true risk", **line))
     ax.axvline(0.5, color=MUTED, linewidth=0.8, zorder=1)
-    style.name_rows(ax, rows)
+    style.name_rows(ax, rows, stripes=True)
     ax.set_xlabel("C-index on external patients" if value.startswith("external") else "C-index on the test fold")
     style.legend(fig, keys, 4)
     return fig
@@ -70,10 +69,10 @@ def intervals(table: pd.DataFrame) -> Figure:
     may be NaN). In the grey band differences are too small to be interpreted."""
     fig, ax = plt.subplots(figsize=(WIDTH, 0.29 * len(table) + 1.0))
     style.zero_line(ax)
-    rows = np.arange(len(table))
-    look: Any = {"markeredgecolor": INK, "markersize": 5, **PAPERS}
-    style.draw_estimates(ax, table, "difference", rows, BLUE, width=2, markersize=5)
-    ax.plot(table["paper"].to_numpy(float), rows, **look)
+    rows, look = np.arange(len(table)), {"markeredgecolor": INK, "markersize": 5, **PAPERS}
+    ax.hlines(rows, table["low"].astype(float), table["high"].astype(float), color=BLUE, linewidth=2)
+    ax.plot(table["difference"].astype(float), rows, "o", color=BLUE, markersize=5)
+    ax.plot(table["paper"].astype(float), rows, **look)
     style.name_rows(ax, list(table["label"]), ticks=True)
     ax.set_xlabel(IN_BAND)
     if table["paper"].notna().any():
@@ -101,11 +100,8 @@ def gains(tables: Mapping[str, pd.DataFrame], reference: str) -> Figure:
 
 
 def sweeps(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """A panel per setting: what each of its values gains over STEPH, with 95 % intervals, beside the paper's.
-
-    tables: by the setting's name, `steph.analysis.performance.statistics.compared` with the values as `row`; the
-    row of STEPH itself gains 0. In the grey band differences are too small to be interpreted.
-    """
+    """A panel per setting: what each of its values gains over STEPH, with 95 % intervals, beside the paper's; of
+    `steph.analysis.performance.statistics.compared`, with the values as `row`. The row of STEPH itself gains 0."""
     fig, axes = plt.subplots(1, len(tables), figsize=(WIDTH, 2.7), sharey=True, squeeze=False)
     for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
         at = np.arange(len(table))
@@ -127,23 +123,18 @@ def sweeps(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def transfer_controls(summary: pd.DataFrame, titles: dict[str, str]) -> Figure:
-    """Differences with their 95 % intervals: a row per comparison, a panel per place, a mark per kind of patients.
-
-    summary: of `steph.analysis.mixing.controls.side_by_side`. titles: by place, in the order of the panels. In the grey
-    band differences are too small to be interpreted. What has no answer is not drawn; the tables give the reason.
-    """
+    """Differences with their 95 % intervals, of `steph.analysis.mixing.controls.side_by_side`: a row per comparison, a
+    panel per place (a key of `titles`), a mark per kind of patients. What has no answer is not drawn."""
     rows: list[str] = []  # a heading, its comparisons, a heading, ...
     for rival, group in summary.groupby("rival"):
         rows += [HEADS[bool(rival)], *group["comparison"].unique()]
-    kinds = [kind for kind in PATIENTS if kind in set(summary["on"])]
+    looks = {kind: look | {"label": kind} for kind, look in PATIENTS.items() if kind in set(summary["on"])}
     size = (min(WIDTH, 3.0 + 2.0 * len(titles)), 0.33 * len(rows) + 1.2)
     fig, axes = plt.subplots(1, len(titles), figsize=size, sharex=True, sharey=True, squeeze=False)
     for ax, (where, name) in zip(axes[0], titles.items(), strict=True):
         style.zero_line(ax)
-        for k, kind in enumerate(kinds):
-            part = summary[(summary["where"] == where) & (summary["on"] == kind) & summary["difference"].notna()]
-            at = part["comparison"].map(rows.index).to_numpy(float) + 0.3 * (k - (len(kinds) - 1) / 2)
-            style.draw_estimates(ax, part, "difference", at, width=1.8, label=kind, **PATIENTS[kind])
+        part = summary[summary["where"] == where]
+        style.draw_estimates(ax, part, "difference", "comparison", rows, "on", looks, step=0.3)
         ax.set_title(name)
         style.name_rows(ax, rows)
         ax.xaxis.set_major_formatter(style.short_signed)
@@ -156,12 +147,9 @@ def transfer_controls(summary: pd.DataFrame, titles: dict[str, str]) -> Figure:
 
 
 def starts_of_all(choice: pd.DataFrame, gains: pd.DataFrame) -> Figure:
-    """Left, a heat map of what each target's choice of sources is correlated with; right, what each start gains on it.
-    The last row is the mean over targets.
-
-    choice: of `steph.analysis.mixing.controls.choice_wide`; may have no columns. gains: of `start_gains`, target, seed,
-    gain.
-    """
+    """Left, a heat map of what each target's choice of sources is correlated with, of
+    `steph.analysis.mixing.controls.choice_wide`; right, what each start gains on it (target, seed, gain). The last row
+    is the mean over targets."""
     rows = [str(name) for name in choice.index]
     at = np.arange(len(rows))
     size, ratios = (WIDTH, 0.27 * len(rows) + 1.5), [0.75 * max(choice.shape[1], 1), 3]

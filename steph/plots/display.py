@@ -26,16 +26,13 @@ FOLDER_VARIABLE = "STEPH_NOTEBOOK_FOLDER"
 def file_name(name: str, p: Any) -> str:
     """A table's or figure's file name: what parameters narrow or change stands in it, so that a run on one data
     set does not replace what a run on all has written."""
-    parts = [name]
-    if p.dataset != "all":
-        parts.append(p.dataset)
-    if len(p.folds) < p.study.n_folds:
-        parts.append("fold" + "_".join(map(str, p.folds)))
-    if p.seed != p.study.seed:
-        parts.append(f"seed{p.seed}")
-    if p.precision != precision_for("auto", p.device):
-        parts.append(p.precision)
-    return "-".join(parts)
+    changes = {
+        p.dataset: p.dataset != "all",
+        "fold" + "_".join(map(str, p.folds)): len(p.folds) < p.study.n_folds,
+        f"seed{p.seed}": p.seed != p.study.seed,
+        p.precision: p.precision != precision_for("auto", p.device),
+    }
+    return "-".join([name, *(text for text, changed in changes.items() if changed)])
 
 
 def show_figure(fig: Figure, name: str, p: Any) -> Path:
@@ -58,12 +55,8 @@ def show_figure(fig: Figure, name: str, p: Any) -> Path:
 def show_table(
     table: pd.DataFrame, name: str, p: Any, formats: Mapping[Any, str] | None = None, index: bool = True
 ) -> Path:
-    """Write a table to ``build/<study>/tables/`` as CSV, unrounded, and display it. Returns the CSV's path.
-
-    formats: how columns are displayed, e.g. {"share": "{:.0%}"}, by name or by a part of it; other fractions have four
-    decimals. index: show it.
-    The CSV of a synthetic study says so in its first column.
-    """
+    """Write a table to ``build/<study>/tables/`` as CSV, unrounded, and display it. formats: how columns are displayed,
+    e.g. {"share": "{:.0%}"}, by name or by a part of it. Returns the CSV's path."""
     path = write_table(table, name, p, index)
     show_styled(table, formats, index)
     show_link(path)
@@ -71,7 +64,7 @@ def show_table(
 
 
 def write_table(table: pd.DataFrame, name: str, p: Any, index: bool = True) -> Path:
-    """Write a table as `show_table` does, without displaying it."""
+    """Write a table as `show_table` does, without displaying it. Of a synthetic study, its first column says so."""
     path = p.study.build / "tables" / f"{file_name(name, p)}.csv"
     flat = table.reset_index() if index and not isinstance(table.index, pd.RangeIndex) else table.copy()
     flat.columns = [": ".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in flat.columns]
@@ -92,8 +85,8 @@ def show_blocks(table: pd.DataFrame, name: str, p: Any) -> Path:
 
 
 def show_link(path: Path) -> None:
-    """Display a small link to a file, named by its kind ("CSV"), that holds where the notebook lies: in the folder that
-    `steph run` puts it into, else in the current one."""
+    """Display a link to a file that holds where the notebook lies: in the folder that `steph run` puts it into, else in
+    the current one."""
     folder = os.environ.get(FOLDER_VARIABLE) or Path.cwd()
     target = quote(Path(os.path.relpath(path, folder)).as_posix())
     html = f'<p class="to-file"><a href="{target}" download>{path.suffix[1:].upper()}</a></p>'
@@ -123,13 +116,14 @@ def styled(table: pd.DataFrame, formats: Mapping[Any, str] | None = None, index:
     for axis in (0, 1):
         shown = shown.format_index(escape="html", axis=axis)
     heading = f"th.level{table.columns.nlevels - 1}"
-    numeric = [f".col{i}" for i, dtype in enumerate(table.dtypes) if pd.api.types.is_numeric_dtype(dtype)]
-    styles: list[Any] = [
-        {"selector": "th, td", "props": "padding: .25em .6em; text-align: left; vertical-align: top"},
-        {"selector": "th.col_heading", "props": "border-bottom: 1px solid currentColor"},
-        *({"selector": f"td{column}, {heading}{column}", "props": "text-align: right"} for column in numeric),
-    ]
-    shown = shown.set_table_styles(styles)
+    styles: dict[str, Any] = {
+        "th, td": "padding: .25em .6em; text-align: left; vertical-align: top",
+        "th.col_heading": "border-bottom: 1px solid currentColor",
+    }
+    for i, dtype in enumerate(table.dtypes):
+        if pd.api.types.is_numeric_dtype(dtype):
+            styles[f"td.col{i}, {heading}.col{i}"] = "text-align: right"
+    shown = shown.set_table_styles([{"selector": name, "props": props} for name, props in styles.items()])
     return shown if index else shown.hide(axis="index")
 
 

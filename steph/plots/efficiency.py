@@ -18,10 +18,8 @@ from steph.plots.style import INK, MUTED, PAPERS, WIDTH, colour_of
 
 def performance_and_cost(here: pd.DataFrame, paper: pd.DataFrame, where: str) -> Figure:
     """Mean C-index against GFLOPs of a prediction, as in Fig. 2: the paper's open diamonds on the left, this study's on
-    the right, larger where a bag goes through more networks (many are written beside).
-
-    here, paper: of `steph.analysis.cost.efficiency.performance_and_cost` and `paper_performance_and_cost`.
-    """
+    the right, larger where a bag goes through more networks (many are written beside); of
+    `steph.analysis.cost.efficiency.performance_and_cost` and `paper_performance_and_cost`."""
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.5))
     for ax, table, heading, marker in zip(axes, (paper, here), ("the paper (TCGA)", where), "Do", strict=True):
         colours = table["method"].map(colour_of)
@@ -70,8 +68,7 @@ def epochs(times: pd.DataFrame) -> Figure:
     scale = wide["adamerging"].median() / printed["adamerging"] if "adamerging" in wide else np.nan
     for y, name in enumerate(names):
         colour = colour_of(name)
-        style.draw_dots(ax, wide[name], y, colour, size=10)
-        style.draw_bar(ax, wide[name].median(), y, 0.32, colour)
+        style.draw_dots(ax, wide[name], y, colour, wide[name].median(), y, 0.32)
         ax.plot(printed.get(name, np.nan) * scale, y, markersize=5, markeredgecolor=colour, zorder=4, **PAPERS)
     style.name_rows(ax, [title(name) for name in names], ticks=True)
     ax.set_xlabel("seconds of an epoch (◇ the paper's, scaled to AdaMerging's here)")
@@ -104,15 +101,15 @@ def predictions(times: pd.DataFrame, counted: pd.DataFrame) -> Figure:
     compute. times: `steph.analysis.cost.timing.prediction_times`; counted: `steph.analysis.cost.operations.counted`,
     whose cost in multiples of the cancer's own model stands as a tick beside its time."""
     products, of_method = counted.set_index("method")["products"], times.groupby("method")
+    median, memory = of_method["seconds"].median(), of_method["memory"].first()
     names = sorted(times["method"].unique(), key=lambda name: products[name])
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 0.28 * len(names) + 1.2), sharey=True, width_ratios=[3, 2])
-    pace = of_method["seconds"].median()["vanilla"] / products["vanilla"]
+    pace = median["vanilla"] / products["vanilla"]
     for y, name in enumerate(names):
-        part, colour = of_method.get_group(name), colour_of(name)
-        style.draw_dots(left, part["seconds"], y, colour, size=12, alpha=0.5)
-        style.draw_bar(left, part["seconds"].median(), y, 0.3, colour)
+        seconds, colour = times.loc[times["method"] == name, "seconds"], colour_of(name)
+        style.draw_dots(left, seconds, y, colour, median[name], y, 0.3)
         left.plot(products[name] * pace, y, marker="|", markersize=9, color=INK, markeredgewidth=1, zorder=4)
-        right.barh(y, part["memory"].iloc[0] / 1e6, height=0.55, color=colour)
+        right.barh(y, memory[name] / 1e6, height=0.55, color=colour)
     style.name_rows(left, [title(name) for name in names], ticks=True)
     right.grid(axis="y", visible=False)
     patches = times["patches"].iloc[0]

@@ -26,21 +26,21 @@ def gains_by_dataset(folds: pd.DataFrame, patients: pd.DataFrame, first: str) ->
     which knows of other training patients, and over patients, which keeps the models. Columns: dataset, against, gain,
     low, high."""
     others, rows = list(folds["against"].unique()), list(patients["dataset"].unique())
+    looks: Any = {
+        "mean of folds (Nadeau-Bengio)": {"color": BLUE, "marker": "o", "markersize": 4},
+        "all pairs of patients (bootstrap)": {"color": YELLOW, "marker": "s", "markersize": 4},
+    }
+    table = pd.concat([part.assign(interval=name) for name, part in zip(looks, (folds, patients), strict=True)])
     size = (WIDTH, 0.3 * len(rows) + 1.2)
     fig, axes = plt.subplots(1, len(others), figsize=size, sharex=True, sharey=True, squeeze=False)
     for ax, other in zip(axes[0], others, strict=True):
-        style.stripe_rows(ax, len(rows))
         style.zero_line(ax)
-        for table, shift, colour, marker in ((folds, -0.16, BLUE, "o"), (patients, 0.16, YELLOW, "s")):
-            part = table[table["against"] == other].set_index("dataset").reindex(rows)
-            style.draw_estimates(ax, part, "gain", np.arange(len(rows)) + shift, colour, marker=marker, markersize=3.6)
-        style.name_rows(ax, rows)
+        of_other = table[table["against"] == other]
+        style.draw_estimates(ax, of_other, "gain", "dataset", rows, "interval", looks, step=0.32)
+        style.name_rows(ax, rows, stripes=True)
         ax.set(title=f"{title(first)} − {title(other)}", xlabel="difference in C-index, 95 % interval")
-    keys = [
-        key("mean of folds (Nadeau-Bengio)", color=BLUE, marker="o", markersize=4),
-        key("all pairs of patients (bootstrap)", color=YELLOW, marker="s", markersize=4),
-        plt.Rectangle((0, 0), 1, 1, color=BAND, label=f"± {MIN_DIFFERENCE}: not interpreted"),
-    ]
+    keys: list[Any] = [key(name, **look) for name, look in looks.items()]
+    keys.append(plt.Rectangle((0, 0), 1, 1, color=BAND, label=f"± {MIN_DIFFERENCE}: not interpreted"))
     style.legend(fig, keys, 3)
     return fig
 
@@ -66,13 +66,12 @@ def accuracy(table: pd.DataFrame) -> Figure:
         (axes[0], "auc", 0.5, "mean AUC over the years (0.5 = a coin)"),
         (axes[1], "skill", 0.0, "Brier skill (0 = Kaplan-Meier; right is better)"),
     ):
-        style.stripe_rows(ax, len(rows))
         ax.axvline(nothing, color=MUTED, linewidth=0.9)
         for method, part in table.groupby("method", sort=False):
             look: Any = {"markersize": 4.5, "alpha": 0.9, "linestyle": "", **look_of(str(method))}
             ax.plot(part[column].astype(float), part["dataset"].map(rows.index), **look)
         ax.set_xlabel(label)
-        style.name_rows(ax, rows)
+        style.name_rows(ax, rows, stripes=True)
     style.legend(fig, style.method_keys(list(table["method"].unique())), 5)
     return fig
 
@@ -99,10 +98,8 @@ def calibration(table: pd.DataFrame) -> Figure:
 def _panels(table: pd.DataFrame, height: float, below: str, left: str, share: bool) -> tuple[Figure, list[Axes]]:
     """A panel for each data set, which says how many of its rows are undefined; a legend of the methods."""
     datasets = table.groupby("dataset", sort=False)
-    fig, axes = style.panels(
-        len(datasets), 4, lambda rows, columns: (WIDTH, height * rows + 0.9) if columns > 1 else (4.2, 3.2),
-        below, left, sharex=share, sharey=share,
-    )  # fmt: skip
+    size: Any = {"extra": 0.9, "alone": (4.2, 3.2)}
+    fig, axes = style.panels(len(datasets), 4, height, below, left, **size, sharex=share, sharey=share)
     for ax, (dataset, part) in zip(axes, datasets, strict=True):
         ax.set_title(str(dataset))
         if n := (part["problem"] != "").sum():
@@ -157,22 +154,20 @@ def hazard_ratios(table: pd.DataFrame) -> Figure:
     `risk_groups.compared`."""
     rows, methods = list(table["dataset"].unique()), list(table["method"].unique())
     fig, ax = plt.subplots(figsize=(WIDTH, 0.3 * len(rows) + 1.2))
-    style.stripe_rows(ax, len(rows))
     ax.axvline(1, color=MUTED, linewidth=0.9)
-    for k, method in enumerate(methods):
-        part = table[table["method"] == method].set_index("dataset").reindex(rows)
-        y = np.arange(len(rows)) + 0.34 * (k - (len(methods) - 1) / 2)
-        style.draw_estimates(ax, part, "hazard_ratio", y, markersize=4.5, **look_of(method))
-        for at in y[part["problem"] != ""]:
-            text = f"{title(method)}: undefined"
-            ax.text(0.99, at, text, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=7)
+    looks = {method: look_of(method) | {"markersize": 4.5} for method in methods}
+    style.draw_estimates(ax, table, "hazard_ratio", "dataset", rows, "method", looks, step=0.34)
+    for dataset, method in table.loc[table["problem"] != "", ["dataset", "method"]].to_numpy():
+        y = rows.index(dataset) + 0.34 * (methods.index(method) - (len(methods) - 1) / 2)
+        text = f"{title(method)}: undefined"
+        ax.text(0.99, y, text, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=7)
     ax.set_xscale("log")
     low, high = ax.get_xlim()
     ax.set_xticks([t for t in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32) if low <= t <= high])
     ax.xaxis.set(major_formatter="{x:g}", minor_formatter=NullFormatter())
     ax.tick_params(axis="x", which="minor", length=0)
     ax.set_xlabel("hazard of the high-risk group over the low-risk group's, with 95 % interval")
-    style.name_rows(ax, rows)
+    style.name_rows(ax, rows, stripes=True)
     style.legend(fig, style.method_keys(methods), 5)
     return fig
 

@@ -1,5 +1,5 @@
-"""Figures of loss landscapes: the plane of two task vectors, the line of mixtures in it (Figs. 4, 6, S3, S5), and STEPH
-on its way through it (Fig. 8)."""
+"""Figures of what STEPH weighs: the landscape of loss between two task vectors (Figs. 4, 6, S3, S5), its way through it
+(Fig. 8), and the course of w and lambda (Figs. 9, S1, S2)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from steph.analysis.mixing.landscape import best_magnitude, lambda_line, lower_range, smoothed, square
 from steph.plots import style
-from steph.plots.style import BLUE, GREEN, GREY, INK, MUTED, WIDTH, key
+from steph.plots.style import BLUE, GREEN, GREY, INK, MUTED, WIDTH, heat_map, key, line_of_dataset
 
 SETS = {"loss_train": ("training", GREY), "loss_test": ("test", BLUE), "loss_external": ("external", GREEN)}
 """Sets of patients by their losses: word and colour."""
@@ -28,8 +28,7 @@ LESS = key(r"mixtures of less loss than $M_t$", color=LOWER, linewidth=2.2)
 
 def loss_planes(table: pd.DataFrame, target: str, source: str) -> Figure:
     """One pair in full, as Fig. 4: (a) training and (b) test loss over (C_s, C_t), smoothed; (c) the loss along the
-    line of mixtures and the least that is reached when w scales them. table: of
-    `steph.analysis.mixing.landscape.landscape`.
+    line of mixtures and the least that is reached when w scales them; of `steph.analysis.mixing.landscape.landscape`.
     """
     fig, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.2), height_ratios=[1.25, 1])
     for plane, below, column, letter in zip(*axes, ("loss_train", "loss_test"), "ab", strict=True):
@@ -60,16 +59,15 @@ def loss_planes_of_pairs(tables: Mapping[str, pd.DataFrame], target: str) -> Fig
     lines = {source: line - line.iloc[-1] for source, line in lines.items()}
     low = min(line.to_numpy().min() for line in lines.values())
     high = max(-low, 0.02)  # what is far above M_t matters less than how far below it a mixture comes
-    for ax in axes.flat:
+    for ax in (*axes[::2].flat[len(tables) :], *axes[1::2].flat[len(tables) :]):
         ax.set_visible(False)
     for (source, line), plane, below in zip(lines.items(), axes[::2].flat, axes[1::2].flat, strict=False):
         image = _draw_plane(plane, tables[source], "loss_test", levels)
-        plane.set(title=f"{source} → {target}", xlabel=r"$C_s$", visible=True)
+        plane.set(title=f"{source} → {target}", xlabel=r"$C_s$")
         below.axhline(0, color=MUTED, linewidth=0.8)
         for column in line.columns:
             below.plot(line[column], color=SETS[column][1])
         below.set(ylim=(low * 1.15 - 0.002, high * 1.5), xlim=(0, 1), xticks=[0, 0.5, 1], xlabel=r"$\lambda$")
-        below.set(visible=True)
         below.tick_params(labelleft=below in axes[:, 0])
     for plane, below in zip(axes[::2, 0], axes[1::2, 0], strict=True):
         plane.set_ylabel(r"$C_t$")
@@ -82,31 +80,25 @@ def loss_planes_of_pairs(tables: Mapping[str, pd.DataFrame], target: str) -> Fig
 
 def trajectories(paths: pd.DataFrame, tables: Mapping[str, pd.DataFrame], target: str) -> Figure:
     """Where STEPH with one source stands after each epoch, over the smoothed test loss of the pair, as in Fig. 8: a
-    panel for each run, deeper colour for later epochs. Points outside the landscape are drawn where they are, on white.
-
-    paths: as `steph.analysis.mixing.trajectory.trajectories` gives it. tables: the landscape of each source.
-    """
+    panel for each run, deeper colour for later epochs; of `steph.analysis.mixing.trajectory.trajectories`. tables: the
+    landscape of each source. Points outside it are drawn where they are, on white."""
     runs = paths.groupby(["source", "seed"], sort=False)
-    fig, axes = style.panels(
-        len(runs), 3, lambda rows, columns: (WIDTH * max(2, columns) / 3, 2.35 * rows + 0.5),
-        r"$C_s = w(1-\lambda)$", r"$C_t = w\lambda$", sharey=True,
-    )  # fmt: skip
+    names: Any = {"below": r"$C_s = w(1-\lambda)$", "left": r"$C_t = w\lambda$"}
+    width = WIDTH if len(runs) > 2 else WIDTH * 2 / 3
+    fig, axes = style.panels(len(runs), 3, 2.35, **names, extra=0.5, width=width, sharey=True)
     several = paths["seed"].nunique() > 1
     levels = _levels(pd.concat([tables[source] for source in paths["source"].unique()])["loss_test"])
     far = max(1.0, float(paths[["c_s", "c_t"]].to_numpy().max()) * 1.04)
     last = int(paths["epoch"].max())
     shades, scale = plt.get_cmap("Reds"), plt.Normalize(1 - 0.3 * last, last)  # the first epoch is not white
-    edge: Any = {"markeredgecolor": EDGE, "markeredgewidth": 0.5}
     for ax, ((source, seed), path) in zip(axes, runs, strict=True):
         image = _draw_plane(ax, tables[str(source)], "loss_test", levels, lower=False)
         ax.plot(path["c_s"], path["c_t"], color=EDGE, linewidth=0.7, zorder=6)
-        ax.scatter(
-            path["c_s"], path["c_t"], c=path["epoch"], cmap=shades, norm=scale, s=22, zorder=7, edgecolors=EDGE,
-            linewidths=0.5, clip_on=False,
-        )  # fmt: skip
+        look: Any = {"s": 22, "zorder": 7, "edgecolors": EDGE, "linewidths": 0.5, "clip_on": False}
+        ax.scatter(path["c_s"], path["c_t"], c=path["epoch"], cmap=shades, norm=scale, **look)
         ax.set(xlim=(0, far), ylim=(0, far), title=f"{source}, start {seed}" if several else f"{source} → {target}")
     _loss_bar(fig, image, axes, shrink=0.7, label="test loss")
-    dot: Any = {"marker": "o", "markersize": 5, "linestyle": "", **edge}
+    dot: Any = {"marker": "o", "markersize": 5, "linestyle": "", "markeredgecolor": EDGE, "markeredgewidth": 0.5}
     epochs = sorted({1, (1 + last) // 2, last})
     keys = [key(f"epoch {epoch}", markerfacecolor=shades(scale(epoch)), **dot) for epoch in epochs]
     style.legend(fig, [*keys, LIKE_TARGET], 4)
@@ -164,3 +156,60 @@ def _draw_line(ax: Axes, table: pd.DataFrame, column: str) -> None:
         look: Any = {"color": colour, "linestyle": linestyle, "marker": "o", "markerfacecolor": face}
         ax.plot(losses["lambda"], losses[column], markersize=5, markevery=[best], **look)
     ax.set(xlim=(-0.02, 1.02))
+
+
+def course(course: pd.DataFrame, target: str) -> Figure:
+    """The course of lambda and w over epochs from one start, as in Fig. 9: a line per source; of
+    `steph.analysis.mixing.dynamics.dynamics`, one seed."""
+    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4))
+    tops = (1.04, max(1e-9, float(course["w"].max())) * 1.05)
+    for ax, name, symbol, top in zip(axes, ("lambda", "w"), ("λ", "w"), tops, strict=True):
+        wide = course.pivot(index="epoch", columns="source", values=name)
+        for source in wide.columns:
+            ax.plot(wide[source], **line_of_dataset(source))
+        _epochs(ax, wide.index, top)
+        ax.set_title(f"{symbol} of each source for {target}")
+        style.label_ends(ax, wide.iloc[-1], top)
+    return fig
+
+
+def courses(course: pd.DataFrame) -> Figure:
+    """The course of w from each start, a panel each; the three sources that end with the largest are named, the
+    others grey. What the panels do not have in common is the start's doing, not the cancers'."""
+    starts = course.groupby("seed", sort=False)
+    fig, axes = style.panels(len(starts), 3, 2.0, "", "w", extra=0.3, sharey=True)
+    top = max(1e-9, float(course["w"].max())) * 1.05
+    for ax, (seed, start) in zip(axes, starts, strict=True):
+        wide = start.pivot(index="epoch", columns="source", values="w")
+        largest = wide.iloc[-1].nlargest(3)
+        ax.plot(wide.drop(columns=largest.index), color="#C5CBD3", linewidth=0.8)
+        for source in largest.index:
+            ax.plot(wide[source], linewidth=1.6, **line_of_dataset(source))
+        _epochs(ax, wide.index, top)
+        ax.set_title(f"start {seed}")
+        style.label_ends(ax, largest, top, rows_of_text=9)
+    return fig
+
+
+def _epochs(ax: Axes, epochs: pd.Index, top: float) -> None:
+    ax.set(ylim=(0, top), xlim=(epochs.min() - 0.5, epochs.max()), xlabel="epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+
+
+def starts(last: pd.DataFrame, planted: pd.Series | None = None) -> Figure:
+    """Final w of each source (rows) under each start (columns), lambda written in it; beside it, where known, what the
+    source and the target were made to share. last: as `steph.analysis.mixing.dynamics.at_the_end` gives it."""
+    w = last.pivot(index="source", columns="seed", values="w")
+    order = (w.mean(axis=1) if planted is None else planted.loc[w.index]).sort_values(ascending=False).index
+    w, lam = w.loc[order], last.pivot(index="source", columns="seed", values="lambda").loc[order]
+    ratios = [w.shape[1]] if planted is None else [w.shape[1], 1]
+    size = (min(WIDTH, 2.2 + 0.8 * sum(ratios)), 0.27 * len(order) + 1.2)
+    fig, axes = plt.subplots(1, len(ratios), figsize=size, squeeze=False, width_ratios=ratios)
+    largest = max(float(last["w"].max()), 1e-9)
+    image = heat_map(axes[0, 0], w, "Blues", (0, largest), lam.map("λ {:.2f}".format).where(w > 0, "–"))
+    axes[0, 0].set(xlabel="seed of the hypernetwork", title="final w (colour)")
+    style.colour_bar(fig, image, axes[0, 0], shrink=0.8, pad=0.02)
+    if planted is not None:
+        heat_map(axes[0, 1], planted.loc[order].to_frame(), "RdBu_r", (-1, 1), "{:.2f}")
+        axes[0, 1].set(xticks=[], yticks=[], title="planted")
+    return fig

@@ -8,7 +8,7 @@ nothing; `steph.plots.display` stamps, writes and displays.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,10 @@ PAPERS: Any = {"marker": "D", "markerfacecolor": "white", "linestyle": ""}
 """The paper's numbers are open diamonds."""
 _MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
 _METHODS = {
-    "vanilla": (GREY, "o"),
-    "steph": (BLUE, "s"),
-    "model_average": (YELLOW, "D"),
-    "hypernetwork_only": (PURPLE, "^"),
-    "roupkt": (GREEN, "v"),
-    "ties_am": (ORANGE, "P"),
-    "adamerging": (SKY, "X"),
-    "oracle": ("#000000", "o"),
+    "vanilla": (GREY, "o"), "steph": (BLUE, "s"), "model_average": (YELLOW, "D"), "hypernetwork_only": (PURPLE, "^"),
+    "roupkt": (GREEN, "v"), "ties_am": (ORANGE, "P"), "adamerging": (SKY, "X"), "oracle": ("#000000", "o"),
     "untrained": (MUTED, "X"),
-}
+}  # fmt: skip
 
 
 def look_of(method: str) -> dict[str, Any]:
@@ -86,15 +80,15 @@ def stamp(fig: Figure, study: Study) -> None:
 
 
 def panels(
-    n: int, columns: int, size: Callable[[int, int], tuple[float, float]], below: str, left: str, **options: Any
-) -> tuple[Figure, list[Axes]]:
-    """A figure of n panels, row by row, in so many columns at most, whose axes are named at the outer sides only.
-
-    size: in inches, from the numbers of rows and columns. options: of `plt.subplots`.
-    """
+    n: int, columns: int, height: float, below: str, left: str, extra: float = 0, width: float = WIDTH,
+    alone: tuple[float, float] | None = None, **options: Any,
+) -> tuple[Figure, list[Axes]]:  # fmt: skip
+    """A figure of n panels, row by row, in so many columns at most, whose axes are named at the outer sides only; in
+    inches the height of a row, what the figure has beside rows, and the size of one with a single panel."""
     columns = min(columns, n)
     rows = -(-n // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=size(rows, columns), squeeze=False, **options)
+    size = alone if alone and n == 1 else (width, height * rows + extra)
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
     for ax in axes.flat[n:]:
         ax.set_visible(False)
     for ax in axes.flat[n - columns : n]:  # of a shared axis, also above a place without a panel
@@ -105,12 +99,10 @@ def panels(
     return fig, list(axes.flat[:n])
 
 
-def legend(
-    fig: Figure, source: Axes | Sequence[Artist], columns: int, place: Any = "outside lower center", **options: Any
-) -> Any:
+def legend(fig: Figure, source: Axes | Sequence[Artist], columns: int, **options: Any) -> None:
     """A figure's one legend, of what an axis has labels for or of `key`s."""
     handles = source.get_legend_handles_labels()[0] if isinstance(source, Axes) else source
-    return fig.legend(handles=handles, loc=place, ncols=columns, **options)
+    fig.legend(handles=handles, ncols=columns, **{"loc": "outside lower center", **options})
 
 
 def key(label: str, **look: Any) -> Line2D:
@@ -123,20 +115,14 @@ def method_keys(methods: Sequence[str], linestyle: str = "") -> list[Line2D]:
     return [key(title(m), markersize=4.5, linestyle=linestyle, **look_of(m)) for m in methods]
 
 
-def name_rows(ax: Axes, names: Sequence[str], ticks: bool = False) -> None:
+def name_rows(ax: Axes, names: Sequence[str], ticks: bool = False, stripes: bool = False) -> None:
     """Rows of the vertical axis, the first at the top; the average over data sets in bold."""
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
     ax.grid(axis="y", visible=False)
-    if not ticks:
-        ax.tick_params(axis="y", length=0)
+    ax.tick_params(axis="y", length=3.5 if ticks else 0)
     for label in ax.get_yticklabels():  # none on the inner panels of a shared axis
-        if label.get_text() == AVERAGE:
-            label.set_fontweight("bold")
-
-
-def stripe_rows(ax: Axes, n: int) -> None:
-    """Shade every second of n rows."""
-    for i in range(1, n, 2):
+        label.set_fontweight("bold" if label.get_text() == AVERAGE else "normal")
+    for i in range(1, len(names), 2) if stripes else ():
         ax.axhspan(i - 0.5, i + 0.5, color="#F3F4F6", zorder=0, linewidth=0)
 
 
@@ -152,33 +138,31 @@ def short_signed(value: float, _: Any = None) -> str:
 
 
 def draw_estimates(
-    ax: Axes, table: pd.DataFrame, value: str, y: Any, color: str, width: float = 1.6, **marker: Any
-) -> None:
-    """A column of estimates with their 95 % intervals (columns low, high) at heights y; marker: how the values look."""
-    ax.hlines(y, table["low"].to_numpy(float), table["high"].to_numpy(float), color=color, linewidth=width)
-    ax.plot(table[value].to_numpy(float), y, linestyle="", color=color, **{"marker": "o", **marker})
+    ax: Axes, table: pd.DataFrame, value: str, row: str, rows: Sequence[str], by: str, looks: Mapping[str, Any],
+    step: float,
+) -> None:  # fmt: skip
+    """Estimates with their 95 % intervals (columns low, high). row: the column that names the rows, `rows` from top to
+    bottom; by: a column whose values have looks and are `step` apart in a row."""
+    for k, (name, look) in enumerate(looks.items()):
+        part = table[table[by] == name].set_index(row).reindex(list(rows))
+        y = np.arange(len(rows)) + step * (k - (len(looks) - 1) / 2)
+        ax.hlines(y, part["low"].to_numpy(float), part["high"].to_numpy(float), color=look["color"], linewidth=1.6)
+        ax.plot(part[value].to_numpy(float), y, linestyle="", **look)
 
 
-def draw_bar(ax: Axes, x: Any, y: Any, half: float, color: str) -> None:
-    """Upright bars for means or medians in rows of dots."""
-    ax.vlines(x, y - half, y + half, color=color, linewidth=2.6, zorder=3, capstyle="projecting")
-
-
-def draw_dots(ax: Axes, values: pd.Series, y: Any, color: str, size: float, alpha: float = 0.45) -> None:
-    """Single values in a row (or in rows y)."""
-    heights = np.broadcast_to(y, values.shape)
-    ax.scatter(values.to_numpy(float), heights, s=size, color=color, alpha=alpha, linewidths=0, zorder=2)
+def draw_dots(ax: Axes, values: pd.Series, rows: Any, color: str, bars: Any, at: Any, half: float) -> None:
+    """Single values as dots in their rows, and upright bars for means or medians of them at the heights `at`."""
+    heights = np.broadcast_to(rows, values.shape)
+    ax.scatter(values.to_numpy(float), heights, s=10, color=color, alpha=0.45, linewidths=0, zorder=2)
+    ax.vlines(bars, at - half, at + half, color=color, linewidth=2.6, zorder=3, capstyle="projecting")
 
 
 def heat_map(
     ax: Axes, table: pd.DataFrame, colours: str, limits: tuple[float, float], texts: str | pd.DataFrame,
     middle: float = 0.0, dark: float = 0.6, size: float = 7, rotate: bool = False,
 ) -> Any:  # fmt: skip
-    """A table as colours with a text in each cell. Returns the image, for a colour bar.
-
-    texts: of all cells, or the format of the values ("" where there is none). Texts are white where the value is
-    farther from the middle than the share `dark` of what it could be. rotate: the names of columns.
-    """
+    """A table as colours with a text in each cell. texts: a table, or the format of the values, "" where there is none;
+    white beyond the share `dark` of the way from middle to limit. Returns the image, for a colour bar."""
     values = table.to_numpy(float)
     image = ax.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
     if isinstance(texts, str):
@@ -202,18 +186,15 @@ def colour_bar(fig: Figure, image: Any, axes: Any, **options: Any) -> Any:
     return bar
 
 
-def draw_survival(
-    ax: Axes, years: Any, event: Any, color: str = BLUE, alpha: float = 0.18, **line: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """A Kaplan-Meier curve with its 95 % band. Returns its times and the survival from each on."""
+def draw_survival(ax: Axes, years: Any, event: Any, color: str, alpha: float, **line: Any) -> Any:
+    """A Kaplan-Meier curve with its 95 % band. Returns the fitted curve (lifelines)."""
     from lifelines import KaplanMeierFitter
 
     curve = KaplanMeierFitter().fit(years, event)
-    at, survival = curve.survival_function_.index.to_numpy(), curve.survival_function_.iloc[:, 0].to_numpy()
-    band = curve.confidence_interval_survival_function_.to_numpy()
-    ax.fill_between(at, band[:, 0], band[:, 1], step="post", color=color, alpha=alpha, linewidth=0)
-    ax.step(at, survival, where="post", color=color, **line)
-    return at, survival
+    low, high = curve.confidence_interval_survival_function_.to_numpy().T
+    ax.fill_between(curve.timeline, low, high, step="post", color=color, alpha=alpha, linewidth=0)
+    ax.step(curve.timeline, curve.survival_function_.iloc[:, 0], where="post", color=color, **line)
+    return curve
 
 
 def spread(values: np.ndarray, gap: float) -> np.ndarray:

@@ -19,6 +19,7 @@ from steph.plots.style import BLUE, DASHED, GREEN, GREY, MUTED, ORANGE, PURPLE, 
 
 COLOURS = {EMBEDDING: BLUE, ATTENTION: ORANGE, "attention, tanh": PURPLE, "attention, sigmoid": GREEN}
 RULES: dict[str, Any] = {"released": "-", "paper": DASHED}
+LINES = {"released rule": RULES["released"], "paper's rule": RULES["paper"], "rotated source, released rule": ":"}
 NAMES = {
     EMBEDDING: r"$f_{emb}$", ATTENTION: r"$f_{attn}$", "attention, tanh": "tanh", "attention, sigmoid": "sigmoid"
 }  # fmt: skip
@@ -41,82 +42,58 @@ STATEMENTS = {
 
 def alignment(curves: pd.DataFrame, layers: tuple[str, ...] = (EMBEDDING, ATTENTION)) -> Figure:
     """SAR of tau_t with the mixture over lambda, a panel per pair, as in Figs. 5 and 7: a colour per layer, the
-    released rank rule solid, the paper's dashed. Dotted in the layer's colour, with a band from the least to the
-    largest draw: a rotated source, which shares nothing with the target, under the released rule.
-
-    curves: as `steph.analysis.mixing.sar.curves` gives them, of one target.
-    """
+    released rank rule solid, the paper's dashed; dotted, with a band over draws, a rotated source, which shares nothing
+    with the target, under the released rule. curves: of `steph.analysis.mixing.sar.curves`, one target."""
     sources = list(curves["source"].unique())
-    alone = len(sources) == 1
-    fig, axes = style.panels(
-        len(sources), 3,
-        lambda rows, columns: (WIDTH, 3.0) if alone else (min(WIDTH, 2.6 * columns + 0.6), 2.25 * rows + 0.75),
-        "λ", "SAR", sharex=True, sharey=True,
-    )  # fmt: skip
+    size: Any = {"extra": 0.75, "width": min(WIDTH, 2.6 * len(sources) + 0.6), "alone": (WIDTH, 3.0)}
+    fig, axes = style.panels(len(sources), 3, 2.25, "λ", "SAR", **size, sharex=True, sharey=True)
     for ax, (source, of_source) in zip(axes, curves.groupby("source", sort=False), strict=True):
         for layer in layers:
-            _draw_alignment(ax, of_source[of_source["layer"] == layer], COLOURS[layer])
+            part, colour = of_source[of_source["layer"] == layer], COLOURS[layer]
+            draws = part[(part["kind"] == "rotated") & (part["rule"] == "released")].groupby("lambda")["sar"]
+            ax.fill_between(draws.mean().index, draws.min(), draws.max(), color=colour, alpha=0.15, linewidth=0)
+            ax.plot(draws.mean(), color=colour, linestyle=":", linewidth=1.2)
+            for rule, line in RULES.items():
+                curve = part[(part["kind"] == "source") & (part["rule"] == rule)]
+                ax.plot(curve["lambda"], curve["sar"], color=colour, linestyle=line)
         ax.set(xlim=(0, 1), title=f"{of_source['target'].iloc[0]} with {source}")
     low = curves.loc[curves["layer"].isin(layers) & (curves["kind"] != "noise"), "sar"].min()
     axes[0].set_ylim(np.floor(low * 10) / 10, 1.02)
     keys = [style.key(NAMES[layer], color=COLOURS[layer]) for layer in layers]
-    lines = {"released rule": RULES["released"], "paper's rule": RULES["paper"], "rotated source, released rule": ":"}
-    keys += [style.key(name, color=MUTED, linestyle=line) for name, line in lines.items()]
-    if alone:
-        legend(fig, keys, 1, "outside right center")
+    keys += [style.key(name, color=MUTED, linestyle=line) for name, line in LINES.items()]
+    if len(sources) == 1:
+        legend(fig, keys, 1, loc="outside right center")
     else:
         legend(fig, keys, 5 if len(sources) > 2 else 3)
     return fig
 
 
-def _draw_alignment(ax: Axes, curves: pd.DataFrame, colour: str) -> None:
-    """One layer of one pair: both rules, and the rotated source."""
-    rotated = curves[(curves["kind"] == "rotated") & (curves["rule"] == "released")].groupby("lambda")["sar"]
-    draws = rotated.agg(["min", "mean", "max"])
-    ax.fill_between(draws.index, draws["min"], draws["max"], color=colour, alpha=0.15, linewidth=0)
-    ax.plot(draws["mean"], color=colour, linestyle=":", linewidth=1.2)
-    for rule, line in RULES.items():
-        part = curves[(curves["kind"] == "source") & (curves["rule"] == rule)]
-        ax.plot(part["lambda"], part["sar"], color=colour, linestyle=line)
-
-
 def dominant_directions(spectra: pd.DataFrame) -> Figure:
     """What the first directions of each task vector keep of its norm, a panel per layer, against their share of all
     directions; the levels that the two rank rules ask for are grey. The steeper a curve, the fewer directions are
-    dominant.
-
-    spectra: as `steph.analysis.mixing.sar.spectra` gives them; the first model is drawn thick.
-    """
+    dominant. spectra: of `steph.analysis.mixing.sar.spectra`; the first model is drawn thick."""
     models = list(spectra["model"].unique())
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.1), sharey=True)
     for ax, layer in zip(axes, (EMBEDDING, ATTENTION), strict=True):
         for model in reversed(models):
             part = spectra[(spectra["model"] == model) & (spectra["layer"] == layer)]
-            width = 2.6 if model == models[0] else 1.2
-            look = style.line_of_dataset(model)
-            ax.plot(part["direction"] / part["rows"], part["kept"], label=model, linewidth=width, **look)
-        for rule, level, name, place in (
-            ("released", ALPHA, "released rule", "top"),
-            ("paper", np.sqrt(1 - (1 - ALPHA) ** 2), "paper's rule", "bottom"),
-        ):
-            ax.axhline(level, color=MUTED, linewidth=0.9, linestyle=RULES[rule])
-            ax.annotate(
-                name, (1, level), xycoords=("axes fraction", "data"), ha="right", va=place, fontsize=7.5, color=MUTED,
-                xytext=(-2, -2 if place == "top" else 1), textcoords="offset points",
-            )  # fmt: skip
+            look = {"linewidth": 2.6 if model == models[0] else 1.2, **style.line_of_dataset(model)}
+            ax.plot(part["direction"] / part["rows"], part["kept"], label=model, **look)
+        levels = (ALPHA, np.sqrt(1 - (1 - ALPHA) ** 2))
+        places = (((-2, -2), "top"), ((-2, 1), "bottom"))
+        for (name, line), level, (offset, side) in zip(LINES.items(), levels, places, strict=False):
+            ax.axhline(level, color=MUTED, linewidth=0.9, linestyle=line)
+            text: Any = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": side, "fontsize": 7.5}
+            ax.annotate(name, (1, level), offset, textcoords="offset points", color=MUTED, **text)
         ax.set(xlim=(0, 1), ylim=(None, 1.03), xlabel="share of directions", title=f"{layer} ({NAMES[layer]})")
     axes[0].set_ylabel("share of the norm kept")
-    legend(fig, axes[0].get_legend_handles_labels()[0][::-1], 1, "outside right center")
+    legend(fig, axes[0].get_legend_handles_labels()[0][::-1], 1, loc="outside right center")
     return fig
 
 
 def against_rotated(pairs: pd.DataFrame) -> Figure:
-    """SAR of each pair beside that of the rotated source, a point per pair and layer: at lambda 0, the source's own
-    directions, and at the middle lambda, by the released rank rule. On the line, a source does no better than one that
-    shares nothing.
-
-    pairs: as `steph.analysis.mixing.sar.every_pair` gives them.
-    """
+    """SAR of each pair (of `steph.analysis.mixing.sar.every_pair`) beside that of the rotated source, by the released
+    rank rule, at lambda 0 and the middle lambda. On the line, a source does no better than one that shares nothing."""
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4), sharex=True, sharey=True)
     chosen = pairs[pairs["rule"] == "released"]
     low = np.floor(10 * chosen[["zero", "rotated_zero", "at", "rotated"]].to_numpy().min()) / 10
@@ -134,11 +111,8 @@ def against_rotated(pairs: pd.DataFrame) -> Figure:
 
 
 def nearness(summary: pd.DataFrame, value: str = "cosine") -> Figure:
-    """Cosine (or distance) to the task vector of mixed training over its length in steps: a column of panels per
-    lambda, a row per reference. Bands go from the least to the largest seed.
-
-    summary: as `steph.analysis.mixing.vicinal.summary` gives it. value: "cosine" or "distance".
-    """
+    """Cosine (or "distance") to the task vector of mixed training over its length in steps: a column of panels per
+    lambda, a row per reference, bands over seeds; of `steph.analysis.mixing.vicinal.summary`."""
     groups = summary.groupby(["reference", "lambda"])
     lambdas = sorted(summary["lambda"].unique())
     fig, axes = plt.subplots(2, len(lambdas), figsize=(WIDTH, 5.2), sharex=True, sharey=True, squeeze=False)
@@ -191,10 +165,8 @@ def _draw_steps(ax: Axes, part: pd.DataFrame, value: str, colour: str, marker: s
 
 
 def convexity(table: pd.DataFrame) -> Figure:
-    """In which share of the components each inequality behind Eq. 10 holds, a row per place at which it was looked at.
-
-    table: as `steph.analysis.mixing.vicinal.premise` gives it.
-    """
+    """In which share of the components each inequality behind Eq. 10 holds, a row per place at which it was looked at;
+    of `steph.analysis.mixing.vicinal.premise`."""
     wide = table.pivot(index="place", columns="statement", values="holds")
     wide = wide.loc[table["place"].unique(), list(STATEMENTS)].rename(columns=STATEMENTS)
     fig, ax = plt.subplots(figsize=(5.6, 0.42 * len(wide) + 1.1))
