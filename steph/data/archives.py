@@ -59,7 +59,7 @@ def unpack(archive: Path, folder: Path, name: str, record: Mapping[str, Any]) ->
         shutil.rmtree(leftover)
     with atomic_folder(folder, replace=lambda: True) as new:
         try:
-            (_unpack_zip if name.lower().endswith(".zip") else _unpack_tar)(archive, new, name)
+            _extract(archive, new, name)
         except (tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
             raise Refused(f"{name} cannot be unpacked ({error}); nothing of it was kept.") from None
         sizes = {p.relative_to(new).as_posix(): p.stat().st_size for p in sorted(new.rglob("*")) if p.is_file()}
@@ -69,49 +69,39 @@ def unpack(archive: Path, folder: Path, name: str, record: Mapping[str, Any]) ->
     return len(sizes)
 
 
-def _unpack_tar(archive: Path, folder: Path, name: str) -> None:
+def _extract(archive: Path, folder: Path, name: str) -> None:
+    def check(member: str, plain: bool) -> None:
+        safe_name(member, name)
+        if not plain:
+            raise Refused(
+                f"{name}: {member!r} is a link or a device, not a file; nothing of the archive is kept. Slide archives "
+                "hold plain files: is this one really from its source?"
+            )
+
     def plain(member: tarfile.TarInfo, target: str) -> tarfile.TarInfo:
-        if not (member.isreg() or member.isdir()):
-            raise _not_plain(name, member.name)
-        safe_name(member.name, name)
+        check(member.name, member.isreg() or member.isdir())
         return tarfile.data_filter(member, target)
 
-    with tarfile.open(archive, "r:*") as tape:
-        tape.extractall(folder, filter=plain)
-
-
-def _unpack_zip(archive: Path, folder: Path, name: str) -> None:
-    with zipfile.ZipFile(archive) as zipped:
-        for member in zipped.infolist():
-            mode = S_IFMT(member.external_attr >> 16)  # of Unix, where the archive was made there
-            if mode and not S_ISREG(mode) and not member.is_dir():
-                raise _not_plain(name, member.filename)
-            safe_name(member.orig_filename, name)
-        zipped.extractall(folder)
-
-
-def _not_plain(name: str, member: str) -> Refused:
-    return Refused(
-        f"{name}: {member!r} is a link or a device, not a file; nothing of the archive is kept. Slide archives hold "
-        "plain files: is this one really from its source?"
-    )
+    if name.lower().endswith(".zip"):
+        with zipfile.ZipFile(archive) as zipped:
+            for member in zipped.infolist():
+                mode = S_IFMT(member.external_attr >> 16)  # of Unix, where the archive was made there
+                check(member.orig_filename, not mode or S_ISREG(mode) or member.is_dir())
+            zipped.extractall(folder)
+    else:
+        with tarfile.open(archive, "r:*") as tape:
+            tape.extractall(folder, filter=plain)
 
 
 def unpacked(folder: Path) -> dict[str, Any] | None:
-    """The record of an unpacked folder; None where `unpack` did not make it. Raises `Refused` for a damaged record."""
+    """The record of an unpacked folder and, as "missing", its files that are gone or have another size now; None where
+    `unpack` did not make it. Raises `Refused` for a damaged record."""
     path = folder / RECORD
     if not path.is_file():
         return None
     try:
         record = read_json(path)
-        if not all(isinstance(size, int) for size in record["files"].values()):
-            raise ValueError("sizes that are no numbers")
-        return record
+        sizes = {name: (folder / name).stat().st_size for name in record["files"] if (folder / name).is_file()}
+        return {**record, "missing": [name for name, size in record["files"].items() if sizes.get(name) != size]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(f"{path} cannot be read ({error!r}). Remove {folder} and fetch it again.") from None
-
-
-def missing_files(folder: Path, record: Mapping[str, Any]) -> list[str]:
-    """Files of an unpacked folder that are gone or have another size now."""
-    paths = ((name, folder / name) for name in record["files"])
-    return [name for name, path in paths if not path.is_file() or path.stat().st_size != record["files"][name]]

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 from steph import Refused
-from steph.data.archives import folder_of, is_archive, missing_files, safe_name, unpack, unpacked
+from steph.data.archives import folder_of, is_archive, safe_name, unpack, unpacked
 from steph.data.features import check_slides, find_slides, problems_message
 from steph.data.manifest import Features, Source, Study
 from steph.files.atomic import DiskFull, disk_errors, refuse_full_disk
@@ -27,28 +28,27 @@ from steph.files.lock import exclusive
 from steph.files.progress import track
 from steph.files.tables import shortened
 
-KINDS = ("labels", "splits", "features")
-"""What can be fetched: the sources that provide it, and the folders of the data root where it goes."""
+KINDS = ("labels", "splits", "features")  # what sources provide, and the folders of the data root where it goes
 HUB = "https://huggingface.co/datasets/"
-WAITS = (1, 2, 4, 8, 16)
-"""Seconds before each further try after a fault of the network or the server."""
-TIMEOUT = 60.0
-UNPACKED = 1.15
-"""How much larger unpacked features are taken to be than their archive: numbers like these hardly shrink."""
-Result = TypeVar("Result")
+WAITS = (1, 2, 4, 8, 16)  # seconds before each further try after a fault of the network or the server
+LOG_IN = (
+    "Make a token that may read gated repositories (https://huggingface.co/settings/tokens); `hf auth login`, or set "
+    "HF_TOKEN."
+)
+KEPT = "What has arrived is kept; the same command goes on from there."
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)  # the headers hold the user's token
 class Item:
-    """A file of a source. name: the source's own for it, revision: of the source, checksum: "md5:...", "sha256:..." or
-    "git:...", path: where it goes; an archive goes into the folder of that name without its ending."""
+    """A file of a source. checksum: "md5:...", "sha256:..." or "git:...". path: where it goes; an archive goes into the
+    folder of that name without its ending."""
 
     source: Source
-    name: str
     url: str
     size: int
     checksum: str
     revision: str
+    headers: dict[str, str]
     path: Path
 
     @property
@@ -56,17 +56,10 @@ class Item:
         """The file while it is downloaded; another content has another one."""
         return self.path.with_name(f".{self.path.name}.{self.checksum.split(':')[1][:12]}.part")
 
-    @property
-    def on_hub(self) -> bool:
-        """Whether the hub of Hugging Face has it."""
-        return self.source.address.startswith(HUB)
 
+class Fetched(NamedTuple):
+    """Where a file is now, and what a person should know of it."""
 
-@dataclass(frozen=True)
-class Fetched:
-    """What became of a file: where it is now, and what a person should know of it."""
-
-    item: Item
     path: Path
     note: str
 
@@ -91,15 +84,14 @@ def fetch(
     for name in names:
         study.entry(name)
     with exclusive(root / "fetch", busy=f"another process is fetching to {root}; wait for it, or stop it."):
-        items = [
-            item
-            for source in sources(study, kinds)
-            for item in (_hub_items if source.address.startswith(HUB) else _plain_items)(study, source, names, root)
-        ]
+        items = [item for source in sources(study, kinds) for item in _items(study, source, names, root)]
         results = {item: _present(item) for item in items}
         missing = [item for item in items if results[item] is None]
-        _check_access(missing)
-        _refuse_full_disk(root, missing)
+        # Archives are there one at a time, unpacked ones all; numbers like these hardly shrink when packed.
+        archives = [item.size for item in missing if is_archive(item.path.name)]
+        needed = sum(item.size - _size(item.part) for item in missing) + 0.15 * sum(archives) + max(archives, default=0)
+        what = f"{len(missing)} file(s)" + (", archives unpacked" if archives else "")
+        refuse_full_disk(root, needed, what, ", take fewer data sets (--dataset), or name one (--out)")
         problems = []
         for item in track(missing, f"{study.name}: fetch"):
             try:
@@ -121,19 +113,18 @@ def sources(study: Study, kinds: Sequence[str] | None = None) -> list[Source]:
     for kind in kinds or ():
         if kind not in KINDS:
             raise Refused(f"--source {kind}: expected {', '.join(KINDS)}.")
-        if not any(source.provides == kind for source in study.sources):
-            raise Refused(f"the manifest of study {study.name} names no source of {kind} (`sources`).")
     usable = [source for source in study.sources if source.provides in (kinds or KINDS) and source.files]
-    if not usable:
-        raise Refused(f"the manifest of study {study.name} names no source (`sources`) with `files` to fetch.")
+    lacking = [kind for kind in kinds or () if kind not in {source.provides for source in usable}]
+    if lacking or not usable:
+        what = " or ".join(lacking or KINDS)
+        raise Refused(f"the manifest of study {study.name} names no source of {what} (`sources`, with `files`).")
     return usable
 
 
-# ------------------------------------------------------------------------------------------------ what there is to get
-
-
-def _plain_items(study: Study, source: Source, names: list[str], root: Path) -> list[Item]:
-    """The one file of an ordinary address."""
+def _items(study: Study, source: Source, names: list[str], root: Path) -> list[Item]:
+    """What a source has for some data sets of a study: the one file of an ordinary address, or files of the hub."""
+    if source.address.startswith(HUB):
+        return _hub_items(study, source, names, root)
     if len(source.files) != 1 or source.md5 is None or source.size_bytes is None:
         raise Refused(
             f"{source.name}: the manifest must give one file name (`files`), `size_bytes` and `md5`; without them a "
@@ -142,19 +133,21 @@ def _plain_items(study: Study, source: Source, names: list[str], root: Path) -> 
     if not source.address.startswith(("https://", "http://")):
         raise Refused(f"{source.name}: {source.address} is no web address.")
     path = root / source.provides / safe_name(source.files[0], source.name)
-    return [Item(source, source.files[0], source.address, source.size_bytes, f"md5:{source.md5}", "", path)]
+    headers = {"user-agent": "steph", "accept-encoding": "identity"}
+    return [Item(source, source.address, source.size_bytes, f"md5:{source.md5}", "", headers, path)]
 
 
 def _hub_items(study: Study, source: Source, names: list[str], root: Path) -> list[Item]:
-    """The files of a data set of Hugging Face that belong to a study's data sets."""
     from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.utils import build_hf_headers
 
     repo, endpoint = source.address.removeprefix(HUB).strip("/"), os.environ.get("HF_ENDPOINT") or None
+    headers = {**build_hf_headers(library_name="steph"), "accept-encoding": "identity"}  # with the user's token
     api = HfApi(endpoint=endpoint, library_name="steph")
     with _in_sentences(source):
         try:
-            revision = str(_patiently(lambda: api.dataset_info(repo, timeout=TIMEOUT)).sha)
+            revision = _patiently(lambda: api.dataset_info(repo, timeout=60.0)).sha
             tree = api.list_repo_tree(repo, recursive=True, revision=revision, repo_type="dataset")
             listed = {file.path: file for file in tree if isinstance(file, RepoFile)}
         except (ValueError, KeyError, TypeError) as error:
@@ -166,18 +159,17 @@ def _hub_items(study: Study, source: Source, names: list[str], root: Path) -> li
     for name in names:
         for project in study.entry(name).projects:
             patterns = names_of(source, project, name)
-            paths = [path for path in listed if is_like(path, patterns)]
-            if not paths:
+            files = [file for path, file in listed.items() if is_like(path, patterns)]
+            if not files:
                 raise Refused(
                     f"{source.name}: nothing there for {project} ({name}): no file like {' or '.join(patterns)}. There "
                     f"are: {shortened(sorted(listed), 20)}. Correct `files` of this source in the study's manifest."
                 )
-            for path in paths:
-                file = listed[path]
-                url = hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=endpoint)
+            for file in files:
+                url = hf_hub_url(repo, file.path, repo_type="dataset", revision=revision, endpoint=endpoint)
                 checksum = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
-                to = root / source.provides / safe_name(path, source.name)
-                items[path] = Item(source, path, url, file.size, checksum, revision, to)
+                path = root / source.provides / safe_name(file.path, source.name)
+                items[file.path] = Item(source, url, file.size, checksum, revision, headers, path)
     return list(items.values())
 
 
@@ -194,48 +186,22 @@ def is_like(path: str, patterns: Iterable[str]) -> bool:
 def _present(item: Item) -> Fetched | None:
     """What is there already; None where the file has to be fetched. Raises `Refused` for a file of another content."""
     if not is_archive(item.path.name):
-        if not item.path.exists():
-            return None
-        if _matches(item.path, item):
-            return Fetched(item, item.path, "was there")
-        raise Refused(
-            f"{item.path} is there, but is not what {item.source.name} has now ({item.size} bytes, {item.checksum}). "
-            "Move it away, and it is fetched; or name only the other sources (--source)."
-        )
+        if item.path.exists() and not _matches(item.path, item):
+            raise Refused(
+                f"{item.path} is there, but is not what {item.source.name} has now ({item.size} bytes, "
+                f"{item.checksum}). Move it away, and it is fetched; or name only the other sources (--source)."
+            )
+        return Fetched(item.path, "was there") if item.path.exists() else None
     folder = folder_of(item.path)
     record = unpacked(folder)
     if record is None:
         note = "was there; not unpacked by this command, so nobody knows whether it is whole: `steph data check`"
-        return Fetched(item, folder, note) if folder.is_dir() else None
-    lost = missing_files(folder, record)
-    if lost:
+        return Fetched(folder, note) if folder.is_dir() else None
+    if lost := record["missing"]:
         print(f"{folder}: {len(lost)} file(s) are gone or have another size: {shortened(lost)}", file=sys.stderr)
         return None
     newer = "" if record.get("checksum") == item.checksum else "; the source has another version now"
-    return Fetched(item, folder, f"was there{newer}")
-
-
-def _refuse_full_disk(root: Path, missing: list[Item]) -> None:
-    """Refuse to begin what cannot end: archives are there one at a time, unpacked ones all."""
-    arriving = {item: max(item.size - max(_size(item.part), _size(item.path)), 0) for item in missing}
-    archives = [item for item in missing if is_archive(item.path.name)]
-    needed = sum(n for item, n in arriving.items() if item not in archives)
-    needed += max((arriving[item] for item in archives), default=0)
-    unpacked_bytes = sum(item.size for item in archives) * UNPACKED
-    what = f"{len(missing)} file(s)" + (", archives unpacked" if archives else "")
-    refuse_full_disk(root, needed + unpacked_bytes, what, ", take fewer data sets (--dataset), or name one (--out)")
-
-
-# ------------------------------------------------------------------------------------------------ getting it
-
-
-def _check_access(missing: list[Item]) -> None:
-    """Ask for a file of each gated place, before anything is begun. Raises `Unavailable` where access is refused."""
-    from huggingface_hub import get_hf_file_metadata
-
-    for item in {item.source.address: item for item in missing if item.on_hub}.values():
-        with _in_sentences(item.source):
-            _patiently(lambda item=item: get_hf_file_metadata(item.url, timeout=TIMEOUT, headers=_headers(item)))  # type: ignore[misc]
+    return Fetched(folder, f"was there{newer}")
 
 
 def _get(item: Item, features: Features) -> Fetched:
@@ -245,7 +211,7 @@ def _get(item: Item, features: Features) -> Fetched:
     if not is_archive(item.path.name):
         _download(item)
         item.part.replace(item.path)
-        return Fetched(item, item.path, f"fetched, {item.size / 1e6:.1f} MB, checksum right")
+        return Fetched(item.path, f"fetched, {item.size / 1e6:.1f} MB, checksum right")
     folder = folder_of(item.path)
     note, archive = "", item.path
     if not _matches(item.path, item):  # else a person put it there: it stays
@@ -258,7 +224,7 @@ def _get(item: Item, features: Features) -> Fetched:
     item.part.unlink(missing_ok=True)
     slides = find_slides([folder])
     problems = problems_message(check_slides(slides, slides, features))
-    return Fetched(item, folder, f"{n_files} files{note}" + (f"\n{problems}" if problems else ""))
+    return Fetched(folder, f"{n_files} files{note}" + (f"\n{problems}" if problems else ""))
 
 
 def _download(item: Item) -> None:
@@ -270,7 +236,7 @@ def _download(item: Item) -> None:
             return
         item.part.unlink()
     raise Refused(
-        f"{item.name}: the checksum is wrong (expected {item.checksum}), twice; nothing of it was kept. "
+        f"{item.path.name}: the checksum is wrong (expected {item.checksum}), twice; nothing of it was kept. "
         "Something on the way changes the file, or the source is being changed: try again later."
     )
 
@@ -282,49 +248,30 @@ def _receive(item: Item) -> None:
 
     if _size(item.part) > item.size:
         item.part.unlink()
+    get = partial(http_get, item.url, headers=item.headers, displayed_filename=item.path.name)
     try:
         with item.part.open("ab") as file:
-            http_get(
-                item.url,
-                file,
-                resume_size=_size(item.part),
-                headers=_headers(item),
-                expected_size=item.size,
-                displayed_filename=item.path.name,
-            )
-    except HTTPError:
-        raise
+            get(file, resume_size=_size(item.part), expected_size=item.size)
     except ValueError as error:  # more than 50 GB
         raise Refused(
-            f"{item.name}: {error} Or get it with the hub's own client (`hf download`) and put it to {item.path}; then "
-            "the same command unpacks it."
+            f"{item.path.name}: {error} Or get it with the hub's own client (`hf download`) and put it to {item.path}; "
+            "then the same command unpacks it."
         ) from None
     except OSError as error:
-        if error.errno is None:  # of the client itself: another size than expected
-            raise _Incomplete(f"{_size(item.part)} of {item.size} bytes arrived") from None
-        raise
+        if isinstance(error, HTTPError) or error.errno is not None:
+            raise
+        # of the client itself: another size than expected
+        raise EOFError(f"{_size(item.part)} of {item.size} bytes arrived") from None
 
 
-def _headers(item: Item) -> dict[str, str]:
-    """What is sent with a request. Only the hub gets the user's token."""
-    from huggingface_hub.utils import build_hf_headers
-
-    headers = build_hf_headers(library_name="steph") if item.on_hub else {"user-agent": "steph"}
-    return {**headers, "accept-encoding": "identity"}
-
-
-class _Incomplete(Exception):
-    """A download ended early, though nothing looked wrong."""
-
-
-def _patiently(attempt: Callable[[], Result]) -> Result:
+def _patiently(attempt: Callable[[], Any]) -> Any:
     """The result of `attempt`, which is repeated after faults of the network or the server that may pass."""
     from huggingface_hub.errors import HTTPError
 
     for wait in WAITS:
         try:
             return attempt()
-        except (HTTPError, _Incomplete) as error:
+        except (HTTPError, EOFError) as error:
             status = getattr(getattr(error, "response", None), "status_code", 500)
             if status < 500 and status not in (408, 416, 429):
                 raise
@@ -337,47 +284,37 @@ def _in_sentences(source: Source) -> Iterator[None]:
     """Faults of the network and the server become sentences."""
     from huggingface_hub import errors, get_token
 
-    where = f"{source.name} ({source.address})"
     try:
         yield
-    except errors.GatedRepoError as error:
+        return
+    except (errors.HTTPError, errors.OfflineModeIsEnabled, EOFError) as raised:
+        error = raised
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", 0)
+    kind: type[Refused] = Unavailable
+    if isinstance(error, errors.GatedRepoError):
         reason = "the token that was sent has no access" if get_token() else "no token was sent"
-        raise Unavailable(
-            f"{where} is given to people who asked for it, and {reason} ({error.response.status_code}). 1. Open its "
-            "page, log in, accept the terms there and wait until they are confirmed. 2. Make a token that may read "
-            "gated repositories (https://huggingface.co/settings/tokens). 3. `hf auth login`, or set HF_TOKEN. Then "
-            "run the same command again."
-        ) from None
-    except errors.RepositoryNotFoundError as error:
-        raise Unavailable(
-            f"{where}: no such data set, or it is not shown to you ({error.response.status_code}). Is the address "
-            "right? If you have a token, is it still valid (`hf auth whoami`)?"
-        ) from None
-    except errors.HTTPError as error:
-        response = getattr(error, "response", None)
-        if response is None:
-            raise Unavailable(
-                f"{where} cannot be reached: {error}. Is there a network, a proxy (HTTPS_PROXY), a mirror "
-                "(HF_ENDPOINT)? What has arrived is kept; the same command goes on from there."
-            ) from None
-        status = response.status_code
-        if status == 404:
-            raise Refused(f"{where}: not there any more (404): {response.url}.") from None
-        if status in (401, 403):
-            raise Unavailable(
-                f"{where} refuses the download ({status}). Where a token is needed, make one that may read it "
-                "(https://huggingface.co/settings/tokens) and `hf auth login`, or set HF_TOKEN."
-            ) from None
-        fault = "has a fault of its own" if status >= 500 else "refuses the request"
-        raise Unavailable(
-            f"{where}: the server {fault} ({status}). What has arrived is kept; try again later."
-        ) from None
-    except errors.OfflineModeIsEnabled:
-        raise Unavailable(f"{where}: HF_HUB_OFFLINE is set, so nothing is fetched. Unset it, and run again.") from None
-    except _Incomplete as error:
-        raise Unavailable(
-            f"{where}: {error}, {len(WAITS) + 1} times. What has arrived is kept; the same command goes on from there."
-        ) from None
+        fault = (
+            f" is given to people who asked for it, and {reason} ({status}). 1. Open its page, log in, accept the "
+            f"terms there and wait until they are confirmed. 2. {LOG_IN} Then run the same command again."
+        )
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        fault = f": no such data set, or it is not shown to you ({status}). Is its address right? {LOG_IN}"
+    elif isinstance(error, errors.OfflineModeIsEnabled):
+        fault = ": HF_HUB_OFFLINE is set, so nothing is fetched. Unset it, and run again."
+    elif isinstance(error, EOFError):
+        fault = f": {error}, {len(WAITS) + 1} times. {KEPT}"
+    elif response is None:
+        reason = "Is there a network, a proxy (HTTPS_PROXY), a mirror (HF_ENDPOINT)?"
+        fault = f" cannot be reached: {error}. {reason} {KEPT}"
+    elif status == 404:  # the only one that does not keep other files from being fetched
+        fault, kind = f": not there any more (404): {response.url}.", Refused
+    elif status in (401, 403):
+        fault = f" refuses the download ({status}). Is a token needed? {LOG_IN}"
+    else:
+        reason = "has a fault of its own" if status >= 500 else "refuses the request"
+        fault = f": the server {reason} ({status}). {KEPT}"
+    raise kind(f"{source.name} ({source.address}){fault}")
 
 
 def _size(path: Path) -> int:
@@ -389,10 +326,8 @@ def _matches(path: Path, item: Item) -> bool:
     if not path.is_file() or _size(path) != item.size:
         return False
     kind, expected = item.checksum.split(":")
-    digest: Any = hashlib.new("sha1" if kind == "git" else kind, usedforsecurity=False)
-    if kind == "git":  # the name that git gives a file
-        digest.update(f"blob {item.size}\0".encode())
+    # The name that git gives a file is the sha1 of a header and the content.
+    kind, header = ("sha1", f"blob {item.size}\0".encode()) if kind == "git" else (kind, b"")
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        digest = hashlib.file_digest(file, lambda: hashlib.new(kind, header, usedforsecurity=False))
     return digest.hexdigest() == expected

@@ -14,14 +14,13 @@ import pandas as pd
 from steph import Refused
 from steph.data.cohort import cohort_from, write_cohort
 from steph.data.features import find_slides
-from steph.data.manifest import DatasetEntry, Study
+from steph.data.manifest import Study
 from steph.files.tables import read_csv, shortened
 
 SHEET = "TCGA-CDR"
 MISSING = ["", "#N/A", "NA", "NaN", "nan"]
 BARCODE = r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}"
-FROZEN = rf"{BARCODE}-\d{{2}}[A-Z]-\d{{2}}-[TBM]S"
-"""Top, bottom and middle sections of frozen tissue; diagnostic slides say DX there."""
+FROZEN = rf"{BARCODE}-\d{{2}}[A-Z]-\d{{2}}-[TBM]S"  # top, bottom, middle section; diagnostic slides say DX there
 
 
 def build_labels(study: Study, cdr: Path, slides: Path, out: Path) -> pd.DataFrame:
@@ -36,29 +35,33 @@ def build_labels(study: Study, cdr: Path, slides: Path, out: Path) -> pd.DataFra
     Raises `Refused` as `label_slides` does, and where no slide at all gets a label.
     """
     matched = label_slides(study, cdr, slides)
-    reasons = {str(k): int(n) for k, n in matched.loc[matched["dropped"] != "", "dropped"].value_counts().items()}
+    reasons = matched.loc[matched["dropped"] != "", "dropped"].value_counts().to_dict()
     if sum(reasons.values()) == len(matched):
-        counted = "; ".join(f"{reason}: {n}" for reason, n in reasons.items())
         raise Refused(
-            f"none of the {len(matched)} slides of {slides} gets a label from {cdr} in study {study.name}: {counted}. "
+            f"none of the {len(matched)} slides of {slides} gets a label from {cdr} in study {study.name}: "
+            f"{'; '.join(f'{reason}: {n}' for reason, n in reasons.items())}. "
             "Are the slide list and the study's projects those of the same cancers?"
         )
     # All data sets are checked before the first is written, so a refusal leaves no half of the labels behind.
     cohorts, rows = [], []
     for name, entry in study.datasets.items():
-        listed = matched[matched["project"].isin(entry.projects)]
-        labelled = listed[listed["dropped"] == ""]
+        of_projects = matched[matched["project"].isin(entry.projects)].sort_values(["patient_id", "slide_id"])
+        labelled = of_projects[of_projects["dropped"] == ""]
         if len(labelled):
-            cohorts.append(cohort_from(labelled.sort_values(["patient_id", "slide_id"]), name, f"{cdr} with {slides}"))
-        events = labelled.drop_duplicates("patient_id")["event"].astype(bool)
-        rows.append(_summary_row(name, entry, events, len(labelled), len(listed) - len(labelled)))
+            cohorts.append(cohort_from(labelled, name, f"{cdr} with {slides}"))
+        events = labelled.drop_duplicates("patient_id")["event"]
+        counts = (len(events), len(labelled), round(100 * (1 - events.mean()), 1))
+        expected = (entry.patients, entry.slides, entry.survival_rate_pct)
+        matches = None if None in expected else counts == expected
+        rows.append((name, *counts, int(events.sum()), len(of_projects) - len(labelled), *expected, matches))
     for cohort in cohorts:
         write_cohort(cohort, out / f"{cohort.dataset}.csv")
-    summary = pd.DataFrame(rows).astype(
-        {"expected_patients": "Int64", "expected_slides": "Int64", "matches": "boolean"}
-    )
+    counted = ["patients", "slides", "survival_rate_pct"]
+    names = ["dataset", *counted, "events", "slides_dropped", *(f"expected_{name}" for name in counted), "matches"]
+    summary = pd.DataFrame(rows, columns=names)
+    summary.insert(3, "events", summary.pop("events"))
     summary.attrs["dropped"] = reasons
-    return summary
+    return summary.astype({"expected_patients": "Int64", "expected_slides": "Int64", "matches": "boolean"})
 
 
 def label_slides(study: Study, cdr: Path, slides: Path) -> pd.DataFrame:
@@ -69,18 +72,16 @@ def label_slides(study: Study, cdr: Path, slides: Path) -> pd.DataFrame:
     Raises `Refused` as `read_outcomes` and `read_slides` do, and where the slide list's project contradicts TCGA-CDR's.
     """
     outcomes = read_outcomes(cdr, study.endpoint.name)
-    listed = read_slides(slides).rename(columns={"project": "listed"})
-    listed["patient_id"] = listed["slide_id"].str[:12]
-    table = listed.join(outcomes, on="patient_id")
+    table = read_slides(slides).rename(columns={"project": "listed"})
+    table = table.assign(patient_id=table["slide_id"].str[:12], dropped="").join(outcomes, on="patient_id")
     groups = {project: name for name, entry in study.datasets.items() for project in entry.projects}
     # Feature archives say BRCA_IDC or TCGA-BRCA for BRCA; the name of a data set (KIPAN) stands for its projects.
-    said = table["listed"].str.removeprefix("TCGA-").str.split("_").str[0]
-    known = (said != "") & table["project"].notna()
-    wrong = table[known & (said != table["project"]) & (said != table["project"].map(groups))]
+    project = table["listed"].str.removeprefix("TCGA-").str.split("_").str[0]
+    comparable = (project != "") & table["project"].notna()
+    wrong = table[comparable & (project != table["project"]) & (project != table["project"].map(groups))]
     if len(wrong):
         pairs = [f"{r.slide_id} (listed {r.listed}, TCGA-CDR {r.project})" for r in wrong.itertuples()]
         raise Refused(f"{slides}: {len(wrong)} slide(s) of another project than TCGA-CDR says: {shortened(pairs)}.")
-    table["dropped"] = ""
     for reason, applies in (
         (f"{study.endpoint.name} unknown", table["event"].isna() | table["time_days"].isna()),
         ("project not in the study", ~table["project"].isin(groups)),
@@ -105,28 +106,26 @@ def read_outcomes(cdr: Path, endpoint: str) -> pd.DataFrame:
             f"{cdr}: no column {', '.join(missing)}; found {', '.join(map(str, table.columns))}. Expected the outcome "
             f"table of TCGA-CDR (sheet {SHEET}) with {', '.join(names)}."
         )
-    table = table[list(names)].rename(columns=names).dropna(how="all")
-    table = table.apply(lambda column: column.str.strip())
-    nameless = table[table["patient_id"].isna() | table["project"].isna()]
+    table = table[list(names)].rename(columns=names).dropna(how="all").apply(lambda column: column.str.strip())
+    nameless = table.index[table["patient_id"].isna() | table["project"].isna()]
     if len(nameless):
-        rows = [str(row + 2) for row in nameless.index]
-        raise Refused(f"{cdr}: no bcr_patient_barcode or no type in row(s) {shortened(rows)}.")
-    for column, name in (("event", endpoint), ("time_days", f"{endpoint}.time")):
+        rows = shortened([str(row + 2) for row in nameless])
+        raise Refused(f"{cdr}: no bcr_patient_barcode or no type in row(s) {rows}.")
+    for column, name, expected in (
+        ("event", endpoint, "1 (event), 0 (censored)"),
+        ("time_days", f"{endpoint}.time", "days, 0 or more,"),
+    ):
         numbers = pd.to_numeric(table[column], errors="coerce")
         valid = numbers.isin([0, 1]) if column == "event" else numbers.between(0, 1e6)
         bad = table[table[column].notna() & ~valid]
         if len(bad):
-            expected = "1 (event), 0 (censored)" if column == "event" else "days, 0 or more,"
-            values = [f"{patient} {value!r}" for patient, value in zip(bad["patient_id"], bad[column], strict=True)]
-            raise Refused(f"{cdr}: {len(bad)} row(s) whose {name} is not {expected} or empty: {shortened(values)}.")
+            values = shortened([f"{patient} {value!r}" for patient, value in bad[["patient_id", column]].to_numpy()])
+            raise Refused(f"{cdr}: {len(bad)} row(s) whose {name} is not {expected} or empty: {values}.")
         table[column] = numbers
     table = table.drop_duplicates()
     twice = table.loc[table["patient_id"].duplicated(), "patient_id"].unique()
     if len(twice):
-        raise Refused(
-            f"{cdr}: {len(twice)} patient(s) with several, different rows: {shortened(list(twice))}. "
-            "Keep the right one."
-        )
+        raise Refused(f"{cdr}: {len(twice)} patient(s) with several, different rows: {shortened(list(twice))}.")
     return table.set_index("patient_id")
 
 
@@ -151,41 +150,21 @@ def read_slides(path: Path) -> pd.DataFrame:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise Refused(f"{path} is no text: {error}. Expected one slide per line.") from None
-        table = pd.DataFrame({"slide_id": [line for line in map(str.strip, lines) if line]}, dtype=str)
+        table = pd.DataFrame({"slide_id": [line for line in lines if line.strip()]}, dtype=str)
     if table.empty:
         raise Refused(f"{path} lists no slides. Expected a slide per line, or .h5 / .pt files in a folder.")
     names = table["slide_id"].map(lambda name: PurePosixPath(name.strip()).name)
     ids = names.str.replace(r"\.(h5|pt|svs)$", "", regex=True, case=False)
-    strange = ids[~ids.str.match(rf"{BARCODE}(?:[-.]|$)")]
-    if len(strange):
+    strange = [repr(name) for name in ids[~ids.str.match(rf"{BARCODE}(?:[-.]|$)")]]
+    if strange:
         raise Refused(
-            f"{path}: {len(strange)} of {len(ids)} entries are no TCGA barcodes: "
-            f"{shortened([repr(s) for s in strange])}. Expected names like "
-            "TCGA-3C-AALI-01Z-00-DX1.<UUID>. A cohort of your own needs no TCGA-CDR: write its label table yourself."
+            f"{path}: {len(strange)} of {len(ids)} entries are no TCGA barcodes: {shortened(strange)}. Expected "
+            "names like TCGA-3C-AALI-01Z-00-DX1.<UUID>. A cohort of your own needs no TCGA-CDR: write its label table."
         )
     twice = ids[ids.duplicated()].unique()
     if len(twice):
         raise Refused(f"{path}: {len(twice)} slide(s) stand twice: {shortened(list(twice))}. Keep one of each.")
-    project = table["project"].str.strip() if "project" in table.columns else ""
-    return pd.DataFrame({"slide_id": ids, "project": project})
-
-
-def _summary_row(name: str, entry: DatasetEntry, event: pd.Series, slides: int, dropped: int) -> dict[str, object]:
-    """event: (patients,) of bool."""
-    rate = round(100 * float(1 - event.mean()), 1) if len(event) else float("nan")
-    expected = (entry.patients, entry.slides, entry.survival_rate_pct)
-    return {
-        "dataset": name,
-        "patients": len(event),
-        "slides": slides,
-        "events": int(event.sum()),
-        "survival_rate_pct": rate,
-        "slides_dropped": dropped,
-        "expected_patients": entry.patients,
-        "expected_slides": entry.slides,
-        "expected_survival_rate_pct": entry.survival_rate_pct,
-        "matches": None if None in expected else (len(event), slides, rate) == expected,
-    }
+    return pd.DataFrame({"slide_id": ids, "project": table["project"].str.strip() if "project" in table else ""})
 
 
 def _read_cdr(path: Path) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,17 +38,17 @@ class Splits:
         return len(self.folds)
 
     def train(self, fold: int) -> list[str]:
-        """Patients who train fold `fold`. Raises `Refused` for a fold that does not exist."""
+        """Patients who train a fold. Raises `Refused` for one that does not exist."""
         return list(self._fold(fold)[0])
 
     def test(self, fold: int) -> list[str]:
-        """Patients who test fold `fold`. Raises `Refused` for a fold that does not exist."""
+        """Patients who test a fold. Raises `Refused` for one that does not exist."""
         return list(self._fold(fold)[1])
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of who trains and who tests, whatever the origin."""
-        return fingerprint([[list(train), list(test)] for train, test in self.folds])
+        return fingerprint(self.folds)
 
     def _fold(self, fold: int) -> Fold:
         if self.origin == "external":
@@ -115,7 +116,7 @@ def load_splits(cohort: Cohort, folder: Path, n_folds: int, seed: int, repeats: 
                     f"{authors} holds the authors' splits, one cross-validation, and the study repeats it {repeats} "
                     "times. Set `repeats` to 1 in the manifest, or move the files away and all splits are made anew."
                 )
-            return Splits(tuple(_read_released(cohort, authors, n_folds)), "authors")
+            return Splits(tuple(_authors_folds(cohort, authors, n_folds)), "authors")
     folds: list[Fold] = []
     for repeat in range(repeats):
         path = folder / f"{cohort.dataset}{f'.repeat{repeat}' if repeat else ''}.csv"
@@ -130,78 +131,58 @@ def load_splits(cohort: Cohort, folder: Path, n_folds: int, seed: int, repeats: 
     return Splits(tuple(folds), "ours")
 
 
-def _read_released(cohort: Cohort, folder: Path, n_folds: int) -> Iterable[Fold]:
-    expected = [folder / f"splits_{k}.csv" for k in range(n_folds)]
-    files = sorted(folder.glob("splits_*.csv"))
-    if set(files) != set(expected):
+def _authors_folds(cohort: Cohort, folder: Path, n_folds: int) -> Iterable[Fold]:
+    files = {path.name for path in folder.glob("splits_*.csv")}
+    if files != {f"splits_{k}.csv" for k in range(n_folds)}:
         raise Refused(
-            f"{folder} holds {', '.join(p.name for p in files)}; expected splits_0.csv to splits_{n_folds - 1}.csv, as "
+            f"{folder} holds {', '.join(sorted(files))}; expected splits_0.csv to splits_{n_folds - 1}.csv, as "
             f"the study has {n_folds} folds. Complete the files or change `folds` in the manifest."
         )
-    for path in expected:
+    for path in (folder / f"splits_{k}.csv" for k in range(n_folds)):
         table = read_csv(path)
-        test = "test" if "test" in table.columns else "val"
-        missing = [name for name in ("train", test) if name not in table.columns]
-        if missing:
-            raise Refused(
-                f"{path}: no column {', '.join(missing)}; found {', '.join(table.columns)}. Expected train and "
-                "test, or train and val, each with patient ids."
-            )
-        parts = {
-            name: [patient for patient in table[name].str.strip() if patient]
-            for name in ("train", "test", "val")
-            if name in table.columns
-        }
-        _check_patients(cohort, path, [patient for part in parts.values() for patient in part], parts)
-        yield _fold(cohort, path, set(parts["train"]), set(parts[test]))
+        test = "test" if "test" in table else "val"
+        _require(path, table, "train", test)
+        columns = [table[name].str.strip() for name in ("train", "test", "val") if name in table]
+        train, *held_out = ([patient for patient in column if patient] for column in columns)
+        yield _fold(cohort, path, train, held_out[0], [patient for part in held_out[1:] for patient in part])
 
 
 def _our_folds(cohort: Cohort, path: Path, table: pd.DataFrame, numbers: range) -> Iterable[Fold]:
-    missing = [name for name in ("patient_id", "fold") if name not in table.columns]
-    if missing:
-        raise Refused(f"{path}: no column {', '.join(missing)}; found {', '.join(table.columns)}.")
+    _require(path, table, "patient_id", "fold")
     patients, folds = table["patient_id"].str.strip(), table["fold"].str.strip()
-    valid = [str(k) for k in numbers]
-    bad = table[~folds.isin(valid)]
+    bad = table[~folds.isin([str(k) for k in numbers])]
     if len(bad):
         pairs = [f"{r.patient_id} in fold {r.fold!r}" for r in bad.itertuples()]
         raise Refused(
             f"{path}: {shortened(pairs)}; the study has folds {numbers[0]} to {numbers[-1]} there. Change `folds` in "
             "the manifest, or delete the file and new splits are made."
         )
-    _check_patients(cohort, path, list(patients), {})
-    for k in valid:
-        test = set(patients[folds == k])
-        yield _fold(cohort, path, set(patients) - test, test, int(k))
+    for k in numbers:
+        test = folds == str(k)
+        yield _fold(cohort, path, list(patients[~test]), list(patients[test]), [], f" fold {k}")
 
 
-def _check_patients(cohort: Cohort, path: Path, listed: list[str], parts: dict[str, list[str]]) -> None:
-    """Every patient of the cohort stands in the file once, and nobody else does."""
-    known = list(cohort.slides_of)
-    strangers = sorted(set(listed) - set(known))
-    if strangers:
-        raise Refused(
-            f"{path}: {len(strangers)} patient(s) who are not in the cohort {cohort.dataset}: {shortened(strangers)}. "
-            "Are labels and splits of the same release?"
-        )
-    both = sorted(set(parts.get("train", [])) & set(parts.get("test", []) + parts.get("val", [])))
-    if both:
-        raise Refused(f"{path}: {len(both)} patient(s) who train and are held out as well: {shortened(both)}.")
-    counts = pd.Series(listed, dtype=str).value_counts()
-    twice = sorted(counts.index[counts > 1])
-    if twice:
-        raise Refused(f"{path}: {len(twice)} patient(s) listed twice: {shortened(twice)}. Keep one row of each.")
-    left_out = [patient for patient in known if patient not in counts.index]
-    if left_out:
-        raise Refused(
-            f"{path}: {len(left_out)} of {len(known)} patients of the cohort {cohort.dataset} are missing: "
-            f"{shortened(left_out)}. Complete the file, or move it away and new splits are made."
-        )
+def _require(path: Path, table: pd.DataFrame, *columns: str) -> None:
+    missing = [name for name in columns if name not in table]
+    if missing:
+        raise Refused(f"{path}: no column {', '.join(missing)}; found {', '.join(table.columns)}.")
 
 
-def _fold(cohort: Cohort, path: Path, train: set[str], test: set[str], fold: int | None = None) -> Fold:
+def _fold(cohort: Cohort, path: Path, train: list[str], test: list[str], val: list[str], which: str = "") -> Fold:
+    """A fold of a file, in which every patient of the cohort stands once, and nobody else does."""
+    place, listed = {patient: i for i, patient in enumerate(cohort.slides_of)}, [*train, *test, *val]
+    for patients, problem in (
+        (set(listed) - place.keys(), f"who are not in the cohort {cohort.dataset}"),
+        (set(train) & {*test, *val}, "who train and are held out as well"),
+        ({patient for patient, n in Counter(listed).items() if n > 1}, "listed twice"),
+        (place.keys() - listed, f"of the cohort {cohort.dataset} who are missing"),
+    ):
+        if patients:
+            raise Refused(
+                f"{path}: {len(patients)} patient(s) {problem}: {shortened(sorted(patients))}. Are labels and splits "
+                "of the same release? Correct the file, or move it away and new splits are made."
+            )
     for name, group in (("trains", train), ("tests", test)):
         if not group:
-            raise Refused(f"{path}: nobody {name}{'' if fold is None else f' fold {fold}'}.")
-    order = list(cohort.slides_of)
-    return tuple(p for p in order if p in train), tuple(p for p in order if p in test)
+            raise Refused(f"{path}: nobody {name}{which}.")
+    return tuple(sorted(train, key=place.__getitem__)), tuple(sorted(test, key=place.__getitem__))

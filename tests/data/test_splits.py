@@ -114,7 +114,7 @@ def ours(cohort: Cohort, folder: Path) -> pd.DataFrame:
 BAD_OURS = {
     "unknown patient": (lambda t: pd.concat([t, t.tail(1).assign(patient_id="P999")]), r"1 patient.*not in .*P999"),
     "patient twice": (lambda t: pd.concat([t, t.head(1)]), r"1 patient\(s\) listed twice: P000"),
-    "patient missing": (lambda t: t[2:], r"2 of 22 patients of the cohort SARC are missing: P000, P001"),
+    "patient missing": (lambda t: t[2:], r"2 patient\(s\) of the cohort SARC who are missing: P000, P001"),
     "fold 5": (lambda t: t.replace({"fold": {"4": "5"}}), r"in fold '5'.*folds 0 to 4"),
     "fold 1.5": (lambda t: t.replace({"fold": {"4": "1.5"}}), r"in fold '1\.5'.*folds 0 to 4"),
     "empty test": (lambda t: t.replace({"fold": {"4": "3"}}), r"nobody tests fold 4"),
@@ -197,7 +197,7 @@ BAD_AUTHORS = {
     "train and val": (put("val", 10, "P021"), r"1 patient\(s\) who train and are held out as well: P021"),
     "val and test": (put("val", 10, "P002"), r"1 patient\(s\) listed twice: P002"),
     "twice": (put("train", 30, "P021"), r"1 patient\(s\) listed twice: P021"),
-    "missing": (put("test", 0, ""), r"1 of 22 patients of the cohort SARC are missing: P002"),
+    "missing": (put("test", 0, ""), r"1 patient\(s\) of the cohort SARC who are missing: P002"),
     "no test": (nobody_tests, r"nobody tests"),
     "no train column": (lambda t: t.rename(columns={"train": "fit"}), r"no column train; found .*fit, val, test"),
 }
