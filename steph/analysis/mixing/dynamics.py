@@ -12,12 +12,9 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from steph import Refused
-from steph.analysis.mixing.pairs import check_each_once
 from steph.analysis.performance.estimates import with_interval
 from steph.data.manifest import Study
 from steph.data.synthetic import planted_similarity
-from steph.files.records import Record
 from steph.study.runs import Run, Workbench, plan, results
 
 SHOWN = 5
@@ -29,22 +26,23 @@ USED_BELOW = 0.8
 def runs(study: Study, dataset: str, fold: int, seeds: Sequence[int], precision: str = "fp32") -> list[Run]:
     """STEPH on one target and fold from several starts. The models that are merged are the same in all of them.
 
-    Raises `Refused` for a fold that the study does not have, seeds that repeat, or no seed.
+    Raises `Refused` for a data set or fold that the study does not have.
     """
     study.entry(dataset)
     study.check_fold(fold)
-    check_each_once("seeds", seeds)
     return plan(study, [dataset], ["steph"], [fold], list(seeds), precision)
 
 
 def dynamics(bench: Workbench, runs: Iterable[Run]) -> pd.DataFrame:
     """The course of w and lambda: seed, epoch (1, 2, ...), source, w, lambda; means over the patients of each update
-    and over the epoch's updates, with dropout at work. Raises `Refused` for a run that is not finished or kept no such
-    course, and for no runs."""
-    courses = [_course(bench.finished(run)).assign(seed=run.seed) for run in runs]
-    if not courses:
-        raise Refused("no runs to follow; name at least one.")
-    return pd.concat(courses, ignore_index=True)[["seed", "epoch", "source", "w", "lambda"]]
+    and over the epoch's updates, with dropout at work. runs: STEPH's. Raises `Refused` for one that is not finished."""
+    courses = []
+    for run in runs:
+        history = pd.read_csv(bench.finished(run).file("history.csv"))
+        for name in (column.removeprefix("w_") for column in history.columns if column.startswith("w_")):
+            numbers = {"w": history[f"w_{name}"], "lambda": history[f"lambda_{name}"]}
+            courses.append(pd.DataFrame({"seed": run.seed, "epoch": history["epoch"], "source": name, **numbers}))
+    return pd.concat(courses, ignore_index=True)
 
 
 def by_target(bench: Workbench, runs: Iterable[Run]) -> dict[str, pd.DataFrame]:
@@ -66,18 +64,6 @@ def finished_runs(
     rows = zip(table["dataset"], table["method"], table["seed"], strict=True)
     runs = [Run(dataset, name, fold, int(seed), precision) for dataset, name, seed in rows]
     return sorted(runs, key=lambda run: (targets.index(run.dataset), run.method, run.seed))
-
-
-def _course(record: Record) -> pd.DataFrame:
-    history = pd.read_csv(record.file("history.csv"))
-    names = [c.removeprefix("w_") for c in history.columns if c.startswith("w_")]
-    if not names:
-        raise Refused(f"{record.path} has no course of w and lambda; only STEPH's runs do.")
-    courses = [
-        pd.DataFrame({"epoch": history["epoch"], "source": n, "w": history[f"w_{n}"], "lambda": history[f"lambda_{n}"]})
-        for n in names
-    ]
-    return pd.concat(courses, ignore_index=True)
 
 
 def at_the_end(course: pd.DataFrame) -> pd.DataFrame:

@@ -9,13 +9,13 @@ evaluation reports, with alpha = 0. All numbers are of the landscape as computed
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from steph import Refused
 from steph.analysis.mixing import dynamics
 from steph.analysis.mixing.pairs import pair
 from steph.data.bags import RaggedBatch
@@ -31,6 +31,8 @@ from steph.survival import nll_loss, targets
 from steph.training.device import Compute, single_thread
 from steph.training.engine import groups_of, loader
 
+Head = Literal["target", "merged"] | Run
+"""Whose head predicts: M_t's; M_0's + C_s tau_s's + C_t tau_t's; or that of a finished run."""
 STEPS = 25
 """Of 0.04 each: 26 values from 0 to 1 (Appendix C.2.3)."""
 NUMBERS = 2**25
@@ -43,15 +45,14 @@ def landscape(
     bench: Workbench,
     run: Run,
     device: str = "cpu",
-    head: str | Run = "target",
+    head: Head = "target",
     points: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """The landscape of a pair: mean loss of the target's patients at points (C_s, C_t), as c_s, c_t, loss_train,
     loss_test and, where there are external patients, loss_external. Computed once, then read from disk.
 
     run: STEPH with one source (`steph.analysis.mixing.pairs.pair`), whose two models are taken. points: (G, 2), None
-    takes `grid`. head: "target" (M_t's own), "merged" (M_0's + C_s tau_s's + C_t tau_t's) or a finished run, whose head
-    is taken. Raises `Refused` where one of the models is not finished.
+    takes `grid`. Raises `Refused` where one of the models is not finished.
     """
     points = grid() if points is None else points
     inputs = {
@@ -69,7 +70,9 @@ def grid() -> np.ndarray:
     return np.stack(np.meshgrid(ticks, ticks, indexing="ij"), axis=-1).reshape(-1, 2)
 
 
-def _losses(bench: Workbench, run: Run, device: str, head: str | Run, points: np.ndarray) -> pd.DataFrame:
+def _losses(
+    bench: Workbench, run: Run, device: str, head: Literal["target", "merged"] | Run, points: np.ndarray
+) -> pd.DataFrame:
     study, data = bench.study, bench.dataset(run.dataset)
     sets = {"train": (data, data.splits.train(run.fold)), "test": (data, data.splits.test(run.fold))}
     if data.external is not None:
@@ -77,7 +80,7 @@ def _losses(bench: Workbench, run: Run, device: str, head: str | Run, points: np
     states = {role: bench.state(model) for role, model in bench.prerequisites(run).items()}
     target = states.pop(TARGET)
     (source,) = states.values()
-    head_state = bench.state(head) if isinstance(head, Run) else target if head == "target" else head
+    head_state = bench.state(head) if isinstance(head, Run) else target if head == "target" else None
     network, compute = new_network("abmil", study.features.dim, study.network), bench.compute(run, device)
     plane = Plane(network, bench.null_state("abmil"), source, target, points, head_state)
     plane.to(device, compute.parameter_dtype).eval()
@@ -105,20 +108,18 @@ def _mean_loss(plane: Plane, data: Dataset, patients: Sequence[str], study: Stud
 class Plane(nn.Module):
     """An ABMIL under M_0 + C_s tau_s + C_t tau_t at each of G points (C_s, C_t), points (G, 2).
 
-    head: the state whose head predicts at every point, or "merged": then the head is merged like the encoder.
+    head: the state whose head predicts at every point; None merges the head like the encoder.
     """
 
     points: Tensor
 
     def __init__(
-        self, network: MIL, null: State, source: State, target: State, points: np.ndarray, head: str | State
+        self, network: MIL, null: State, source: State, target: State, points: np.ndarray, head: State | None
     ) -> None:
         super().__init__()
-        if isinstance(head, str) and head != "merged":
-            raise Refused(f"head = {head!r}; expected 'target', 'merged' or a finished run.")
         vectors = [task_vector(state, null) for state in (source, target)]
-        self.encoder = MergedEncoder(network, null, vectors, without="" if head == "merged" else "head.")
-        if not isinstance(head, str):
+        self.encoder = MergedEncoder(network, null, vectors, without="" if head is None else "head.")
+        if head is not None:
             parameters = {name: head[f"head.{name}"] for name in ("weight", "bias")}
             network.head.to(parameters["weight"].dtype).load_state_dict(parameters)
         self.register_buffer("points", torch.from_numpy(points), persistent=False)

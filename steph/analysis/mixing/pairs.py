@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from steph import Refused
 from steph.data.manifest import Study, unknown
 from steph.study.runs import TARGET, Run, Workbench
-
-
-def check_each_once(name: str, values: Sequence[Any]) -> None:
-    """Raise `Refused` where there are no values or one is repeated."""
-    if not values or len(set(values)) < len(values):
-        raise Refused(f"{name} {list(values)}: give at least one, and each once.")
 
 
 def check_sources(study: Study, target: str, sources: Sequence[str], fold: int) -> None:
@@ -25,7 +18,8 @@ def check_sources(study: Study, target: str, sources: Sequence[str], fold: int) 
     for name in sources:
         if name not in known:
             raise Refused(unknown("source", name, known, f"study {study.name}, target {target}"))
-    check_each_once(f"sources of {target}", sources)
+    if not sources or len(set(sources)) < len(sources):
+        raise Refused(f"sources {list(sources)} of {target}: give at least one, and each once.")
 
 
 def pair(study: Study, target: str, source: str, fold: int, precision: str = "fp32") -> Run:

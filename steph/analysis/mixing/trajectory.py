@@ -14,10 +14,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from steph import Refused
 from steph.analysis.mixing import dynamics
 from steph.analysis.mixing.landscape import landscape
-from steph.analysis.mixing.pairs import check_each_once, check_sources
+from steph.analysis.mixing.pairs import check_sources
 from steph.data.manifest import Study
 from steph.study.runs import Run, Workbench, plan
 
@@ -27,10 +26,9 @@ def runs(
 ) -> list[Run]:
     """STEPH with each of the sources alone, from each start.
 
-    Raises `Refused` for a data set, source or fold that the study does not have, for none, and for a repeated one.
+    Raises `Refused` for a data set, source or fold that the study does not have, and for none or repeated sources.
     """
     check_sources(study, dataset, sources, fold)
-    check_each_once("seeds", seeds)
     return plan(study, [dataset], [f"steph@{source}" for source in sources], [fold], seeds, precision)
 
 
@@ -63,18 +61,14 @@ def trajectories(bench: Workbench, runs: Iterable[Run], device: str = "cpu") -> 
     """The courses of runs with one source in the plane: source, seed, epoch (1, 2, ...), w, lambda, c_s, c_t, and the
     losses of `landscape` at that very point, computed there and not read off the grid.
 
-    Raises `Refused` for a run that is not finished, or not of one source, and for no runs.
+    Raises `Refused` for a run that is not finished.
     """
     tables = []
     for run in runs:
-        if run.entry.only is None:
-            raise Refused(f"{run} has several sources; a trajectory is drawn of one, as in steph@SOURCE.")
         course = dynamics.dynamics(bench, [run])
         course["c_s"], course["c_t"] = course["w"] * (1 - course["lambda"]), course["w"] * course["lambda"]
         points = landscape(bench, run, device, points=course[["c_s", "c_t"]].to_numpy())
         tables.append(course.join(points.drop(columns=["c_s", "c_t"])))
-    if not tables:
-        raise Refused("no runs to follow; name at least one.")
     return pd.concat(tables, ignore_index=True)
 
 

@@ -213,9 +213,9 @@ def evaluate(problem: Problem, flat: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def compare(
     problem: Problem,
-    lengths: Sequence[int] = LENGTHS,
-    lambdas: Sequence[float] = LAMBDAS,
-    seeds: Sequence[int] = (0, 1, 2, 3),
+    lengths: Sequence[int],
+    lambdas: Sequence[float],
+    seeds: Sequence[int],
     rate: float = RATE,
 ) -> pd.DataFrame:
     """How near mixtures of task vectors are to the task vectors of mixed training, a row per seed, steps, lambda,
@@ -226,8 +226,6 @@ def compare(
     the candidate, nll_reference, c_index_reference. seeds: of the order of batches. The candidate "other batches" is
     the same training under the next seed: how far two such trainings lie apart anyway; there is none with one seed.
     """
-    if not seeds or len(set(seeds)) < len(seeds) or not lambdas or not lengths or min(lengths) < 1:
-        raise Refused("give seeds (each once), lambdas and lengths of training (1 step or more) to compare.")
     m = len(lambdas)
     shares, on_features = [1.0, 0.0, *lambdas, *lambdas], [False] * (2 + m) + [True] * m
     rows = []
@@ -287,16 +285,15 @@ def _rows(problem: Problem, tau: Tensor, others: Tensor | None, lambdas: Sequenc
 CONVEX = "dL/dŷ is convex in ŷ, the label given"
 EQ_9 = "Eq. 9: the same with mixed labels"
 EQ_10 = "Eq. 10: for the gradient of the parameters"
+SPREAD = 3.0  # of random logits
 
 
-def premise(
-    problem: Problem, models: Mapping[str, Tensor], n_pairs: int = 4096, seed: int = 0, spread: float = 3.0
-) -> pd.DataFrame:
+def premise(problem: Problem, models: Mapping[str, Tensor], n_pairs: int = 4096, seed: int = 0) -> pd.DataFrame:
     """In which share of the components the inequalities behind Eq. 10 hold, at predictions of models and at logits
     drawn at random. A row per place and statement.
 
     models: by name, flat (P,). Pairs (i, j) of the target's and the source's patients and lambda in [0, 1] are drawn;
-    the random logits are Gaussian, of standard deviation `spread`, with the labels of these pairs.
+    the random logits are Gaussian, of standard deviation `SPREAD`, with the labels of these pairs.
 
     - `CONVEX`: lambda g(a, y) + (1 - lambda) g(b, y) >= g(lambda a + (1 - lambda) b, y), with g = dL/dŷ, ŷ the logits.
       With hazards sigma(ŷ), a component of g is sigma(ŷ_u) plus a constant: convex below ŷ_u = 0, hazards under one
@@ -321,7 +318,7 @@ def premise(
             z_t, z_s = (logits_of(problem, flat.unsqueeze(0), patients)[0] for patients in (target, source))
             rows += _inequalities(name, z_t[i], z_s[j], *labels, share, problem.alpha)
             rows.append(_of_parameters(problem, name, flat, seed))
-        drawn = torch.from_numpy(shuffler.normal(scale=spread, size=(2, *z_t[i].shape))).to(problem.null)
+        drawn = torch.from_numpy(shuffler.normal(scale=SPREAD, size=(2, *z_t[i].shape))).to(problem.null)
         rows += _inequalities("random logits", drawn[0], drawn[1], *labels, share, problem.alpha)
     return pd.DataFrame(rows)
 

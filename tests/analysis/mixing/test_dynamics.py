@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from steph import Refused
 from steph.analysis.mixing import dynamics
 from steph.data.manifest import load_study
-from steph.study.execute import Workbench, plan, run_all
+from steph.study.execute import Workbench, run_all
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,9 @@ def test_starts_differ_but_merge_the_same_models(bench):
     assert bench.prerequisites(first) == bench.prerequisites(second)
 
 
-def test_an_unfinished_run_and_one_without_a_course_are_refused(bench):
+def test_an_unfinished_run_is_refused(bench):
     with pytest.raises(Refused, match="seed99 is not finished"):
         dynamics.dynamics(bench, dynamics.runs(bench.study, "SARC", 0, [99]))
-    with pytest.raises(Refused, match="only STEPH's runs do"):
-        dynamics.dynamics(bench, plan(bench.study, ["SARC"], ["vanilla"], [0]))
-    with pytest.raises(Refused, match="no runs"):
-        dynamics.dynamics(bench, [])
 
 
 def test_only_what_is_finished_is_found(bench):

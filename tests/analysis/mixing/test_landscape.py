@@ -117,11 +117,9 @@ def test_a_landscape_is_computed_once(bench, monkeypatch):
         landscape(bench, run, head="merged")
 
 
-def test_an_unfinished_model_and_an_unknown_head_are_refused(bench):
+def test_an_unfinished_model_is_refused(bench):
     with pytest.raises(Refused, match="is not finished"):
         landscape(bench, pair(bench.study, "SARC", "CESC", 0))
-    with pytest.raises(Refused, match="head = 'source'; expected"):
-        landscape(bench, pair(bench.study, "SARC", "LIHC", 1), head="source")
 
 
 def test_landscapes_of_a_finished_run_train_nothing(bench, monkeypatch):

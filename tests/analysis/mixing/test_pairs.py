@@ -41,15 +41,6 @@ def test_pairs_that_cannot_be_are_refused(target, sources, fold, message):
             pairs.pair(study, target, sources[0], fold)
 
 
-@pytest.mark.parametrize(("seeds", "message"), [([1, 1], "each once"), ([], "at least one")])
-def test_starts_that_cannot_be_are_refused(seeds, message):
-    study = load_study("tiny")
-    with pytest.raises(Refused, match=message):
-        dynamics.runs(study, "SARC", 0, seeds)
-    with pytest.raises(Refused, match=message):
-        trajectory.runs(study, "SARC", ["CESC"], 0, seeds)
-
-
 @pytest.mark.parametrize(("dataset", "fold", "message"), [("SARK", 0, "Did you mean SARC"), ("SARC", 2, "0 to 1")])
 def test_targets_that_cannot_be_followed_are_refused(dataset, fold, message):
     with pytest.raises(Refused, match=message):

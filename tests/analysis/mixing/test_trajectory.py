@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from steph import Refused
 from steph.analysis.mixing import trajectory as module
 from steph.analysis.mixing.dynamics import finished_runs
 from steph.analysis.mixing.landscape import landscape
@@ -82,15 +81,6 @@ def test_only_what_is_finished_is_found(bench):
     ]  # fmt: skip
     assert ends(bench, finished_runs(bench, ["LIHC"], single_source=True)).empty
     assert finished_runs(bench, ["SARC"], 1, single_source=True) == []
-
-
-def test_a_trajectory_of_many_sources_or_of_nothing_is_refused(bench):
-    with pytest.raises(Refused, match="as in steph@SOURCE"):
-        trajectories(bench, [Run("SARC", "steph", 0, 42)])
-    with pytest.raises(Refused, match="seed99 is not finished"):
-        trajectories(bench, runs(bench.study, "SARC", ["CESC"], 0, [99]))
-    with pytest.raises(Refused, match="no runs"):
-        trajectories(bench, [])
 
 
 def test_a_chapter_shows_few_sources_from_one_start_and_one_source_from_every_start(bench):

@@ -145,12 +145,6 @@ def test_over_seeds_means_and_extremes(problem):
     assert row["nll_gap"].iloc[0] == pytest.approx((own["nll"] - own["nll_reference"]).mean())
 
 
-@pytest.mark.parametrize("wrong", [{"seeds": [0, 0]}, {"seeds": []}, {"lengths": [0, 1]}, {"lambdas": []}])
-def test_comparisons_of_nothing_are_refused(problem, wrong):
-    with pytest.raises(Refused, match="to compare"):
-        vicinal.compare(problem, **wrong)
-
-
 def test_a_training_that_diverges_is_refused(problem):
     with pytest.raises(Refused, match="diverged within 3 steps at rate 1e\\+300"):
         vicinal.train(problem, [1.0], [False], [3], 0, 1e300)
