@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,24 +48,22 @@ SLIDE_ID = np.dtype("S255")
 AGAIN = "Delete it; `steph data pack` makes it again, or, in a synthetic study, the next run."
 
 
-# ------------------------------------------------------------------------------------------------ reading
-
-
 @dataclass(frozen=True, eq=False)
 class Store:
-    """A whole, checked store. slide_ids: S names in file order. offsets: (S + 1,) int64. fingerprint: SHA-256 of the
-    content, the same whatever files it was packed from. description: encoder, dim, patch size, magnification."""
+    """A whole, checked store. slide_ids: S names in file order. offsets: (S + 1,) int64. features, coords: (N, D) and
+    (N, 2), read-only maps of the file. fingerprint: SHA-256 of the content, the same whatever files it was packed from.
+    description: encoder, dim, patch size, magnification."""
 
     path: Path
     slide_ids: tuple[str, ...]
     offsets: np.ndarray
+    features: np.memmap
+    coords: np.memmap
     description: dict[str, Any]
     provenance: dict[str, Any] = field(repr=False)
     hashes: np.ndarray = field(repr=False)
     fingerprint: str
-    dtype: np.dtype
-    features_at: int
-    coords_at: int
+    _compared: set[str] = field(default_factory=set, init=False, repr=False)
 
     @classmethod
     def open(cls, path: Path) -> Store:
@@ -78,67 +76,48 @@ class Store:
             raise Refused(f"{path} is not a whole feature store ({error}). {AGAIN}") from None
         expected = content_hash(store.description, store.dtype, store.slide_ids, store.sizes.tolist(), store.hashes)
         if store.fingerprint != expected:
-            raise Refused(
-                f"{path}: slide list, sizes or hashes are not those it was finished with (content {expected[:12]}, "
-                f"expected {store.fingerprint[:12]!r}). {AGAIN}"
-            )
+            raise Refused(f"{path}: slide list, sizes or hashes are not those it was finished with. {AGAIN}")
         return store
 
     @classmethod
     def _read(cls, path: Path) -> Store:
         with h5py.File(path, "r", locking=False) as file:
-            form = text(file.attrs.get("format"))
-            if form != FORMAT:
-                raise ValueError(f"format is {form!r}, expected {FORMAT!r}")
-            if file.attrs["version"] != VERSION:
-                raise ValueError(f"version {file.attrs['version']}, expected {VERSION}")
+            form, version = text(file.attrs.get("format")), file.attrs.get("version")
+            if (form, version) != (FORMAT, VERSION):
+                raise ValueError(f"format is {form!r}, version {version}, expected {FORMAT!r}, {VERSION}")
             features, coords, offsets = file["features"], file["coords"], file["offsets"][:]
-            ids = tuple(name.decode() for name in file["slide_ids"][:].tolist())
-            if features.dtype not in DTYPES.values() or coords.dtype != COORDS:
-                raise ValueError(f"features are {features.dtype}, coords {coords.dtype}")
             n_patches, dim = features.shape
-            if dim != file.attrs["dim"] or coords.shape != (n_patches, 2):
-                raise ValueError(f"features {features.shape} do not fit coords {coords.shape} or the width stated")
-            if offsets[0] != 0 or offsets[-1] != n_patches or not (np.diff(offsets) > 0).all():
-                raise ValueError("slide offsets do not rise from 0 to the number of patches")
-            size = path.stat().st_size
-            for array in (features, coords):
-                at = array.id.get_offset()
-                if at is None or at % array.dtype.itemsize or at + array.nbytes > size:
-                    raise ValueError(f"{array.name} is not one aligned piece within the file's {size} bytes")
+            fit = features.dtype in DTYPES.values() and coords.dtype == COORDS and coords.shape == (n_patches, 2)
+            if not fit or dim != file.attrs["dim"] or offsets[0] != 0 or offsets[-1] != n_patches:
+                raise ValueError("features, coordinates and offsets do not fit each other")
+            if any(array.id.get_offset() % array.dtype.itemsize for array in (features, coords)):
+                raise ValueError("its arrays are not aligned")
             return cls(
                 path=path,
-                slide_ids=ids,
+                slide_ids=tuple(name.decode() for name in file["slide_ids"][:].tolist()),
                 offsets=offsets,
+                features=np.memmap(path, features.dtype, "r", features.id.get_offset(), features.shape),
+                coords=np.memmap(path, COORDS, "r", coords.id.get_offset(), coords.shape),
                 description={
                     "encoder": str(text(file.attrs["encoder"])),
-                    "dim": int(dim),
+                    "dim": dim,
                     "patch_size_px": int(file.attrs["patch_size_px"]),
                     "magnification": float(file.attrs["magnification"]),
                 },
                 provenance=json.loads(file["provenance"][()].decode()),
                 hashes=file["sha256"][:],
                 fingerprint=file["content_sha256"][()].decode(),
-                dtype=features.dtype,
-                features_at=features.id.get_offset(),
-                coords_at=coords.id.get_offset(),
             )
 
     @property
     def dim(self) -> int:
         """Width of the features."""
-        return int(self.description["dim"])
+        return self.features.shape[1]
 
-    @cached_property
-    def features(self) -> np.ndarray:
-        """(N, D), read-only, mapped: pages are read from disk when they are touched."""
-        shape = (int(self.offsets[-1]), self.dim)
-        return np.memmap(self.path, self.dtype, "r", self.features_at, shape)
-
-    @cached_property
-    def coords(self) -> np.ndarray:
-        """(N, 2) int32, read-only, mapped; -1 where a slide's file had no coordinates."""
-        return np.memmap(self.path, COORDS, "r", self.coords_at, (int(self.offsets[-1]), 2))
+    @property
+    def dtype(self) -> np.dtype:
+        """Precision of the features."""
+        return self.features.dtype
 
     @cached_property
     def tensor(self) -> Tensor:
@@ -163,7 +142,7 @@ class Store:
         """Rows of these slides, in order, as (start, stop) pairs; slides that lie side by side make one pair.
         Raises `Refused` for a slide that is not what was packed: whoever asks for a slide's rows for the first time has
         them compared with its hash."""
-        self._compare([slide for slide in slide_ids if slide not in self._compared])
+        self._compare(slide for slide in slide_ids if slide not in self._compared)
         joined: list[tuple[int, int]] = []
         for i in (self._index[slide] for slide in slide_ids):
             start, stop = int(self.offsets[i]), int(self.offsets[i + 1])
@@ -173,17 +152,16 @@ class Store:
         return joined
 
     def prefetch(self, slide_ids: Iterable[str]) -> None:
-        """Have the system read these slides from the disk meanwhile, as they are asked for soon. A hint: where there is
-        no such thing, nothing happens."""
+        """Have the system read these slides from the disk meanwhile. A hint: it may do nothing."""
         width = self.dim * self.dtype.itemsize
         with suppress(OSError, AttributeError), self.path.open("rb") as file:
             for i in (self._index[slide] for slide in slide_ids):
-                start, stop = (self.features_at + width * int(at) for at in self.offsets[i : i + 2])
-                os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
+                at, size = self.features.offset + width * int(self.offsets[i]), width * int(self.sizes[i])
+                os.posix_fadvise(file.fileno(), at, size, os.POSIX_FADV_WILLNEED)
 
     def bag(self, slide_ids: Sequence[str]) -> np.ndarray:
-        """Features of these slides, (n, D) in the store's precision: a read-only view where the slides lie side by
-        side, as a patient's do, else a copy."""
+        """Features of these slides, (n, D) in the store's precision: a read-only view where they lie side by side, as
+        a patient's do, else a copy."""
         return self._rows(self.features, slide_ids)
 
     def coords_of(self, slide_ids: Sequence[str]) -> np.ndarray:
@@ -197,11 +175,6 @@ class Store:
     def verify(self) -> None:
         """Read everything and compare it with the hashes. Raises `Refused` naming the slides that are damaged."""
         self._compare(track(self.slide_ids, f"verify {self.path.name}"))
-
-    @cached_property
-    def _compared(self) -> set[str]:
-        """Slides that were compared with their hashes since the store was opened."""
-        return set()
 
     def _compare(self, slide_ids: Iterable[str]) -> None:
         damaged: list[str] = []
@@ -217,52 +190,44 @@ class Store:
             )
 
     def matches(
-        self, features: Features, cohort: Cohort, files: dict[str, Path] | None = None, repack: str = "steph data pack"
+        self, features: Features, cohort: Cohort, files: dict[str, Path] | None, repack: str = "steph data pack"
     ) -> None:
         """Check that the store is the one that the manifest, the cohort and the slide files mean.
 
-        files: `find_slides`' answer, or None where the files were removed after packing; then only the encoder and
-        the slides are compared. Raises `Refused`, with all differences and the command `repack`, for another encoder,
-        width, patch size, magnification or precision, for slides that the store lacks, and for source files with
-        other names or sizes.
+        files: `find_slides`' answer, or None where the files were removed after packing. Raises `Refused`, with all
+        differences and the command `repack`, for another encoder, width, patch size, magnification or precision, for
+        slides that the store lacks, and for source files with other names or sizes.
         """
+        stored = {**self.description, "precision": self.dtype.name}
         differences = [
-            f"{name} is {self.description[name]}, the study says {value}"
-            for name, value in describe(features).items()
-            if self.description[name] != value
+            f"{name} is {stored[name]}, the study says {value}"
+            for name, value in {**describe(features), "precision": features.precision}.items()
+            if stored[name] != value
         ]
-        if self.dtype != DTYPES[features.precision]:
-            differences.append(f"precision is {self.dtype.name}, the study says {features.precision}")
         slides = cohort.slides["slide_id"].tolist()
-        left_out = {row["slide_id"]: row for row in self.provenance.get("left_out", [])}
-        absent = [slide for slide in slides if slide not in self._index and slide not in left_out]
+        packed = {row["slide_id"]: row["file"] for row in self.provenance.get("left_out", [])}
+        absent = [slide for slide in slides if slide not in self._index and slide not in packed]
         if absent:
             differences.append(f"it lacks {len(absent)} of the table's slides ({', '.join(absent[:5])})")
-        changed = [] if files is None else list(self._changed_files(slides, files, left_out))
+        packed |= self.provenance.get("files", {})
+        matched = match_slides(slides, files or {}).items()
+        now = {slide: name_and_size(paths[0]) for slide, paths in matched if len(paths) == 1}
+        changed = [
+            f"{slide}: now {file}, packed from {packed.get(slide)}"
+            for slide, file in now.items()
+            if file != packed.get(slide)
+        ]
         if changed:
             differences.append(f"{len(changed)} source file(s) differ: {'; '.join(changed[:5])}")
         if differences:
             listed = "\n".join(f"  {line}" for line in differences)
             raise Refused(f"{self.path} was not made from what the study names:\n{listed}\nPack it again: `{repack}`.")
 
-    def _changed_files(
-        self, slides: list[str], files: dict[str, Path], left_out: dict[str, dict[str, Any]]
-    ) -> Iterator[str]:
-        for slide, paths in match_slides(slides, files).items():
-            packed = self.provenance.get("files", {}).get(slide) or left_out.get(slide, {}).get("file")
-            now = name_and_size(paths[0]) if len(paths) == 1 else None
-            if now and packed != now:
-                yield f"{slide}: now {now}, packed from {packed}"
-
 
 def describe(features: Features) -> dict[str, Any]:
     """What a store says of its features; two stores with different ones are never mixed."""
-    return {
-        "encoder": features.encoder,
-        "dim": features.dim,
-        "patch_size_px": features.patch_size_px,
-        "magnification": float(features.magnification),
-    }
+    values = features.model_dump(include={"encoder", "dim", "patch_size_px", "magnification"})
+    return {**values, "magnification": float(features.magnification)}
 
 
 def text(value: Any) -> Any:
@@ -273,9 +238,6 @@ def text(value: Any) -> Any:
 def name_and_size(path: Path) -> list[Any]:
     """What a store remembers of a file that it was packed from."""
     return [path.name, path.stat().st_size]
-
-
-# ------------------------------------------------------------------------------------------------ content
 
 
 def slide_hash(features: np.ndarray, coords: np.ndarray) -> bytes:

@@ -214,7 +214,7 @@ def test_what_was_packed_before_is_only_trusted_with_its_hash(tmp_path, monkeypa
     whole = packed(tmp_path, layout="clam", name="whole.h5")
     interrupt_after(tmp_path, monkeypatch, 12)
     with (tmp_path / ".S.h5.partial").open("rb+") as file:
-        file.seek(whole.features_at)
+        file.seek(whole.features.offset)
         file.write(bytes(64))  # As after a power cut: pages that never reached the disk.
     read_now.clear()
     assert packed(tmp_path, layout="clam").path.read_bytes() == whole.path.read_bytes()

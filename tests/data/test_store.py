@@ -180,7 +180,7 @@ def test_a_slide_is_compared_with_its_hash_when_it_is_first_asked_for(tmp_path, 
     store.path.chmod(0o644)
     first, second = store.slide_ids[:2]
     with store.path.open("rb+") as file:
-        file.seek(store.features_at + int(store.offsets[1]) * store.dim * store.dtype.itemsize)
+        file.seek(store.features.offset + int(store.offsets[1]) * store.dim * store.dtype.itemsize)
         byte = file.read(1)
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 4]))
