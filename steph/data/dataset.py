@@ -94,7 +94,7 @@ class Dataset(PatientData):
         max_patches: int | None = None,
     ) -> RaggedBatch:
         self._refuse_unknown(patient_ids)
-        pieces = [self._rows(patient, max_patches) for patient in patient_ids]
+        pieces = [rows for patient in patient_ids for rows in self._rows(patient, max_patches)]
         most = sys.maxsize if max_patches is None else max_patches
         offsets = (0, *accumulate(min(self._patch_counts[patient], most) for patient in patient_ids))
         device, source = torch.device(device), self.store.tensor
@@ -114,9 +114,8 @@ class Dataset(PatientData):
             features = features.to(device, non_blocking=True).to(dtype)
         if not coords:
             return RaggedBatch(features, offsets)
-        flat = [rows for of_patient in pieces for rows in of_patient]
-        places = torch.from_numpy(np.concatenate([self.store.coords[rows] for rows in flat]))
-        return RaggedBatch(features, offsets, places, (0, *accumulate(map(_length, flat))))
+        places = torch.from_numpy(np.concatenate([self.store.coords[rows] for rows in pieces]))
+        return RaggedBatch(features, offsets, places, (0, *accumulate(map(_length, pieces))))
 
     def prefetch(self, patient_ids: Sequence[str]) -> None:
         if self.n_patches(patient_ids).sum() * self.store.dim > PREFETCH_MIN_VALUES:
@@ -124,20 +123,16 @@ class Dataset(PatientData):
 
     def _rows(self, patient_id: str, max_patches: int | None) -> list[slice | np.ndarray]:
         """The store's rows that a patient's bag takes, a piece for each slide that has any."""
-        key = patient_id, max_patches
+        key, n = (patient_id, max_patches), self._patch_counts[patient_id]
         if key not in self._rows_cache:
-            self._rows_cache[key] = self._find_rows(*key)
+            pieces: list[slice | np.ndarray] = [slice(*self.store.ranges([s])[0]) for s in self._slides[patient_id]]
+            if max_patches is not None and n > max_patches:
+                drawn = sampled(n, max_patches, self.seed, patient_id)
+                rows = np.concatenate([np.arange(*self.store.ranges([s])[0]) for s in self._slides[patient_id]])[drawn]
+                ends = np.searchsorted(drawn, np.cumsum([_length(piece) for piece in pieces])[:-1])
+                pieces = [piece for piece in np.split(rows, ends) if len(piece)]
+            self._rows_cache[key] = pieces
         return self._rows_cache[key]
-
-    def _find_rows(self, patient_id: str, max_patches: int | None) -> list[slice | np.ndarray]:
-        slides = [slice(*self.store.ranges([slide])[0]) for slide in self._slides[patient_id]]
-        n = self._patch_counts[patient_id]
-        if max_patches is None or n <= max_patches:
-            return list(slides)
-        drawn = sampled(n, max_patches, self.seed, patient_id)
-        rows = np.concatenate([np.arange(rows.start, rows.stop) for rows in slides])[drawn]
-        ends = np.searchsorted(drawn, np.cumsum([_length(rows) for rows in slides])[:-1])
-        return [piece for piece in np.split(rows, ends) if len(piece)]
 
     def check_coords(self, patient_ids: Sequence[str], network: str) -> None:
         self._refuse_unknown(patient_ids)
@@ -188,10 +183,10 @@ def _length(rows: slice | np.ndarray) -> int:
     return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
-def _joined(pieces: Sequence[Sequence[slice | np.ndarray]]) -> list[slice | np.ndarray]:
-    """The pieces of all patients in order; what lies side by side in the store is one."""
+def _joined(pieces: Sequence[slice | np.ndarray]) -> list[slice | np.ndarray]:
+    """The pieces in order; what lies side by side in the store is one."""
     joined: list[slice | np.ndarray] = []
-    for rows in (rows for of_patient in pieces for rows in of_patient):
+    for rows in pieces:
         last = joined[-1] if joined else None
         if isinstance(rows, slice) and isinstance(last, slice) and last.stop == rows.start:
             joined[-1] = slice(last.start, rows.stop)
@@ -284,12 +279,12 @@ def _open(
 ) -> Dataset:
     labels, stored, oracle = _files(root, name)
     cohort = read_cohort(labels, name)
+    pack_command = f"steph data pack --study {study.address} --dataset {name}"
     if not stored.is_file():
-        raise Refused(f"no feature store of {name} at {stored}. Make it with `{_pack_command(study, name)}`.")
+        raise Refused(f"no feature store of {name} at {stored}. Make it with `{pack_command}`.")
     store = Store.open(stored)
-    store.matches(
-        study.features, cohort, None if study.synthetic else _slide_files(study, name), _pack_command(study, name)
-    )
+    files = None if study.synthetic else find_slides(feature_folders(study, name))
+    store.matches(study.features, cohort, files, pack_command)
     return Dataset(
         name=name,
         cohort=cohort,
@@ -307,10 +302,6 @@ def _oracle(path: Path, cohort: Cohort) -> pd.Series:
     if not table.index.is_unique or set(table.index) != set(cohort.slides_of) or table.isna().any():
         raise Refused(f"{path} does not list the cohort's patients, once each. Delete it and it is made again.")
     return table.loc[list(cohort.slides_of)]
-
-
-def _pack_command(study: Study, name: str) -> str:
-    return f"steph data pack --study {study.address} --dataset {name}"
 
 
 # ------------------------------------------------------------------------------------------------ packing
@@ -332,11 +323,6 @@ def feature_folders(study: Study, name: str) -> list[Path]:
     return sorted(folder for folder in folders if folder.is_dir())
 
 
-def _slide_files(study: Study, name: str) -> dict[str, Path] | None:
-    """The data set's slide files, or None where there are none (removed after packing)."""
-    return find_slides(feature_folders(study, name)) or None
-
-
 def check_dataset(study: Study, name: str) -> pd.DataFrame:
     """The preflight table of a data set's slide files (`steph.data.features.check_slides`)."""
     cohort = read_cohort(_files(study.data, name)[0], name)
@@ -354,7 +340,7 @@ def pack_dataset(study: Study, name: str, allow_missing: bool = False) -> Store:
     if stored.is_file():
         try:
             store = Store.open(stored)
-            store.matches(study.features, cohort, _slide_files(study, name))
+            store.matches(study.features, cohort, find_slides(feature_folders(study, name)))
             return store
         except Refused:
             pass  # Made from something else, or damaged: made anew below, and replaced when that is whole.
@@ -362,8 +348,8 @@ def pack_dataset(study: Study, name: str, allow_missing: bool = False) -> Store:
 
 
 def _required_slide_files(study: Study, name: str) -> dict[str, Path]:
-    files = _slide_files(study, name)
-    if files is None:
+    files = find_slides(feature_folders(study, name))
+    if not files:
         patterns = study.entry(name).folders or study.features.folders
         raise Refused(
             f"no slide feature files of {name}: looked for .h5 and .pt files in {', '.join(patterns)} under "

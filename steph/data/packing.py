@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,11 +41,10 @@ from steph.files.atomic import atomic_path, disk_errors, in_words, refuse_full_d
 from steph.files.lock import exclusive
 from steph.files.progress import track
 from steph.files.records import fingerprint
+from steph.files.tables import shortened
 
 UNAVAILABLE = ("missing", "empty (0 patches)")
 """Problems that `allow_missing` may pass over: there are no features to read. Damaged files are never passed over."""
-
-Piece = tuple[np.ndarray, np.ndarray | None]
 
 
 def write_store(
@@ -70,13 +69,7 @@ def write_store(
     return Store.open(path)
 
 
-def pack(
-    path: Path,
-    cohort: Cohort,
-    files: dict[str, Path],
-    features: Features,
-    allow_missing: bool = False,
-) -> Store:
+def pack(path: Path, cohort: Cohort, files: dict[str, Path], features: Features, allow_missing: bool = False) -> Store:
     """Pack slide feature files into a store, slides in the order of the cohort's patients.
 
     All files are checked first; with a problem in any of them nothing is written and all problems are named. Each file
@@ -89,10 +82,20 @@ def pack(
     """
     slide_ids = [slide for slides in cohort.slides_of.values() for slide in slides]
     table = check_slides(slide_ids, files, features).set_index("slide_id", drop=False)
-    left_out = _left_out(table, cohort, path) if allow_missing else table.iloc[:0]
+    unavailable = table["problem"].isin(UNAVAILABLE)
+    left_out = table[unavailable & allow_missing]
+    bare = [patient for patient, slides in cohort.slides_of.items() if set(left_out.index).issuperset(slides)]
+    if bare:
+        raise Refused(
+            f"{path} was not packed: {len(bare)} patient(s) have no slide with features: {shortened(bare, 20)}. Get "
+            "their slides, or take these patients out of the label table."
+        )
     usable = table.drop(index=left_out.index)
     if message := problems_message(usable):
-        raise Refused(f"{path} was not packed. {message}{_advice(usable, allow_missing)}")
+        hint = (
+            "\nSlides that are missing or empty are left out with `--allow-missing`, as long as each patient keeps one."
+        )
+        raise Refused(f"{path} was not packed. {message}{hint if unavailable.any() and not allow_missing else ''}")
     sources = {slide: Path(source) for slide, source in zip(usable["slide_id"], usable["path"], strict=True)}
     sizes = [int(n) for n in usable["n_patches"]]
     provenance = {
@@ -114,25 +117,6 @@ def pack(
     return Store.open(path)
 
 
-def _left_out(table: pd.DataFrame, cohort: Cohort, path: Path) -> pd.DataFrame:
-    """The slides without features. Raises `Refused` where a patient would keep none."""
-    without = table[table["problem"].isin(UNAVAILABLE)]
-    gone = set(without.index)
-    bare = [patient for patient, slides in cohort.slides_of.items() if gone.issuperset(slides)]
-    if bare:
-        raise Refused(
-            f"{path} was not packed: {len(bare)} patient(s) have no slide with features: {', '.join(bare[:20])}"
-            f"{' ...' if len(bare) > 20 else ''}. Get their slides, or take these patients out of the label table."
-        )
-    return without
-
-
-def _advice(table: pd.DataFrame, allow_missing: bool) -> str:
-    if allow_missing or not table["problem"].isin(UNAVAILABLE).any():
-        return ""
-    return "\nSlides that are missing or empty are left out with `--allow-missing`, as long as each patient keeps one."
-
-
 @contextmanager
 def _partial(
     path: Path, features: Features, sizes: list[int], provenance: dict[str, Any]
@@ -140,11 +124,13 @@ def _partial(
     """The partial file of a store, open for writing and locked: the one of an interrupted packing where its plan was
     the same, else a new one."""
     plan = fingerprint({**describe(features), "precision": features.precision, "sizes": sizes, **provenance}, 64)
-    partial = partial_of(path)
+    partial, same = partial_of(path), False
     busy = f"another process is packing {path}; wait for it, or stop it, and start again."
     with exclusive(path, busy), disk_errors(path):
-        if partial.is_file() and _plan_of(partial) != plan:
-            partial.unlink()
+        with suppress(OSError, UnicodeDecodeError), h5py.File(partial, "r", locking=False) as layout:
+            same = text(layout.attrs.get("plan")) == plan
+        if not same:
+            partial.unlink(missing_ok=True)
         _refuse_full_disk(path, features, sizes)
         if not partial.is_file():
             with atomic_path(partial) as temporary:
@@ -158,28 +144,15 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def store_bytes(features: Features, sizes: Sequence[int]) -> int:
-    """About how large a store is whose slides have so many patches."""
-    per_patch = features.dim * DTYPES[features.precision].itemsize + 2 * COORDS.itemsize
-    return sum(sizes) * per_patch + len(sizes) * (SLIDE_ID.itemsize + 200) + 2**16
-
-
 def _refuse_full_disk(path: Path, features: Features, sizes: list[int]) -> None:
-    partial, size = partial_of(path), store_bytes(features, sizes)
+    partial = partial_of(path)
+    per_patch = features.dim * DTYPES[features.precision].itemsize + 2 * COORDS.itemsize
+    size = sum(sizes) * per_patch + len(sizes) * (SLIDE_ID.itemsize + 200) + 2**16
     # What is laid out and not yet filled takes no room.
     written = min(partial.stat().st_blocks * 512, partial.stat().st_size) if partial.is_file() else 0
     what = f"{path} ({in_words(size)}, of which {in_words(written)} are written)"
     advice = ", or say `precision: float16` in the study's features"
     refuse_full_disk(path.parent, size - written, what, advice)
-
-
-def _plan_of(partial: Path) -> str | None:
-    """What a partial file was to become."""
-    try:
-        with h5py.File(partial, "r", locking=False) as layout:
-            return text(layout.attrs.get("plan"))
-    except (OSError, UnicodeDecodeError):
-        return None
 
 
 def _lay_out(path: Path, features: Features, sizes: list[int], provenance: dict[str, Any], plan: str) -> None:
@@ -191,7 +164,7 @@ def _lay_out(path: Path, features: Features, sizes: list[int], provenance: dict[
     dcpl.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     dcpl.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     dcpl.set_obj_track_times(False)  # The same content is the same file, byte for byte.
-    arrays: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+    arrays = {
         "sha256": ((len(sizes), 32), np.dtype("u1")),
         "content_sha256": ((), np.dtype("S64")),
         "slide_ids": ((len(sizes),), SLIDE_ID),
@@ -240,7 +213,7 @@ class _Writer:
                 done.add(i)
         return done
 
-    def add(self, i: int, slide_id: str, pieces: Iterable[Piece], what: str) -> None:
+    def add(self, i: int, slide_id: str, pieces: Iterable[tuple[np.ndarray, np.ndarray | None]], what: str) -> None:
         """Write slide i, given in pieces, and then its hash."""
         if slide_id in self.slide_ids:
             raise Refused(f"{what}: the name stands twice.")

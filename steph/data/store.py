@@ -194,7 +194,7 @@ class Store:
     ) -> None:
         """Check that the store is the one that the manifest, the cohort and the slide files mean.
 
-        files: `find_slides`' answer, or None where the files were removed after packing. Raises `Refused`, with all
+        files: `find_slides`' answer; none where the files were removed after packing. Raises `Refused`, with all
         differences and the command `repack`, for another encoder, width, patch size, magnification or precision, for
         slides that the store lacks, and for source files with other names or sizes.
         """
