@@ -45,6 +45,12 @@ def roupkt():
     return ROUPKT(network(), {name: network(seed=i) for i, name in enumerate(("own", "a", "b"))}, top_k=3)
 
 
+def surgery(merged, target):
+    model = Surgery(merged, target)
+    torch.nn.init.normal_(model.adapter.up.weight)  # as trained: it starts as the identity
+    return model
+
+
 fixed_steph = partial(steph_on, weight="parameter", mix="parameter", top_k=2)
 MAKERS = {
     **{name: partial(network, name) for name in NETWORKS},
@@ -53,8 +59,8 @@ MAKERS = {
     "steph_fixed": fixed_steph,
     "steph_merged_head": partial(steph_on, merge_head=True),
     "roupkt": roupkt,
-    "surgery": lambda: Surgery(steph_on("patch_gcn"), network("patch_gcn")),
-    "surgery_fixed": lambda: Surgery(fixed_steph(), network()),
+    "surgery": lambda: surgery(steph_on("patch_gcn"), network("patch_gcn")),
+    "surgery_fixed": lambda: surgery(fixed_steph(), network()),
 }
 """How models of every class are made, always the same."""
 
@@ -176,7 +182,8 @@ def test_the_network_that_pools_a_bag_attends_to_all_of_it(model, bags):
         attention = pooling.attention(batch)
         assert attention.shape == (len(bag),) and attention.min() >= 0
         assert attention.sum().item() == pytest.approx(1)
-        torch.testing.assert_close(pooling(batch), model(batch), rtol=1e-9, atol=1e-11)
+        if not isinstance(model, Surgery):  # which moves what is pooled
+            torch.testing.assert_close(pooling(batch), model(batch), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
