@@ -303,11 +303,10 @@ def notebooks(_: Case) -> Answers:
             bad += 1
             fix = f"`git checkout {shlex.quote(str(name))}` brings back the kept"
             yield FAIL, f"{name}: {str(error).splitlines()[0]}", fix
-        else:
-            bad += shown
-            if shown:
-                fix = f"`nbstripout {shlex.quote(str(name))}`"
-                yield WARN, f"{name} has outputs; notebooks are kept without", fix
+            continue
+        if shown:
+            bad += 1
+            yield WARN, f"{name} has outputs; notebooks are kept without", f"`nbstripout {shlex.quote(str(name))}`"
     if not bad:
         yield PASS, f"{len(paths)} kept notebooks are valid and have no outputs"
 
@@ -406,15 +405,12 @@ def disk(case: Case) -> Answers:
     build, data = _existing(study.build), _existing(study.data)
     needs = [("STEPH_BUILD", build, records), ("STEPH_DATA", data, stores)]
     if build.stat().st_dev == data.stat().st_dev:  # one disk holds both
-        needs = [("STEPH_DATA" if stores > records else "STEPH_BUILD", build, records + stores)]
+        needs = [(max(needs, key=lambda need: need[2])[0], build, records + stores)]
     for move, folder, need in needs:
         free = free_bytes(folder)
+        text = f"{in_words(free)} free at {folder}; the study still takes about {in_words(need)} there"
         fix = f"free some, or `export {move}=/a/larger/disk`; `steph study plan {case.option}` counts in detail"
-        yield judged(
-            f"{in_words(free)} free at {folder}; the study still takes about {in_words(need)} there",
-            (free < need, FAIL, "", fix),
-            (free < 1.2 * need + 1e9, WARN, "", fix),
-        )
+        yield judged(text, (free < need, FAIL, "", fix), (free < 1.2 * need + 1e9, WARN, "", fix))
 
 
 def memory(case: Case) -> Answers:

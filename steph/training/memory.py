@@ -1,8 +1,7 @@
-"""Memory: what a model takes on bags of given sizes, counted on shapes before anything starts, and what is free.
+"""Memory: what a model takes on bags of given sizes, counted before anything starts, and what is free.
 
-A bag of 244,000 patches is 1.5 GB before any layer has seen it. What layers make of it depends on the network: so the
-model itself goes through a training step on the device "meta", where tensors have shapes and no numbers, and what is
-alive at one time is added up. What does not fit is refused, before the system kills it.
+The model goes through a training step on the device "meta", where tensors have shapes and no numbers, and what is alive
+at one time is added up. What does not fit is refused, before the system kills it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import copy
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import accumulate
 from math import isqrt
 from pathlib import Path
@@ -66,10 +65,8 @@ def check(
         return
     if needed(model, batch, data.dim, compute, trains, SAVE_NOTHING) <= free:
         _set_save_policy(model, SAVE_NOTHING)
-        print(
-            f"{data.name}: little memory on {device}; activations are computed twice (slower, the same numbers).",
-            file=sys.stderr,
-        )
+        twice = "activations are computed twice (slower, the same numbers)."
+        print(f"{data.name}: little memory on {device}; {twice}", file=sys.stderr)
         return
     shared = f", shared by {processes} processes" if processes > 1 and compute.on_cpu else ""
     smaller_updates = ", or a smaller recipe.bags_per_step" if len(batch) > 1 else ""
@@ -101,13 +98,11 @@ def needed(
     """
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) if trains else 0
     updates = trained > 0 and model.reads_patches
-    kind = torch.device(compute.device).type
-    together = list(sizes)
+    kind, together = torch.device(compute.device).type, list(sizes)
     if updates:
-        together = max((list(sizes[start:stop]) for start, stop in parts(sizes, PART[kind])), key=sum)
+        together = max((together[start:stop] for start, stop in parts(sizes, PART[kind])), key=sum)
     # For an accelerator one batch is worked on, one is ready and one on its way (`steph.training.engine.prefetched`).
-    waiting = 1 if compute.on_cpu else 3
-    features = waiting * sum(sizes) * dim * compute.dtype.itemsize
+    features = (1 if compute.on_cpu else 3) * sum(sizes) * dim * compute.dtype.itemsize
     live = _live_on(kind, model, random_bags(together, dim, dtype=compute.dtype), updates, policy)
     return int(features + SLACK * live + 2 * trained)
 
@@ -115,18 +110,21 @@ def needed(
 def _live_on(kind: str, model: Model, batch: RaggedBatch, backward: bool, policy: SavePolicy | None) -> int:
     """`live_bytes` as on a kind of device. Layers that choose their own precision cannot do so on shapes: they are
     counted in float32, which takes more. A model that needs numbers counts as the largest network inside it."""
-    networks = [part for part in model.modules() if isinstance(part, MIL)]
-    dtype = batch.features.dtype
-    for counted, features in (([model], dtype), ([model], torch.float32), (networks, torch.float32)):
-        if counted == [model] and not model.runs_on_shapes:
-            continue
-        with suppress(RuntimeError), _chunks_of(kind, len(batch.features)):
-            peaks = []
-            for part in counted:
-                shapes = copy.deepcopy(part).to("meta")
-                _set_save_policy(shapes, policy or gated_attention.SAVE_UP_TO[kind])
-                peaks.append(live_bytes(shapes, batch.to("meta", features), backward))
-            return max(peaks, default=0)
+    networks: list[Model] = [part for part in model.modules() if isinstance(part, MIL)]
+    whole = [([model], dtype) for dtype in (batch.features.dtype, torch.float32) if model.runs_on_shapes]
+    # Gated attention takes "meta" for another kind of device, and few chunks of many patches for many.
+    gated_attention.CHUNKS["meta"] = max(gated_attention.CHUNKS[kind], len(batch.features) // PIECES)
+    try:
+        for counted, dtype in (*whole, (networks, torch.float32)):
+            with suppress(RuntimeError):
+                peaks = []
+                for part in counted:
+                    shapes = copy.deepcopy(part).to("meta")
+                    _set_save_policy(shapes, policy or gated_attention.SAVE_UP_TO[kind])
+                    peaks.append(live_bytes(shapes, batch.to("meta", dtype), backward))
+                return max(peaks, default=0)
+    finally:
+        del gated_attention.CHUNKS["meta"]
     return 0  # what a model objects to on shapes, it will tell better when it runs
 
 
@@ -134,16 +132,6 @@ def _set_save_policy(model: nn.Module, policy: SavePolicy) -> None:
     for part in model.modules():
         if isinstance(part, MIL):
             part.save_policy = policy
-
-
-@contextmanager
-def _chunks_of(kind: str, n: int) -> Iterator[None]:
-    """Gated attention takes "meta" for another kind of device, and few chunks of n patches for many."""
-    gated_attention.CHUNKS["meta"] = max(gated_attention.CHUNKS[kind], n // PIECES)
-    try:
-        yield
-    finally:
-        del gated_attention.CHUNKS["meta"]
 
 
 def random_bags(
@@ -173,17 +161,13 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
+                storage = tensor.untyped_storage()
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
         return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -204,9 +188,6 @@ def live_bytes(model: Model, patches: RaggedBatch, backward: bool = False) -> in
     with _Live([*model.parameters(), *model.buffers(), patches.features]) as live:
         one_pass(model, patches, backward)
     return live.peak
-
-
-# ---------------------------------------------------------------------------------------------- what is free
 
 
 def available(device: str) -> int:

@@ -34,28 +34,17 @@ def performance_and_cost(results: pd.DataFrame, counted: pd.DataFrame, value: st
     means = common.groupby(["method", "dataset"])[value].mean().groupby("method").mean()
     costs = counted.set_index("method")
     names = [name for name in results["method"].unique() if name in costs.index]
-    table = pd.DataFrame({"c_index": means.loc[names], "gflops": costs.loc[names, "products"] / 1e9})
+    table = pd.DataFrame({"c_index": means[names], "gflops": costs.loc[names, "products"] / 1e9})
     return table.assign(networks=costs.loc[names, "networks"]).rename_axis("method").reset_index()
 
 
 def paper_performance_and_cost(counted: pd.DataFrame) -> pd.DataFrame:
     """What the paper's Fig. 2 shows, as `performance_and_cost`: averages of Table 1, GFLOPs of Table S4. ROUPKT's stand
-    in no table; they are counted here. `printed` tells which are the paper's."""
-    costs, printed = counted.set_index("method"), printed_gflops()
-    rows = [
-        {
-            "method": name,
-            "c_index": float(paper_c_index(name)[AVERAGE]),
-            "gflops": printed.get(name, costs["layers"][name] / 1e9),
-            "networks": costs["networks"][name],
-            "printed": name in printed,
-        }
-        for name in (*PARADIGMS, "model_average")
-    ]
-    return pd.DataFrame(rows)
-
-
-# ---------------------------------------------------------------------------------------------- a sample of the patches
+    in no table; they are counted here."""
+    names, costs = [*PARADIGMS, "model_average"], counted.set_index("method")
+    table = pd.DataFrame({"method": names, "c_index": [float(paper_c_index(name)[AVERAGE]) for name in names]})
+    gflops = table["method"].map(printed_gflops()).fillna(table["method"].map(costs["layers"]) / 1e9)
+    return table.assign(gflops=gflops, networks=table["method"].map(costs["networks"]))
 
 
 def sampling_methods(study: Study, largest: int) -> list[str]:
@@ -76,16 +65,13 @@ def sampling_costs(times: pd.DataFrame) -> pd.DataFrame:
     round, and medians shown."""
     vanilla = times[times["reads"] == 0].set_index(["patches", "round"])[["seconds", "products"]]
     steph = times[times["reads"] > 0].join(vanilla, on=["patches", "round"], rsuffix=" (vanilla)")
-    steph["ratio"] = steph["seconds"] / steph["seconds (vanilla)"]
-    medians = steph.groupby(["patches", "reads"]).median(numeric_only=True)
-    return pd.DataFrame(
-        {
-            "GFLOPs": medians["products"] / 1e9,
-            "× Vanilla (operations)": medians["products"] / medians["products (vanilla)"],
-            "seconds": medians["seconds"],
-            "× Vanilla": medians["ratio"],
-        }
-    ).reset_index()
+    shown = steph[["patches", "reads"]].assign(**{
+        "GFLOPs": steph["products"] / 1e9,
+        "× Vanilla (operations)": steph["products"] / steph["products (vanilla)"],
+        "seconds": steph["seconds"],
+        "× Vanilla": steph["seconds"] / steph["seconds (vanilla)"],
+    })  # fmt: skip
+    return shown.groupby(["patches", "reads"]).median().reset_index()
 
 
 def sampling_scores(results: pd.DataFrame, study: Study, sizes: np.ndarray, value: str) -> pd.DataFrame:
@@ -106,16 +92,14 @@ def sampling_scores(results: pd.DataFrame, study: Study, sizes: np.ndarray, valu
     for name in names:
         most = reads(name, study) or largest
         gain = compare(common, name, "steph", value).gain if name != "steph" else Estimate(0.0)
-        rows.append(
-            {
-                "method": title(name),
-                "reads": most,
-                "share": float(np.minimum(sizes, most).sum() / sizes.sum()),
-                "× Vanilla (operations)": prediction_products(name, study, mean) / vanilla,
-                "C-index": common[common["method"] == name].groupby("dataset")[value].mean().mean(),
-                "− STEPH": gain.value,
-                "low": gain.low,
-                "high": gain.high,
-            }
-        )
+        rows.append({
+            "method": title(name),
+            "reads": most,
+            "share": np.minimum(sizes, most).sum() / sizes.sum(),
+            "× Vanilla (operations)": prediction_products(name, study, mean) / vanilla,
+            "C-index": common[common["method"] == name].groupby("dataset")[value].mean().mean(),
+            "− STEPH": gain.value,
+            "low": gain.low,
+            "high": gain.high,
+        })  # fmt: skip
     return pd.DataFrame(rows)

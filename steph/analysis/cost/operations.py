@@ -11,11 +11,11 @@ Both run through the models on the device "meta", where tensors have shapes and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from math import prod
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pandas as pd
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.hooks import RemovableHandle
 
 from steph import Refused
 from steph.data.bags import RaggedBatch
@@ -33,7 +32,7 @@ from steph.merging.merged_encoder import MergedEncoder
 from steph.merging.steph import STEPH
 from steph.methods import Inputs, method, title
 from steph.methods.base import Settings
-from steph.mil import Model
+from steph.mil import Model, new_network
 from steph.mil.gated_attention import layer_by_layer
 from steph.mil.state import ModelState
 from steph.mil.transmil import PositionEncoding
@@ -47,9 +46,6 @@ PATCHES = 10_000
 """Patches of the bag that the paper counts a prediction on (Appendix C.2.2)."""
 
 
-# ---------------------------------------------------------------------------------------------- models to count
-
-
 def paper_study() -> Study:
     """A study of the paper's dimensions: 13 data sets, 1,536 features a patch, networks and STEPH at their defaults."""
     names = paper_table("table_s1_datasets")["dataset"]
@@ -61,80 +57,50 @@ def paper_study() -> Study:
     )
 
 
-@dataclass(frozen=True)
-class _Nobody:
-    """What builders ask of a data set, without one: its name and how many patients it has."""
-
-    name: str
-    cohort: tuple[()] = ()
-
-
 def built(name: str, study: Study | None = None, device: str = "meta") -> Model:
     """The model that a method trains, in training mode, at a study's dimensions (None: the paper's) on random models
-    of all cancers. Costs depend on shapes alone; on the device "meta" there is nothing else."""
-    with _random_numbers(device):
+    of all cancers, always the same. Costs depend on shapes alone; on the device "meta" there is nothing else."""
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
         return _built(name, study or paper_study(), device)
 
 
 def deployed(name: str, study: Study | None = None, device: str = "meta") -> Model:
-    """The model that predicts, in evaluation mode, of random numbers like `built`.
-
-    Where all patients get the same weights, models are merged once and for all: what predicts is one plain network.
-    """
-    with _random_numbers(device):
-        return _built(name, study or paper_study(), device).deployed().eval()
-
-
-@contextmanager
-def _random_numbers(device: str) -> Iterator[None]:
-    """What is made inside is made on a device, of random numbers that are always the same; the generator outside is
-    left as it was."""
-    with torch.random.fork_rng(), torch.device(device):
-        torch.manual_seed(0)
-        yield
+    """The model that predicts, in evaluation mode, like `built`. Where all patients get the same weights, models are
+    merged once and for all: what predicts is one plain network."""
+    with torch.device(device):
+        return built(name, study, device).deployed().eval()
 
 
 def _built(name: str, study: Study, device: str) -> Model:
     entry = method(name)
     target, *sources = study.datasets
-    refusal = entry.refusal(study, target)
-    if refusal:
+    if refusal := entry.refusal(study, target):
         raise Refused(refusal)
+
+    def random_state() -> ModelState:
+        return ModelState(new_network(entry.network, study.features.dim, study.network).state_dict())
+
+    stage = _built(entry.after, study, device) if entry.after else None
+    trained = {name: p.detach() for name, p in stage.named_parameters() if p.requires_grad} if stage else {}
+    null_state, alike = random_state(), random_state()
+    weights = {"w": dict.fromkeys(sources, 0.1), "lambda": dict.fromkeys(sources, 0.5)}
     inputs = Inputs(
-        data=cast(Dataset, _Nobody(target)),
+        data=cast(Dataset, SimpleNamespace(name=target, cohort=())),  # what builders ask of it
         patients=[],
         network_name=entry.network,
         dim=study.features.dim,
         dimensions=study.network,
         recipe=study.recipe,
         settings=Settings(entry.settings_of(study, 0)),
-        null_state=ModelState({}),
-        # What builders would look for in the patients' data.
-        facts={
-            "source": next(iter(sources), ""),
-            "gamma": 0.0,
-            "w": dict.fromkeys(sources, 0.1),
-            "lambda": dict.fromkeys(sources, 0.5),
-        },
+        null_state=null_state,
+        target_state=alike,
+        source_states=dict.fromkeys(sources, alike),
+        stage_state=ModelState(trained),
+        facts={"source": next(iter(sources), ""), "gamma": 0.0, **weights},  # what patients' data would tell
         compute=Compute(device),
     )
-    stage = _built(entry.after, study, device) if entry.after else None
-    inputs = replace(
-        inputs,
-        null_state=_state(inputs.network()),
-        target_state=(state := _state(inputs.network())),
-        source_states=dict.fromkeys(sources, state),
-        stage_state=_state(stage, trained_only=True) if stage else None,
-    )
     return entry.build(inputs, **entry.options)
-
-
-def _state(model: nn.Module, trained_only: bool = False) -> ModelState:
-    chosen = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or not trained_only}
-    return ModelState(chosen)
-
-
-# ---------------------------------------------------------------------------------------------- counts
 
 
 def learnable_parameters(study: Study | None = None) -> dict[str, int]:
@@ -147,11 +113,6 @@ def trained_numbers(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def held_numbers(model: nn.Module) -> int:
-    """How many numbers a model holds, the other cancers' models or task vectors among them."""
-    return sum(t.numel() for t in (*model.parameters(), *model.buffers()))
-
-
 def by_layers(model: Model, patches: RaggedBatch) -> int:
     """Operations of a forward pass in linear layers, convolutions and attention modules, as hooks on them count.
 
@@ -160,24 +121,19 @@ def by_layers(model: Model, patches: RaggedBatch) -> int:
     """
     operations: list[int] = []
 
-    def watch(layer: nn.Module, cost: Callable[..., int]) -> RemovableHandle:
-        return layer.register_forward_hook(lambda layer, inputs, out: operations.append(cost(layer, inputs, out)))
+    def count(cost: Callable[..., int], layer: nn.Module, inputs: Any, out: Any) -> None:
+        operations.append(cost(layer, inputs, out))
 
-    hooks = [watch(m, cost) for kind, cost in COST_OF_LAYERS.items() for m in model.modules() if isinstance(m, kind)]
-    try:
-        with layer_by_layer():
-            one_pass(model, patches)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with layer_by_layer(), ExitStack() as hooks:
+        for layer in model.modules():
+            for kind, cost in COST_OF_LAYERS.items():
+                if isinstance(layer, kind):
+                    hooks.callback(layer.register_forward_hook(partial(count, cost)).remove)
+        one_pass(model, patches)
     return sum(operations)
 
 
-def _of_linear(layer: Any, inputs: Any, out: Tensor) -> int:
-    return 2 * out.numel() * layer.in_features
-
-
-def _of_convolution(layer: Any, inputs: Any, out: Tensor) -> int:
+def _of_weights(layer: Any, inputs: Any, out: Tensor) -> int:
     return 2 * out.numel() * prod(layer.weight.shape[1:])
 
 
@@ -199,8 +155,8 @@ def _of_position_encoding(encoding: Any, inputs: tuple[Any, ...], out: Any) -> i
 
 
 COST_OF_LAYERS: dict[type[nn.Module], Callable[..., int]] = {
-    nn.Linear: _of_linear,
-    nn.modules.conv._ConvNd: _of_convolution,
+    nn.Linear: _of_weights,
+    nn.modules.conv._ConvNd: _of_weights,
     nn.MultiheadAttention: _of_attention,
     MergedEncoder: _of_merged_encoder,
     PositionEncoding: _of_position_encoding,
@@ -233,29 +189,30 @@ def by_products(model: Model, patches: RaggedBatch, backward: bool = False) -> i
 
 SMALL = 64
 """Patches of the smaller of two bags from which a count in proportion to the patches is taken."""
-Counter = Callable[[Model, RaggedBatch], int]
 
 
-def on_bag(counter: Counter, make: Callable[[str], Model], study: Study, n: int, precision: str = "fp32") -> int:
-    """What a counter gives for a model, made on a device by name, and a bag of n patches.
+def on_bag(
+    counter: Callable[[Model, RaggedBatch], int], make: Callable[[str], Model], study: Study, n: int, kind: str = "fp32"
+) -> int:
+    """What a counter gives for a model, made on a device by name, and a bag of n patches. kind: the precision.
 
     A model that needs numbers (`Model.runs_on_shapes`), as ROUPKT looks which experts were chosen, cannot run on
     "meta". Everything in it but a constant is in proportion to the patches: its counts lie on the straight line through
     those of two small bags, without rounding.
     """
-    dim, dtype, model = study.features.dim, parameter_dtype(precision), make("meta")
+    dim, dtype, model = study.features.dim, parameter_dtype(kind), make("meta")
     if model.runs_on_shapes:
         return counter(model.to(dtype), random_bags([n], dim, "meta", dtype))
     few, many = (counter(make("cpu").to(dtype), random_bags([size], dim, "cpu", dtype)) for size in (SMALL, 2 * SMALL))
     return few + (many - few) * (n - SMALL) // SMALL
 
 
-def prediction_products(name: str, study: Study, n: int = PATCHES) -> int:
+def prediction_products(name: str, study: Study, n: int) -> int:
     """Operations (`by_products`) of a method's prediction on a bag of n patches."""
     return on_bag(by_products, partial(deployed, name, study), study, n)
 
 
-def prediction_memory(name: str, study: Study, n: int = PATCHES, precision: str = "fp32") -> int:
+def prediction_memory(name: str, study: Study, n: int, precision: str = "fp32") -> int:
     """`live_bytes` of a method's prediction on a bag of n patches."""
 
     def counter(model: Model, patches: RaggedBatch) -> int:
@@ -283,42 +240,36 @@ def of_sample(study: Study, n: int, sample: int) -> int:
 
 def of_methods(names: Sequence[str] | None = None, study: Study | None = None, n: int = PATCHES) -> pd.DataFrame:
     """What a prediction on a bag of n patches takes, a row per method: method, layers and products (operations, by the
-    two ways to count), networks (that the bag goes through), trained and held (numbers), memory (bytes).
+    two ways to count), memory (bytes), networks (that the bag goes through), trained and held (numbers, the other
+    cancers' models or task vectors among them).
 
-    names: of methods; None takes `predicting`. study: its dimensions; None, the paper's. memory: the most that is alive
-    at one time during the pass, beyond the model and the bag, in single precision.
+    names: None takes, where a study can have them, the methods of Tables S4 and 1 and those of the book beyond the
+    paper. study: its dimensions; None, the paper's. memory: the most that is alive at one time during the pass, beyond
+    the model and the bag, in single precision.
     """
     study = study or paper_study()
+    everything = [*table_methods("table_s4", study), *table_methods("table1", study), *methods_beyond(study)]
     rows = []
-    for name in predicting(study) if names is None else names:
+    for name in dict.fromkeys(everything) if names is None else names:
         model = deployed(name, study)
-        rows.append(
-            {
-                "method": name,
-                "layers": on_bag(by_layers, partial(deployed, name, study), study, n),
-                "products": prediction_products(name, study, n),
-                "memory": prediction_memory(name, study, n),
-                "networks": model.networks_per_bag,
-                "trained": trained_numbers(built(name, study)),
-                "held": held_numbers(model),
-            }
-        )
+        rows.append({
+            "method": name,
+            "layers": on_bag(by_layers, partial(deployed, name, study), study, n),
+            "products": prediction_products(name, study, n),
+            "memory": prediction_memory(name, study, n),
+            "networks": model.networks_per_bag,
+            "trained": trained_numbers(built(name, study)),
+            "held": sum(t.numel() for t in (*model.parameters(), *model.buffers())),
+        })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def counted(bench: Workbench, paper: bool = True, n: int = PATCHES) -> pd.DataFrame:
+def counted(bench: Workbench, paper: bool = True) -> pd.DataFrame:
     """`of_methods` at the paper's dimensions or at those of the workbench's study, cached."""
     study = paper_study() if paper else bench.study
     dimensions = study.model_dump(include={"features", "network", "steph", "datasets"}, mode="json")
-    inputs = {"dimensions": dimensions, "patches": n, "torch": torch.__version__}
-    return cached_table(bench, "operations", inputs, lambda: of_methods(None, study, n))
-
-
-def predicting(study: Study) -> list[str]:
-    """The methods whose predictions are counted, where a study can have them: those of Tables S4 and 1, and those of
-    the book beyond the paper."""
-    names = [*table_methods("table_s4", study), *table_methods("table1", study), *methods_beyond(study)]
-    return list(dict.fromkeys(names))
+    inputs = {"dimensions": dimensions, "patches": PATCHES, "torch": torch.__version__}
+    return cached_table(bench, "operations", inputs, lambda: of_methods(None, study))
 
 
 def training_operations(names: Sequence[str], study: Study | None = None, n: int = PATCHES) -> dict[str, int]:
@@ -327,12 +278,11 @@ def training_operations(names: Sequence[str], study: Study | None = None, n: int
     What is frozen and computed once per patient is no part of it; so surgery's second stage, which trains on such
     features alone, and methods that train nothing cost none.
     """
-    study, operations = study or paper_study(), {}
+    study, operations = study or paper_study(), dict.fromkeys(names, 0)
     for name in names:
         model = built(name, study)
-        trains = trained_numbers(model) > 0 and model.reads_patches
-        make = partial(built, name, study)
-        operations[name] = on_bag(partial(by_products, backward=True), make, study, n) if trains else 0
+        if trained_numbers(model) and model.reads_patches:
+            operations[name] = on_bag(partial(by_products, backward=True), partial(built, name, study), study, n)
     return operations
 
 
@@ -352,17 +302,14 @@ def printed_gflops() -> dict[str, float]:
 
 def table_s4(counted: pd.DataFrame) -> pd.DataFrame:
     """Format `of_methods` at the paper's dimensions for display, beside Table S4."""
-    printed = counted["method"].map(printed_gflops())
-    return pd.DataFrame(
-        {
-            "method": counted["method"].map(title),
-            "GFLOPs by layers": counted["layers"] / 1e9,
-            "Table S4": printed,
-            "by layers ÷ Table S4": counted["layers"] / 1e9 / printed,
-            "GFLOPs in all": counted["products"] / 1e9,
-            "networks": counted["networks"],
-            "trained (M)": counted["trained"] / 1e6,
-            "held (M)": counted["held"] / 1e6,
-            "memory (MB)": counted["memory"] / 1e6,
-        }
-    )
+    printed, by_layers = counted["method"].map(printed_gflops()), counted["layers"] / 1e9
+    columns = {
+        "method": counted["method"].map(title),
+        "GFLOPs by layers": by_layers,
+        "Table S4": printed,
+        "by layers ÷ Table S4": by_layers / printed,
+        "GFLOPs in all": counted["products"] / 1e9,
+        "networks": counted["networks"],
+    }
+    in_millions = {"trained (M)": "trained", "held (M)": "held", "memory (MB)": "memory"}
+    return pd.DataFrame(columns | {column: counted[name] / 1e6 for column, name in in_millions.items()})

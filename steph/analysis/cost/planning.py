@@ -31,7 +31,7 @@ from steph.analysis.cost.operations import (
 )
 from steph.analysis.cost.timing import machine
 from steph.data.bags import RaggedBatch
-from steph.data.dataset import Dataset, open_dataset
+from steph.data.dataset import open_dataset
 from steph.data.manifest import Study
 from steph.data.store import DTYPES
 from steph.files.atomic import free_bytes, in_words
@@ -54,9 +54,6 @@ WORKERS = (1, 2, 8, 64)
 """Numbers of workers, or of GPUs, for which hours are told."""
 
 
-# ---------------------------------------------------------------------------------------------- patients
-
-
 @dataclass(frozen=True)
 class Patients:
     """Patches of the patients of a data set, (N,), and of its external set; known: read from a store, not assumed."""
@@ -69,25 +66,21 @@ class Patients:
 def patients(bench: Workbench, dataset: str) -> Patients:
     """Bag sizes from the data set's store where it is packed, else as the manifest says: all of the mean size."""
     study, entry = bench.study, bench.study.entry(dataset)
-    most, none = study.recipe.max_patches or np.inf, np.empty(0, int)
-
-    def sizes(data: Dataset | None) -> np.ndarray:
-        return data.n_patches(list(data.cohort.patients["patient_id"])) if data else none
-
-    if study.synthetic or (study.data / "stores" / f"{dataset}.h5").is_file():
+    sizes = [np.empty(0, int), np.empty(0, int)]
+    known = study.synthetic is not None or (study.data / "stores" / f"{dataset}.h5").is_file()
+    if known:
         data = bench.dataset(dataset) if study.synthetic else open_dataset(study, dataset, write=False)
-        patches, external, known = sizes(data), sizes(data.external), True
+        for i, of in enumerate((data, data.external) if data.external else (data,)):
+            sizes[i] = of.n_patches(list(of.cohort.patients["patient_id"]))
     elif entry.patients and entry.mean_patches:
-        patches, external, known = np.full(entry.patients, entry.mean_patches), none, False
+        sizes[0] = np.full(entry.patients, entry.mean_patches)
     else:
         raise Refused(
             f"{dataset} of study {study.name} is not packed, and its entry in the manifest has no `patients` and "
             "`mean_patches` to go by. Pack it (`steph data pack`) or give both numbers."
         )
-    return Patients(np.minimum(patches, most).astype(int), np.minimum(external, most).astype(int), known)
-
-
-# ---------------------------------------------------------------------------------------------- operations
+    patches, external = (np.minimum(of, study.recipe.max_patches or np.inf).astype(int) for of in sizes)
+    return Patients(patches, external, known)
 
 
 def kind_of(entry: Method) -> str:
@@ -118,9 +111,6 @@ def _of_frozen_features(model: Model, patches: RaggedBatch) -> int:
     return products_of(lambda: model.frozen_features(patches))
 
 
-# ---------------------------------------------------------------------------------------------- the plan
-
-
 def work(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
     """Every run of a plan and all that it builds on, a row each.
 
@@ -130,28 +120,24 @@ def work(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
     that are read): of training, of what is computed once before it, and of predictions.
     """
     study, stage_of = bench.study, stages(bench, runs)
-    joint = any(run.entry.joint for run in stage_of)
+    recipe, joint = study.recipe, any(run.entry.joint for run in stage_of)
     sizes = {name: patients(bench, name) for name in (study.datasets if joint else {r.dataset for r in stage_of})}
     everyone = np.concatenate([size.patches for size in sizes.values()])
     known = all(size.known for size in sizes.values())  # a key needs the data
-    cost_of_kind = {
-        kind: cost_of(name, study, round(everyone.mean()))
-        for kind, name in {kind_of(run.entry): run.method for run in stage_of}.items()
-    }
-    recipe, held_out = study.recipe, 1 / study.folds
+    one_of_each = {kind_of(run.entry): run.method for run in stage_of}
+    costs = {kind: cost_of(name, study, round(everyone.mean())) for kind, name in one_of_each.items()}
     forward = cost_of("vanilla", study, round(everyone.mean())).prediction
     width = study.features.dim * DTYPES[study.features.precision].itemsize
     rows = []
     for run, stage in stage_of.items():
-        size, entry, cost = sizes[run.dataset], run.entry, cost_of_kind[kind_of(run.entry)]
+        size, entry, cost = sizes[run.dataset], run.entry, costs[kind_of(run.entry)]
         record = bench.record(run) if known else None
-        training = round(len(size.patches) * (1 - held_out))
+        training, mean = round(len(size.patches) * (1 - 1 / study.folds)), float(size.patches.mean())
         tested = len(size.patches) - training
-        predicted = tested * size.patches.mean() + size.external.sum()
-        mean = float(size.patches.mean())
+        predicted = tested * mean + size.external.sum()
         if entry.joint:  # trained once, on all data sets, where the first of them stands
-            mean = float(everyone.mean())
-            training = round(len(everyone) * (1 - held_out)) if run.dataset == next(iter(study.datasets)) else 0
+            first = run.dataset == next(iter(study.datasets))
+            training, mean = round(len(everyone) * (1 - 1 / study.folds)) * first, float(everyone.mean())
         updates = recipe.epochs * (training // recipe.bags_per_step) * entry.trainings if cost.trains else 0
         passed = updates * recipe.bags_per_step * mean if cost.update else 0.0
         once = training * mean if cost.once else 0.0
@@ -205,12 +191,10 @@ def measured_paces(
     }
 
     def measure() -> pd.DataFrame:
+        kinds = track(sorted(methods.items()), f"{study.name}: measuring {machine(device)}")
         with single_thread():
-            rows = [
-                {"kind": kind, "pace": _pace(study, name, Compute(device, precision), n)}
-                for kind, name in track(sorted(methods.items()), f"{study.name}: measuring {machine(device)}")
-            ]
-        return pd.DataFrame(rows)
+            paces = [(kind, _pace(study, name, Compute(device, precision), n)) for kind, name in kinds]
+        return pd.DataFrame(paces, columns=["kind", "pace"])
 
     table = cached_table(bench, "paces", inputs, measure)
     return dict(zip(table["kind"], table["pace"], strict=True))
@@ -267,9 +251,6 @@ def hours(table: pd.DataFrame, taken: pd.Series, workers: int) -> float:
     return total / 3600
 
 
-# ---------------------------------------------------------------------------------------------- memory and disk
-
-
 def memory(study: Study, sizes: Mapping[str, Patients], names: Iterable[str], compute: Compute) -> pd.DataFrame:
     """Bytes that runs take at most, a row for each kind of method, the most first: method, dataset (that with the
     largest update), bytes (`steph.training.memory.needed`, and the model). sizes: patients by data set."""
@@ -294,9 +275,6 @@ def record_bytes(study: Study, sizes: Mapping[str, Patients], runs: Iterable[tup
     numbers = {kind: trained_numbers(built(name, study)) for kind, name in one_of_each.items()}
     tested = {dataset: len(size.patches) / study.folds + len(size.external) for dataset, size in sizes.items()}
     return round(sum(4 * numbers[kinds[name]] + BYTES_PER_PATIENT * tested[dataset] for dataset, name in runs))
-
-
-# ---------------------------------------------------------------------------------------------- in words
 
 
 def totals(table: pd.DataFrame, taken: pd.Series, by: str) -> pd.DataFrame:
@@ -329,25 +307,19 @@ def report(
     if len(done):
         line = f"  the {len(done)} finished runs took {done['took'].sum():,.0f} s by their records, which give the pace"
         error = error_of_pace(done)
-        repeated = (
-            "" if np.isnan(error) else f"; from others of its kind one is predicted to within {error:.0%} (median)"
-        )
-        lines.append(line + repeated)
+        within = "" if np.isnan(error) else f"; from others of its kind one is predicted to within {error:.0%} (median)"
+        lines.append(line + within)
     need = memory(study, sizes, table["method"].unique(), Compute(device, precision))
     most, free = need.iloc[0], available(device)
     lines.append(
         f"memory of a run: {in_words(need['bytes'].median())}, {in_words(most['bytes'])} at most "
         f"({title(most['method'])} on {most['dataset']}); {in_words(free)} are free"
     )
-    beyond = need.loc[need["bytes"] > free, "method"].map(title)
-    if len(beyond):
-        lines.append(
-            f"  too much for this machine: {', '.join(beyond)}. Set recipe.max_patches, or a smaller "
-            "recipe.bags_per_step, in the manifest"
-        )
+    if beyond := ", ".join(need.loc[need["bytes"] > free, "method"].map(title)):
+        remedy = "Set recipe.max_patches, or a smaller recipe.bags_per_step, in the manifest"
+        lines.append(f"  too much for this machine: {beyond}. {remedy}")
     records = record_bytes(study, sizes, zip(missing["dataset"], missing["method"], strict=True))
     lines.append(f"disk for the missing records: {in_words(records)}; {in_words(free_bytes(study.build))} are free")
-    assumed = [name for name, size in sizes.items() if not size.known]
-    if assumed:
-        lines.append(f"bag sizes assumed from the manifest, not read: {', '.join(assumed)}")
+    if assumed := ", ".join(name for name, size in sizes.items() if not size.known):
+        lines.append(f"bag sizes assumed from the manifest, not read: {assumed}")
     return lines

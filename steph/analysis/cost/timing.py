@@ -16,7 +16,6 @@ from torch import Tensor
 from steph import Refused
 from steph.analysis.cost.operations import (
     PATCHES,
-    SMALL,
     counted,
     deployed,
     of_sample,
@@ -95,9 +94,6 @@ def _seconds_of(model: Model, patches: RaggedBatch) -> float:
     return time.perf_counter() - started
 
 
-# ---------------------------------------------------------------------------------------------- a training epoch
-
-
 def epoch_runs(study: Study, dataset: str, fold: int, seed: int, precision: str = "fp32") -> list[Run]:
     """The runs whose epochs are timed, where a study can have them: the cancer's own model, the methods of Table S6,
     STEPH with the numbers of sources of Table S7."""
@@ -117,8 +113,7 @@ def epoch_times(bench: Workbench, runs: Sequence[Run], device: str = "cpu") -> p
     All methods train an epoch in each round, one after the other, in an order that moves on from round to round, so
     that whatever slows the machine slows all of them. Each starts from its untrained model; a first round is not
     counted. once: seconds of what a training does but once, such as features of frozen models. A method that trains
-    nothing takes none. Rounds are made until the `BUDGET` of seconds is spent, `LEAST` at least.
-    Measured once and cached. Raises `Refused` where a model that is built on is not finished.
+    nothing takes none. Measured once and cached. Raises `Refused` where a model that is built on is not finished.
     """
     study = bench.study
     recipe = study.recipe.model_copy(update={"epochs": 1})
@@ -138,8 +133,7 @@ def epoch_times(bench: Workbench, runs: Sequence[Run], device: str = "cpu") -> p
         idle, rounds = [run.method for run in runs if run not in trained], {row["round"] for row in rows}
         return rows + [{"method": name, "round": i, "seconds": 0.0, "once": 0.0} for name in idle for i in rounds]
 
-    inputs = {"runs": [bench.key(run) for run in runs]}
-    return _cached(bench, "epoch_times", device, inputs, measure)
+    return _cached(bench, "epoch_times", device, {"runs": [bench.key(run) for run in runs]}, measure)
 
 
 def of_both_stages(times: pd.DataFrame) -> pd.DataFrame:
@@ -152,25 +146,18 @@ def of_both_stages(times: pd.DataFrame) -> pd.DataFrame:
     return wide
 
 
-def epoch_summary(times: pd.DataFrame) -> pd.DataFrame:
-    """`epoch_times` in short, a row per method: method, median, low and high (quartiles), mean, std, epochs, device."""
-    wide = of_both_stages(times)
-    table = _with_quartiles(wide, "median").assign(mean=wide.mean(), std=wide.std())
-    return table.assign(epochs=len(wide), device=times["device"].iloc[0]).rename_axis("method").reset_index()
-
-
 def epoch_ratios(times: pd.DataFrame, reference: str) -> pd.DataFrame:
     """How many times as long as another method's an epoch takes, taken round by round: method, ratio (median), low and
     high (quartiles). Raises `Refused` for a reference that was not timed."""
     wide = of_both_stages(times)
     if reference not in wide or not (wide[reference] > 0).all():
         raise Refused(f"no epochs of {reference!r} were timed; there are those of {', '.join(map(str, wide.columns))}.")
-    return _with_quartiles(wide.div(wide[reference], axis=0), "ratio").rename_axis("method").reset_index()
+    return _quartiles(wide.div(wide[reference], axis=0), "ratio").reset_index()
 
 
-def _with_quartiles(wide: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Of each column the median, under a name, and the quartiles low and high."""
-    return pd.DataFrame({name: wide.median(), "low": wide.quantile(0.25), "high": wide.quantile(0.75)})
+def _quartiles(wide: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Of each method (column) the median, under a name, and the quartiles low and high."""
+    return wide.quantile([0.5, 0.25, 0.75]).T.set_axis([name, "low", "high"], axis=1).rename_axis("method")
 
 
 def paper_seconds(table: str) -> pd.Series:
@@ -178,30 +165,26 @@ def paper_seconds(table: str) -> pd.Series:
     return paper_table(table).set_index("method")["seconds_mean"].astype(float).rename(None)
 
 
-def epoch_table(times: pd.DataFrame, table: str, reference: str, counted: dict[str, int] | None = None) -> pd.DataFrame:
+def epoch_table(times: pd.DataFrame, table: str, reference: str, counted: dict[str, int]) -> pd.DataFrame:
     """Format Table S6 or S7 for display: seconds measured here, how many times the reference's, the same in the paper,
-    and by the operations of training (`training_operations`), if they were counted."""
-    printed = paper_seconds(table)
-    rows = epoch_summary(times).merge(epoch_ratios(times, reference)[["method", "ratio"]], on="method")
-    rows = rows.set_index("method").reindex([name for name in printed.index if name in set(rows["method"])])
-    times_reference = f"× {title(reference)}"
-    shown = pd.DataFrame(
+    and by the operations of training (`training_operations`)."""
+    printed, seconds = paper_seconds(table), _quartiles(of_both_stages(times), "median")
+    names = [name for name in printed.index if name in seconds.index]
+    seconds, printed = seconds.loc[names], printed[names]
+    in_both_stages = {name: counted[name] + counted.get(str(method(name).after), 0) for name in names}
+    ratio = f"× {title(reference)}"
+    return pd.DataFrame(
         {
-            "method": rows.index.map(title),
-            "seconds (median)": rows["median"],
-            "quartiles": rows["low"].map("{:.4g}".format) + " to " + rows["high"].map("{:.4g}".format),
-            times_reference: rows["ratio"],
-            "seconds (paper)": printed.reindex(rows.index),
-            f"{times_reference} (paper)": printed.reindex(rows.index) / printed[reference],
-        }
-    )
-    if counted is not None:
-        both_stages = {name: n + counted.get(str(method(name).after), 0) for name, n in counted.items()}
-        shown[f"{times_reference} (operations)"] = [both_stages[n] / both_stages[reference] for n in rows.index]
-    return shown.reset_index(drop=True)
-
-
-# ---------------------------------------------------------------------------------------------- a prediction
+            "method": seconds.index.map(title),
+            "seconds (median)": seconds["median"],
+            "quartiles": seconds["low"].map("{:.4g}".format) + " to " + seconds["high"].map("{:.4g}".format),
+            ratio: epoch_ratios(times, reference).set_index("method")["ratio"][names],
+            "seconds (paper)": printed,
+            f"{ratio} (paper)": printed / printed[reference],
+            f"{ratio} (operations)": pd.Series(in_both_stages) / in_both_stages[reference],
+        },
+        index=names,
+    ).reset_index(drop=True)
 
 
 CPU_PATCHES = 1000
@@ -217,9 +200,8 @@ def prediction_times(
 
     names: None takes the methods whose predictions differ in cost: one that merges once predicts with Vanilla's
     network. precision: of the patches; bf16 leaves parameters in single precision, as in training.
-
-    Measured in rounds like `epoch_times`, and cached. memory: bytes at most, beyond the model and the bag; measured on
-    a graphics card, counted (`live_bytes`) for a processor.
+    memory: bytes at most, beyond the model and the bag; measured on a graphics card, counted (`live_bytes`) for a
+    processor. Measured in rounds like `epoch_times`, and cached.
     """
     if names is None:
         names = counted(bench).drop_duplicates(["networks", "products"])["method"].tolist()
@@ -228,7 +210,6 @@ def prediction_times(
     def measure() -> list[Row]:
         models = {name: deployed(name, study, device).to(parameter_dtype(precision)) for name in names}
         patches = random_bags([n], study.features.dim, device, PRECISIONS[precision])
-        few = random_bags([min(n, SMALL)], study.features.dim, device, PRECISIONS[precision])
         coords, shifts = cast(Tensor, patches.coords), count(1)
         memory: dict[str, int] = {}
 
@@ -240,13 +221,13 @@ def prediction_times(
 
         def warm_up(name: str) -> None:
             if device == "cpu":
-                _seconds_of(models[name], few)
+                _seconds_of(models[name], patches)
                 memory[name] = prediction_memory(name, study, n, precision)
-            else:
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
-                predict(name)
-                memory[name] = torch.cuda.max_memory_allocated(device) - before
+                return
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            predict(name)
+            memory[name] = torch.cuda.max_memory_allocated(device) - before
 
         return _in_rounds(bench, names, predict, warm_up)
 
@@ -279,11 +260,7 @@ def sampling_times(bench: Workbench, device: str = "cpu", precision: str = "fp32
             seconds = _seconds_of(merging if reads else plain, bags[n])
             return {"patches": n, "reads": reads, "seconds": seconds, "products": products[job]}
 
-        def warm_up(job: tuple[int, int]) -> None:
-            if device != "cpu" or job[0] == min(sizes):
-                predict(job)
-
-        return _in_rounds(bench, jobs, predict, warm_up)
+        return _in_rounds(bench, jobs, predict, warm_up=predict)
 
     return _cached(bench, "sampling_times", device, {"patches": sizes, "precision": precision}, measure)
 
@@ -293,14 +270,12 @@ def prediction_table(times: pd.DataFrame, counted: pd.DataFrame) -> pd.DataFrame
     their range, how many times those of the cancer's own model they are, the same by operations, memory."""
     seconds = times.groupby("method", sort=False)["seconds"].agg(["median", "min", "max"])
     products = counted.set_index("method")["products"].reindex(seconds.index)
-    return pd.DataFrame(
-        {
-            "method": seconds.index.map(title),
-            "seconds": seconds["median"],
-            "range": seconds["min"].map("{:.3g}".format) + " to " + seconds["max"].map("{:.3g}".format),
-            f"× {title('vanilla')}": seconds["median"] / seconds["median"]["vanilla"],
-            f"× {title('vanilla')} (operations)": products / products["vanilla"],
-            "memory (MB)": times.groupby("method")["memory"].first() / 1e6,
-        },
-        index=seconds.index,
-    ).reset_index(drop=True)
+    shown = {
+        "method": seconds.index.map(title),
+        "seconds": seconds["median"],
+        "range": seconds["min"].map("{:.3g}".format) + " to " + seconds["max"].map("{:.3g}".format),
+        f"× {title('vanilla')}": seconds["median"] / seconds["median"]["vanilla"],
+        f"× {title('vanilla')} (operations)": products / products["vanilla"],
+        "memory (MB)": times.groupby("method")["memory"].first() / 1e6,
+    }
+    return pd.DataFrame(shown, index=seconds.index).reset_index(drop=True)

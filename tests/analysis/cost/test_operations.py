@@ -67,7 +67,7 @@ def test_layers_are_counted_as_table_s4_counts_them():
 
 def test_a_hypernetwork_that_reads_a_sample_saves_its_half():
     study, n = operations.paper_study(), operations.PATCHES
-    whole, sample = (operations.prediction_products(name, study) for name in ("steph", "steph_subsampled"))
+    whole, sample = (operations.prediction_products(name, study, n) for name in ("steph", "steph_subsampled"))
     assert whole - sample == 2 * (n - study.steph.sample_patches) * (D * H + H)
 
 
