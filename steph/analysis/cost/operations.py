@@ -68,7 +68,7 @@ def built(name: str, study: Study | None = None, device: str = "meta") -> Model:
 def deployed(name: str, study: Study | None = None, device: str = "meta") -> Model:
     """The model that predicts, in evaluation mode, like `built`. Where all patients get the same weights, models are
     merged once and for all: what predicts is one plain network."""
-    with torch.device(device):
+    with torch.random.fork_rng(), torch.device(device):
         return built(name, study, device).deployed().eval()
 
 
@@ -79,10 +79,8 @@ def _built(name: str, study: Study, device: str) -> Model:
         raise Refused(refusal)
 
     def random_state() -> ModelState:
-        return ModelState(new_network(entry.network, study.features.dim, study.network).state_dict())
+        return _trained(new_network(entry.network, study.features.dim, study.network))
 
-    stage = _built(entry.after, study, device) if entry.after else None
-    trained = {name: p.detach() for name, p in stage.named_parameters() if p.requires_grad} if stage else {}
     null_state, alike = random_state(), random_state()
     weights = {"w": dict.fromkeys(sources, 0.1), "lambda": dict.fromkeys(sources, 0.5)}
     inputs = Inputs(
@@ -96,11 +94,15 @@ def _built(name: str, study: Study, device: str) -> Model:
         null_state=null_state,
         target_state=alike,
         source_states=dict.fromkeys(sources, alike),
-        stage_state=ModelState(trained),
+        stage_state=_trained(_built(entry.after, study, device)) if entry.after else None,
         facts={"source": next(iter(sources), ""), "gamma": 0.0, **weights},  # what patients' data would tell
         compute=Compute(device),
     )
     return entry.build(inputs, **entry.options)
+
+
+def _trained(model: nn.Module) -> ModelState:
+    return ModelState({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
 
 
 def learnable_parameters(study: Study | None = None) -> dict[str, int]:
