@@ -34,9 +34,8 @@ class RaggedBatch:
         if self.features.ndim != 2 or self.offsets[0] != 0 or self.offsets[-1] != len(self.features):
             raise Refused(f"features {tuple(self.features.shape)} do not fit offsets {self.offsets}.")
         if min(sizes, default=0) < 1:
-            raise Refused(
-                f"bag {sizes.index(min(sizes)) if sizes else 0} has no patches; every bag needs at least one."
-            )
+            which = sizes.index(min(sizes)) if sizes else 0
+            raise Refused(f"bag {which} has no patches; every bag needs at least one.")
 
     @classmethod
     def from_bags(cls, bags: Sequence[Tensor], coords: Sequence[Tensor] | None = None) -> RaggedBatch:
@@ -79,9 +78,8 @@ class RaggedBatch:
     @cached_property
     def outside(self) -> Tensor:
         """(B, N) -inf where a patch does not belong to a bag, 0 where it does; float32."""
-        return torch.zeros(self.membership.shape, device=self.features.device).masked_fill_(
-            ~self.membership, -torch.inf
-        )
+        zeros = torch.zeros(self.membership.shape, device=self.features.device)
+        return zeros.masked_fill_(~self.membership, -torch.inf)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of patch values (N, H) within each bag, (B, H)."""

@@ -70,7 +70,14 @@ class JointDataset(PatientData):
         max_patches: int | None = None,
     ) -> RaggedBatch:
         options: dict[str, Any] = {"device": device, "dtype": dtype, "coords": coords, "max_patches": max_patches}
-        return _joined([data.batch([patient], **options) for _, data, patient in self._members(patient_ids)])
+        batches = [data.batch([patient], **options) for _, data, patient in self._members(patient_ids)]
+        starts = (0, *accumulate(len(batch.features) for batch in batches))
+        features = torch.cat([batch.features for batch in batches])
+        if not coords:
+            return RaggedBatch(features, starts)
+        ends = [at + end for at, b in zip(starts, batches, strict=False) for end in (b.slide_offsets or b.offsets)[1:]]
+        places = torch.cat([batch.coords for batch in batches if batch.coords is not None])
+        return RaggedBatch(features, starts, places, (0, *ends))
 
     def prefetch(self, patient_ids: Sequence[str]) -> None:
         for _, data, patient in self._members(patient_ids):
@@ -91,14 +98,3 @@ class JointDataset(PatientData):
             what = f"no patient {', '.join(map(str, unknown[:5]))}" if unknown else "no patient given"
             raise Refused(f"{self.name}: {what}; patients are named <data set>/<patient_id>.")
         return [(name, self.parts[of], patient) for name, of, patient in named]
-
-
-def _joined(batches: Sequence[RaggedBatch]) -> RaggedBatch:
-    """Batches of one bag each as one batch."""
-    sizes = [len(batch.features) for batch in batches]
-    starts = (0, *accumulate(sizes))
-    features = torch.cat([batch.features for batch in batches])
-    if batches[0].coords is None:
-        return RaggedBatch(features, starts)
-    slides = [at + stop for at, b in zip(starts, batches, strict=False) for stop in (b.slide_offsets or b.offsets)[1:]]
-    return RaggedBatch(features, starts, torch.cat([b.coords for b in batches]), (0, *slides))  # type: ignore[misc]

@@ -20,9 +20,7 @@ def resident(name: str, features: Tensor, device: torch.device) -> Tensor | None
     name: of the store. Others that are held make room, oldest first. Says so, once, where a store does not fit.
     """
     key = (name, str(device))
-    if key in _refused:
-        return None
-    if key not in _held:
+    if key not in _held and key not in _refused:
         if not _make_room(features.nbytes, device):
             _refuse(key, f"{features.nbytes / 1e9:.1f} GB do not fit beside what a step needs")
             return None
@@ -30,8 +28,7 @@ def resident(name: str, features: Tensor, device: torch.device) -> Tensor | None
             _held[key] = features.to(device)
         except torch.OutOfMemoryError:
             _refuse(key, "the device ran out of memory")
-            return None
-    return _held[key]
+    return _held.get(key)
 
 
 def release(device: torch.device | str, refuse: bool = False) -> bool:
