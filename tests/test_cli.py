@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,9 +32,12 @@ def test_study_run_then_results(call, tiny, tmp_path):
     assert set(table["dataset"]) == set(tiny.study.datasets) and table["c_index"].between(0, 1).all()
 
 
-def test_a_plan_is_told_before_anything_starts(call, tiny):
+def test_lists_and_plans(call, tiny):
     done = call("study", "plan", "--study", "tiny", "--dataset", "SARC", "--method", "steph", "--by-method")
     assert done.exit_code == 0 and "hours for what is missing" in done.output and "STEPH" in done.output
+    done = call("data", "list", "--study", "tcga")
+    assert done.exit_code == 0 and "UNI2-h" in done.output and "licence" in done.output
+    assert re.search(r"^dataset +projects +labels +archives +features +store +size$", done.output, re.M)
 
 
 @pytest.mark.parametrize(
@@ -102,11 +106,6 @@ def test_an_interruption_is_not_lost_while_an_object_is_deleted(capsys):
     assert end.value.exit_code == 130 and sys.unraisablehook is before
     errors = capsys.readouterr().err
     assert "What is finished is kept" in errors and "Traceback" not in errors
-
-
-def test_data_list_names_sources_and_terms(call):
-    done = call("data", "list", "--study", "tcga")
-    assert done.exit_code == 0 and "UNI2-h" in done.output and "licence" in done.output
 
 
 @pytest.mark.parametrize(

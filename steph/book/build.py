@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,10 +69,7 @@ class Chapter:
         if name is None:
             return []
         p = notebooks.check(self.parameters, notebooks.declared(self.source), f"notebook {self.notebook}")
-        values = {
-            "study": bench.study, "bench": bench, "dataset": p.dataset, "fold": p.folds[0], "seed": p.seed,
-            "seeds": p.seeds, "precision": precision,
-        }  # fmt: skip
+        values = {**vars(p), "bench": bench, "fold": p.folds[0], "seeds": p.seeds, "precision": precision}
         function = pkgutil.resolve_name(name)
         return function(**{name: values[name] for name in inspect.signature(function).parameters if name in values})
 
@@ -88,22 +84,20 @@ def _metadata(notebook: Path) -> dict[str, Any]:
 
 
 def chapters(study: Study) -> list[Chapter]:
-    """The chapters that make the book, in reading order: each notebook of ``_toc.yml``, some for several cancers."""
-    return [chapter for name in pages.notebooks_in_contents() for chapter in _copies(study, name)]
-
-
-def _copies(study: Study, notebook: str) -> Iterator[Chapter]:
-    """A chapter, and its copies for other cancers. A study that has none of those takes its first."""
-    path, parameters = notebooks.NOTEBOOKS / f"{notebook}.ipynb", {"study": study.address}
-    takes = notebooks.declared(path)
-    if takes.get("dataset", "all") == "all":
-        yield Chapter(notebook, notebook, parameters)
-        return
-    targets = _metadata(path).get("targets", [takes["dataset"]])
-    main, *others = [name for name in targets if name in study.datasets] or [next(iter(study.datasets))]
-    yield Chapter(notebook, notebook, {**parameters, "dataset": main})
-    for dataset in others:
-        yield Chapter(notebook, f"{notebook}-{dataset}", {**parameters, "dataset": dataset})
+    """The chapters that make the book, in reading order: each notebook of ``_toc.yml``, some for several cancers. Where
+    the study has none of a notebook's targets, its first data set takes the chapter."""
+    listed = []
+    for name in pages.notebooks_in_contents():
+        chapter = Chapter(name, name, {"study": study.address})
+        default = notebooks.declared(chapter.source).get("dataset", "all")
+        if default == "all":
+            listed.append(chapter)
+            continue
+        targets = [each for each in _metadata(chapter.source).get("targets", [default]) if each in study.datasets]
+        for i, dataset in enumerate(targets or [next(iter(study.datasets))]):
+            parameters = {**chapter.parameters, "dataset": dataset}
+            listed.append(Chapter(name, f"{name}-{dataset}" if i else name, parameters))
+    return listed
 
 
 def needed_runs(bench: Workbench, precision: str = "fp32") -> list[Run]:
@@ -113,8 +107,7 @@ def needed_runs(bench: Workbench, precision: str = "fp32") -> list[Run]:
 
 def chapter_runs(bench: Workbench, kind: str, precision: str = "fp32") -> list[Run]:
     """The runs that all chapters list under "runs", "further_runs" or "twin_runs"; see `Chapter`."""
-    runs = [run for chapter in chapters(bench.study) for run in chapter.runs(kind, bench, precision)]
-    return list(dict.fromkeys(runs))
+    return list(dict.fromkeys(run for c in chapters(bench.study) for run in c.runs(kind, bench, precision)))
 
 
 def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None) -> Path:
@@ -129,7 +122,8 @@ def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None
     for chapter in chapters(bench.study):
         if chapter not in stale:
             print(f"{chapter.name}: up to date", file=sys.stderr)
-    _execute(bench.study, stale, device, 1 if device != "cpu" else workers or os.cpu_count() or 1)
+    if stale:
+        _execute(bench.study, stale, device, 1 if device != "cpu" else workers or os.cpu_count() or 1)
     shelve(bench)
     return build_pages(bench.study)
 
@@ -137,32 +131,27 @@ def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None
 def outdated(bench: Workbench, device: str = "cpu") -> list[Chapter]:
     """The chapters whose executed copy is missing, unfinished, or not what a new execution would show."""
 
-    def fresh(chapter: Chapter) -> bool:
+    def current(chapter: Chapter) -> bool:
         executed = executed_path(bench.study, chapter)
-        return notebooks.up_to_date(executed, chapter.source, chapter.arguments(device), bench) and all(
-            (executed.parent / link).is_file() for link in linked_files(executed)
-        )
+        fresh = notebooks.up_to_date(executed, chapter.source, chapter.arguments(device), bench)
+        return fresh and all((executed.parent / link).is_file() for link in linked_files(executed))
 
-    return [chapter for chapter in chapters(bench.study) if not fresh(chapter)]
+    return [chapter for chapter in chapters(bench.study) if not current(chapter)]
 
 
 def _execute(study: Study, stale: list[Chapter], device: str, workers: int) -> None:
     """Execute chapters, several at a time, each in a process of its own. The first that fails ends it."""
-    if not stale:
-        return
     progress = workers == 1 and sys.stderr.isatty()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(stale)), mp_context=context, initializer=end_with_parent) as pool:
-        futures = {
-            chapter.name: pool.submit(
-                notebooks.execute, chapter.source, chapter.arguments(device), executed_path(study, chapter), progress
-            )
-            for chapter in stale
-        }
+        futures = [
+            pool.submit(notebooks.execute, c.source, c.arguments(device), executed_path(study, c), progress)
+            for c in stale
+        ]
         try:
-            for name, future in futures.items():
+            for chapter, future in zip(stale, futures, strict=True):
                 future.result()
-                print(f"{name}: executed", file=sys.stderr)
+                print(f"{chapter.name}: executed", file=sys.stderr)
         except KeyboardInterrupt:
             end_workers()
             raise
@@ -181,63 +170,47 @@ def shelve(bench: Workbench) -> None:
 
     Raises `Refused`, naming the notebook, and leaves the shelf without it.
     """
-    study, infos = bench.study, {}
-    shutil.rmtree(SHELF / "files", ignore_errors=True)
-    (SHELF / "files").mkdir(parents=True)
-    listed = chapters(study)
-    for old in (SHELF / "notebooks").glob("*.ipynb"):
-        if old.stem not in {chapter.name for chapter in listed}:
-            old.unlink()
-    for chapter in listed:
-        target = SHELF / "notebooks" / f"{chapter.name}.ipynb"
-        target.unlink(missing_ok=True)
-        executed = executed_path(study, chapter)
+    infos: dict[str, dict[str, Any]] = {}
+    copies: dict[str, list[tuple[str, str]]] = {}
+    for folder in ("files", "notebooks"):
+        shutil.rmtree(SHELF / folder, ignore_errors=True)
+    (SHELF / "files").mkdir(parents=True)  # the builder wants it, also where nothing links to a file
+    for chapter in chapters(bench.study):
+        executed = executed_path(bench.study, chapter)
         infos[chapter.name] = notebooks.completion(executed)
         for link in linked_files(executed):
             # The builder copies what lies in files/ to the book's root; pages of notebooks lie below build/book/.
-            place = Path(os.path.normpath(SHELF / "files" / "build" / "book" / "notebooks" / link))
-            if not place.is_relative_to(SHELF / "files"):
+            place, linked = Path(os.path.normpath(Path("files/build/book/notebooks", link))), executed.parent / link
+            if place.parts[0] != "files":
                 raise Refused(f"{executed} links to {link}, outside the study's folder. Write what it shows into it.")
-            _copy(executed.parent / link, place, executed)
-        _copy(executed, target, executed)
-    runs = results(bench)
-    _write("status.md", pages.status(bench, infos, runs))
-    _write("findings.md", pages.findings(study, runs))
-    reference = pages.reference()
-    for name, text in reference.items():
-        _write(f"reference/{name}.md", text)
-    copies: dict[str, list[tuple[str, str]]] = {}
-    for chapter in listed:
+            if not linked.is_file():
+                again = f"steph run {chapter.notebook}"
+                raise Refused(f"{executed} links to {linked}, which is not there. Run it again: {again}")
+            _write(place, linked.read_bytes())
+        _write(f"notebooks/{chapter.name}.ipynb", executed.read_bytes())
         if chapter.name != chapter.notebook:
             title = "".join(read_json(chapter.source)["cells"][0]["source"]).partition("\n")[0].removeprefix("# ")
             copies.setdefault(chapter.notebook, []).append((chapter.name, f"{title}: {chapter.parameters['dataset']}"))
-    _write("_toc.yml", pages.contents(copies, reference))
+    runs, reference = results(bench), pages.reference()
+    written = {f"reference/{name}.md": text for name, text in reference.items()}
+    written["status.md"] = pages.status(bench, infos, runs)
+    written["findings.md"] = pages.findings(bench.study, runs)
+    written["_toc.yml"] = pages.contents(copies, reference)
+    for name, text in written.items():
+        _write(name, text.encode())
 
 
 def linked_files(executed: Path) -> list[str]:
     """Relative paths, seen from its folder, of the files that an executed notebook's outputs link to
     (`steph.plots.show_link`)."""
-    import nbformat
-
-    html = [
-        output.get("data", {}).get("text/html", "")
-        for cell in nbformat.read(executed, as_version=4).cells
-        for output in cell.get("outputs", [])
-    ]
-    return [unquote(href) for text in html for href in re.findall(r'<p class="to-file"><a href="([^"]+)"', text)]
+    outputs = [output for cell in read_json(executed)["cells"] for output in cell.get("outputs", [])]
+    html = "".join("".join(output.get("data", {}).get("text/html", "")) for output in outputs)
+    return [unquote(address) for address in re.findall(r'<p class="to-file"><a href="([^"]+)"', html)]
 
 
-def _copy(source: Path, target: Path, executed: Path) -> None:
-    if not source.is_file():
-        command = f"steph run {executed.stem.partition('-')[0]}"
-        raise Refused(f"{executed} links to {source}, which is not there. Run it again: {command}")
-    with atomic_path(target) as temporary:
-        shutil.copyfile(source, temporary)
-
-
-def _write(name: str, text: str) -> None:
+def _write(name: str | Path, content: bytes) -> None:
     with atomic_path(SHELF / name) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 def build_pages(study: Study) -> Path:
@@ -246,17 +219,16 @@ def build_pages(study: Study) -> Path:
     if study.synthetic is None:
         del configuration["html"]["announcement"]  # the banner that says: synthetic
     extensions = configuration["sphinx"]["local_extensions"]  # relative to the configuration, which lies elsewhere now
-    configuration["sphinx"]["local_extensions"] = {name: str(PROJECT / path) for name, path in extensions.items()}
-    _write("_config.yml", yaml.safe_dump(configuration))
-    output = SHELF / "_build" / "html" / "index.html"
+    extensions.update({name: str(PROJECT / path) for name, path in extensions.items()})
+    _write("_config.yml", yaml.safe_dump(configuration).encode())
     command = [sys.executable, "-c", BUILDER, "build", str(PROJECT), "--path-output", str(SHELF)]
     command += ["--config", str(SHELF / "_config.yml"), "--toc", str(SHELF / "_toc.yml"), "-W", "-n", "--keep-going"]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment)
-    log = SHELF / "build.log"
+    log, page = SHELF / "build.log", SHELF / "_build" / "html" / "index.html"
     log.write_text(done.stdout + done.stderr, encoding="utf-8")
-    if done.returncode != 0 or not output.is_file():
+    if done.returncode != 0 or not page.is_file():
         lines = [line for line in (done.stdout + done.stderr).splitlines() if "WARNING" in line or "ERROR" in line]
-        end = "\n".join(lines[-15:] or done.stderr.splitlines()[-15:])
+        end = "\n".join((lines or done.stderr.splitlines())[-15:])
         raise Refused(f"the book was not built:\n{end}\nSee {log}")
-    return output
+    return page

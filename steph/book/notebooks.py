@@ -1,8 +1,8 @@
 """Notebooks as commands: parameters checked by name, type and value before any work, execution that is whole or fails.
 
-A notebook declares what it takes in its cell tagged ``parameters``. `steph run` checks what a person chose against that
-cell before a kernel starts; `start`, the notebook's second cell, checks again, so plain papermill is as strict. A copy
-that ran to its end gets a completion record beside it, written last; nothing else counts as finished.
+A notebook declares what it takes in its cell tagged ``parameters``. `steph run` checks what a person chose against it
+before a kernel starts; `start`, the notebook's second cell, checks again, so plain papermill is as strict. A copy that
+ran to its end gets a completion record beside it, written last; nothing else counts as finished.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ PARAMETERS: dict[str, tuple[Any, tuple[type, ...]]] = {
 def check(
     chosen: Mapping[str, Any], takes: Mapping[str, Any] | None = None, where: str = "the parameters of notebooks"
 ) -> Parameters:
-    """Check parameters by name, type and value, and complete them: the one place where this is done.
+    """Check parameters by name, type and value, and complete them.
 
     chosen: by a person. takes: names and defaults of the notebook's parameters cell; None is every parameter
     that there is. where: whose they are, for messages. Raises `Refused` for the first that cannot be used.
@@ -90,11 +90,12 @@ def check(
         if not isinstance(value, types) or isinstance(value, bool):
             expected = " or ".join("none" if kind is NoneType else kind.__name__ for kind in types)
             raise Refused(f"parameter {name} = {value!r} is of type {type(value).__name__}; expected {expected}.")
-    study, dataset = load_study(values["study"]), values["dataset"]
+    study, dataset, n_seeds = load_study(values["study"]), values["dataset"], values["n_seeds"]
     if dataset != "all":
         study.entry(dataset)
-    if (values["seed"] is not None and values["seed"] < 0) or values["n_seeds"] < 1:
-        raise Refused(f"seed = {values['seed']}, n_seeds = {values['n_seeds']}; expected seed >= 0 and n_seeds >= 1.")
+    seed = study.seed if values["seed"] is None else values["seed"]
+    if seed < 0 or n_seeds < 1:
+        raise Refused(f"seed = {seed}, n_seeds = {n_seeds}; expected seed >= 0 and n_seeds >= 1.")
     check_device(values["device"])
     return Parameters(
         study=study,
@@ -104,8 +105,8 @@ def check(
         sources=_sources(values["sources"], study, dataset),
         patients=None if values["patients"] == "auto" else _listed(values["patients"]),
         folds=_folds(values["folds"], study),
-        seed=study.seed if values["seed"] is None else values["seed"],
-        n_seeds=values["n_seeds"],
+        seed=seed,
+        n_seeds=n_seeds,
         device=values["device"],
         precision=precision_for(values["precision"], values["device"]),
     )
@@ -118,22 +119,16 @@ def _listed(value: str | int | list) -> list[str]:
 
 
 def _folds(value: str | int | list, study: Study) -> list[int]:
-    """Folds of a study; "all" is every one."""
-    if value == "all":
-        return list(range(study.n_folds))
-    try:
-        folds = [int(item) for item in _listed(value)]
-    except ValueError:
-        raise Refused(f"parameter folds = {value!r}; expected all, or folds such as 0,1,2.") from None
-    if not folds:
-        raise Refused(f"folds = {value!r} names no fold of study {study.name}: its folds are 0 to {study.n_folds - 1}.")
-    for fold in folds:
-        study.check_fold(fold)
-    return folds
+    every = range(study.n_folds)
+    numbers = [str(fold) for fold in every] if value == "all" else _listed(value)
+    if not numbers or not all(number.isdecimal() for number in numbers):
+        raise Refused(f"folds = {value!r}; expected all, or folds such as 0,1: its folds are 0 to {every[-1]}.")
+    for number in numbers:
+        study.check_fold(int(number))
+    return [int(number) for number in numbers]
 
 
 def _sources(value: str | list, study: Study, dataset: str) -> list[str] | None:
-    """Source cancers of a target; "all" is every one."""
     if value == "auto":
         return None
     known = list(study.datasets) if dataset == "all" else study.sources_of(dataset)
@@ -149,7 +144,7 @@ def _sources(value: str | list, study: Study, dataset: str) -> list[str] | None:
 
 def start(namespace: Mapping[str, Any]) -> Parameters:
     """Begin a notebook: check the parameters among its globals, set the plots' style, say if all is synthetic, and let
-    a notebook that is open for editing follow changes to the library (`follow_library`).
+    a notebook that is open for editing follow changes to the library.
 
     Raises `Refused` for a name that the notebook does not declare (papermill injects a misspelt parameter with a mere
     warning), for a wrong type and an impossible value.
@@ -161,51 +156,43 @@ def start(namespace: Mapping[str, Any]) -> Parameters:
 
     # Some packages ask for widgets when they are imported; progress is text here.
     warnings.filterwarnings("ignore", message="IProgress not found")
-    executed = [source for source in namespace.get("In", []) if source.lstrip().startswith(MARK)]
-    cells = [_assignments(source) for source in executed]
+    cells = [_assignments(source) for source in namespace.get("In", []) if source.lstrip().startswith(MARK)]
     chosen = {name: namespace[name] for cell in cells for name in cell}
     checked = check(chosen, cells[0] if cells else {}, "this notebook")
     set_style()
     if FOLDER_VARIABLE not in os.environ:
-        follow_library(checked.bench)
+        _follow_library(checked.bench)
     if checked.study.synthetic:
         display(Markdown(f"> **Synthetic demo cohort — not TCGA, not patients.** Study `{checked.study.name}`."))
     return checked
 
 
-def follow_library(bench: Workbench) -> None:
+def _follow_library(bench: Workbench) -> None:
     """In a kernel that a person works with, run changed code of `steph` from the next cell on (IPython's autoreload),
     and give runs of changed code new keys. Elsewhere nothing is done."""
     from IPython.core.getipython import get_ipython
 
-    shell = get_ipython()
-    if shell is None:
-        return
-    times = _library_times()
+    def change_times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (PROJECT / "steph").rglob("*.py")}
 
-    def forget_keys(*_: Any) -> None:
+    shell, times = get_ipython(), change_times()
+
+    def forget_old_code(*_: Any) -> None:
         nonlocal times
-        if times != (now := _library_times()):
-            times = now
-            forget_code(bench)
+        if times == (now := change_times()):
+            return
+        times = now
+        linecache.checkcache()
+        for module in [module for name, module in sys.modules.items() if name.startswith("steph.")]:
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+        bench._keys.clear()
 
-    shell.run_line_magic("load_ext", "autoreload")
-    shell.run_line_magic("autoreload", "2")
-    shell.events.register("pre_run_cell", forget_keys)
-
-
-def _library_times() -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in (PROJECT / "steph").rglob("*.py")}
-
-
-def forget_code(bench: Workbench) -> None:
-    """Forget what was read of the library's code and files, and with it the keys of runs."""
-    linecache.checkcache()
-    for name in [name for name in sys.modules if name.startswith("steph.")]:
-        for value in vars(sys.modules[name]).values():
-            if hasattr(value, "cache_clear"):
-                value.cache_clear()
-    bench._keys.clear()
+    if shell is not None:
+        shell.run_line_magic("load_ext", "autoreload")
+        shell.run_line_magic("autoreload", "2")
+        shell.events.register("pre_run_cell", forget_old_code)
 
 
 def _assignments(source: str) -> dict[str, ast.expr]:
@@ -220,75 +207,63 @@ def _assignments(source: str) -> dict[str, ast.expr]:
 def find(name: str | Path) -> Path:
     """A notebook by path, also below ``notebooks/`` (``templates/new_method``), or by name (``01_baselines``,
     ``baselines``). Raises `Refused` for one that is not there."""
-    path = Path(name)
-    for candidate in (path, (NOTEBOOKS / path).with_suffix(".ipynb")):
+    path, known = Path(name), sorted(NOTEBOOKS.glob("*.ipynb"))
+    named = [notebook for notebook in known if path.stem in (notebook.stem, notebook.stem.partition("_")[2])]
+    for candidate in (path, (NOTEBOOKS / path).with_suffix(".ipynb"), *named):
         if candidate.suffix == ".ipynb" and candidate.is_file():
             return candidate
-    known = sorted(NOTEBOOKS.glob("*.ipynb"))
-    for candidate in known:
-        if path.stem in (candidate.stem, candidate.stem.partition("_")[2]):
-            return candidate
-    raise Refused(unknown("notebook", str(name), [p.stem for p in known], str(NOTEBOOKS)))
+    raise Refused(unknown("notebook", str(name), [notebook.stem for notebook in known], str(NOTEBOOKS)))
 
 
 def declared(notebook: Path) -> dict[str, Any]:
     """Parameters and defaults of a notebook's cell tagged ``parameters``. Raises `Refused` where there is none."""
     try:
-        tagged = [c for c in read_json(notebook)["cells"] if "parameters" in c.get("metadata", {}).get("tags", [])]
-        source = "".join(tagged[0]["source"]) if tagged else ""
-        takes = {name: ast.literal_eval(value) for name, value in _assignments(source).items()}
+        cells = read_json(notebook)["cells"]
+        tagged = ["".join(c["source"]) for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+        takes = {name: ast.literal_eval(value) for name, value in _assignments("".join(tagged[:1])).items()}
     except Exception as error:  # a person's file, which can be wrong in any way
         raise Refused(f"{notebook} is not a notebook with plain parameters: {error}") from None
-    if not tagged:
-        raise Refused(f"{notebook} has no cell tagged 'parameters'; tag the one that assigns them.")
-    if not source.startswith(MARK):
-        raise Refused(f"the parameters cell of {notebook} must begin with the line {MARK!r}.")
+    if not tagged or not tagged[0].startswith(MARK):
+        raise Refused(
+            f"{notebook} has no cell tagged 'parameters' that begins with the line {MARK!r} and assigns them."
+        )
     return takes
-
-
-def output_path(notebook: Path, checked: Parameters, takes: Mapping[str, Any]) -> Path:
-    """Where the executed copy goes: ``build/<study>/notebooks/``, named after the notebook and its data set."""
-    suffix = f"-{checked.dataset}" if "dataset" in takes and checked.dataset != takes["dataset"] else ""
-    return checked.study.build / "notebooks" / f"{notebook.stem}{suffix}.ipynb"
 
 
 def execute(notebook: Path, chosen: Mapping[str, Any], output: Path | None = None, progress: bool = True) -> Path:
     """Execute a notebook with parameters; returns the executed copy, which has its completion record beside it.
 
-    Raises `Refused` for parameters that cannot be used (before a kernel starts), for an error in a cell (what was
-    executed is saved as ``...failed.ipynb``), and for a kernel that died, as it does when memory runs out.
+    output: default ``build/<study>/notebooks/``, named after the notebook and its data set. Raises `Refused` for
+    parameters that cannot be used (before a kernel starts), for an error in a cell (what was executed is saved as
+    ``...failed.ipynb``), and for a kernel that died, as it does when memory runs out.
     """
     takes = declared(notebook)
     checked = check(chosen, takes, f"notebook {notebook.name}")
-    target = output or output_path(notebook, checked, takes)
+    study, started = checked.study, time.perf_counter()
+    suffix = f"-{checked.dataset}" if checked.dataset != takes.get("dataset", "all") else ""
+    target = output or study.build / "notebooks" / f"{notebook.stem}{suffix}.ipynb"
     completion_path(target).unlink(missing_ok=True)
-    started = time.perf_counter()
     with atomic_path(target) as temporary:
         _run_cells(notebook, chosen, temporary, target, progress)
-    write_sealed(
-        completion_path(target),
-        {
-            "status": "complete",
-            "study": checked.study.name,
-            "synthetic": checked.study.synthetic is not None,
-            "parameters": dict(chosen),
-            "state": state(notebook, chosen, checked.bench),
-            "notebook": file_sha256(target),
-            "seconds": round(time.perf_counter() - started, 1),
-            "device": checked.device,
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": versions(),
-        },
-    )
+    info = {
+        "status": "complete",
+        "study": study.name,
+        "synthetic": study.synthetic is not None,
+        "parameters": dict(chosen),
+        "state": state(notebook, chosen, checked.bench),
+        "notebook": file_sha256(target),
+        "seconds": round(time.perf_counter() - started, 1),
+        "device": checked.device,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+    write_sealed(completion_path(target), info)
     return target
 
 
 def _run_cells(notebook: Path, chosen: Mapping[str, Any], output: Path, target: Path, progress: bool) -> None:
-    """Run a notebook's cells in a kernel and write the executed copy to `output`, where it is not to stay.
-
-    target: where it will lie; its kernel knows the folder, so that links to files hold there. A copy that stopped at an
-    error is saved beside it.
-    """
+    """Run a notebook's cells in a kernel and write the executed copy to `output`; one that stopped at an error is saved
+    beside `target`, where the copy will lie and from where its links lead."""
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -299,8 +274,7 @@ def _run_cells(notebook: Path, chosen: Mapping[str, Any], output: Path, target: 
     os.environ[FOLDER_VARIABLE] = str(target.parent.resolve())
     try:
         papermill.execute_notebook(
-            _literally(notebook),
-            _literally(working),
+            *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, working)),  # it fills in braces
             dict(chosen),
             language="python",
             kernel_name="python3",
@@ -325,11 +299,6 @@ def _run_cells(notebook: Path, chosen: Mapping[str, Any], output: Path, target: 
     failed.unlink(missing_ok=True)
 
 
-def _literally(path: Path) -> str:
-    """A path as papermill takes it, which fills in what stands in braces."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
 def completion_path(executed: Path) -> Path:
     """The completion record of an executed notebook."""
     return executed.with_suffix(".json")
@@ -350,36 +319,34 @@ def completion(executed: Path) -> dict[str, Any]:
 
 
 def state(notebook: Path, chosen: Mapping[str, Any], bench: Workbench) -> str:
-    """Hash of all that an executed notebook shows: its source and parameters, the library and the packages, the study's
-    manifest, data and finished runs, the same of its twin where there is one, the paper's tables."""
+    """Hash of all that an executed notebook shows: its source and parameters, the library and the packages, the paper's
+    tables; of the study, and of its twin where there is one, manifest, finished runs and data."""
     cells = [[cell["cell_type"], "".join(cell["source"])] for cell in read_json(notebook)["cells"]]
     files = [*sorted((PROJECT / "steph").rglob("*.py")), *sorted((MANIFESTS / "paper").glob("*"))]
-    studies = [bench.study]
-    if (MANIFESTS / f"{bench.study.name}_twin.yaml").is_file():
-        studies.append(load_study(f"{bench.study.name}_twin"))
-    shown = [[study.model_dump(mode="json"), _data_state(study), _finished(study)] for study in studies]
+    twin = f"{bench.study.name}_twin"
+    studies = [bench.study, *([load_study(twin)] if (MANIFESTS / f"{twin}.yaml").is_file() else [])]
+    shown = [_shown(study) for study in studies]
     return fingerprint([cells, dict(chosen), [file_sha256(path) for path in files], versions(), shown])
 
 
-def _finished(study: Study) -> list[str]:
-    """Folders of a study's finished runs; their names hold the keys."""
-    runs = study.build / "runs"
-    return sorted(path.parent.relative_to(runs).as_posix() for path in runs.glob("*/*/*/run.json"))
-
-
-def _data_state(study: Study) -> list[list[Any]]:
-    """Labels by content and packed stores by size and time, for a study of real patients; a synthetic one follows from
-    its manifest and the library."""
-    if study.synthetic:
-        return []
-    labels = [[path.name, file_sha256(path)] for path in sorted((study.data / "labels").glob("*.csv"))]
-    stores = [(path.name, path.stat()) for path in sorted((study.data / "stores").glob("*.h5"))]
-    return [*labels, *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stores)]
+def _shown(study: Study) -> list[Any]:
+    """Manifest, folders of finished runs (their names hold the keys), labels by content, stores by size and time. The
+    data of a synthetic study follow from its manifest and the library."""
+    finished = sorted(str(path.relative_to(study.build)) for path in study.build.glob("runs/*/*/*/run.json"))
+    real = study.synthetic is None
+    labels = sorted(study.data.glob("labels/*.csv")) if real else []
+    stores = [(path.name, path.stat()) for path in sorted(study.data.glob("stores/*.h5")) if real]
+    return [
+        study.model_dump(mode="json"),
+        finished,
+        [[path.name, file_sha256(path)] for path in labels],
+        [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stores],
+    ]
 
 
 def up_to_date(executed: Path, notebook: Path, chosen: Mapping[str, Any], bench: Workbench) -> bool:
     """Whether an executed copy is finished and shows what a new execution would show."""
     try:
-        return executed.is_file() and completion(executed).get("state") == state(notebook, chosen, bench)
+        return completion(executed).get("state") == state(notebook, chosen, bench)
     except Refused:
         return False

@@ -5,12 +5,11 @@ Their text stands in ``steph/book/templates``; here are the numbers that it is f
 
 from __future__ import annotations
 
-import ast
 import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -34,13 +33,23 @@ NOTEBOOKS, REFERENCE = "build/book/notebooks", "build/book/reference"
 GROUND = "ground"
 """The page of the reference for modules that lie in no room."""
 
+RIVALS = {
+    "vanilla": "the cancer's own model",
+    "roupkt": "ROUPKT, which runs all models",
+    "model_average": "the plain average of all models",
+    "hypernetwork_only": "its hypernetwork alone, without other cancers",
+    "steph_random_sources": "itself with noise for the other cancers",
+}
+"""The methods that the first page compares STEPH with, in words."""
+
 
 # ---------------------------------------------------------------------------------------------- contents
 
 
 def notebooks_in_contents() -> list[str]:
     """Names of the notebooks that ``_toc.yml`` lists, in its order."""
-    return [PurePosixPath(e["file"]).name for e in _entries(_toc()) if PurePosixPath(e["file"]).parent.match(NOTEBOOKS)]
+    paths = [PurePosixPath(entry["file"]) for entry in _entries(_toc())]
+    return [path.name for path in paths if path.parent.match(NOTEBOOKS)]
 
 
 def contents(copies: Mapping[str, Sequence[tuple[str, str]]], reference: Iterable[str]) -> str:
@@ -50,14 +59,13 @@ def contents(copies: Mapping[str, Sequence[tuple[str, str]]], reference: Iterabl
     copies: name of the executed notebook and title, by notebook. reference: names of pages, the index among them.
     """
     toc = _toc()
-    sections = {
-        f"{NOTEBOOKS}/{notebook}": [{"file": f"{NOTEBOOKS}/{name}", "title": title} for name, title in further]
-        for notebook, further in copies.items()
-    }
-    sections[f"{REFERENCE}/index"] = [{"file": f"{REFERENCE}/{name}"} for name in reference if name != "index"]
     for entry in _entries(toc):
-        if sections.get(entry["file"]):
-            entry["sections"] = sections[entry["file"]]
+        path = PurePosixPath(entry["file"])
+        further = [{"file": f"{NOTEBOOKS}/{name}", "title": title} for name, title in copies.get(path.name, [])]
+        if entry["file"] == f"{REFERENCE}/index":
+            further = [{"file": f"{REFERENCE}/{name}"} for name in reference if name != "index"]
+        if further:
+            entry["sections"] = further
     return yaml.safe_dump(toc, sort_keys=False, allow_unicode=True)
 
 
@@ -77,12 +85,17 @@ def status(bench: Workbench, infos: Mapping[str, Mapping[str, Any]], runs: pd.Da
 
     infos: completion records by notebook. runs: of `steph.study.runs.results`.
     """
-    columns = ("status", "seconds", "device", "finished")
     by_method = runs.groupby("method", sort=False).agg(
         runs=("key", "size"), data_sets=("dataset", "nunique"), folds=("fold", "nunique"), seeds=("seed", "nunique"),
         mean_seconds=("seconds", "mean"), total_seconds=("seconds", "sum"),
         devices=("device", lambda names: ", ".join(sorted(set(names)))),
     )  # fmt: skip
+    records = [read_record(path.parent) for path in sorted(bench.study.build.glob("analyses/*/run.json"))]
+    saved = pd.DataFrame([record.info for record in records if record], columns=["analysis", "seconds", "finished"])
+    analyses = saved.groupby("analysis").agg(
+        tables=("seconds", "size"), seconds=("seconds", "sum"), last=("finished", "max")
+    )
+    shown = ["notebook", "status", "seconds", "device", "finished"]
     return render(
         "steph.book",
         "status.md",
@@ -91,23 +104,12 @@ def status(bench: Workbench, infos: Mapping[str, Mapping[str, Any]], runs: pd.Da
         minutes=runs["seconds"].sum() / 60,
         code=code_state(),
         system=f"{platform.system()} ({platform.machine()})",
-        notebooks=pd.DataFrame([{"notebook": name, **{c: i.get(c, "") for c in columns}} for name, i in infos.items()]),
+        notebooks=pd.DataFrame([{**info, "notebook": name} for name, info in infos.items()], columns=shown).fillna(""),
         by_method=by_method.round(1).reset_index(),
-        analyses=_analyses(bench.study),
+        analyses=analyses.round(1).reset_index(),
         undefined=runs.loc[runs["problem"] != "", ["dataset", "method", "fold", "problem"]],
         packages=pd.DataFrame(versions().items(), columns=["package", "version"]),
     )
-
-
-def _analyses(study: Study) -> pd.DataFrame:
-    """Tables that analyses saved, counted by analysis."""
-    records = [read_record(path.parent) for path in sorted((study.build / "analyses").glob("*/run.json"))]
-    columns = ["analysis", "key", "seconds", "finished"]
-    table = pd.DataFrame([[r.info[name] for name in columns] for r in records if r is not None], columns=columns)
-    grouped = table.groupby("analysis").agg(
-        tables=("key", "size"), seconds=("seconds", "sum"), last=("finished", "max")
-    )
-    return grouped.round(1).reset_index()
 
 
 def code_state(project: Path = PROJECT) -> str:
@@ -133,50 +135,37 @@ def findings(study: Study, runs: pd.DataFrame) -> str:
     it, and how the scorecard ends. runs: of `steph.study.runs.results`."""
     chosen = runs[(runs["seed"] == study.seed) & (runs["precision"] == runs["precision"].mode()[0])]
     value = primary_outcome(chosen)
-    rivals = {
-        "vanilla": "the cancer's own model",
-        "roupkt": "ROUPKT, which runs all models",
-        "model_average": "the plain average of all models",
-        "hypernetwork_only": "its hypernetwork alone, without other cancers",
-        "steph_random_sources": "itself with noise for the other cancers",
-    }
     path = study.build / "tables" / "scorecard.csv"
     if not path.is_file():
         raise Refused(f"{path} is not there; the scorecard writes it: steph run 10_scorecard -p study={study.address}")
     card = pd.read_csv(path)
-    gains = [_gain(chosen, name, text, value) for name, text in rivals.items()]
     return render(
         "steph.book",
         "findings.md",
         study=study,
         outcome=VALUES[value],
-        gains=pd.DataFrame(gains),
+        gains=pd.DataFrame([_gain(chosen, rival, value) for rival in RIVALS]),
         claims=len(card),
         verdicts=card["verdict"].value_counts(),
         directions=card["points"].value_counts(),
     )
 
 
-def _gain(runs: pd.DataFrame, rival: str, text: str, value: str) -> dict[str, str]:
+def _gain(runs: pd.DataFrame, rival: str, value: str) -> dict[str, str]:
     """One row of the table of gains."""
-    row = dict.fromkeys(
-        ["Is STEPH ...", "STEPH", "the other", "gain (95 % interval)", "in the paper", "conclusion"], "—"
-    )
-    row["Is STEPH ..."] = f"better than {text}?"
-    with suppress(Refused):
-        row["in the paper"] = f"{paper_gain('steph', rival)[0]:+.3f}"
+    try:
+        published = f"{paper_gain('steph', rival)[0]:+.3f}"
+    except Refused:
+        published = "—"
     try:
         compared = compare(runs, "steph", rival, value)
+        gain, base = compared.gain, compared.base
+        measured = [f"{base + gain.value:.3f}", f"{base:.3f}", with_interval(gain.value, gain.low, gain.high)]
+        answer = conclusion(gain)
     except Refused as reason:
-        return {**row, "conclusion": f"no answer: {reason}"}
-    gain = compared.gain
-    return {
-        **row,
-        "STEPH": f"{compared.base + gain.value:.3f}",
-        "the other": f"{compared.base:.3f}",
-        "gain (95 % interval)": with_interval(gain.value, gain.low, gain.high),
-        "conclusion": conclusion(gain),
-    }
+        measured, answer = ["—"] * 3, f"no answer: {reason}"
+    names = ["Is STEPH ...", "STEPH", "the other", "gain (95 % interval)", "in the paper", "conclusion"]
+    return dict(zip(names, [f"better than {RIVALS[rival]}?", *measured, published, answer], strict=True))
 
 
 # ---------------------------------------------------------------------------------------------- reference
@@ -197,40 +186,32 @@ def rooms() -> dict[str, list[str]]:
 def reference() -> dict[str, str]:
     """The pages of the library's reference in Markdown, by name: one for each room, the registry of methods, and the
     command. Docstrings are filled in by the builder (autodoc)."""
-    pages = {
-        room: {"title": f"`steph.{room}`", "purpose": _purpose(room), "modules": modules}
-        for room, modules in rooms().items()
-    }
-    pages[GROUND] |= {"title": "Modules outside the rooms", "purpose": "Modules outside the rooms."}
+    listed = {room: _room(room, modules) for room, modules in rooms().items()}
     return {
-        "index": render("steph.book", "reference.md", rooms=pages),
-        **{room: render("steph.book", "room.md", **page) for room, page in pages.items()},
+        "index": render("steph.book", "reference.md", rooms=listed),
+        **{room: render("steph.book", "room.md", **page) for room, page in listed.items()},
         "registry": methods_page(),
         "command": command_page(),
     }
 
 
-def _purpose(room: str) -> str:
-    """The first sentence of a room's own docstring."""
-    path = PROJECT / "steph" / ("" if room == GROUND else room) / "__init__.py"
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return " ".join(text.split("\n\n")[0].split())
+def _room(room: str, modules: list[str]) -> dict[str, Any]:
+    """What the templates need of a room; its purpose is the first paragraph of its own docstring."""
+    if room == GROUND:
+        return {"title": "Modules outside the rooms", "purpose": "Modules outside the rooms.", "modules": modules}
+    purpose = " ".join((import_module(modules[0]).__doc__ or "").split("\n\n")[0].split())
+    return {"title": f"`steph.{room}`", "purpose": purpose, "modules": modules}
 
 
 def methods_page() -> str:
     """The registry of methods as a table."""
     tables = tables_of_methods()
     rows = [
-        {
-            "name": f"`{name}`",
-            "title": entry.title,
-            "kind": entry.group.replace("_", " "),
-            "in the paper": _tables(tables.get(name, [])),
-            "what it is": entry.description,
-        }
+        [f"`{name}`", entry.title, entry.group.replace("_", " "), _tables(tables.get(name, [])), entry.description]
         for name, entry in METHODS.items()
     ]
-    return render("steph.book", "registry.md", methods=pd.DataFrame(rows))
+    columns = ["name", "title", "kind", "in the paper", "what it is"]
+    return render("steph.book", "registry.md", methods=pd.DataFrame(rows, columns=columns))
 
 
 def _tables(names: Sequence[str]) -> str:

@@ -20,6 +20,20 @@ from steph.study.runs import Run, Workbench, results
 from tests.conftest import REFERENCE, in_copy
 
 
+def write_notebook(path, *html):
+    """A notebook on disk that shows these pieces of HTML."""
+    outputs = [nbformat.v4.new_output("display_data", data={"text/html": text}) for text in html]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=outputs)]), path)
+
+
+def finish(executed, href):
+    """An executed copy that links to a file, with its completion record."""
+    write_notebook(executed, f'<p class="to-file"><a href="{href}" download>CSV</a></p>')
+    info = {"status": "complete", "notebook": file_sha256(executed), "seconds": 1.0, "device": "cpu"}
+    write_sealed(completion_path(executed), info)
+
+
 @pytest.fixture
 def shelf(tiny, monkeypatch, tmp_path):
     """A finished study whose chapters count as executed, and an empty shelf."""
@@ -27,14 +41,8 @@ def shelf(tiny, monkeypatch, tmp_path):
     tables = tiny.study.build / "tables"
     tables.mkdir(exist_ok=True)
     pd.DataFrame({"verdict": ["x"], "points": ["open"]}).to_csv(tables / "scorecard.csv")
-    link = {"data": {"text/html": '<p class="to-file"><a href="../tables/scorecard.csv" download>CSV</a></p>'}}
-    cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", **link)])
     for chapter in chapters(tiny.study):
-        executed = executed_path(tiny.study, chapter)
-        executed.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), executed)
-        info = {"status": "complete", "notebook": file_sha256(executed), "seconds": 1.0, "device": "cpu"}
-        write_sealed(completion_path(executed), info)
+        finish(executed_path(tiny.study, chapter), "../tables/scorecard.csv")
     yield tmp_path / "book"
     shutil.rmtree(tiny.study.build / "notebooks")
     shutil.rmtree(tables)
@@ -54,15 +62,12 @@ def fresh_notebook(tmp_path, monkeypatch):
     return declare, Chapter("12_new", "12_new", {"study": "tiny", "dataset": "LIHC"})
 
 
-def test_finished_notebooks_pass_the_gate(tiny, shelf):
+def test_finished_notebooks_pass_the_gate_until_their_files_are_gone(tiny, shelf):
     shelve(tiny)
     assert {path.stem for path in (shelf / "notebooks").iterdir()} == {c.name for c in chapters(tiny.study)}
     assert "cpu" in (shelf / "status.md").read_text()
     shown = shelf / "files" / "build" / "book" / "tables" / "scorecard.csv"
     assert shown.read_bytes() == (tiny.study.build / "tables" / "scorecard.csv").read_bytes()
-
-
-def test_a_notebook_whose_files_are_gone_is_refused(tiny, shelf):
     (tiny.study.build / "tables" / "scorecard.csv").unlink()
     with pytest.raises(Refused, match=r"00_data\.ipynb links to .*scorecard\.csv, which is not there"):
         shelve(tiny)
@@ -85,16 +90,12 @@ def test_a_notebook_that_is_not_finished_is_refused(tiny, shelf, damage):
 
 def test_status_page_tells_what_stands_behind_the_book(tiny, shelf):
     infos = {"00_data": {"status": "complete", "seconds": 1.5, "device": "cpu"}}
-    page = pages.status(tiny, infos, results(tiny))
+    page, runs = pages.status(tiny, infos, results(tiny)), needed_runs(tiny)
     assert "**synthetic**" in page and "| 00_data | complete | 1.5 | cpu |" in page
     assert pages.code_state() in page and "## Saved analyses\n" in page
     for method in ("vanilla", "steph", "model_average", "hypernetwork_only"):
         assert f"| {method} | 6 |" in page
-
-
-def test_the_book_needs_every_method_and_every_start(tiny):
-    runs = needed_runs(tiny)
-    assert {r.method for r in runs} >= {"vanilla", "steph"} and len({r.seed for r in runs}) >= 3
+    assert {run.method for run in runs} >= {"vanilla", "steph"} and len({run.seed for run in runs}) >= 3
     assert len(runs) == len(set(runs))
 
 
@@ -102,8 +103,7 @@ def test_what_is_not_current_is_executed_again(tiny, shelf):
     assert {c.name for c in outdated(tiny)} == {c.name for c in chapters(tiny.study)}  # nobody executed them
     for chapter in chapters(tiny.study):
         record = completion_path(executed_path(tiny.study, chapter))
-        arguments = chapter.arguments("cpu")
-        state = notebooks.state(chapter.source, arguments, tiny)
+        state = notebooks.state(chapter.source, chapter.arguments("cpu"), tiny)
         write_sealed(record, {**read_sealed(record), "state": state})
     assert outdated(tiny) == []
     (tiny.study.build / "tables" / "scorecard.csv").unlink()
@@ -118,10 +118,13 @@ def test_a_builder_that_fails_is_an_error(tiny, monkeypatch, tmp_path):
 
 
 def test_chapters_are_the_notebooks_in_the_order_of_the_contents():
+    """Where a study has none of the paper's cancers, its first takes the chapter."""
     names = [chapter.name for chapter in chapters(load_study("demo"))]
     assert {name.partition("-")[0] for name in names} == {p.stem for p in (PROJECT / "notebooks").glob("*.ipynb")}
     assert names[0] == "00_data" and names[-1] == "10_scorecard"
     assert [n for n in names if n.startswith("06")] == ["06_dynamics", "06_dynamics-KIPAN", "06_dynamics-LUNG"]
+    (chosen,) = [chapter for chapter in chapters(load_study("tiny")) if chapter.notebook == "06_dynamics"]
+    assert chosen.name == "06_dynamics" and chosen.parameters["dataset"] == "LIHC"
 
 
 def test_a_chapter_says_which_runs_it_needs(fresh_notebook, monkeypatch):
@@ -136,11 +139,6 @@ def test_a_chapter_says_which_runs_it_needs(fresh_notebook, monkeypatch):
         chapter.runs("runs", bench, "fp64")
 
 
-def test_a_study_without_the_papers_cancers_takes_its_first():
-    (chosen,) = [chapter for chapter in chapters(load_study("tiny")) if chapter.notebook == "06_dynamics"]
-    assert chosen.name == "06_dynamics" and chosen.parameters["dataset"] == "LIHC"
-
-
 def test_links_hold_where_the_notebook_lies(tmp_path, monkeypatch):
     """In the executed copy, in one written elsewhere, and in a notebook that is open for editing."""
     shown = []
@@ -149,29 +147,20 @@ def test_links_hold_where_the_notebook_lies(tmp_path, monkeypatch):
     for folder in (tmp_path / "build" / "s p" / "notebooks", tmp_path / "out", None):
         monkeypatch.setenv(FOLDER_VARIABLE, str(folder)) if folder else monkeypatch.delenv(FOLDER_VARIABLE)
         show_link(tmp_path / "build" / "s p" / "tables" / "a.csv")
-    outputs = [nbformat.v4.new_output("display_data", data={"text/html": html}) for html in shown]
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=outputs)]), tmp_path / "a.ipynb")
-    assert linked_files(tmp_path / "a.ipynb") == [
-        "../tables/a.csv",
-        "../build/s p/tables/a.csv",
-        "build/s p/tables/a.csv",
-    ]
+    write_notebook(tmp_path / "a.ipynb", *shown)
+    links = linked_files(tmp_path / "a.ipynb")
+    assert links == ["../tables/a.csv", "../build/s p/tables/a.csv", "build/s p/tables/a.csv"]
 
 
-def test_links_of_an_executed_notebook_do_not_leave_the_shelf(build, tmp_path, monkeypatch):
+@pytest.mark.parametrize("up", ["../" * 40, "/"])
+def test_links_of_an_executed_notebook_do_not_leave_the_shelf(build, tmp_path, monkeypatch, up):
     monkeypatch.setattr(book, "SHELF", tmp_path / "shelf")
     (tmp_path / "secret.csv").write_text("secret")
     study = load_study("tiny")
     chapter = chapters(study)[0]
-    executed = executed_path(study, chapter)
-    executed.parent.mkdir(parents=True)
-    href = "../" * 40 + str(tmp_path / "secret.csv").lstrip("/")
-    data = {"text/html": f'<p class="to-file"><a href="{href}" download>CSV</a></p>'}
-    cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", data=data)])
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), executed)
-    write_sealed(completion_path(executed), {"status": "complete", "notebook": file_sha256(executed)})
+    finish(executed_path(study, chapter), up + str(tmp_path / "secret.csv").lstrip("/"))
     monkeypatch.setattr(book, "chapters", lambda _: [chapter])
-    with pytest.raises(Refused, match="links to"):
+    with pytest.raises(Refused, match="outside the study's folder"):
         shelve(Workbench(study))
     assert (tmp_path / "secret.csv").read_text() == "secret"
 

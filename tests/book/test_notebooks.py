@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 from steph import PROJECT, Refused
 from steph.book import notebooks
 from steph.book.notebooks import check, completion, completion_path, declared, execute, find, start, state, up_to_date
+from steph.study.runs import Workbench
 
 PARAMETERS = '# Parameters\nstudy = "tiny"\ndataset = "all"\nfolds = "all"\nseed = 42\ndevice = "cpu"\n'
 
@@ -61,21 +62,12 @@ def test_parameters_that_cannot_be_are_refused(chosen, message):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("folds", "all", [0, 1]),
-        ("folds", 1, [1]),
-        ("folds", "1", [1]),
-        ("folds", [1, 0], [1, 0]),
-        ("folds", "[0, 1]", [0, 1]),
-        ("folds", "1,1", [1]),
-        ("sources", "auto", None),
-        ("sources", "all", ["CESC", "LIHC"]),
-        ("sources", "LIHC", ["LIHC"]),
-        ("sources", "LIHC, CESC", ["LIHC", "CESC"]),
-        ("sources", ["CESC"], ["CESC"]),
-        ("patients", "auto", None),
-        ("patients", "A,B", ["A", "B"]),
+        ("folds", "all", [0, 1]), ("folds", 1, [1]), ("folds", "1", [1]), ("folds", [1, 0], [1, 0]),
+        ("folds", "[0, 1]", [0, 1]), ("folds", "1,1", [1]), ("sources", "auto", None),
+        ("sources", "all", ["CESC", "LIHC"]), ("sources", "LIHC", ["LIHC"]), ("sources", ["CESC"], ["CESC"]),
+        ("sources", "LIHC, CESC", ["LIHC", "CESC"]), ("patients", "auto", None), ("patients", "A,B", ["A", "B"]),
     ],
-)
+)  # fmt: skip
 def test_lists_can_be_written_in_many_ways(name, value, expected):
     assert getattr(check({"study": "tiny", "dataset": "SARC", name: value}), name) == expected
 
@@ -89,7 +81,7 @@ def test_defaults_come_from_the_study():
 
 def test_start_refuses_what_papermill_injects_beside_the_declared():
     declared_cell, injected = PARAMETERS, '# Parameters\ncancr = "LUAD"\n'
-    names = {"study": "tiny", "dataset": "all", "folds": "all", "seed": 42, "device": "cpu", "cancr": "LUAD"}
+    names = {name: default for name, (default, _) in notebooks.PARAMETERS.items()} | {"study": "tiny", "cancr": "LUAD"}
     with pytest.raises(Refused, match="unknown parameter 'cancr' in this notebook"):
         start({"In": ["", declared_cell, injected], **names})
     later = "cancr = 'a variable of a later cell'"
@@ -102,7 +94,7 @@ def test_declared_parameters(notebook, tmp_path):
     nbformat.write(untagged, tmp_path / "b.ipynb")
     with pytest.raises(Refused, match="no cell tagged 'parameters'"):
         declared(tmp_path / "b.ipynb")
-    with pytest.raises(Refused, match="must begin with the line"):
+    with pytest.raises(Refused, match="that begins with the line"):
         declared(made(tmp_path / "c.ipynb", parameters="study = 'tiny'"))
     (tmp_path / "d.ipynb").write_text("{")
     with pytest.raises(Refused, match=r"d\.ipynb is not a notebook"):
@@ -132,15 +124,12 @@ def test_execution_leaves_a_copy_with_its_completion(notebook):
         completion(executed)
 
 
-def test_unknown_parameters_are_refused_before_a_kernel_starts(notebook, monkeypatch):
+def test_unknown_parameters_are_refused_before_a_kernel_starts_and_by_plain_papermill(notebook, tmp_path, monkeypatch):
     monkeypatch.setattr("papermill.execute_notebook", lambda *a, **k: pytest.fail("a kernel was started"))
     with pytest.raises(Refused, match=r"unknown parameter 'cancr' in notebook a\.ipynb"):
         execute(notebook, {"cancr": "LUAD"})
     with pytest.raises(Refused, match="unknown data set"):
         execute(notebook, {"dataset": "LUAD"})
-
-
-def test_plain_papermill_is_as_strict(notebook, tmp_path):
     command = [sys.executable, "-m", "papermill", str(notebook), str(tmp_path / "out.ipynb"), "-p", "cancr", "LUAD"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and "unknown parameter 'cancr' in this notebook" in done.stderr
@@ -197,9 +186,9 @@ def test_the_state_follows_the_papers_tables_and_the_labels_of_real_patients(not
     assert state(notebook, {}, tiny) != before
     real = tiny.study.model_copy(update={"synthetic": None, "data_root": str(tmp_path)})
     (real.data / "labels").mkdir()
-    empty = notebooks._data_state(real)
+    empty = state(notebook, {}, Workbench(real))
     (real.data / "labels" / "SARC.csv").write_text("patient_id")
-    assert notebooks._data_state(real) != empty
+    assert state(notebook, {}, Workbench(real)) != empty
 
 
 # ------------------------------------------------------------------------------------------- to edit and to extend
@@ -256,9 +245,8 @@ def test_runs_of_a_method_defined_in_a_notebook_have_the_key_of_its_code(tmp_pat
     outputs = [cell.get("outputs", []) for cell in nbformat.read(executed, 4).cells[2:]]
     printed = ["".join(o.get("text", "") for o in output).partition("key ")[2].strip() for output in outputs]
     keys = dict(zip(variants, printed, strict=True))
-    assert keys.pop("a tensor").startswith(
-        "Refused built uses step, a Tensor of this notebook: hand it over as an option"
-    )
+    refusal = "Refused built uses step, a Tensor of this notebook: hand it over as an option"
+    assert keys.pop("a tensor").startswith(refusal)
     assert keys.pop("commented") == keys["plain"] and len(set(keys.values())) == len(keys)
 
 
@@ -267,12 +255,15 @@ def test_a_change_to_the_library_shows_in_the_next_cell_and_in_the_keys_of_runs(
     copy = tmp_path / "project"
     skip = shutil.ignore_patterns("build", ".*", "__pycache__", "*.egg-info", "tests", "book")
     shutil.copytree(PROJECT, copy, ignore=skip)
-    begin = (
-        "from steph.analysis.performance.estimates import Estimate, interval\nfrom steph.book.notebooks import start\n"
-    )
-    first = PARAMETERS, begin + "from steph.study.runs import Run\np = start(globals())"
+    begin = """
+from steph.analysis.performance.estimates import Estimate, interval
+from steph.book.notebooks import start
+from steph.study.runs import Run
+p = start(globals())"""
     look = "print(interval(Estimate(1.0, 0.5, 1.5)), p.bench.key(Run('SARC', 'vanilla', 0, 42)))"
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (*first, *[look] * 4)])
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source) for source in (PARAMETERS, begin, *[look] * 4)]
+    )
     client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(copy)}})
 
     def change(name, old, new):
