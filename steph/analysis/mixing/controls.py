@@ -8,10 +8,9 @@ control takes one of these away. A synthetic study has one more: its twin, the s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -39,35 +38,61 @@ START_FOLD = 0
 """The fold on which starts are compared."""
 
 
-@dataclass(frozen=True)
-class Control:
-    """A question: is the first method better than the second? condition: what must be true, and makes it better, if
-    STEPH transfers; name: the control in a few words. Without a condition it is a rival: a gain, but not transfer."""
+class Control(NamedTuple):
+    """A question: is the first method better than the second? One of `CONDITIONS`, or a rival: a gain, but not
+    transfer."""
 
     id: str
     question: str
     first: str
     second: str
-    name: str = ""
-    condition: str = ""
 
 
-CONTROLS: list[Control] = [
-    Control("gain", "Is STEPH better than the own model?", "steph", "vanilla", name="own model",
-            condition="there is a gain over the cancer's own model"),
-    Control("capacity", "Is STEPH better than its hypernetwork alone?", "steph", "hypernetwork_only",
-            name="hypernetwork only", condition="it takes more than a network of the hypernetwork's size"),
-    Control("noise", "Is STEPH better than with noise for the other cancers?", "steph", "steph_random_sources",
-            name="random sources", condition="it takes what the sources learnt: noise as long as they are will not do"),
-    Control("target", "Is STEPH better than with λ = 1, which uses no source?", "steph", "steph_lambda1",
-            name="no source (λ = 1)",
-            condition="it takes sources: the target's own vector at another length will not do"),
+CONTROLS = [
+    Control("gain", "Is STEPH better than the own model?", "steph", "vanilla"),
+    Control("capacity", "Is STEPH better than its hypernetwork alone?", "steph", "hypernetwork_only"),
+    Control("noise", "Is STEPH better than with noise for the other cancers?", "steph", "steph_random_sources"),
+    Control("target", "Is STEPH better than with λ = 1, which uses no source?", "steph", "steph_lambda1"),
     Control("capacity-gain", "Is the hypernetwork alone better than the own model?", "hypernetwork_only", "vanilla"),
     Control("noise-gain", "Is STEPH with noise for sources better than the own model?", "steph_random_sources",
             "vanilla"),
     Control("target-gain", "Is STEPH with λ = 1 better than the own model?", "steph_lambda1", "vanilla"),
 ]  # fmt: skip
 """First those that must be true if STEPH transfers, then the rivals, in the same order."""
+
+
+class Condition(NamedTuple):
+    """What must be true if STEPH transfers. control: what tests it, in a few words; difference: what is measured;
+    lacking: why there may be no answer, where that is not in the results."""
+
+    control: str
+    condition: str
+    difference: str
+    lacking: str = ""
+
+
+CONDITIONS = {
+    "gain": Condition("own model", "there is a gain over the cancer's own model", "STEPH over the cancers' own models"),
+    "capacity": Condition("hypernetwork only", "it takes more than a network of the hypernetwork's size",
+                          "STEPH's lead over it"),
+    "noise": Condition("random sources", "it takes what the sources learnt: noise as long as they are will not do",
+                       "STEPH's lead over them"),
+    "target": Condition("no source (λ = 1)", "it takes sources: the target's own vector at another length will not do",
+                        "STEPH's lead over it"),
+    "twin": Condition("no-sharing twin", "the gain is larger where there is something to share",
+                      "STEPH's gain here less its gain there", "this study has no twin without sharing"),
+    "starts": Condition(
+        "several starts", "the sources chosen are the target's: its starts agree better with each other than, from the "
+        "same start, with other targets", "Correlation of a target's weights between starts, less that between targets "
+        "from one start", "it takes two starts, and three sources that two targets have in common",
+    ),
+    "planted": Condition(
+        "planted similarity", "the sources chosen are those that share prognosis with the target",
+        "Its correlation with the weights",
+        "nobody knows what real cancers share; in a synthetic study it takes three sources",
+    ),
+}  # fmt: skip
+"""By id, of a control or of what a study may have besides: its twin, several starts, similarities that were planted."""
 
 METHODS = list(dict.fromkeys(m for c in CONTROLS for m in (c.second, c.first)))
 """The methods that the controls compare."""
@@ -194,7 +219,7 @@ def _asked(
         if value == "c_index" or results[value].notna().any():
             row = {
                 "id": control.id,
-                "rival": not control.condition,
+                "rival": control.id not in CONDITIONS,
                 "question": control.question,
                 "comparison": f"{title(control.first)} − {title(control.second)}",
                 "on": VALUES[value],
@@ -272,7 +297,7 @@ def mean_over(table: pd.DataFrame, value: str) -> Estimate:
     return around(mean, *(reach_of_mean(wide.mean(axis=axis).dropna()) for axis in (0, 1)))
 
 
-def chosen(courses: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def sources_over_starts(courses: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """How the choice of sources varies over starts, a row per target: target, starts, largest (the sources that got the
     largest w, with how often), distinct (how many those are), always and never (sources used in every start, in none),
     sources (in all)."""
@@ -342,50 +367,19 @@ def conditions(summary: pd.DataFrame, choice: pd.DataFrame) -> pd.DataFrame:
     """
     on = next(kind for kind in reversed(VALUES.values()) if kind in set(summary["on"]))
     answers = summary[summary["on"] == on].set_index(["where", "id"])[["difference", "low", "high", "conclusion"]]
-    answer = {key: dict(row) for key, row in answers.iterrows()}
-    rows = [(c.id, c.name, c.condition, on, answer[HERE, c.id]) for c in CONTROLS if c.condition]
-    no_twin = _no_answer("this study has no twin without sharing")
-    condition = "the gain is larger where there is something to share"
-    rows.append(("twin", "no-sharing twin", condition, on, answer.get((APART, "gain"), no_twin)))
-    own_choice = mean_over(choice.assign(apart=choice["other_starts"] - choice["other_targets"]), "apart")
-    for id, control, mean, condition, lacking in (
-        (
-            "starts",
-            "several starts",
-            own_choice,
-            "the sources chosen are the target's: its starts agree better with each other than, from the same start, "
-            "with other targets",
-            "it takes two starts, and three sources that two targets have in common",
-        ),
-        (
-            "planted",
-            "planted similarity",
-            mean_over(choice, "planted"),
-            "the sources chosen are those that share prognosis with the target",
-            "nobody knows what real cancers share; in a synthetic study it takes three sources",
-        ),
-    ):
-        known = _no_answer(lacking) if np.isnan(mean.value) else _estimate(mean)
-        rows.append((id, control, condition, CORRELATION, known))
-    table = pd.DataFrame(
-        [{"id": id, "control": name, "condition": text, "on": on, **known} for id, name, text, on, known in rows]
-    )
-    return table.replace({"conclusion": {BETTER: HOLDS, WORSE: REVERSED}})
-
-
-_IN_WORDS = {
-    "gain": ("**The gain**", "STEPH over the cancers' own models"),
-    "capacity": ("**Hypernetwork only**", "STEPH's lead over it"),
-    "noise": ("**Random sources**", "STEPH's lead over them"),
-    "target": ("**No source (λ = 1)**", "STEPH's lead over it"),
-    "twin": ("**No-sharing twin**", "STEPH's gain here less its gain there"),
-    "starts": (
-        "**Several starts**",
-        "Correlation of a target's weights between starts, less that between targets from one start",
-    ),
-    "planted": ("**Planted similarity**", "Its correlation with the weights"),
-}
-"""Conditions by id: the control, and what its difference is of."""
+    by_place = {key: dict(row) for key, row in answers.iterrows()}
+    known = {id: by_place.get((APART, "gain") if id == "twin" else (HERE, id)) for id in CONDITIONS}
+    of_choice = {
+        "starts": mean_over(choice.assign(apart=choice["other_starts"] - choice["other_targets"]), "apart"),
+        "planted": mean_over(choice, "planted"),
+    }
+    known |= {id: None if np.isnan(mean.value) else _estimate(mean) for id, mean in of_choice.items()}
+    rows = []
+    for id, condition in CONDITIONS.items():
+        row = {"id": id, "control": condition.control, "condition": condition.condition}
+        row["on"] = CORRELATION if id in of_choice else on
+        rows.append(row | (known[id] or _no_answer(condition.lacking)))
+    return pd.DataFrame(rows).replace({"conclusion": {BETTER: HOLDS, WORSE: REVERSED}})
 
 
 def in_words(row: Mapping[Any, Any]) -> str:
@@ -404,7 +398,7 @@ def verdicts(summary: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     rows = {(row["where"], row["id"], row["on"]): row for row in summary.to_dict("records")}
     lines = []
     for row in table.to_dict("records"):
-        name, what = _IN_WORDS[row["id"]]
+        name = "The gain" if row["id"] == "gain" else row["control"].capitalize()
         undefined, beside = pd.isna(row["difference"]), ""
         rival = rows.get((HERE, f"{row['id']}-gain", row["on"]))
         if rival is not None and rival["conclusion"] == BETTER and not undefined:
@@ -414,8 +408,12 @@ def verdicts(summary: pd.DataFrame, table: pd.DataFrame) -> list[str]:
             beside = f" The control itself gains {in_words(rival)}{share}."
         if row["id"] == "twin" and (TWIN, "gain", row["on"]) in rows:
             beside = f" There, STEPH gains {in_words(rows[TWIN, 'gain', row['on']])}."
-        text = in_words(row).replace("no", "No", 1) if undefined else f"{what}: {in_words(row)}"
-        lines.append(f"{name}. {text}.{beside}")
+        text = (
+            in_words(row).replace("no", "No", 1)
+            if undefined
+            else f"{CONDITIONS[row['id']].difference}: {in_words(row)}"
+        )
+        lines.append(f"**{name}**. {text}.{beside}")
     return lines
 
 

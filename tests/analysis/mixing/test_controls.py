@@ -41,9 +41,9 @@ def test_controls_have_unique_names_known_methods_and_a_rival_each():
     ids = [control.id for control in CONTROLS]
     assert len(set(ids)) == len(ids)
     assert set(controls.METHODS) <= set(METHODS) and set(controls.TWIN_METHODS) <= set(controls.METHODS)
-    conditions = [c for c in CONTROLS if c.condition]
-    assert {c.id.removesuffix("-gain") for c in CONTROLS if not c.condition} == {c.id for c in conditions} - {"gain"}
-    assert all(c.name for c in conditions)
+    conditions = set(controls.CONDITIONS) - {"twin", "starts", "planted"}
+    rivals = {f"{condition}-gain" for condition in conditions - {"gain"}}
+    assert set(ids) == conditions | rivals
 
 
 def test_the_runs_are_those_of_the_methods_and_of_the_starts():
@@ -232,7 +232,7 @@ def test_the_interval_is_the_wider_of_targets_and_starts():
 
 
 def test_sources_chosen_over_starts():
-    table = controls.chosen(courses(1, 0)).set_index("target")
+    table = controls.sources_over_starts(courses(1, 0)).set_index("target")
     assert (table["distinct"] == 1).all() and table["largest"].str.endswith(" (4)").all()
     assert (table[["always", "sources", "never"]] == [8, 8, 0]).all(axis=None)
 
