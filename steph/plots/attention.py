@@ -49,17 +49,16 @@ def attention_maps(
     fig, axes = plt.subplots(len(rows), 3, figsize=(WIDTH, sum(inches)), squeeze=False, height_ratios=inches)
     shares = [0.1, 0.5, 0.9]
     for (label, part, n, size), line in zip(rows, axes, strict=True):
-        for ax, model in zip(line, (first, second), strict=False):
+        for ax, model, heading in zip(line, names, (label, ""), strict=False):
             image = _map(ax, part, part[f"percentile_{model}"], size, "viridis", (0, 1))
             times = np.quantile(part[f"attention_{model}"] * n, shares)
             ticks = ["<0.01" if value < 0.01 else f"{value:.2f}" if value < 0.1 else f"{value:.1f}" for value in times]
             _bar(fig, ax, image, shares, ticks, "attention, × even share")
             _ring(ax, part, part[f"rank_{model}"], size)
+            ax.set_title(f"{heading}\n{names[model]}")
         image = _map(line[2], part, part["difference"], size, "RdBu_r", (-1, 1))
         _bar(fig, line[2], image, [-0.8, 0, 0.8], ["−80", "0", "+80"], "difference of percentiles")
         _scale_bar(line[0], part["x"].to_numpy(int), size)
-        line[0].set_title(f"{label}\n{names[first]}")
-        line[1].set_title(f"\n{names[second]}")
         line[2].set_title(f"\n{names[second]} − {names[first]}")
     return fig
 
@@ -123,8 +122,8 @@ def _scale_bar(ax: Axes, x: np.ndarray, size: int) -> None:
 
 
 def attention_agreement(table: pd.DataFrame) -> Figure:
-    """How alike two models attend, over patients (rows of `steph.analysis.mixing.attention.measured`): how many patches
-    each pools from, the rank correlation of their attention, and how much of the most attended they have in common."""
+    """How alike two models attend, over patients (of `steph.analysis.mixing.attention.measured`): how many patches each
+    pools from, the rank correlation of their attention, and how much of the most attended they have in common."""
     own, merged = (table[table["method"] == name] for name in (OWN, MERGED))
     colour, chance = colour_of(MERGED), float(merged["chance"].mean())
     fig, (shares, correlation, overlap) = plt.subplots(1, 3, figsize=(WIDTH, 2.6), width_ratios=[1.1, 1, 1])
@@ -144,9 +143,8 @@ def attention_agreement(table: pd.DataFrame) -> Figure:
 
 
 def attention_on_tumour(table: pd.DataFrame) -> Figure:
-    """Whether attention finds the tumour (rows of `measured` of known tissue): left the AUC for tumour patches of every
-    patient with the mean and its 95 % interval, a row per method; right what each part of the tissue gets, over an even
-    share, under M_t, STEPH and the untrained network."""
+    """Whether attention finds the tumour (of `measured`, known tissue): left the AUC for tumour patches of each patient
+    with the mean, a row per method; right what each part of the tissue gets, over an even share; 95 % intervals."""
     methods = list(table["method"].unique())
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 0.3 * max(len(methods), 5) + 1.3))
     rng = np.random.default_rng(0)  # spreads the dots; the same in every run

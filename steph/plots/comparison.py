@@ -1,5 +1,5 @@
 """Figures of methods compared: C-indices, differences with intervals, gains by data set, sweeps of a setting, and the
-controls (chapters 01 to 03, 10, 11)."""
+controls (chapters 01 to 03, 09 to 11)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.ticker import MultipleLocator
 from steph.analysis.performance.estimates import MIN_DIFFERENCE
 from steph.methods.registry import title
 from steph.plots import style
-from steph.plots.style import BLUE, CENSORED, INK, MUTED, PAPERS, SKY, WIDTH, colour_of, key
+from steph.plots.style import BAND, BLUE, CENSORED, INK, MUTED, PAPERS, SKY, WIDTH, YELLOW, colour_of, key
 from steph.study.tables import VALUES, beside_paper, summary
 
 IN_BAND = f"difference in C-index, with its 95 % interval; grey, ± {MIN_DIFFERENCE}: not interpreted"
@@ -99,6 +99,30 @@ def gains(tables: Mapping[str, pd.DataFrame], reference: str) -> Figure:
     return fig
 
 
+def gains_by_dataset(folds: pd.DataFrame, patients: pd.DataFrame, first: str) -> Figure:
+    """What a method gains over each of others, a panel each and a row per data set, with two intervals: over folds,
+    which knows of other training patients, and over patients, which keeps the models. Columns: dataset, against, gain,
+    low, high."""
+    others, rows = list(folds["against"].unique()), list(patients["dataset"].unique())
+    looks: Any = {
+        "mean of folds (Nadeau-Bengio)": {"color": BLUE, "marker": "o", "markersize": 4},
+        "all pairs of patients (bootstrap)": {"color": YELLOW, "marker": "s", "markersize": 4},
+    }
+    table = pd.concat([part.assign(interval=name) for name, part in zip(looks, (folds, patients), strict=True)])
+    size = (WIDTH, 0.3 * len(rows) + 1.2)
+    fig, axes = plt.subplots(1, len(others), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for ax, other in zip(axes[0], others, strict=True):
+        style.zero_line(ax)
+        of_other = table[table["against"] == other]
+        style.draw_estimates(ax, of_other, "gain", "dataset", rows, "interval", looks, step=0.32)
+        style.name_rows(ax, rows, stripes=True)
+        ax.set(title=f"{title(first)} − {title(other)}", xlabel="difference in C-index, 95 % interval")
+    keys: list[Any] = [key(name, **look) for name, look in looks.items()]
+    keys.append(plt.Rectangle((0, 0), 1, 1, color=BAND, label=f"± {MIN_DIFFERENCE}: not interpreted"))
+    style.legend(fig, keys, 3)
+    return fig
+
+
 def sweeps(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """A panel per setting: what each of its values gains over STEPH, with 95 % intervals, beside the paper's; of
     `steph.analysis.performance.statistics.compared`, with the values as `row`. The row of STEPH itself gains 0."""
@@ -157,8 +181,8 @@ def starts_of_all(choice: pd.DataFrame, gains: pd.DataFrame) -> Figure:
     if choice.empty:
         choice = pd.DataFrame(np.nan, rows, [""])
         left.text(0.5, 0.5, "it takes\nthree sources", transform=left.transAxes, ha="center", va="center", color=MUTED)
-    choice.columns = [name.replace(", ", ",\n").replace("what was ", "what was\n") for name in choice.columns]
-    style.heat_map(left, choice.astype(float), "RdBu_r", (-1, 1), "{:+.2f}")
+    names = [name.replace(", ", ",\n").replace("what was ", "what was\n") for name in choice.columns]
+    style.heat_map(left, choice.astype(float).set_axis(names, axis=1), "RdBu_r", (-1, 1), "{:+.2f}")
     left.set_title("Rank correlation of w with …")
 
     style.zero_line(right)

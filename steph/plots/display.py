@@ -113,8 +113,7 @@ def styled(table: pd.DataFrame, formats: Mapping[Any, str] | None = None, index:
         named = [form for name, form in (formats or {}).items() if name in names]
         chosen[column] = named[0] if named else by_dtype.get(dtype.kind, _unbroken)
     shown = table.style.format(chosen, na_rep="", escape="html")
-    for axis in (0, 1):
-        shown = shown.format_index(escape="html", axis=axis)
+    shown = shown.format_index(escape="html").format_index(escape="html", axis=1)
     heading = f"th.level{table.columns.nlevels - 1}"
     styles: dict[str, Any] = {
         "th, td": "padding: .25em .6em; text-align: left; vertical-align: top",

@@ -1,5 +1,4 @@
-"""Figures of the evidence: intervals of gains, discrimination and accuracy, calibration, risk groups, transferability
-(chapter 09)."""
+"""Figures of the evidence: discrimination and accuracy, calibration, risk groups, transferability (chapter 09)."""
 
 from __future__ import annotations
 
@@ -13,36 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from steph.analysis.performance.estimates import MIN_DIFFERENCE, p_text, with_interval
+from steph.analysis.performance.estimates import p_text, with_interval
 from steph.methods.registry import title
 from steph.plots import style
-from steph.plots.style import BAND, BLUE, DAYS_PER_YEAR, INK, MUTED, ORANGE, WIDTH, YELLOW, key, look_of
+from steph.plots.style import BLUE, DAYS_PER_YEAR, INK, MUTED, ORANGE, WIDTH, key, look_of
 
-HIGH_RISK: Any = (0, (5, 1.2))
-
-
-def gains_by_dataset(folds: pd.DataFrame, patients: pd.DataFrame, first: str) -> Figure:
-    """What a method gains over each of others, a panel each and a row per data set, with two intervals: over folds,
-    which knows of other training patients, and over patients, which keeps the models. Columns: dataset, against, gain,
-    low, high."""
-    others, rows = list(folds["against"].unique()), list(patients["dataset"].unique())
-    looks: Any = {
-        "mean of folds (Nadeau-Bengio)": {"color": BLUE, "marker": "o", "markersize": 4},
-        "all pairs of patients (bootstrap)": {"color": YELLOW, "marker": "s", "markersize": 4},
-    }
-    table = pd.concat([part.assign(interval=name) for name, part in zip(looks, (folds, patients), strict=True)])
-    size = (WIDTH, 0.3 * len(rows) + 1.2)
-    fig, axes = plt.subplots(1, len(others), figsize=size, sharex=True, sharey=True, squeeze=False)
-    for ax, other in zip(axes[0], others, strict=True):
-        style.zero_line(ax)
-        of_other = table[table["against"] == other]
-        style.draw_estimates(ax, of_other, "gain", "dataset", rows, "interval", looks, step=0.32)
-        style.name_rows(ax, rows, stripes=True)
-        ax.set(title=f"{title(first)} − {title(other)}", xlabel="difference in C-index, 95 % interval")
-    keys: list[Any] = [key(name, **look) for name, look in looks.items()]
-    keys.append(plt.Rectangle((0, 0), 1, 1, color=BAND, label=f"± {MIN_DIFFERENCE}: not interpreted"))
-    style.legend(fig, keys, 3)
-    return fig
+RISKS: Any = (("low risk", "-", BLUE), ("high risk", (0, (5, 1.2)), ORANGE))
 
 
 def auc_by_year(table: pd.DataFrame) -> Figure:
@@ -120,10 +95,7 @@ def risk_groups(groups: pd.DataFrame, tests: pd.DataFrame, datasets: Sequence[st
         of_dataset = groups[groups["dataset"] == dataset]
         of_method, longest = of_dataset[of_dataset["method"] == method], of_dataset["years"].max()
         ticks = [t for t in MaxNLocator(4, integer=True).tick_values(0, longest) if 0 <= t <= longest]
-        for name, high, colour, line, place in (
-            ("low risk", False, BLUE, "-", -0.27),
-            ("high risk", True, ORANGE, HIGH_RISK, -0.39),
-        ):
+        for (name, line, colour), high, place in zip(RISKS, (False, True), (-0.27, -0.39), strict=True):
             group = of_method[of_method["high"] == high]
             text: Any = {"fontsize": 7.5, "color": colour}
             for tick in ticks:
@@ -132,19 +104,16 @@ def risk_groups(groups: pd.DataFrame, tests: pd.DataFrame, datasets: Sequence[st
             if j == 0:
                 ax.annotate(name, (-0.16, place), xycoords="axes fraction", ha="right", **text)
             if len(group):
-                look: Any = {"alpha": 0.15, "linewidth": 1.4, "linestyle": line}
-                style.draw_survival(ax, group["years"], group["event"], colour, **look)
+                style.draw_survival(ax, group["years"], group["event"], colour, 0.15, linewidth=1.4, linestyle=line)
         test = tests.loc[(dataset, method)]
         ratio = with_interval(test["hazard_ratio"], test["low"], test["high"], form=".2f")
         result = test["problem"] or f"HR {ratio}\nlog-rank p {p_text(test['p'])}"
         ax.text(0.98, 0.97, result, transform=ax.transAxes, ha="right", va="top", fontsize=7.5, wrap=True)
         ax.set(ylim=(0, 1.03), xlim=(0, longest * 1.02), xticks=ticks, yticks=[0, 0.5, 1])
         ax.set(title=f"{dataset}, {title(method)}", ylabel="survival" if j == 0 else "")
-    keys = [
-        key("low risk", color=BLUE),
-        key("high risk (above the training median)", color=ORANGE, linestyle=HIGH_RISK),
-        key("over years; below: still at risk", linestyle=""),
-    ]
+    keys = [key(name, color=colour, linestyle=line) for name, line, colour in RISKS]
+    keys[1].set_label("high risk (above the training median)")
+    keys.append(key("over years; below: still at risk", linestyle=""))
     style.legend(fig, keys, 3)
     return fig
 

@@ -167,9 +167,7 @@ def course(course: pd.DataFrame, target: str) -> Figure:
         wide = course.pivot(index="epoch", columns="source", values=name)
         for source in wide.columns:
             ax.plot(wide[source], **line_of_dataset(source))
-        _epochs(ax, wide.index, top)
-        ax.set_title(f"{symbol} of each source for {target}")
-        style.label_ends(ax, wide.iloc[-1], top)
+        _finish(ax, wide.iloc[-1], wide.index, top, f"{symbol} of each source for {target}")
     return fig
 
 
@@ -185,15 +183,14 @@ def courses(course: pd.DataFrame) -> Figure:
         ax.plot(wide.drop(columns=largest.index), color="#C5CBD3", linewidth=0.8)
         for source in largest.index:
             ax.plot(wide[source], linewidth=1.6, **line_of_dataset(source))
-        _epochs(ax, wide.index, top)
-        ax.set_title(f"start {seed}")
-        style.label_ends(ax, largest, top, rows_of_text=9)
+        _finish(ax, largest, wide.index, top, f"start {seed}", rows_of_text=9)
     return fig
 
 
-def _epochs(ax: Axes, epochs: pd.Index, top: float) -> None:
-    ax.set(ylim=(0, top), xlim=(epochs.min() - 0.5, epochs.max()), xlabel="epoch")
+def _finish(ax: Axes, ends: pd.Series, epochs: pd.Index, top: float, title: str, rows_of_text: int = 16) -> None:
+    ax.set(ylim=(0, top), xlim=(epochs.min() - 0.5, epochs.max()), xlabel="epoch", title=title)
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    style.label_ends(ax, ends, top, rows_of_text)
 
 
 def starts(last: pd.DataFrame, planted: pd.Series | None = None) -> Figure:

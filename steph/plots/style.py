@@ -205,7 +205,7 @@ def spread(values: np.ndarray, gap: float) -> np.ndarray:
     return isotonic_regression(values - steps).x + steps
 
 
-def label_ends(ax: Axes, ends: pd.Series, top: float, rows_of_text: int = 16) -> None:
+def label_ends(ax: Axes, ends: pd.Series, top: float, rows_of_text: int) -> None:
     """Names at the ends of lines, moved apart as little as needed; the axis has room for so many rows of text."""
     ends, gap, side = ends.sort_values(), top / rows_of_text, ax.get_yaxis_transform()
     steps = gap * np.arange(len(ends))

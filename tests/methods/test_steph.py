@@ -84,6 +84,7 @@ def test_the_hypernetwork_reads_a_sample_and_the_encoder_everything(tiny, monkey
 
 def test_steph_merges_patch_gcn_models_and_gives_them_coordinates(tiny, monkeypatch):
     this = replace(SARC, method="steph_patch_gcn")
+    run_all(tiny, [this], workers=1)
     needed = tiny.prerequisites(this)
     assert {run.method for run in needed.values()} == {"patch_gcn"} and set(needed) == {TARGET, "CESC", "LIHC"}
     model, data = tiny.model(this), tiny.dataset("SARC")

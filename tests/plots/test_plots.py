@@ -308,16 +308,12 @@ def test_the_stamp_is_on_every_synthetic_figure_and_on_no_other(study, stamped):
 
 
 def test_show_figure_writes_both_kinds_with_the_stamp_and_the_same_each_time(tmp_path):
-    paths = []
     for name in ("a", "b"):
         png = plots.show_figure(plots.intervals(differences()), name, parameters())
         assert png == tmp_path / "tiny" / "figures" / f"{name}.png" and png.read_bytes()[:4] == b"\x89PNG"
-        paths.append(png.with_suffix(".svg"))
-    first, second = (path.read_bytes() for path in paths)
-    assert b'id="stamp"' in first
-    assert first == second
-    assert not plt.get_fignums()
-    assert sorted(path.name for path in png.parent.iterdir()) == ["a.png", "a.svg", "b.png", "b.svg"]
+    first, second = (path.read_bytes() for path in sorted(png.parent.glob("*.svg")))
+    assert b'id="stamp"' in first and first == second
+    assert not plt.get_fignums() and len(list(png.parent.iterdir())) == 4
 
 
 def test_show_table_writes_what_it_shows_unrounded(tmp_path):
@@ -375,18 +371,13 @@ def test_the_mean_gain_of_a_start_is_that_over_all_targets():
         assert dots[0].tolist() == pytest.approx([*values, mean], nan_ok=True)
 
 
-def test_tables_are_shown_rounded_and_escaped():
-    table = pd.DataFrame(
-        {("method", "x"): ["<b>"], ("mean", "x"): [1 / 3], ("n", "x"): [1234], ("none", "x"): [np.nan]}
-    )
-    html = display.styled(table, {"mean": "{:.1f}"}).to_html()
+def test_tables_are_shown_rounded_and_escaped_and_short_brackets_stay_on_one_line():
+    cells = {"method": "<b>", "mean": 1 / 3, "n": 1234, "none": np.nan, "text": "0.66 (± 0.03) (a remark that is long)"}
+    html = display.styled(
+        pd.DataFrame({(name, "x"): [cell] for name, cell in cells.items()}), {"mean": "{:.1f}"}
+    ).to_html()
     assert "&lt;b&gt;" in html and ">0.3<" in html and ">1,234<" in html and "nan" not in html
-
-
-def test_short_brackets_of_a_cell_stay_on_one_line():
-    text = "0.6648 (± 0.032) (a remark that is rather long)"
-    html = display.styled(pd.DataFrame({"c": [text]})).to_html()
-    assert "0.6648 (±\u00a00.032) (a remark that is rather long)" in html
+    assert "0.66 (±\u00a00.03) (a remark that is long)" in html
 
 
 def test_file_names_tell_the_choice_of_parameters():
@@ -395,11 +386,8 @@ def test_file_names_tell_the_choice_of_parameters():
     assert display.file_name("table1", narrowed) == "table1-SARC-fold1-seed7-fp64"
 
 
-def test_an_undefined_mean_is_written_where_its_bar_would_be():
+def test_an_undefined_mean_is_written_and_the_papers_means_stand_beside_test_folds_only():
     assert "STEPH: undefined (fold 2)" in texts(plots.c_index(c_indices(undefined=True)))
-
-
-def test_the_papers_means_stand_beside_test_folds_only():
     assert "the paper's mean" in texts(plots.c_index(c_indices()))
     assert "the paper's mean" not in texts(plots.c_index(c_indices(), value="external_c_index"))
 
@@ -426,13 +414,8 @@ def test_at_risk_counts_are_the_patients_still_followed():
         assert int(at_risk) == (years >= float(year)).sum()
 
 
-def test_the_paper_data_sets_look_different_and_always_the_same():
-    looks = [str(style.line_of_dataset(name)) for name in DATASETS]
-    assert len(set(looks)) == len(DATASETS)
-    assert style.line_of_dataset("MY_COHORT") == style.line_of_dataset("MY_COHORT")
-
-
-def test_methods_have_colours_and_those_of_the_first_chapters_differ():
+def test_the_paper_s_data_sets_and_the_methods_of_the_first_chapters_look_different():
+    assert len({str(style.line_of_dataset(name)) for name in DATASETS}) == len(DATASETS)
     assert len({style.colour_of(name) for name in ("vanilla", "model_average", "steph", "hypernetwork_only")}) == 4
     assert all(matplotlib.colors.is_color_like(style.colour_of(name)) for name in METHODS)
 
@@ -441,7 +424,7 @@ def test_labels_at_line_ends_do_not_overlap_and_move_little():
     _, ax = plt.subplots()
     ax.set_ylim(0, 1)
     ends = pd.Series(dict.fromkeys(DATASETS[:6], 0.0) | {"SARC": 1.0, "CESC": 0.5})
-    style.label_ends(ax, ends, 1.0)
+    style.label_ends(ax, ends, 1.0, 16)
     places = {a.get_text(): a.xyann[1] for a in ax.texts}
     ordered = sorted(places.values())
     assert min(np.diff(ordered)) > 1 / 17 and ordered[0] >= 0 and ordered[-1] <= 1

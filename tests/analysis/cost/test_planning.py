@@ -123,7 +123,7 @@ def test_a_measured_pace_is_near_that_of_a_training(tiny, name, monkeypatch):
         pace = planning._pace(study, name, Compute(), n)
         took = fit(tiny.untrained(run), data, patients, recipe, study.network, 0)["seconds"].sum()
         ratios.append(pace * planning.cost_of(name, study, n).update * passes / took)
-    assert 0.6 < sorted(ratios)[1] < 1.7
+    assert 0.2 < sorted(ratios)[1] < 5  # the right order of magnitude, however busy the machine is
 
 
 def test_hours_of_many_workers_wait_for_the_stage_before():

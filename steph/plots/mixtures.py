@@ -1,4 +1,4 @@
-"""Figures of task vectors: their subspace alignment (SAR; Figs. 5, 7), and how near a mixture of two is to the task
+"""Figures of mixtures of task vectors: their subspace alignment (SAR; Figs. 5, 7), and how near they are to the task
 vector of mixed training (Appendix B)."""
 
 from __future__ import annotations
@@ -122,11 +122,9 @@ def nearness(summary: pd.DataFrame, value: str = "cosine") -> Figure:
             part = groups.get_group((reference, share))
             for candidate, look in CANDIDATES.items():
                 _draw_steps(ax, part[part["candidate"] == candidate], value, *look)
-            ax.set_xscale("log")
+            ax.set(xscale="log", xlabel="steps of training" if ax in axes[-1] else "")
             ax.text(0.03, y, f"λ = {share:g}", fontsize=8.5, transform=ax.transAxes, va=place)
         row[0].set(title=title, ylabel=value)
-    for ax in axes[-1]:
-        ax.set_xlabel("steps of training")
     legend(fig, axes[0, 0], 4)
     return fig
 
@@ -134,16 +132,16 @@ def nearness(summary: pd.DataFrame, value: str = "cosine") -> Figure:
 def tested_mixtures(summary: pd.DataFrame, c_index: bool = False) -> Figure:
     """Test loss (or C-index) on the target over the length of training, a panel per lambda: the mixture, the two
     trainings that it stands for, and the target's own model."""
-    name = "c_index" if c_index else "nll"
+    value = "c_index" if c_index else "nll"
     groups = summary.groupby("lambda")
     fig, axes = plt.subplots(1, len(groups), figsize=(WIDTH, 2.9), sharey=True, squeeze=False)
     for ax, (share, part) in zip(axes[0], groups, strict=True):
         of = part.groupby(["candidate", "reference"]).get_group
-        _draw_steps(ax, of((vicinal.TARGET_ALONE, vicinal.LOSSES)), name, ORANGE, "s", r"$M_t$")
-        _draw_steps(ax, of((vicinal.MIXTURE, vicinal.LOSSES)), name, BLUE, "o", r"$M_0+\tau_{mix}$")
-        for reference, colour, marker in ((vicinal.LOSSES, SKY, "D"), (vicinal.FEATURES, PURPLE, "v")):
-            mixed = of((vicinal.MIXTURE, reference))
-            ax.plot(mixed["steps"], mixed[f"{name}_reference"], color=colour, marker=marker, ms=3.5, label=reference)
+        losses, features = (of((vicinal.MIXTURE, name)) for name in (vicinal.LOSSES, vicinal.FEATURES))
+        _draw_steps(ax, of((vicinal.TARGET_ALONE, vicinal.LOSSES)), value, ORANGE, "s", r"$M_t$")
+        _draw_steps(ax, losses, value, BLUE, "o", r"$M_0+\tau_{mix}$")
+        _draw_steps(ax, losses, f"{value}_reference", SKY, "D", vicinal.LOSSES)
+        _draw_steps(ax, features, f"{value}_reference", PURPLE, "v", vicinal.FEATURES)
         ax.set(xscale="log", xlabel="steps of training", title=f"λ = {share:g}")
     axes[0, 0].set_ylabel("C-index on the target" if c_index else "test loss on the target")
     if not c_index:
