@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from steph.data.bags import RaggedBatch, as_batch
 from steph.merging.task_vectors import Layout, State
-from steph.mil.base import MIL, Bags
+from steph.mil.base import MIL, Bags, Encoder
 from steph.mil.gated_attention import to_save
 
 PADDING, SMALL, LARGE = 1.25, 768, 1024
@@ -83,14 +83,11 @@ class MergedEncoder(Merged):
         same_for_all = len(coefficients) == 1 < len(batch)
         if self.network.encodes_each and not same_for_all:
             return _MergeAndEncode.apply(coefficients, self, batch)
-        encoder = Encoder(self.network)
-        rows = {f"network.{name}": value.unbind() for name, value in self.weights(coefficients).items()}
-        bags_of_rows = [batch] if same_for_all else [batch.single(i) for i in range(len(batch))]
-        features = []
-        for i, bags_of_row in enumerate(bags_of_rows):
-            weights = {name: row[i] for name, row in rows.items()}
-            features.append(functional_call(encoder, weights, (bags_of_row,), tie_weights=False))
-        return torch.cat(features)
+        weights = self.weights(coefficients)
+        if not same_for_all:
+            return self.network.encode_under(weights, batch)
+        single = {f"network.{name}": value[0] for name, value in weights.items()}
+        return functional_call(Encoder(self.network), single, (batch,), tie_weights=False)
 
     def workspace(self, name: str, n: int, dtype: torch.dtype) -> Weights:
         """Uninitialised parameters of n models in memory that is used again: new memory takes longer than the product
@@ -132,17 +129,6 @@ class Weights:
     def between(self, start: int, stop: int) -> dict[str, Tensor]:
         """Parameters of models start to stop - 1."""
         return self.of if stop - start == self.n else {name: value[start:stop] for name, value in self.of.items()}
-
-
-class Encoder(nn.Module):
-    """A network's `encode` as a module's forward, so that it can be called under other parameters."""
-
-    def __init__(self, network: MIL) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, bags: RaggedBatch) -> Tensor:
-        return self.network.encode(bags)
 
 
 class _MergeAndEncode(torch.autograd.Function):

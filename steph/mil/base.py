@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from steph import Refused
 from steph.data.bags import RaggedBatch, as_batch
@@ -149,16 +150,26 @@ class MIL(BagEncoder):
     def attention(self, bag: Tensor | RaggedBatch) -> Tensor:
         """Attention (N,) over the patches of one bag (N, D); not negative, sums to 1."""
 
+    def encode_under(self, weights: Mapping[str, Tensor], batch: RaggedBatch) -> Tensor:
+        """Bag features (B, H), bag i under the encoder weights ``weights[name][i]``, differentiable in them. Bags go
+        through one after the other; a network may know a faster way."""
+        encoder, features = Encoder(self), []
+        rows = {f"network.{name}": value.unbind() for name, value in weights.items()}
+        for i in range(len(batch)):
+            of_bag = {name: row[i] for name, row in rows.items()}
+            features.append(functional_call(encoder, of_bag, (batch.single(i),), tie_weights=False))
+        return torch.cat(features)
+
     def encode_each(
         self, weights: Mapping[str, Tensor], bags: Tensor, absent: Tensor | None, save: Save
     ) -> tuple[Tensor, Any]:
         """Bag features (G, H) of G padded bags (G, n, D), bag g under the weights ``weights[name][g]``, and what
         `encode_each_backward` needs. absent: (G, n) True where there is no patch, None where all bags are full."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not declare encodes_each")
 
     def encode_each_backward(self, saved: Any, grad: Tensor, out: Mapping[str, Tensor]) -> None:
         """Gradient of each bag's weights, written to ``out[name]`` (G, ...), from that of the features (G, H)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not declare encodes_each")
 
     def pooling_network(self, batch: RaggedBatch) -> MIL | None:
         return self if self.pools_by_attention else None
@@ -170,6 +181,17 @@ class MIL(BagEncoder):
                 "model folder holds networks of that registry."
             )
         return {"kind": "network", **self.made_as}
+
+
+class Encoder(nn.Module):
+    """A network's `encode` as a module's forward, so that it can be called under other parameters."""
+
+    def __init__(self, network: MIL) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, bags: RaggedBatch) -> Tensor:
+        return self.network.encode(bags)
 
 
 def takes_half(encode: Callable[[Any, RaggedBatch], Tensor]) -> Callable[..., Tensor]:

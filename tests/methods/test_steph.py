@@ -92,8 +92,9 @@ def test_steph_merges_patch_gcn_models_and_gives_them_coordinates(tiny, monkeypa
     null = tiny.null_state("patch_gcn")
     vector = task_vector(tiny.state(needed[TARGET]), null)
     assert all(torch.equal(value, vector[name]) for name, value in model.encoder.states()[1].items())
-    coords, encode = [], PatchGCN.encode
-    monkeypatch.setattr(PatchGCN, "encode", lambda self, bags: coords.append(bags.coords) or encode(self, bags))
+    coords, encode_under = [], PatchGCN.encode_under
+    watched = lambda self, weights, batch: coords.append(batch.coords) or encode_under(self, weights, batch)  # noqa: E731
+    monkeypatch.setattr(PatchGCN, "encode_under", watched)
     predict(model, data, data.splits.test(1)[:3])
     assert len(coords) == 3 and all(places is not None for places in coords)
     patient = data.splits.test(1)[0]

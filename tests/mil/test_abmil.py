@@ -1,8 +1,8 @@
 import torch
 
 from steph.data.bags import as_batch
-from steph.merging.merged_encoder import Encoder
 from steph.mil import ABMIL, convert_released, to_released
+from steph.mil.base import Encoder
 from steph.mil.state import load_into
 from tests.conftest import assert_states_close
 

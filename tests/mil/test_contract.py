@@ -250,6 +250,30 @@ def test_batches_and_bags_one_by_one_have_the_same_logits_and_gradients(net, siz
     torch.testing.assert_close(net.head(net.encode(packed(net, bags))), together)
 
 
+@pytest.mark.parametrize("sizes", [(5, 1, 12, 30), SIZES])
+def test_bags_under_weights_of_their_own_are_encoded_as_by_networks_of_their_own(name, net, sizes):
+    """Small bags together or large ones one by one: the features, and the gradient of every bag's weights."""
+    torch.manual_seed(3)
+    bags = [torch.randn(n, 6) for n in sizes]
+    networks = [network(name, seed).double().eval() for seed in range(len(sizes))]
+    weights = {
+        key: torch.stack([dict(one.named_parameters())[key].detach() for one in networks]).requires_grad_()
+        for key, _ in net.named_parameters()
+        if not key.startswith("head.")
+    }
+    together = net.encode_under(weights, packed(net, bags))
+    alone = torch.cat([one.encode(packed(one, [bag])) for one, bag in zip(networks, bags, strict=True)])
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
+    share = torch.randn_like(together)
+    (together * share).sum().backward()
+    (alone * share).sum().backward()
+    for key, value in weights.items():
+        grads = [dict(one.named_parameters())[key].grad for one in networks]
+        expected = torch.stack([torch.zeros_like(value[0]) if grad is None else grad for grad in grads])
+        found = torch.zeros_like(value) if value.grad is None else value.grad
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
+
+
 def test_a_leading_axis_of_one_changes_nothing(net, bags):
     batch = packed(net, bags)
     coords = batch.coords if batch.coords is None else batch.coords.split(SIZES)

@@ -37,9 +37,9 @@ from steph import Refused
 from steph.data.bags import RaggedBatch
 from steph.data.dataset import Dataset
 from steph.data.manifest import Study
-from steph.merging.merged_encoder import Encoder
 from steph.merging.task_vectors import Layout
 from steph.mil.abmil import ABMIL
+from steph.mil.base import Encoder
 from steph.study.cache import cached_table
 from steph.study.runs import Run, Workbench
 from steph.survival import concordance_index, nll_loss, risk_score, targets
