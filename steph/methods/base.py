@@ -18,17 +18,12 @@ from steph.mil.state import ModelState, load_into
 from steph.training.device import Compute
 
 
-class Settings:
+class Settings(dict[str, Any]):
     """STEPH's own numbers, those that a method has declared (`Method.settings`); others are refused, so that a run's
     key, which hashes what is declared, misses none."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values = dict(values)
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.values:
-            raise Refused(f"a method uses the setting steph.{name} of the study and does not declare it in `settings`.")
-        return self.values[name]
+    def __missing__(self, name: str) -> Any:
+        raise Refused(f"a method uses the setting steph.{name} of the study and does not declare it in `settings`.")
 
 
 @dataclass(frozen=True)
@@ -114,35 +109,32 @@ class Method:
     in_book: bool = True
     only: str | None = None
 
-    def settings_of(self, study: Study, n_patients: int) -> dict[str, Any]:
-        """STEPH's numbers that this method takes from a study for a data set of so many patients, by name."""
-        numbers = {**study.steph.model_dump(), "gamma": study.steph.gamma(n_patients)}
-        return {name: numbers[name] for name in self.settings if name not in self.options}
-
-    def settings_that_decide(self, study: Study) -> dict[str, Any]:
-        """The study's numbers behind `settings_of`; gamma follows from a rule on the number of patients."""
+    def settings_of(self, study: Study, n_patients: int | None = None) -> dict[str, Any]:
+        """STEPH's numbers that this method takes from a study, by name: gamma for a data set of so many patients, or,
+        where that is None, the numbers of the rule that it follows from."""
         numbers = study.steph.model_dump()
-        numbers["gamma"] = [numbers[name] for name in ("gamma_large", "gamma_small", "large_above")]
+        rule = [numbers[name] for name in ("gamma_large", "gamma_small", "large_above")]
+        numbers["gamma"] = rule if n_patients is None else study.steph.gamma(n_patients)
         return {name: numbers[name] for name in self.settings if name not in self.options}
 
     def refusal(self, study: Study, dataset: str) -> str:
         """Why a study cannot have it, "" where it can: it has too few other cancers."""
-        m = len(study.datasets) - 1
-        sources = f"{dataset} has {m} source cancers in study {study.name}"
-        if self.only is not None and (self.only == dataset or self.only not in study.datasets):
-            others = ", ".join(study.sources_of(dataset))
-            return f"{self.title}: {self.only} is no source for {dataset} in study {study.name}; those are {others}."
-        if self.needs_sources and m < 1:
+        if not self.needs_sources:
+            return ""
+        sources = study.sources_of(dataset)
+        has = f"{dataset} has {len(sources)} source cancers"
+        if self.only is not None and self.only not in sources:
+            known = ", ".join(sources)
+            return f"{self.title}: {self.only} is no source for {dataset} in study {study.name}; those are {known}."
+        if not sources:
             return f"{self.title} needs source cancers; study {study.name} has only {dataset}."
-        asked = self.options.get("sources", 1)
-        if asked > m and self.needs_sources:
-            return f"{self.title} asks for {asked} source cancers, but {sources}."
-        top_k = self.options.get("top_k", study.steph.top_k)
-        if self.sparse and top_k > m + bool(self.options.get("with_target")):
-            if "top_k" in self.options:
-                return f"{self.title} keeps {top_k} of the source cancers, but {sources}; choose K of at most {m}."
+        pool = len(sources) + bool(self.options.get("with_target"))
+        asked = max(self.options.get("sources", 0), self.options.get("top_k", 0) if self.sparse else 0)
+        if asked > pool:
+            return f"{self.title} asks for {asked} source cancers, but {has} in study {study.name}."
+        if self.sparse and "top_k" not in self.options and study.steph.top_k > pool:
             return (
-                f"steph.top_k = {top_k} in study {study.name}, but {dataset} has {m} source cancers; set steph.top_k "
-                f"to at most {m} in the manifest."
+                f"steph.top_k = {study.steph.top_k} in study {study.name}, but {has}; set steph.top_k to at most "
+                f"{len(sources)} in the manifest."
             )
         return ""

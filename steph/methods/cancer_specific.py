@@ -28,16 +28,11 @@ def joint(x: Inputs) -> Model:
     """A network trained from M_0 on all data sets together (`Method.joint`); once it is trained, that very network."""
     if x.stage_state is None:
         return x.network(x.null_state)
-    network = x.network(x.stage_state)
-    network.requires_grad_(False)
-    return network
+    return x.network(x.stage_state).requires_grad_(False)
 
 
-def _network(title: str, network: str) -> Method:
-    """A network in place of ABMIL."""
-    description = f"{title} in place of ABMIL, trained on the target cancer alone"
-    return Method(title, "mil_network", vanilla, description, network=network)
-
+NETWORKS = {"transmil": "TransMIL", "ilra": "ILRA", "r2t_mil": "R2T-MIL", "patch_gcn": "Patch-GCN"}
+"""Networks in place of ABMIL."""
 
 METHODS = {
     "vanilla": Method("Vanilla", "cancer_specific", vanilla, "ABMIL trained on the target cancer alone"),
@@ -48,10 +43,10 @@ METHODS = {
         "the target's own model, its encoder frozen, its head trained on",
         needs_target=True,
     ),
-    "transmil": _network("TransMIL", "transmil"),
-    "ilra": _network("ILRA", "ilra"),
-    "r2t_mil": _network("R2T-MIL", "r2t_mil"),
-    "patch_gcn": _network("Patch-GCN", "patch_gcn"),
+    **{
+        network: Method(title, "mil_network", vanilla, f"{title} in place of ABMIL", network=network)
+        for network, title in NETWORKS.items()
+    },
     "joint": Method(
         "Joint learning",
         "joint_learning",

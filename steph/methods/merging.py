@@ -13,7 +13,7 @@ from steph import Refused
 from steph.merging import MergedEncoder, Surgery, model_average, task_vector
 from steph.merging.pairs import PAIR_MERGES, merge_pairs
 from steph.merging.steph import STEPH
-from steph.merging.training_free import Mixture, by_concordance, by_cosine, by_scores, merged, patient_scores
+from steph.merging.training_free import by_concordance, by_cosine, by_scores, merged, patient_scores
 from steph.methods.base import Inputs, Method
 from steph.methods.transfer import transfer_performance
 from steph.mil import Model
@@ -22,11 +22,10 @@ from steph.survival import targets
 from steph.training.engine import loader
 
 
-def averaged(x: Inputs, **options: Any) -> Model:
+def averaged(x: Inputs) -> Model:
     """The network under the mean of all models; nothing is trained."""
-    network = x.network(ModelState(model_average(x.null_state, x.own_state, x.source_states, **options)))
-    network.requires_grad_(False)
-    return network
+    mean = model_average(x.null_state, x.own_state, x.source_states)
+    return x.network(ModelState(mean)).requires_grad_(False)
 
 
 def steph(x: Inputs, with_target: bool = False, sources: int | None = None, **options: Any) -> STEPH:
@@ -36,7 +35,7 @@ def steph(x: Inputs, with_target: bool = False, sources: int | None = None, **op
     there, the first by name.
     """
     pool = dict(list((x.pool if with_target else x.source_states).items())[:sources])
-    defaults = {**x.settings.values, "dropout": x.dimensions.dropout}
+    defaults = {**x.settings, "dropout": x.dimensions.dropout}
     return STEPH(x.null_state, x.own_state, pool, network=x.network(), **{**defaults, **options})
 
 
@@ -70,30 +69,23 @@ def training_free(x: Inputs, way: str) -> Model:
 
     way: "cosine", "concordance" or "scores" (`steph.merging.training_free`). The model's `facts` tell w and lambda.
     """
-    names, sources = list(x.source_states), list(x.source_states.values())
-    facts = dict(x.facts)
+    sources, facts = list(x.source_states.values()), dict(x.facts)
     if not facts:
-        w, lam = _mixture(x, way)
-        facts = {"w": dict(zip(names, w.tolist(), strict=True)), "lambda": dict(zip(names, lam.tolist(), strict=True))}
+        top_k = x.settings["top_k"]
+        if way == "cosine":
+            mixture = by_cosine(x.null_state, x.own_state, sources, top_k)
+        elif way == "concordance":
+            target, *others = transfer_performance(x, x.pool).values()
+            mixture = by_concordance(target, others, top_k)
+        else:
+            mixture = by_scores(_scores(x), top_k)
+        by_name = [dict(zip(x.source_states, numbers.tolist(), strict=True)) for numbers in mixture]
+        facts = dict(zip(("w", "lambda"), by_name, strict=True))
     # On the CPU, where numbers are, also when the model is made on "meta" to be counted.
-    w, lam = (torch.tensor([facts[number][name] for name in names], device="cpu") for number in ("w", "lambda"))
+    w, lam = (torch.tensor([facts[key][name] for name in x.source_states], device="cpu") for key in ("w", "lambda"))
     network = x.network(ModelState(merged(x.null_state, x.own_state, sources, (w, lam))))
-    network.requires_grad_(False)
     network.facts = facts
-    return network
-
-
-def _mixture(x: Inputs, way: str) -> Mixture:
-    """w and lambda of the sources, in their order."""
-    sources, top_k = list(x.source_states.values()), x.settings["top_k"]
-    if way == "cosine":
-        return by_cosine(x.null_state, x.own_state, sources, top_k)
-    if way == "concordance":
-        target, *others = transfer_performance(x, x.pool).tolist()
-        return by_concordance(target, others, top_k)
-    if way == "scores":
-        return by_scores(_scores(x), top_k)
-    raise Refused(f"no training-free way {way!r}; expected cosine, concordance or scores.")
+    return network.requires_grad_(False)
 
 
 def _scores(x: Inputs) -> Tensor:

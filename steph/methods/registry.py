@@ -22,20 +22,15 @@ FIRST = (
 """The order of the paper's Table 1, in which tables begin; what is not named here follows family by family."""
 
 
-def _collected() -> dict[str, Method]:
-    """The entries of all families."""
-    entries: dict[str, Method] = {}
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if module.name != Path(__file__).stem:
-            family = vars(import_module(f"steph.methods.{module.name}")).get("METHODS", {})
-            twice = entries.keys() & family.keys()
-            if twice:
-                raise Refused(f"steph/methods/{module.name}.py: {', '.join(sorted(twice))} has an entry already.")
-            entries |= family
-    return {name: entries[name] for name in dict.fromkeys([*FIRST, *entries])}
+_entries: dict[str, Method] = {}
+for _module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+    if _module.name != Path(__file__).stem:
+        _family = getattr(import_module(f"steph.methods.{_module.name}"), "METHODS", {})
+        if _twice := _entries.keys() & _family.keys():
+            raise Refused(f"steph/methods/{_module.name}.py: {', '.join(sorted(_twice))} has an entry already.")
+        _entries |= _family
 
-
-METHODS = _collected()
+METHODS = {name: _entries[name] for name in dict.fromkeys([*FIRST, *_entries])}
 
 
 def method(name: str) -> Method:

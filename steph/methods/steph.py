@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,16 +41,15 @@ def steph_gamma_search(x: Inputs, values: Sequence[float]) -> Model:
     return model
 
 
-def steph_random_sources(x: Inputs, **options: Any) -> Model:
+def steph_random_sources(x: Inputs) -> Model:
     """STEPH on noise as long as the sources' task vectors, drawn by the run's seed."""
-    return steph(replace(x, source_states=random_sources(x.null_state, x.source_states, x.seed)), **options)
+    return steph(replace(x, source_states=random_sources(x.null_state, x.source_states, x.seed)))
 
 
-def steph_subsampled(x: Inputs, sample_patches: int | None = None, **options: Any) -> Model:
-    """STEPH whose hypernetworks read a sample of each bag, drawn by the study's seed: so many patches, or as many as
-    the study's `steph.sample_patches` says."""
-    read = x.settings["sample_patches"] if sample_patches is None else sample_patches
-    return steph(x, sample_patches=read, sample_seed=x.study_seed, **options)
+def steph_subsampled(x: Inputs, **options: Any) -> Model:
+    """STEPH whose hypernetworks read a sample of each bag, drawn by the study's seed: so many patches as the option
+    or else the study's setting `sample_patches` says."""
+    return steph(x, sample_seed=x.study_seed, **options)
 
 
 def _variant(title: str, description: str, **rest: Any) -> Method:
@@ -59,22 +58,14 @@ def _variant(title: str, description: str, **rest: Any) -> Method:
     return merging_entry(title, description, **{**defaults, **rest})
 
 
-def _sweep(
-    parameter: str,
-    values: tuple[float, ...],
-    label: str,
-    more: Callable[[float], dict[str, Any]] = lambda _: {},
-    **rest: Any,
-) -> dict[str, Method]:
-    """STEPH at each value of one setting that a table of the paper tries: `steph_<label><value>`. more: further options
-    that go with a value."""
-    symbol = {"beta": "β", "gamma": "γ", "top_k": "K", "sources": "m"}[parameter]
+def _sweep(parameter: str, symbol: str, label: str, values: Sequence[float], **rest: Any) -> dict[str, Method]:
+    """STEPH at each value of one setting that a table of the paper tries: `steph_<label><value>`."""
     return {
         f"steph_{label}{value}": _variant(
             f"STEPH, {symbol} = {value}",
             f"STEPH with {symbol} = {value} on every data set",
             group="sweep",
-            options={parameter: value, **more(value)},
+            options={parameter: value, **({"top_k": value} if parameter == "sources" else {})},
             sweep=(parameter, value),
             **rest,
         )
@@ -117,8 +108,8 @@ METHODS = {
         in_book=False,
     ),
     # Tables 4, 5 and S3: STEPH itself is beta 0.05 and K 5; its gamma follows the size of the data set
-    **_sweep("beta", (0, 0.01, 0.1), "beta"),
-    **_sweep("gamma", GAMMAS, "gamma"),
+    **_sweep("beta", "β", "beta", (0, 0.01, 0.1)),
+    **_sweep("gamma", "γ", "gamma", GAMMAS),
     "steph_gamma_search": _variant(
         "STEPH, γ searched",
         "STEPH, its γ found by cross-validation inside each fold's training patients (about 13 times STEPH's training)",
@@ -127,9 +118,9 @@ METHODS = {
         trainings=1 + (INNER_FOLDS - 1) * (1 + len(GAMMAS)),
         in_book=False,
     ),
-    **_sweep("top_k", (1, 3, 7, 9, 11), "k"),
+    **_sweep("top_k", "K", "k", (1, 3, 7, 9, 11)),
     # Table S7 keeps all m sources; it is a table of seconds, not of C-index
-    **_sweep("sources", (6, 7, 8, 9, 10, 11, 12), "m", more=lambda m: {"top_k": m}, in_book=False),
+    **_sweep("sources", "m", "m", range(6, 13), in_book=False),
     # not in the paper: book/beyond.md
     "steph_random_sources": _variant(
         "STEPH, random sources",

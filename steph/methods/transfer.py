@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import pandas as pd
+from collections.abc import Mapping
 
 from steph import Refused
 from steph.methods.base import Inputs, Method
@@ -20,45 +18,31 @@ NEAREST = {
 """The release's table of the source that transfers best to each target; how it was found is not said."""
 
 
-def transfer_performance(x: Inputs, states: Mapping[str, ModelState]) -> pd.Series:
+def transfer_performance(x: Inputs, states: Mapping[str, ModelState]) -> dict[str, float]:
     """C-index of finished models, given by their states, as they are, on the fold's training patients; by name."""
     scores = {}
     for name, state in states.items():
         table = predict(x.network(state), x.data, x.patients, x.compute, together=x.recipe.bags_per_step)
         scores[name] = concordance_index(table["time_days"], table["event"], table["risk"])
-    return pd.Series(scores, name="c_index")
-
-
-def best_source(performance: pd.Series) -> str:
-    """The source of highest C-index (`transfer_performance` on the target's TRAINING patients); the first of equals."""
-    if performance.empty:
-        raise Refused("no source model to choose from: the pool is empty.")
-    return str(performance.index[int(performance.to_numpy().argmax())])
-
-
-def nearest_source(dataset: str, sources: Sequence[str]) -> str:
-    """The source that the release's table names for a target. Raises `Refused` where it names none of the pool."""
-    name = NEAREST.get(dataset)
-    if name is None:
-        raise Refused(f"the release's table of nearest sources has no {dataset}; it has {', '.join(NEAREST)}.")
-    if name not in sources:
-        raise Refused(
-            f"the release's table names {name} as the nearest source of {dataset}, and the pool lacks it: "
-            f"{', '.join(sources) or 'it is empty'}. Choose the source by transfer performance instead."
-        )
-    return name
+    return scores
 
 
 def finetuned_representation(x: Inputs, nearest: bool = False) -> Model:
     """A new head on the frozen encoder of one source: the best by transfer performance on the fold's training
-    patients, or (`nearest`) the one that the release's table names."""
+    patients (the first of equals), or (`nearest`) the one that the release's table names.
+
+    Raises `Refused` where the table names none of the study's cancers."""
     facts = dict(x.facts)
     if nearest:
-        facts = {"source": nearest_source(x.data.name, list(x.source_states))}
+        facts = {"source": NEAREST.get(x.data.name)}
+        if facts["source"] not in x.source_states:
+            raise Refused(
+                f"the release's table has {facts['source']} as the nearest source of {x.data.name}, and the study has "
+                f"{', '.join(x.source_states)}. The method finetuned_representation chooses among these."
+            )
     elif not facts:
-        performance = transfer_performance(x, x.source_states)
-        scores = {str(name): float(value) for name, value in performance.items()}
-        facts = {"source": best_source(performance), "transfer_performance": scores}
+        scores = transfer_performance(x, x.source_states)
+        facts = {"source": max(scores, key=scores.__getitem__), "transfer_performance": scores}
     model = FineTuned(x.network(x.source_states[facts["source"]]), fresh_head=True)
     model.facts = facts
     return model

@@ -91,7 +91,7 @@ class Workbench:
             inputs = {
                 "run": asdict(run),
                 "options": {k: repr(v) for k, v in sorted(entry.options.items())},
-                "settings": entry.settings_that_decide(study),
+                "settings": entry.settings_of(study),
                 "data": self._fingerprint(run.dataset),
                 "dimensions": [study.features.dim, study.network.model_dump()],
                 "recipe": study.recipe.model_dump(),

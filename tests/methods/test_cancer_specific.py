@@ -3,14 +3,9 @@
 import pandas as pd
 import torch
 
-from steph.mil.state import load_state
 from steph.study import Run, Workbench, run_all
 from steph.study.runs import STAGE
 from tests.helpers.spy import spied
-
-
-def state(bench, run):
-    return load_state(bench.record(run).file("model.safetensors"))
 
 
 def test_joint_is_trained_once_for_all_data_sets(tiny):
@@ -20,7 +15,7 @@ def test_joint_is_trained_once_for_all_data_sets(tiny):
     for run in others:
         assert tiny.prerequisites(run) == {STAGE: leader}
         assert tiny.record(run).info["trained_parameters"] == 0
-        one, all_ = state(tiny, run), state(tiny, leader)
+        one, all_ = tiny.state(run), tiny.state(leader)
         assert set(one) == set(all_) and all(torch.equal(one[k], all_[k]) for k in one)
         predictions = pd.read_csv(tiny.record(run).file("predictions.csv"))
         assert predictions["patient_id"].tolist() == tiny.dataset(run.dataset).splits.test(1)
@@ -44,7 +39,7 @@ def test_joint_of_one_data_set_is_that_cancers_own_model(tiny, monkeypatch, tmp_
     alone = Workbench(tiny.study.model_copy(update={"datasets": {"SARC": tiny.study.datasets["SARC"]}}))
     one, other = Run("SARC", "joint", 1, 42), Run("SARC", "vanilla", 1, 42)
     run_all(alone, [one, other], workers=1)
-    states = state(alone, one), state(alone, other)
+    states = alone.state(one), alone.state(other)
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[1])
 
 

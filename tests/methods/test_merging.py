@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steph.mil.state import load_state
 from steph.study import Run, run
 from steph.study.runs import SOURCE_FOLD
 
@@ -13,22 +12,16 @@ FREE = ["steph_free_cosine", "steph_free_concordance", "steph_free_scores"]
 SARC = Run("SARC", "steph", 1, 42)
 
 
-def state(bench, run):
-    return load_state(bench.record(run).file("model.safetensors"))
-
-
 @pytest.mark.parametrize("name", FREE)
 def test_training_free_methods_train_nothing_and_say_what_they_chose(tiny, name):
     record = run(tiny, "SARC", name, 1)
-    assert record.info["trained_parameters"] == 0 and not any(
-        p.requires_grad for p in tiny.model(SARC).encoder.parameters()
-    )
+    assert record.info["trained_parameters"] == 0
     w, lam = record.info["facts"]["w"], record.info["facts"]["lambda"]
     assert set(w) == set(lam) == {"CESC", "LIHC"}
     assert all(value >= 0 for value in w.values()) and all(0 <= value <= 1 for value in lam.values())
-    own, null = state(tiny, replace(SARC, method="vanilla")), tiny.null_state("abmil")
-    found = state(tiny, replace(SARC, method=name))
-    sources = {n: state(tiny, Run(n, "vanilla", SOURCE_FOLD, 42)) for n in w}
+    own, null = tiny.state(replace(SARC, method="vanilla")), tiny.null_state("abmil")
+    found = tiny.state(replace(SARC, method=name))
+    sources = {n: tiny.state(Run(n, "vanilla", SOURCE_FOLD, 42)) for n in w}
     for key, base in null.items():
         expected = base.double()
         for n, source in sources.items():

@@ -10,17 +10,12 @@ from steph.data.bags import RaggedBatch
 from steph.merging import task_vector
 from steph.merging.steph import Hypernetwork
 from steph.mil import PatchGCN
-from steph.mil.state import load_state
 from steph.study import Run, Workbench, run, run_all
-from steph.study.runs import SOURCE_FOLD, TARGET
+from steph.study.runs import TARGET
 from steph.training.engine import predict
 from steph.training.selection import INNER_FOLDS, best_value
 
 SARC = Run("SARC", "steph", 1, 42)
-
-
-def state(bench, run):
-    return load_state(bench.record(run).file("model.safetensors"))
 
 
 def changed(study, **steph):
@@ -49,23 +44,20 @@ def test_a_sample_of_all_patches_is_steph_bit_for_bit(tiny, sample_patches):
     other = Workbench(changed(tiny.study, sample_patches=sample_patches))
     this = replace(SARC, method="steph_subsampled")
     run_all(other, [this], workers=1)
-    one, two = state(other, this), state(tiny, SARC)
+    one, two = other.state(this), tiny.state(SARC)
     assert set(one) == set(two) and all(torch.equal(one[k], two[k]) for k in two)
     tables = [b.record(r).file("predictions.csv").read_bytes() for b, r in ((other, this), (tiny, SARC))]
     assert tables[0] == tables[1]
 
 
 def test_the_hypernetwork_reads_a_sample_and_the_encoder_everything(tiny, monkeypatch):
-    study = changed(tiny.study, sample_patches=7)
-    data = tiny.dataset("SARC")
-    patients = data.splits.train(1)[:6]
-    batch = data.batch(patients)
+    data, other = tiny.dataset("SARC"), Workbench(changed(tiny.study, sample_patches=7))
+    batch = data.batch(data.splits.train(1)[:6])
     sizes = batch.sizes
     assert min(sizes) < max(sizes) and max(sizes) > 7
-    other = Workbench(study)
-    run_all(other, [replace(SARC, method="vanilla")], workers=1)
-    run_all(other, [Run(name, "vanilla", SOURCE_FOLD, 42) for name in ("CESC", "LIHC")], workers=1)
-    model = other.untrained(replace(SARC, method="steph_subsampled")).eval()
+    this = replace(SARC, method="steph_subsampled")
+    run_all(other, other.prerequisites(this).values(), workers=1)
+    model = other.untrained(this).eval()
     read, encoded = [], []
     forward = Hypernetwork.forward
     monkeypatch.setattr(Hypernetwork, "forward", lambda self, b: read.append(b) or forward(self, b))
