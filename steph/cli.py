@@ -310,8 +310,8 @@ def data_fetch(
     from steph.data.fetch import fetch
     from steph.data.manifest import load_study
 
-    for fetched in fetch(load_study(study), dataset, source, out):
-        print(f"{fetched.path}: {fetched.note}")
+    for path, note in fetch(load_study(study), dataset, source, out).items():
+        print(f"{path}: {note}")
 
 
 @data_app.command("labels")

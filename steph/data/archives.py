@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import shutil
 import tarfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from stat import S_IFMT, S_ISREG
 from typing import Any
 
 from steph import Refused
 from steph.files.atomic import atomic_folder, temporaries
 from steph.files.records import read_json, write_json
 
-ENDINGS = (".tar.gz", ".tgz", ".tar", ".zip")
+ENDINGS = (".tar.gz", ".tgz", ".tar")
 RECORD = "unpacked.json"
 """In an unpacked folder: where it came from, and each file's size in bytes."""
 
@@ -46,51 +44,36 @@ def safe_name(name: str, where: str) -> PurePosixPath:
 
 
 def unpack(archive: Path, folder: Path, name: str, record: Mapping[str, Any]) -> int:
-    """Unpack an archive whose checksum is right into `folder`, which appears at the end, whole; returns how many files
-    it holds.
-
-    name: the archive's own name, which tells its kind. record: what is known of its origin, kept in `RECORD`. A folder
-    that is there is replaced. What an interrupted call left is removed first; nobody else may unpack it meanwhile.
+    """Unpack an archive, called `name` at its source, into `folder`, which appears at the end, whole, in place of one
+    that is there. Returns how many files it holds. record: what is known of its origin, kept in `RECORD`. Nobody else
+    may unpack it meanwhile.
 
     Raises `Refused` for an archive that cannot be read or holds no files, and members that are no plain files or lead
     elsewhere, `DiskFull` for a full disk; nothing of it is left then.
     """
+
+    def plain(member: tarfile.TarInfo, target: str) -> tarfile.TarInfo:
+        safe_name(member.name, name)
+        if not (member.isreg() or member.isdir()):
+            raise Refused(
+                f"{name}: {member.name!r} is a link or a device, not a file; nothing of the archive is kept. Slide "
+                "archives hold plain files: is this one really from its source?"
+            )
+        return tarfile.data_filter(member, target)
+
     for leftover in temporaries(folder):
         shutil.rmtree(leftover)
     with atomic_folder(folder, replace=lambda: True) as new:
         try:
-            _extract(archive, new, name)
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
+            with tarfile.open(archive, "r:*") as tape:
+                tape.extractall(new, filter=plain)
+        except (tarfile.TarError, EOFError, ValueError) as error:
             raise Refused(f"{name} cannot be unpacked ({error}); nothing of it was kept.") from None
         sizes = {p.relative_to(new).as_posix(): p.stat().st_size for p in sorted(new.rglob("*")) if p.is_file()}
         if not sizes:
             raise Refused(f"{name} holds no files.")
         write_json(new / RECORD, {**record, "archive": name, "files": sizes})
     return len(sizes)
-
-
-def _extract(archive: Path, folder: Path, name: str) -> None:
-    def check(member: str, plain: bool) -> None:
-        safe_name(member, name)
-        if not plain:
-            raise Refused(
-                f"{name}: {member!r} is a link or a device, not a file; nothing of the archive is kept. Slide archives "
-                "hold plain files: is this one really from its source?"
-            )
-
-    def plain(member: tarfile.TarInfo, target: str) -> tarfile.TarInfo:
-        check(member.name, member.isreg() or member.isdir())
-        return tarfile.data_filter(member, target)
-
-    if name.lower().endswith(".zip"):
-        with zipfile.ZipFile(archive) as zipped:
-            for member in zipped.infolist():
-                mode = S_IFMT(member.external_attr >> 16)  # of Unix, where the archive was made there
-                check(member.orig_filename, not mode or S_ISREG(mode) or member.is_dir())
-            zipped.extractall(folder)
-    else:
-        with tarfile.open(archive, "r:*") as tape:
-            tape.extractall(folder, filter=plain)
 
 
 def unpacked(folder: Path) -> dict[str, Any] | None:

@@ -11,13 +11,12 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from steph import Refused
 from steph.data.archives import folder_of, is_archive, safe_name, unpack, unpacked
@@ -40,8 +39,7 @@ KEPT = "What has arrived is kept; the same command goes on from there."
 
 @dataclass(frozen=True, eq=False, repr=False)  # the headers hold the user's token
 class Item:
-    """A file of a source. checksum: "md5:...", "sha256:..." or "git:...". path: where it goes; an archive goes into the
-    folder of that name without its ending."""
+    """A file of a source. checksum: "md5:...", "sha256:..." or "git:...". path: where it is downloaded to."""
 
     source: Source
     url: str
@@ -52,16 +50,14 @@ class Item:
     path: Path
 
     @property
+    def target(self) -> Path:
+        """The file at the end; of an archive, the folder that it is unpacked to."""
+        return folder_of(self.path) if is_archive(self.path.name) else self.path
+
+    @property
     def part(self) -> Path:
         """The file while it is downloaded; another content has another one."""
         return self.path.with_name(f".{self.path.name}.{self.checksum.split(':')[1][:12]}.part")
-
-
-class Fetched(NamedTuple):
-    """Where a file is now, and what a person should know of it."""
-
-    path: Path
-    note: str
 
 
 class Unavailable(Refused):
@@ -70,12 +66,12 @@ class Unavailable(Refused):
 
 def fetch(
     study: Study, datasets: Sequence[str] | None = None, kinds: Sequence[str] | None = None, out: Path | None = None
-) -> list[Fetched]:
+) -> dict[Path, str]:
     """Fetch what `study` needs of its data sets (default: all) and kinds (of `KINDS`; default: all) to its data root.
 
-    out: another folder than the data root. Returns what is there now, in the order of the manifest's sources.
-    Raises `Refused` for an unknown data set or kind, a source without access, too little room, and at the end for all
-    files that could not be had; the rest is kept, and the same call goes on from there.
+    out: another folder than the data root. Returns what is there now, in the order of the manifest's sources: paths,
+    and what a person should know of each. Raises `Refused` for an unknown data set or kind, a source without access,
+    too little room, and at the end for all files that could not be had; the rest is kept, and the same call goes on.
     """
     if study.synthetic:
         raise Refused(f"study {study.name} is synthetic: its data are made when it is run, there is nothing to fetch.")
@@ -85,17 +81,17 @@ def fetch(
         study.entry(name)
     with exclusive(root / "fetch", busy=f"another process is fetching to {root}; wait for it, or stop it."):
         items = [item for source in sources(study, kinds) for item in _items(study, source, names, root)]
-        results = {item: _present(item) for item in items}
-        missing = [item for item in items if results[item] is None]
+        notes = {item.target: _present(item) for item in items}
+        missing = [item for item in items if notes[item.target] is None]
         # Archives are there one at a time, unpacked ones all; numbers like these hardly shrink when packed.
-        archives = [item.size for item in missing if is_archive(item.path.name)]
+        archives = [item.size for item in missing if item.target != item.path]
         needed = sum(item.size - _size(item.part) for item in missing) + 0.15 * sum(archives) + max(archives, default=0)
         what = f"{len(missing)} file(s)" + (", archives unpacked" if archives else "")
         refuse_full_disk(root, needed, what, ", take fewer data sets (--dataset), or name one (--out)")
         problems = []
         for item in track(missing, f"{study.name}: fetch"):
             try:
-                results[item] = _get(item, study.features)
+                notes[item.target] = _get(item, study.features)
             except (Unavailable, DiskFull):
                 raise
             except Refused as error:
@@ -105,20 +101,20 @@ def fetch(
             f"{len(problems)} of {len(items)} files are incomplete:\n{''.join(problems)}The others are there. "
             "The same command tries these again."
         )
-    return [result for result in results.values() if result is not None]
+    return {path: note for path, note in notes.items() if note is not None}
 
 
 def sources(study: Study, kinds: Sequence[str] | None = None) -> list[Source]:
     """The sources of a study that can be fetched. Raises `Refused` for a kind that it has no source of."""
-    for kind in kinds or ():
-        if kind not in KINDS:
-            raise Refused(f"--source {kind}: expected {', '.join(KINDS)}.")
-    usable = [source for source in study.sources if source.provides in (kinds or KINDS) and source.files]
-    lacking = [kind for kind in kinds or () if kind not in {source.provides for source in usable}]
-    if lacking or not usable:
-        what = " or ".join(lacking or KINDS)
-        raise Refused(f"the manifest of study {study.name} names no source of {what} (`sources`, with `files`).")
-    return usable
+    usable = [source for source in study.sources if source.provides in KINDS and source.files]
+    chosen = [source for source in usable if source.provides in (kinds or KINDS)]
+    lacking = [kind for kind in kinds or () if kind not in {source.provides for source in chosen}]
+    if lacking or not chosen:
+        raise Refused(
+            f"the manifest of study {study.name} names no source of {' or '.join(lacking or KINDS)} (`sources`, with "
+            f"`files`); it may name sources of {', '.join(KINDS)}."
+        )
+    return chosen
 
 
 def _items(study: Study, source: Source, names: list[str], root: Path) -> list[Item]:
@@ -145,16 +141,19 @@ def _hub_items(study: Study, source: Source, names: list[str], root: Path) -> li
     repo, endpoint = source.address.removeprefix(HUB).strip("/"), os.environ.get("HF_ENDPOINT") or None
     headers = {**build_hf_headers(library_name="steph"), "accept-encoding": "identity"}  # with the user's token
     api = HfApi(endpoint=endpoint, library_name="steph")
-    with _in_sentences(source):
-        try:
-            revision = _patiently(lambda: api.dataset_info(repo, timeout=60.0)).sha
-            tree = api.list_repo_tree(repo, recursive=True, revision=revision, repo_type="dataset")
-            listed = {file.path: file for file in tree if isinstance(file, RepoFile)}
-        except (ValueError, KeyError, TypeError) as error:
-            raise Unavailable(
-                f"{source.name}: {source.address} gave no list of files that can be read ({error!r}). Is the address "
-                "right, and does a proxy or a login page stand in between?"
-            ) from None
+
+    def listing() -> tuple[str | None, dict[str, RepoFile]]:
+        revision = api.dataset_info(repo, timeout=60.0).sha
+        tree = api.list_repo_tree(repo, recursive=True, revision=revision, repo_type="dataset")
+        return revision, {file.path: file for file in tree if isinstance(file, RepoFile)}
+
+    try:
+        revision, listed = _patiently(source, listing)
+    except (ValueError, KeyError, TypeError) as error:
+        raise Unavailable(
+            f"{source.name}: {source.address} gave no list of files that can be read ({error!r}). Is the address "
+            "right, and does a proxy or a login page stand in between?"
+        ) from None
     items: dict[str, Item] = {}
     for name in names:
         for project in study.entry(name).projects:
@@ -183,36 +182,33 @@ def is_like(path: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(path.lower(), pattern.lower()) for pattern in patterns)
 
 
-def _present(item: Item) -> Fetched | None:
-    """What is there already; None where the file has to be fetched. Raises `Refused` for a file of another content."""
-    if not is_archive(item.path.name):
-        if item.path.exists() and not _matches(item.path, item):
+def _present(item: Item) -> str | None:
+    """What to know of what is there already; None where it has to be fetched. Raises `Refused` for another content."""
+    target = item.target
+    if target == item.path:
+        if target.exists() and not _matches(target, item):
             raise Refused(
-                f"{item.path} is there, but is not what {item.source.name} has now ({item.size} bytes, "
-                f"{item.checksum}). Move it away, and it is fetched; or name only the other sources (--source)."
+                f"{target} is there, but is not what {item.source.name} has now ({item.size} bytes, {item.checksum}). "
+                "Move it away, and it is fetched; or name only the other sources (--source)."
             )
-        return Fetched(item.path, "was there") if item.path.exists() else None
-    folder = folder_of(item.path)
-    record = unpacked(folder)
+        return "was there" if target.exists() else None
+    record = unpacked(target)
     if record is None:
         note = "was there; not unpacked by this command, so nobody knows whether it is whole: `steph data check`"
-        return Fetched(folder, note) if folder.is_dir() else None
+        return note if target.is_dir() else None
     if lost := record["missing"]:
-        print(f"{folder}: {len(lost)} file(s) are gone or have another size: {shortened(lost)}", file=sys.stderr)
+        print(f"{target}: {len(lost)} file(s) are gone or have another size: {shortened(lost)}", file=sys.stderr)
         return None
-    newer = "" if record.get("checksum") == item.checksum else "; the source has another version now"
-    return Fetched(folder, f"was there{newer}")
+    return "was there" + ("" if record.get("checksum") == item.checksum else "; the source has another version now")
 
 
-def _get(item: Item, features: Features) -> Fetched:
+def _get(item: Item, features: Features) -> str:
     """Fetch one file and put it, or what is in it, to its place."""
-    with disk_errors(item.path):
-        item.path.parent.mkdir(parents=True, exist_ok=True)
-    if not is_archive(item.path.name):
+    target = item.target
+    if target == item.path:
         _download(item)
-        item.part.replace(item.path)
-        return Fetched(item.path, f"fetched, {item.size / 1e6:.1f} MB, checksum right")
-    folder = folder_of(item.path)
+        item.part.replace(target)
+        return f"fetched, {item.size / 1e6:.1f} MB, checksum right"
     note, archive = "", item.path
     if not _matches(item.path, item):  # else a person put it there: it stays
         _download(item)
@@ -220,18 +216,19 @@ def _get(item: Item, features: Features) -> Fetched:
         if item.path.is_file():
             note = f"; {item.path}, which lay there, is not whole or not the source's and was not used"
     origin = {"source": item.source.address, "revision": item.revision, "checksum": item.checksum}
-    n_files = unpack(archive, folder, item.path.name, origin)
+    n_files = unpack(archive, target, item.path.name, origin)
     item.part.unlink(missing_ok=True)
-    slides = find_slides([folder])
+    slides = find_slides([target])
     problems = problems_message(check_slides(slides, slides, features))
-    return Fetched(folder, f"{n_files} files{note}" + (f"\n{problems}" if problems else ""))
+    return f"{n_files} files{note}" + (f"\n{problems}" if problems else "")
 
 
 def _download(item: Item) -> None:
     """Make ``item.part`` whole: its size and checksum are the source's. Goes on with what is there of it."""
     for _ in range(2):
-        with _in_sentences(item.source), disk_errors(item.part):
-            _patiently(lambda: _receive(item))
+        with disk_errors(item.path):
+            item.path.parent.mkdir(parents=True, exist_ok=True)
+            _patiently(item.source, lambda: _receive(item))
         if _matches(item.part, item):
             return
         item.part.unlink()
@@ -243,7 +240,7 @@ def _download(item: Item) -> None:
 
 def _receive(item: Item) -> None:
     """Ask for what is still missing of ``item.part``, and again after a drop, as long as something comes."""
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
     from huggingface_hub.file_download import http_get
 
     if _size(item.part) > item.size:
@@ -258,37 +255,31 @@ def _receive(item: Item) -> None:
             "then the same command unpacks it."
         ) from None
     except OSError as error:
-        if isinstance(error, HTTPError) or error.errno is not None:
+        if isinstance(error, HTTPError | OfflineModeIsEnabled) or error.errno is not None:
             raise
         # of the client itself: another size than expected
-        raise EOFError(f"{_size(item.part)} of {item.size} bytes arrived") from None
+        raise EOFError(f"{_size(item.part)} of {item.size} bytes arrived") from error
 
 
-def _patiently(attempt: Callable[[], Any]) -> Any:
-    """The result of `attempt`, which is repeated after faults of the network or the server that may pass."""
-    from huggingface_hub.errors import HTTPError
+def _patiently(source: Source, attempt: Callable[[], Any]) -> Any:
+    """The result of `attempt`, which is repeated after faults of the network or the server that may pass; what remains
+    becomes a sentence."""
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-    for wait in WAITS:
+    for wait in (*WAITS, None):
         try:
             return attempt()
-        except (HTTPError, EOFError) as error:
+        except (HTTPError, OfflineModeIsEnabled, EOFError) as error:
             status = getattr(getattr(error, "response", None), "status_code", 500)
-            if status < 500 and status not in (408, 416, 429):
-                raise
+            passes = status >= 500 or status in (408, 416, 429)
+            if wait is None or not passes or isinstance(error, OfflineModeIsEnabled):
+                raise _in_a_sentence(source, error) from None
             time.sleep(wait)
-    return attempt()
 
 
-@contextmanager
-def _in_sentences(source: Source) -> Iterator[None]:
-    """Faults of the network and the server become sentences."""
+def _in_a_sentence(source: Source, error: Exception) -> Refused:
     from huggingface_hub import errors, get_token
 
-    try:
-        yield
-        return
-    except (errors.HTTPError, errors.OfflineModeIsEnabled, EOFError) as raised:
-        error = raised
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", 0)
     kind: type[Refused] = Unavailable
@@ -298,23 +289,16 @@ def _in_sentences(source: Source) -> Iterator[None]:
             f" is given to people who asked for it, and {reason} ({status}). 1. Open its page, log in, accept the "
             f"terms there and wait until they are confirmed. 2. {LOG_IN} Then run the same command again."
         )
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        fault = f": no such data set, or it is not shown to you ({status}). Is its address right? {LOG_IN}"
-    elif isinstance(error, errors.OfflineModeIsEnabled):
-        fault = ": HF_HUB_OFFLINE is set, so nothing is fetched. Unset it, and run again."
-    elif isinstance(error, EOFError):
-        fault = f": {error}, {len(WAITS) + 1} times. {KEPT}"
+    elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
+        fault = f": not there, or not shown to you ({status}). Is its address right, is a token needed? {LOG_IN}"
     elif response is None:
         reason = "Is there a network, a proxy (HTTPS_PROXY), a mirror (HF_ENDPOINT)?"
-        fault = f" cannot be reached: {error}. {reason} {KEPT}"
+        fault = f" cannot be reached, or breaks off: {error}. {reason} {KEPT}"
     elif status == 404:  # the only one that does not keep other files from being fetched
         fault, kind = f": not there any more (404): {response.url}.", Refused
-    elif status in (401, 403):
-        fault = f" refuses the download ({status}). Is a token needed? {LOG_IN}"
     else:
-        reason = "has a fault of its own" if status >= 500 else "refuses the request"
-        fault = f": the server {reason} ({status}). {KEPT}"
-    raise kind(f"{source.name} ({source.address}){fault}")
+        fault = f": the server {'has a fault of its own' if status >= 500 else 'refuses'} ({status}). {KEPT}"
+    return kind(f"{source.name} ({source.address}){fault}")
 
 
 def _size(path: Path) -> int:

@@ -56,20 +56,15 @@ def atomic_folder(path: Path, replace: Callable[[], bool]) -> Iterator[Path]:
             for file in folder.rglob("*"):
                 if file.is_file():
                     _flush(file)
-            if not path.exists() or replace():
-                _put(folder, path, holder / "replaced", replace)
+            if path.exists() and replace():
+                path.rename(holder / "replaced")
+            try:
+                folder.rename(path)
+            except OSError:
+                if not path.is_dir():
+                    raise  # else what is there stays: it may not go, or another process was faster
         finally:
             shutil.rmtree(holder, ignore_errors=True)
-
-
-def _put(folder: Path, path: Path, replaced: Path, replace: Callable[[], bool]) -> None:
-    try:
-        if path.exists():
-            path.rename(replaced)
-        folder.rename(path)
-    except OSError:
-        if not path.exists() or replace():  # else another process was faster
-            raise
 
 
 @contextmanager

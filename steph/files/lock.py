@@ -31,7 +31,12 @@ def exclusive(path: Path, busy: str = "") -> Iterator[None]:
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _acquire(lock, path, busy)
+            lock.acquire(blocking=False)
+        except Timeout:
+            if busy:
+                raise Refused(busy) from None
+            print(f"waiting: another process makes {path.name} in {path.parent}", file=sys.stderr, flush=True)
+            lock.acquire()
         except OSError as error:
             if error.errno not in WITHOUT_LOCKS:
                 raise
@@ -42,13 +47,3 @@ def exclusive(path: Path, busy: str = "") -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)
         lock.release()
-
-
-def _acquire(lock: FileLock, path: Path, busy: str) -> None:
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        if busy:
-            raise Refused(busy) from None
-        print(f"waiting: another process makes {path.name} in {path.parent}", file=sys.stderr, flush=True)
-        lock.acquire()
