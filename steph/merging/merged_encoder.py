@@ -143,8 +143,8 @@ class _MergeAndEncode(torch.autograd.Function):
         weights = merged.workspace("weights", n, dtype)
         for fixed, matrix in zip(merged.fixed(dtype).matrices, weights.matrices, strict=True):
             torch.mm(rows, fixed, out=matrix)
-        policy = merged.network.save_policy
-        save = to_save(len(batch.features), device, policy) if ctx.needs_input_grad[0] else "nothing"
+        kept = to_save(len(batch.features), device, merged.network.recompute)
+        save = kept if ctx.needs_input_grad[0] else "nothing"
         features, saved = [], []
         for start, stop in groups:
             bags = _padded(batch, order[start:stop])

@@ -59,7 +59,7 @@ class ABMIL(MIL):
         """Bag features (B, dim_emb)."""
         batch = as_batch(bags)
         if not layers_called_one_by_one() and (batch.half or len(batch.features) > FEW):
-            return attend_with_gradient(dict(self.named_parameters()), batch, self._dropout, self.save_policy)
+            return attend_with_gradient(dict(self.named_parameters()), batch, self._dropout, self.recompute)
         embedded = F.relu(self.embed(batch.features))  # (N, dim_emb)
         gated = torch.tanh(self.gate_tanh(embedded)) * torch.sigmoid(self.gate_sigmoid(embedded))
         scale = self._scale(gated)

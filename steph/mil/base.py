@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from steph import Refused
 from steph.data.bags import RaggedBatch, as_batch
-from steph.mil.gated_attention import Save, SavePolicy
+from steph.mil.gated_attention import Save
 
 Bags = Sequence[Tensor] | RaggedBatch
 """What a model is given: a list of bags of patches (N_i, D), or a ragged batch of them."""
@@ -128,7 +128,7 @@ class MIL(BagEncoder):
     needs_coords: its batches must carry the coordinates of patches. order_invariant: the order of patches does not
     matter. pools_by_attention: `attention` tells what it reads. encodes_each: it offers `encode_each` and
     `encode_each_backward`, by which a hypernetwork's bags are encoded together, each under weights of its own.
-    save_policy: what its hand-written parts keep of a batch for the way back (`steph.mil.gated_attention`).
+    recompute: its hand-written parts keep as little as possible for the way back (`steph.mil.gated_attention`).
     made_as: its name in `steph.mil.NETWORKS` and its width; None for a network that was made without the registry.
     """
 
@@ -139,7 +139,7 @@ class MIL(BagEncoder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.save_policy: SavePolicy | None = None
+        self.recompute = False
         self.made_as: dict[str, Any] | None = None
 
     def forward_pass(self, bags: Bags | None, frozen: Tensor | None = None) -> ForwardPass:

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from steph.data.bags import RaggedBatch, as_batch
 from steph.mil.base import MIL, Bags, one_bag
-from steph.mil.gated_attention import add_product, chunks, layers_called_one_by_one
-from steph.mil.products import linear
+from steph.mil.gated_attention import add_product, chunks, layers_called_one_by_one, linear
 
 
 class MeanMIL(MIL):
@@ -73,10 +72,10 @@ class _MeanOfEmbedded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, share = ctx.batch.features, grads[0] / ctx.sizes
-        weight, bias = share.new_empty(share.shape[1], x.shape[1]), torch.zeros_like(share[0])
+        weight, bias = share.new_zeros(share.shape[1], x.shape[1]), torch.zeros_like(share[0])
         share = share.to(x.dtype)
         for rows in chunks(x):
             back = (ctx.inside[:, rows].T @ share).mul_(ctx.above[rows])
-            add_product(weight, back.T, x[rows], overwrite=rows.start == 0)
+            add_product(weight, back.T, x[rows])
             bias += back.sum(0)
         return weight, bias, None

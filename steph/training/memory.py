@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from math import isqrt
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,9 +27,8 @@ from steph import Refused
 from steph.data.bags import PART, RaggedBatch, parts
 from steph.data.patients import PatientData
 from steph.data.resident import held_bytes
-from steph.mil import gated_attention
 from steph.mil.base import MIL, Model
-from steph.mil.gated_attention import SavePolicy
+from steph.mil.gated_attention import CHUNKS, SAVE_UP_TO
 from steph.training.device import Compute
 
 SLACK = 1.7
@@ -40,7 +39,6 @@ EPOCHS = 20
 """Epochs of random updates among which the largest is looked for."""
 PIECES = 32
 """Chunks of a batch that are counted at most: counting thousands would take longer than it is worth."""
-SAVE_NOTHING: SavePolicy = (0, 0)
 
 processes = 1
 """How many processes share this machine's memory; the pool of a study says so in each of its workers."""
@@ -54,17 +52,17 @@ def check(
     trains: updates are made, else predictions alone. Where gated attention would fit if its activations were computed
     again, the model is told to do so: the numbers are the same.
     """
-    device, most = compute.device, compute.max_patches
-    sizes = data.n_patches(patients) if most is None else np.minimum(data.n_patches(patients), most)
-    batch = largest_batch(sizes, together)
+    device = compute.device
+    batch = largest_batch(np.minimum(data.n_patches(patients), compute.max_patches or sys.maxsize), together)
     features, free = sum(batch) * data.dim * compute.dtype.itemsize, available(device)
     if SKIP_RATIO * features < free:
         return
     need = needed(model, batch, data.dim, compute, trains)
     if need <= free:
         return
-    if needed(model, batch, data.dim, compute, trains, SAVE_NOTHING) <= free:
-        _set_save_policy(model, SAVE_NOTHING)
+    if needed(model, batch, data.dim, compute, trains, recompute=True) <= free:
+        for network in _networks(model):
+            network.recompute = True
         twice = "activations are computed twice (slower, the same numbers)."
         print(f"{data.name}: little memory on {device}; {twice}", file=sys.stderr)
         return
@@ -84,54 +82,45 @@ def largest_batch(sizes: np.ndarray, together: int) -> list[int]:
     together = min(together, len(sizes))
     rng, usable = np.random.default_rng(0), len(sizes) // together * together
     drawn = np.concatenate([rng.permutation(sizes)[:usable].reshape(-1, together) for _ in range(EPOCHS)])
-    return drawn[drawn.sum(1).argmax()].tolist() if together > 1 else [int(sizes.max())]
+    return drawn[drawn.sum(1).argmax()].tolist()
 
 
 def needed(
-    model: Model, sizes: Sequence[int], dim: int, compute: Compute, trains: bool, policy: SavePolicy | None = None
+    model: Model, sizes: Sequence[int], dim: int, compute: Compute, trains: bool, recompute: bool = False
 ) -> int:
     """Bytes that a batch of bags of these sizes takes beside a model: features, what is alive of its layers, gradients
     and the optimizer's numbers.
 
     trains: an update with all of them; else, and where frozen features are all that training reads, one pass forward.
-    policy: what gated attention saves of activations (None: as the kind of device says).
+    recompute: gated attention saves no activations. Layers that choose their own precision cannot do so on shapes: they
+    are counted in float32, which takes more. A model that needs numbers counts as the largest network inside it.
     """
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) if trains else 0
-    updates = trained > 0 and model.reads_patches
-    kind, together = torch.device(compute.device).type, list(sizes)
+    updates, kind, together = trained > 0 and model.reads_patches, torch.device(compute.device).type, list(sizes)
     if updates:
         together = max((together[start:stop] for start, stop in parts(sizes, PART[kind])), key=sum)
     # For an accelerator one batch is worked on, one is ready and one on its way (`steph.training.engine.prefetched`).
     features = (1 if compute.on_cpu else 3) * sum(sizes) * dim * compute.dtype.itemsize
-    live = _live_on(kind, model, random_bags(together, dim, dtype=compute.dtype), updates, policy)
+    ways: list[tuple[Sequence[Model], torch.dtype]] = [(_networks(model), torch.float32)]
+    if model.runs_on_shapes:
+        ways = [([model], compute.dtype), ([model], torch.float32), *ways]
+    live, batch = 0, random_bags(together, dim)
+    # Gated attention takes "meta" for another kind of device, and few chunks of many patches for many.
+    CHUNKS["meta"] = max(CHUNKS[kind], sum(together) // PIECES)
+    SAVE_UP_TO["meta"] = (0, 0) if recompute else SAVE_UP_TO[kind]
+    try:
+        for counted, dtype in ways:
+            with suppress(RuntimeError):  # what a model objects to on shapes, it will tell better when it runs
+                shapes = [copy.deepcopy(part).to("meta") for part in counted]
+                live = max((live_bytes(part, batch.to("meta", dtype), updates) for part in shapes), default=0)
+                break
+    finally:
+        del CHUNKS["meta"], SAVE_UP_TO["meta"]
     return int(features + SLACK * live + 2 * trained)
 
 
-def _live_on(kind: str, model: Model, batch: RaggedBatch, backward: bool, policy: SavePolicy | None) -> int:
-    """`live_bytes` as on a kind of device. Layers that choose their own precision cannot do so on shapes: they are
-    counted in float32, which takes more. A model that needs numbers counts as the largest network inside it."""
-    networks: list[Model] = [part for part in model.modules() if isinstance(part, MIL)]
-    whole = [([model], dtype) for dtype in (batch.features.dtype, torch.float32) if model.runs_on_shapes]
-    # Gated attention takes "meta" for another kind of device, and few chunks of many patches for many.
-    gated_attention.CHUNKS["meta"] = max(gated_attention.CHUNKS[kind], len(batch.features) // PIECES)
-    try:
-        for counted, dtype in (*whole, (networks, torch.float32)):
-            with suppress(RuntimeError):
-                peaks = []
-                for part in counted:
-                    shapes = copy.deepcopy(part).to("meta")
-                    _set_save_policy(shapes, policy or gated_attention.SAVE_UP_TO[kind])
-                    peaks.append(live_bytes(shapes, batch.to("meta", dtype), backward))
-                return max(peaks, default=0)
-    finally:
-        del gated_attention.CHUNKS["meta"]
-    return 0  # what a model objects to on shapes, it will tell better when it runs
-
-
-def _set_save_policy(model: nn.Module, policy: SavePolicy) -> None:
-    for part in model.modules():
-        if isinstance(part, MIL):
-            part.save_policy = policy
+def _networks(model: Model) -> list[MIL]:
+    return [part for part in model.modules() if isinstance(part, MIL)]
 
 
 def random_bags(
@@ -143,26 +132,23 @@ def random_bags(
         features = torch.empty(sum(sizes), dim, device=device, dtype=dtype)
     else:
         features = torch.randn(sum(sizes), dim, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    grids = []
-    for n in sizes:
-        place, side = torch.arange(n), isqrt(n - 1) + 1
-        grids.append(torch.stack([place % side, place // side], dim=1).int() * 256)
+    squares = [(torch.arange(n), isqrt(n - 1) + 1) for n in sizes]
+    grids = [torch.stack([place % side, place // side], dim=1).int() * 256 for place, side in squares]
     return RaggedBatch(features, (0, *accumulate(sizes)), torch.cat(grids))
 
 
 class _Live(TorchDispatchMode):
     """Follows how many bytes of tensors are alive inside the block, those `known` before left out."""
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
-                storage = tensor.untyped_storage()
+        for storage in [leaf.untyped_storage() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]:
+            if storage._cdata not in self._known:
                 self._known.add(storage._cdata)
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
@@ -197,7 +183,8 @@ def available(device: str) -> int:
     if kind.type == "cuda":
         unused = torch.cuda.memory_reserved(kind) - torch.cuda.memory_allocated(kind)
         return torch.cuda.mem_get_info(kind)[0] + unused + held_bytes(kind)
-    return min(psutil.virtual_memory().available, *_left_by_groups(control_groups("memory"))) // processes
+    left = [n for folder in control_groups("memory") for n in left_by_group(folder)]
+    return min(psutil.virtual_memory().available, *left) // processes
 
 
 def control_groups(
@@ -205,7 +192,7 @@ def control_groups(
 ) -> Iterator[Path]:
     """The folders of the control groups that limit this process (Linux, versions 1 and 2): its group's, and those that
     this one is in. None in a container where the process' group lies outside of what is seen."""
-    for line in _lines(membership):
+    for line in membership.read_text(encoding="utf-8").splitlines() if membership.is_file() else []:
         _, controllers, group = line.split(":", 2)
         if controllers in ("", controller):
             base = root / controllers
@@ -213,22 +200,14 @@ def control_groups(
             yield from (path for path in (folder, *folder.parents) if path.is_relative_to(base))
 
 
-def _left_by_groups(folders: Iterable[Path]) -> Iterator[int]:
-    """Bytes of memory that the limits of control groups leave."""
-    for folder in folders:
-        for limit, used, cache in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ):
-            ceiling, usage = _lines(folder / limit), _lines(folder / used)
-            if ceiling and usage and ceiling[0].isdigit():
-                # Pages of files that were read, such as a store's, are given back when memory is asked for.
-                pages = dict(line.split() for line in _lines(folder / "memory.stat"))
-                yield max(0, int(ceiling[0]) - int(usage[0]) + int(pages.get(cache, 0)))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
+def left_by_group(folder: Path) -> Iterator[int]:
+    """Bytes of memory that the limit of a control group leaves, where it has one."""
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with suppress(OSError, ValueError):  # no such file, or no number but "max"
+            ceiling, usage = (int((folder / name).read_text(encoding="utf-8")) for name in (limit, used))
+            pages = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+            # Pages of files that were read, such as a store's, are given back when memory is asked for.
+            yield max(0, ceiling - usage + int(pages.get(cache, 0)))

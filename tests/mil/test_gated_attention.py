@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from steph.data import RaggedBatch
 from steph.mil import ABMIL
 from steph.mil import gated_attention as module
-from steph.mil.gated_attention import NAMES, attend, attend_with_gradient, dropout_mask, to_save
+from steph.mil.gated_attention import ENOUGH, NAMES, attend, attend_with_gradient, dropout_mask, linear, to_save
 
 SIZES = (5, 1, 300, 17, 40)
 
@@ -73,7 +73,7 @@ def test_half_precision_is_near(problem):
 def test_nothing_is_saved_where_there_is_no_way_back(problem):
     parameters, batch, _ = problem
     saved = attend(parameters, batch, 0.0)[1]
-    assert saved.embedded is None and saved.gates is None
+    assert not saved.embedded and not saved.gates
     with torch.no_grad():
         assert not attend_with_gradient(parameters, batch, 0.0).requires_grad
 
@@ -83,6 +83,7 @@ def test_the_larger_a_batch_the_less_is_saved():
     assert [to_save(n, cpu) for n in (1, 65_536, 65_537, 262_144, 262_145)] == [
         "everything", "everything", "embedding", "embedding", "scores"
     ]  # fmt: skip
+    assert to_save(1, cpu, recompute=True) == "scores"
 
 
 @pytest.mark.parametrize("keep", [0.5625, 0.1, 0.9])
@@ -94,3 +95,24 @@ def test_masks_leave_as_many_as_they_should(keep):
     lanes = found.view(-1, 4).float()
     correlation = torch.corrcoef(lanes.T)
     assert (correlation - torch.eye(4)).abs().max() < 0.01
+
+
+PLAIN = {"relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+
+
+@pytest.mark.parametrize("activation", PLAIN)
+@pytest.mark.parametrize("n", [1, ENOUGH - 1, ENOUGH, 3 * ENOUGH + 5])
+@pytest.mark.parametrize(
+    ("dtype", "fused", "tolerance"),
+    [(torch.float32, True, 2e-5), (torch.float32, False, 2e-5), (torch.float64, 1, 1e-12), (torch.bfloat16, 1, 0.1)],
+)
+def test_a_layer_is_the_same_whichever_library_computes_it(activation, n, dtype, fused, tolerance, monkeypatch):
+    """To the last bit when it is computed again, and where patches do not lie in one piece."""
+    monkeypatch.setattr(module, "_FUSED", fused and module._FUSED)
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((n, 48), (40, 48), (40,)))
+    found = linear(x, weight, bias, activation)
+    assert found.dtype == dtype and torch.equal(found, linear(x, weight, bias, activation))
+    expected = PLAIN[activation](torch.addmm(bias.double(), x.double(), weight.double().T))
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    strided = linear(torch.cat([x, x], dim=1)[:, :48], weight, bias, activation)
+    torch.testing.assert_close(strided, found, rtol=tolerance, atol=tolerance)

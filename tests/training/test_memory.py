@@ -126,11 +126,11 @@ def test_with_little_memory_activations_are_computed_again_and_numbers_stay(free
         return ABMIL(**WIDE).train()
 
     model, sizes = same_model(), [30_000] * 4
-    saved, again = (memory.needed(model, sizes[:2], *UPDATE, policy) for policy in (None, memory.SAVE_NOTHING))
+    saved, again = (memory.needed(model, sizes[:2], *UPDATE, recompute) for recompute in (False, True))
     assert saved > 1.5 * again
     free((saved + again) / 2)
     check(model, sizes)
-    assert model.save_policy == (0, 0) and "computed twice" in capsys.readouterr().err
+    assert model.recompute and "computed twice" in capsys.readouterr().err
     assert torch.equal(gradient(model), gradient(same_model()))
 
 
@@ -188,5 +188,6 @@ def test_limits_of_control_groups_count(tmp_path, version, group, expected):
             (folder / "memory.stat").write_text(f"anon 5\n{cache} {2 * GB if name == 'job' else 0}\n")
     if group == "/job/step":
         (root / "job/step/memory.max").write_text("max\n")  # no limit of its own: the job's counts
-    left = list(memory._left_by_groups(memory.control_groups("memory", root, membership)))
+    groups = memory.control_groups("memory", root, membership)
+    left = [n for folder in groups for n in memory.left_by_group(folder)]
     assert min(left, default=None) == expected
