@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.analysis.cost.operations import learnable_parameters
+from steph.analysis.cost.operations import built, trained_numbers
 from steph.analysis.performance.estimates import MIN_DIFFERENCE, interval
 from steph.analysis.performance.statistics import Comparison, compare
 from steph.methods.registry import METHODS, title
@@ -221,7 +221,7 @@ def _paper_cohort() -> str:
 
 def _parameters(_: Evidence) -> Finding:
     printed = paper_table("table_s4").set_index("method")["learnable_params_m"]
-    counts = learnable_parameters()
+    counts = {name: trained_numbers(built(name)) for name in printed.index}
     same = sum(round(n / 1e6, 2) == printed[name] for name, n in counts.items())
     ours = f"ABMIL {counts['vanilla'] / 1e6:.2f} M, STEPH {counts['steph'] / 1e6:.2f} M"
     because = "counted on our models at the paper's dimensions; no patients are involved"

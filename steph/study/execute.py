@@ -189,32 +189,27 @@ def _work(run: Run, key: str, device: str) -> None:
 def _execute(bench: Workbench, run: Run, device: str) -> None:
     """Carry out a run, unless it is finished: build, train, predict, measure, record. What another process carries out
     is waited for."""
-    with exclusive(bench.folder(run)):
+    with exclusive(bench.folder(run)), single_thread():
         if bench.record(run) is None:
             _build_train_record(bench, run, device)
 
 
 def _build_train_record(bench: Workbench, run: Run, device: str) -> None:
-    started, study, data, compute = (
-        time.perf_counter(),
-        bench.study,
-        bench.dataset(run.dataset),
-        bench.compute(run, device),
-    )
-    with single_thread():
-        model, history = bench.untrained(run, device), pd.DataFrame()
-        trains = any(p.requires_grad for p in model.parameters())
-        if trains:
-            history = fit(model, *bench.training_set(run), study.recipe, study.network, run.seed, compute)
-        patients = data.splits.test(run.fold)
-        hazards = predict_hazards(model, data, patients, compute)
-        tables = {"history.csv": history, "predictions.csv": prediction_table(data, patients, hazards)}
-        metrics = _metrics(tables["predictions.csv"], hazards, study)
-        if data.external is not None:
-            everyone = list(data.external.cohort.patients["patient_id"])
-            external = predict(model, data.external, everyone, compute, together=study.recipe.bags_per_step)
-            tables["predictions_external.csv"] = external
-            metrics["external_c_index"] = c_index(external)["c_index"]
+    started, study = time.perf_counter(), bench.study
+    data, compute = bench.dataset(run.dataset), bench.compute(run, device)
+    model, history = bench.untrained(run, device), pd.DataFrame()
+    trains = any(p.requires_grad for p in model.parameters())
+    if trains:
+        history = fit(model, *bench.training_set(run), study.recipe, study.network, run.seed, compute)
+    patients = data.splits.test(run.fold)
+    hazards = predict_hazards(model, data, patients, compute)
+    tables = {"history.csv": history, "predictions.csv": prediction_table(data, patients, hazards)}
+    metrics = _metrics(tables["predictions.csv"], hazards, study)
+    if data.external is not None:
+        everyone = list(data.external.cohort.patients["patient_id"])
+        external = predict(model, data.external, everyone, compute, together=study.recipe.bags_per_step)
+        tables["predictions_external.csv"] = external
+        metrics["external_c_index"] = c_index(external)["c_index"]
     origin = bench.null_state(run.entry.network).origin
     state = state_of(model, origin, trainable_only=trains)
     writers = {"model.safetensors": lambda path: save_state(state, path)}

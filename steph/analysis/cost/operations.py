@@ -60,20 +60,7 @@ def paper_study() -> Study:
 def built(name: str, study: Study | None = None, device: str = "meta") -> Model:
     """The model that a method trains, in training mode, at a study's dimensions (None: the paper's) on random models
     of all cancers, always the same. Costs depend on shapes alone; on the device "meta" there is nothing else."""
-    with torch.random.fork_rng(), torch.device(device):
-        torch.manual_seed(0)
-        return _built(name, study or paper_study(), device)
-
-
-def deployed(name: str, study: Study | None = None, device: str = "meta") -> Model:
-    """The model that predicts, in evaluation mode, like `built`. Where all patients get the same weights, models are
-    merged once and for all: what predicts is one plain network."""
-    with torch.random.fork_rng(), torch.device(device):
-        return built(name, study, device).deployed().eval()
-
-
-def _built(name: str, study: Study, device: str) -> Model:
-    entry = method(name)
+    entry, study = method(name), study or paper_study()
     target, *sources = study.datasets
     if refusal := entry.refusal(study, target):
         raise Refused(refusal)
@@ -81,33 +68,36 @@ def _built(name: str, study: Study, device: str) -> Model:
     def random_state() -> ModelState:
         return _trained(new_network(entry.network, study.features.dim, study.network))
 
-    null_state, alike = random_state(), random_state()
     weights = {"w": dict.fromkeys(sources, 0.1), "lambda": dict.fromkeys(sources, 0.5)}
-    inputs = Inputs(
-        data=cast(Dataset, SimpleNamespace(name=target, cohort=())),  # what builders ask of it
-        patients=[],
-        network_name=entry.network,
-        dim=study.features.dim,
-        dimensions=study.network,
-        recipe=study.recipe,
-        settings=Settings(entry.settings_of(study, 0)),
-        null_state=null_state,
-        target_state=alike,
-        source_states=dict.fromkeys(sources, alike),
-        stage_state=_trained(_built(entry.after, study, device)) if entry.after else None,
-        facts={"source": next(iter(sources), ""), "gamma": 0.0, **weights},  # what patients' data would tell
-        compute=Compute(device),
-    )
-    return entry.build(inputs, **entry.options)
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        null_state, alike = random_state(), random_state()
+        inputs = Inputs(
+            data=cast(Dataset, SimpleNamespace(name=target, cohort=())),  # what builders ask of it
+            patients=[],
+            network_name=entry.network,
+            dim=study.features.dim,
+            dimensions=study.network,
+            recipe=study.recipe,
+            settings=Settings(entry.settings_of(study, 0)),
+            null_state=null_state,
+            target_state=alike,
+            source_states=dict.fromkeys(sources, alike),
+            stage_state=_trained(built(entry.after, study, device)) if entry.after else None,
+            facts={"source": next(iter(sources), ""), "gamma": 0.0, **weights},  # what patients' data would tell
+            compute=Compute(device),
+        )
+        return entry.build(inputs, **entry.options)
+
+
+def deployed(name: str, study: Study | None = None, device: str = "meta") -> Model:
+    """The model that predicts, in evaluation mode, like `built`. Where all patients get the same weights, models are
+    merged once and for all: what predicts is one plain network."""
+    return built(name, study, device).deployed().eval()
 
 
 def _trained(model: nn.Module) -> ModelState:
     return ModelState({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
-
-
-def learnable_parameters(study: Study | None = None) -> dict[str, int]:
-    """Trained numbers of each method of Table S4, counted on the models: at the paper's dimensions, or at a study's."""
-    return {name: trained_numbers(built(name, study)) for name in table_methods("table_s4")}
 
 
 def trained_numbers(model: nn.Module) -> int:
@@ -288,12 +278,12 @@ def training_operations(names: Sequence[str], study: Study | None = None, n: int
     return operations
 
 
-def parameter_table(study: Study) -> pd.DataFrame:
-    """Format Table S4's parameters for display: counted at the paper's dimensions, printed, counted at the study's."""
-    counted, here = pd.Series(learnable_parameters()), pd.Series(learnable_parameters(study))
-    printed = paper_table("table_s4").set_index("method")["learnable_params_m"].reindex(counted.index)
-    columns = {"counted (M)": counted / 1e6, "Table S4 (M)": printed, "in this study": here}
-    return pd.DataFrame({"method": counted.index.map(title), **columns}).reset_index(drop=True)
+def parameter_table(counted: pd.DataFrame, here: pd.DataFrame) -> pd.DataFrame:
+    """Format Table S4's parameters for display. counted, here: `of_methods` at the paper's dimensions, at a study's."""
+    printed = paper_table("table_s4").set_index("method")["learnable_params_m"]
+    ours, own = (table.set_index("method")["trained"].reindex(printed.index) for table in (counted, here))
+    columns = {"counted (M)": ours / 1e6, "Table S4 (M)": printed, "in this study": own}
+    return pd.DataFrame({"method": printed.index.map(title), **columns}).reset_index(drop=True)
 
 
 def printed_gflops() -> dict[str, float]:

@@ -108,12 +108,12 @@ def prerequisites(bench: Workbench, runs: Iterable[Run]) -> list[Run]:
 
 def epoch_times(bench: Workbench, runs: Sequence[Run], device: str = "cpu") -> pd.DataFrame:
     """Seconds of whole epochs of training, measured in one process, a row per method and round: method, round, seconds,
-    once, device.
+    device.
 
     All methods train an epoch in each round, one after the other, in an order that moves on from round to round, so
     that whatever slows the machine slows all of them. Each starts from its untrained model; a first round is not
-    counted. once: seconds of what a training does but once, such as features of frozen models. A method that trains
-    nothing takes none. Measured once and cached. Raises `Refused` where a model that is built on is not finished.
+    counted, nor what a training does but once, such as features of frozen models. A method that trains nothing takes
+    none. Measured once and cached. Raises `Refused` where a model that is built on is not finished.
     """
     study = bench.study
     recipe = study.recipe.model_copy(update={"epochs": 1})
@@ -123,15 +123,13 @@ def epoch_times(bench: Workbench, runs: Sequence[Run], device: str = "cpu") -> p
         trained = [run for run in runs if trained_numbers(models[run])]
 
         def epoch(run: Run) -> Row:
-            started = time.perf_counter()
-            data, patients = bench.training_set(run)
-            history = fit(models[run], data, patients, recipe, study.network, run.seed, bench.compute(run, device))
-            seconds = float(history["seconds"].iloc[0])
-            return {"method": run.method, "seconds": seconds, "once": time.perf_counter() - started - seconds}
+            how = run.seed, bench.compute(run, device)
+            history = fit(models[run], *bench.training_set(run), recipe, study.network, *how)
+            return {"method": run.method, "seconds": float(history["seconds"].iloc[0])}
 
         rows = _in_rounds(bench, trained, epoch, warm_up=epoch)
         idle, rounds = [run.method for run in runs if run not in trained], {row["round"] for row in rows}
-        return rows + [{"method": name, "round": i, "seconds": 0.0, "once": 0.0} for name in idle for i in rounds]
+        return rows + [{"method": name, "round": i, "seconds": 0.0} for name in idle for i in rounds]
 
     return _cached(bench, "epoch_times", device, {"runs": [bench.key(run) for run in runs]}, measure)
 

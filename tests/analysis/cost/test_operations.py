@@ -8,7 +8,6 @@ import torch
 from steph import Refused
 from steph.analysis.cost import operations
 from steph.data.manifest import load_study
-from steph.study.paper import paper_table
 from steph.study.runs import Run
 from steph.training.memory import live_bytes, random_bags
 
@@ -17,19 +16,14 @@ D, H, A, T, M = 1536, 512, 384, 32, 12
 ENCODER = D * H + H + 2 * (H * A + A) + A + 1
 
 
-def test_parameters_are_table_s4s():
-    printed = paper_table("table_s4").set_index("method")["learnable_params_m"].to_dict()
-    counted = operations.learnable_parameters()
-    assert {name: round(n / 1e6, 2) for name, n in counted.items()} == printed
-    assert counted["steph"] == 1_340_984 and counted["vanilla"] == 1_197_729
-
-
-def test_parameters_of_a_study_are_those_that_its_runs_train(tiny):
-    counted = operations.learnable_parameters(tiny.study)
-    for name in ("vanilla", "steph"):
-        assert tiny.record(Run("SARC", name, 0, tiny.study.seed)).info["trained_parameters"] == counted[name]
-    table = operations.parameter_table(load_study("tcga")).set_index("method")
-    assert (table["counted (M)"] * 1e6 == table["in this study"]).all()
+def test_parameters_are_table_s4s(tiny):
+    shown = operations.parameter_table(operations.counted(tiny), operations.counted(tiny, paper=False))
+    assert len(shown) == 6 and (shown["counted (M)"].round(2) == shown["Table S4 (M)"]).all()
+    by_title = shown.set_index("method")
+    assert (by_title.loc[["STEPH", "Vanilla"], "counted (M)"] * 1e6).tolist() == [1_340_984, 1_197_729]
+    for name, called in (("vanilla", "Vanilla"), ("steph", "STEPH")):  # those that the study's runs train
+        info = tiny.record(Run("SARC", name, 0, tiny.study.seed)).info
+        assert info["trained_parameters"] == by_title.loc[called, "in this study"]
 
 
 def by_hand(n: int, m: int = M) -> dict[str, int]:

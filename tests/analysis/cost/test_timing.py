@@ -21,9 +21,6 @@ def test_epochs_are_timed_in_rounds_and_kept(tiny):
     assert all(of == list(range(len(of))) and timing.LEAST <= len(of) <= timing.MOST for of in rounds)
     idle = times["method"] == "model_average"
     assert (times.loc[~idle, "seconds"] > 0).all() and (times.loc[idle, "seconds"] == 0).all()
-    # Surgery's frozen features are computed before its epoch, not in it.
-    once = times.groupby("method")["once"].min()
-    assert once["surgery_am"] > times.loc[times["method"] == "surgery_am", "seconds"].min()
     assert timing.epoch_times(tiny, runs).equals(times)
     assert timing.prerequisites(tiny, runs)[0] == Run("SARC", "vanilla", 0, tiny.study.seed)
     with pytest.raises(Refused, match="is not finished"):
@@ -35,8 +32,8 @@ def test_epochs_are_timed_in_rounds_and_kept(tiny):
 def timed() -> pd.DataFrame:
     """Two rounds: in the second the machine is twice as slow."""
     seconds = {"adamerging": 1, "surgery_am": 0.2, "steph": 1.5, "steph_m6": 1.4, "steph_m12": 1.6, "model_average": 0}
-    rows = [(m, i, s * (i + 1), 0.0, "x") for i in range(2) for m, s in seconds.items()]
-    return pd.DataFrame(rows, columns=["method", "round", "seconds", "once", "device"])
+    rows = [(m, i, s * (i + 1), "x") for i in range(2) for m, s in seconds.items()]
+    return pd.DataFrame(rows, columns=["method", "round", "seconds", "device"])
 
 
 def test_ratios_are_taken_round_by_round_and_surgery_has_two_stages():
