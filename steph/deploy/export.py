@@ -151,7 +151,7 @@ def _scores(bench: Workbench, run: Run) -> list[Score]:
     finished = [other for other in runs_of_method if bench.record(other) is not None]
     scores = []
     for runs in [[run], finished] if len(finished) > 1 else [[run]]:
-        table = out_of_fold(bench, runs, some_folds=True)
+        table = out_of_fold(bench, runs)
         numbers = intervals(resampled(table)).iloc[0][["value", "low", "high"]]
         value, low, high = (None if np.isnan(number) else float(number) for number in numbers)
         folds, events = [of_fold.fold for of_fold in runs], int(table["event"].sum())

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.analysis.performance.estimates import p_text, with_interval
-from steph.analysis.performance.predictions import curves, once, one_seed
+from steph.analysis.performance.estimates import estimates_text, p_text
+from steph.analysis.performance.predictions import MODEL, curves, once, rows_by
 from steph.analysis.performance.time_dependent import end_of_year
 from steph.methods.registry import title
 
@@ -54,24 +54,21 @@ def by_quantile(predictions: pd.DataFrame, years: dict[str, int], width_days: fl
     first: dataset, method, year, group, n, events (by then), predicted (mean), observed, low, high (Kaplan-Meier,
     95 %), problem. Patients with the same prediction are in one group.
     """
-    one_seed(predictions)
-    rows = []
-    for (dataset, method), own in once(predictions).groupby(["dataset", "method"], sort=False):
-        year = years[str(dataset)]
-        day, predicted = float(end_of_year(year, width_days)), curves(own)[:, year - 1]
-        rank = pd.Series(predicted).rank(method="max", pct=True).to_numpy()
-        of = np.ceil(rank * GROUPS - 1e-9).astype(int)
-        time, event = own["time_days"].to_numpy(float), own["event"].to_numpy(bool)
-        for group in np.unique(of):
-            at = of == group
-            row = {"dataset": dataset, "method": method, "year": year, "group": int(group), "n": int(at.sum())}
-            row |= {"events": int((event & (time <= day))[at].sum()), "predicted": float(predicted[at].mean())}
-            try:
-                value, low, high = observed_survival(time[at], event[at], day)
-                rows.append({**row, "observed": value, "low": low, "high": high, "problem": ""})
-            except Refused as reason:
-                rows.append({**row, "observed": np.nan, "low": np.nan, "high": np.nan, "problem": str(reason)})
-    return pd.DataFrame(rows)
+    table = once(predictions)
+    year = table["dataset"].map(years).to_numpy(int)
+    table = table.assign(year=year, predicted=curves(table)[np.arange(len(table)), year - 1])
+    of_model = table.groupby(MODEL, sort=False)
+    group = np.ceil(of_model["predicted"].rank(method="max", pct=True) * GROUPS - 1e-9).astype(int)
+    table = table.assign(group=group).iloc[np.lexsort((group, of_model.ngroup()))]
+
+    def measure(part: pd.DataFrame, row: dict[str, Any]) -> None:
+        day = float(end_of_year(row["year"], width_days))
+        events = int((part["event"] & (part["time_days"] <= day)).sum())
+        row |= {"n": len(part), "events": events, "predicted": part["predicted"].mean()}
+        row["observed"], row["low"], row["high"] = observed_survival(part["time_days"], part["event"], day)
+
+    columns = ["n", "events", "predicted", "observed", "low", "high"]
+    return rows_by(table, [*MODEL, "year", "group"], columns, measure)
 
 
 def d_calibration(survival: Any, event: Any) -> tuple[np.ndarray, float]:
@@ -93,53 +90,31 @@ def d_calibration(survival: Any, event: Any) -> tuple[np.ndarray, float]:
     return counts, float(chisquare(counts, np.full(BINS, counts.sum() / BINS)).pvalue)
 
 
-def expected_events(survival: Any) -> float:
-    """Events that a model expects among patients with predicted survival (N,) at the end of their follow-up: the sum of
-    cumulative hazards, -log S. Raises `Refused` where a survival is 0: more than any number of events."""
-    survival = np.asarray(survival, float)
-    if (survival <= 0).any():
-        raise Refused(f"{int((survival <= 0).sum())} of {len(survival)} patients outlived a predicted survival of 0.")
-    return float(-np.log(survival).sum())
+def summary(predictions: pd.DataFrame, width_days: float = 365) -> pd.DataFrame:
+    """A row per data set and method: dataset, method, n, observed, expected (events: the sum of the cumulative hazards,
+    -log S, at the end of each patient's follow-up), ratio (observed / expected) with low, high (95 %, observed as a
+    Poisson count), d_calibration (p), problem. A ratio below 1: too many deaths are predicted. A small p: the
+    predictions are not calibrated. Who outlives a survival of 0 makes the expected events infinite: a problem.
+    """
+    from scipy.stats import chi2
+
+    def measure(part: pd.DataFrame, row: dict[str, Any]) -> None:
+        survival, observed = survival_at(curves(part), part["time_days"], width_days), int(part["event"].sum())
+        row |= {"n": len(part), "observed": observed, "d_calibration": d_calibration(survival, part["event"])[1]}
+        if outlived := int((survival <= 0).sum()):
+            raise Refused(f"{outlived} of {len(part)} patients outlived a predicted survival of 0.")
+        expected = float(-np.log(survival).sum())
+        low = chi2.ppf(0.025, 2 * observed) / 2 if observed else 0.0
+        high = chi2.ppf(0.975, 2 * observed + 2) / 2
+        row |= {"expected": expected, "ratio": observed / expected, "low": low / expected, "high": high / expected}
+
+    columns = ["n", "observed", "expected", "ratio", "low", "high", "d_calibration"]
+    return rows_by(once(predictions), MODEL, columns, measure)
 
 
 def summary_wide(table: pd.DataFrame) -> pd.DataFrame:
     """Format `summary` for display."""
-
-    ratios = [with_interval(r.ratio, r.low, r.high, form=".2f", problem=r.problem) for r in table.itertuples()]
-    return pd.DataFrame(
-        {
-            "data set": table["dataset"],
-            "method": table["method"].map(title),
-            "observed": table["observed"],
-            "expected": table["expected"].map("{:.1f}".format).where(table["expected"].notna(), ""),
-            "observed / expected": ratios,
-            "D-calibration p": table["d_calibration"].map(p_text),
-        }
-    )
-
-
-def summary(predictions: pd.DataFrame, width_days: float = 365) -> pd.DataFrame:
-    """A row per data set and method: dataset, method, n, observed, expected (events), ratio (observed / expected) with
-    low, high (95 %, observed as a Poisson count), d_calibration (p), problem. A ratio below 1: too many deaths are
-    predicted. A small p: the predictions are not calibrated.
-    """
-    from scipy.stats import chi2
-
-    one_seed(predictions)
-    rows = []
-    for (dataset, method), own in once(predictions).groupby(["dataset", "method"], sort=False):
-        survival = survival_at(curves(own), own["time_days"], width_days)
-        seen = int(own["event"].sum())
-        row: dict[str, Any] = {"dataset": dataset, "method": method, "n": len(own), "observed": seen}
-        row["d_calibration"] = d_calibration(survival, own["event"])[1]
-        try:
-            expected = expected_events(survival)
-        except Refused as reason:
-            rows.append({**row, "problem": str(reason)})
-            continue
-        low = chi2.ppf(0.025, 2 * seen) / 2 if seen else 0.0
-        high = chi2.ppf(0.975, 2 * seen + 2) / 2
-        row |= {"expected": expected, "ratio": seen / expected, "low": low / expected, "high": high / expected}
-        rows.append({**row, "problem": ""})
-    columns = ["dataset", "method", "n", "observed", "expected", "ratio", "low", "high", "d_calibration", "problem"]
-    return pd.DataFrame(rows).reindex(columns=columns)
+    shown = {"data set": table["dataset"], "method": table["method"].map(title), "observed": table["observed"]}
+    shown["expected"] = table["expected"].map("{:.1f}".format).where(table["expected"].notna(), "")
+    shown["observed / expected"] = estimates_text(table, "ratio", ".2f")
+    return pd.DataFrame({**shown, "D-calibration p": table["d_calibration"].map(p_text)})

@@ -87,11 +87,9 @@ def oracle_table(datasets: Iterable[Dataset], folds: Sequence[int]) -> pd.DataFr
         if data.oracle is None:
             continue
         outside = data.external
-        of_all = (
-            None if outside is None or outside.oracle is None else _oracle_c_index(outside, list(outside.oracle.index))
-        )
+        external = None if outside is None else _oracle_c_index(outside, list(outside.cohort.patients["patient_id"]))
         for fold in folds:
-            rows.append((data.name, "oracle", fold, _oracle_c_index(data, data.splits.test(fold)), of_all))
+            rows.append((data.name, "oracle", fold, _oracle_c_index(data, data.splits.test(fold)), external))
     return pd.DataFrame(rows, columns=["dataset", "method", "fold", "c_index", "external_c_index"])
 
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from steph import Refused
-from steph.analysis.performance.estimates import with_interval
-from steph.analysis.performance.predictions import one_seed
+from steph.analysis.performance.estimates import estimates_text
+from steph.analysis.performance.predictions import MODEL
 from steph.study.paper import AVERAGE
 from steph.study.tables import wide_table
 from steph.survival import comparable_pairs, concordant_pairs
@@ -49,11 +48,9 @@ def pairs_of(predictions: pd.DataFrame) -> Pairs:
     patients, place = np.unique(predictions["patient_id"].to_numpy(str), return_inverse=True)
     n = len(patients)
     comparable, concordant, stratum = np.zeros((n, n)), np.zeros((n, n)), np.full(n, -1)
-    rows = predictions.assign(place=place)
-    for fold, own in rows.groupby("fold", sort=True):
-        time, event, risk = (own[c].to_numpy(t) for c, t in (("time_days", float), ("event", bool), ("risk", float)))
-        here = own["place"].to_numpy(int)
-        pairs, at = comparable_pairs(time, event), np.ix_(here[event], here)
+    for fold, part in predictions.assign(place=place).groupby("fold"):
+        event, risk, here = part["event"].to_numpy(bool), part["risk"].to_numpy(float), part["place"].to_numpy()
+        pairs, at = comparable_pairs(part["time_days"].to_numpy(float), event), np.ix_(here[event], here)
         comparable[at] += pairs
         concordant[at] += pairs * concordant_pairs(risk[event], risk)
         stratum[here[stratum[here] < 0]] = int(str(fold))
@@ -75,66 +72,33 @@ def resampled(predictions: pd.DataFrame, n: int = 500, seed: int = 0) -> pd.Data
     """C-indices of each data set and method (the index) for the patients seen (column "seen") and in n resamples of
     them (columns 0..n-1), the same resamples for all methods; then `AVERAGE`, over data sets, where there are several.
 
-    predictions: as `steph.analysis.performance.predictions.out_of_fold` gives them, of one seed. Raises `Refused` where
-    methods do not stand on the same patients and folds of a data set.
+    predictions: as `steph.analysis.performance.predictions.out_of_fold` gives them, methods on the same folds.
     """
-    one_seed(predictions)
     rows = {}
-    for dataset, of_dataset in predictions.groupby("dataset", sort=False):
-        weights, cells = np.empty(0), None
-        for method, own in of_dataset.groupby("method", sort=False):
-            key = set(zip(own["fold"], own["patient_id"], strict=True))
-            if cells is not None and key != cells:
-                raise Refused(
-                    f"{dataset}: {method} was not run on the folds of the others; choose those that all have."
-                )
-            cells, found = key, pairs_of(own)
-            if not weights.size:
-                everyone = np.ones((1, len(found.stratum)))
-                weights = np.concatenate([everyone, draws(found.stratum, n, seed, str(dataset))])
-            rows[str(dataset), str(method)] = found.c_index(weights)
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["seen", *range(n)])
-    table.index = pd.MultiIndex.from_tuples(table.index, names=["dataset", "method"])
-    n_datasets = len(table.index.unique("dataset"))
-    if n_datasets > 1:
-        for method, own in table.groupby("method", sort=False):
-            if len(own) == n_datasets:
-                table.loc[(AVERAGE, str(method)), :] = own.to_numpy(float).mean(axis=0)
+    for (dataset, method), part in predictions.groupby(MODEL, sort=False):
+        pairs = pairs_of(part)
+        weights = np.vstack([np.ones(len(pairs.stratum)), draws(pairs.stratum, n, seed, str(dataset))])
+        rows[str(dataset), str(method)] = pairs.c_index(weights)
+    table = pd.DataFrame(rows, index=["seen", *range(n)]).T.rename_axis(MODEL)
+    if table.index.unique("dataset").size > 1:
+        for method, part in table.groupby("method", sort=False):
+            table.loc[(AVERAGE, str(method)), :] = part.to_numpy().mean(axis=0)
     return table
 
 
-def differences(samples: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
-    """Of `resampled`: the first method's C-index less the second's, by data set."""
-    of = [samples.xs(method, level="method") for method in (first, second)]
-    return pd.DataFrame(of[0] - of[1]).loc[of[0].index]
-
-
 def gains(samples: pd.DataFrame, first: str, others: Sequence[str]) -> pd.DataFrame:
-    """Of `resampled`: a method against each of others: dataset, against, gain, low, high, problem."""
-    tables = [intervals(differences(samples, first, m)).rename_axis("dataset").assign(against=m) for m in others]
-    table = pd.concat([t.reset_index() for t in tables], ignore_index=True)
-    return table.rename(columns={"value": "gain"})[["dataset", "against", "gain", "low", "high", "problem"]]
-
-
-def intervals_wide(table: pd.DataFrame) -> pd.DataFrame:
-    """Format `intervals` of C-indices for display: data sets in rows, methods in columns."""
-    return _wide(table.reset_index(), "method", "value", ".3f")
-
-
-def gains_wide(table: pd.DataFrame) -> pd.DataFrame:
-    """Format `gains` for display: data sets in rows, the other methods in columns."""
-    return _wide(table, "against", "gain", "+.3f")
-
-
-def _wide(table: pd.DataFrame, by: str, value: str, form: str) -> pd.DataFrame:
-    numbers = zip(*(table[c] for c in (value, "low", "high", "problem")), strict=True)
-    text = [with_interval(*row, form=form, problem=problem) for *row, problem in numbers]
-    return wide_table(table.assign(text=text), "text", by)
+    """Of `resampled`: a method's C-index less each of others': dataset, against, gain, low, high, problem."""
+    own, tables = pd.DataFrame(samples.xs(first, level="method")), []
+    for other in others:
+        difference = own.sub(samples.xs(other, level="method")).loc[own.index]
+        tables.append(intervals(difference).assign(against=other))
+    table = pd.concat(tables).rename(columns={"value": "gain"}).reset_index()
+    return table[["dataset", "against", "gain", "low", "high", "problem"]]
 
 
 def intervals(samples: pd.DataFrame) -> pd.DataFrame:
-    """Of `resampled` or `differences`: value, low, high (95 %, percentiles of the resamples) and problem (why there is
-    no value or interval; "" where there is), with the index of what was given."""
+    """Of `resampled`, or of differences of its rows: value, low, high (95 %, percentiles of the resamples) and problem
+    (why there is no value or interval; "" where there is), with the index of what was given."""
     seen, drawn = samples["seen"], samples.drop(columns="seen").to_numpy(float)
     undefined = np.isnan(drawn).mean(axis=1)
     problem = [
@@ -148,3 +112,8 @@ def intervals(samples: pd.DataFrame) -> pd.DataFrame:
     if good.any():
         low[good], high[good] = np.nanpercentile(drawn[good], [2.5, 97.5], axis=1)
     return pd.DataFrame({"value": seen, "low": low, "high": high, "problem": problem})
+
+
+def wide(table: pd.DataFrame, value: str, by: str, form: str) -> pd.DataFrame:
+    """Format `intervals` (of C-indices) or `gains` for display: data sets in rows, methods in columns."""
+    return wide_table(table.assign(text=estimates_text(table, value, form)).reset_index(), "text", by)

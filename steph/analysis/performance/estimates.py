@@ -64,6 +64,14 @@ def with_interval(
     return f"{number} ({problem})" if problem else number
 
 
+def estimates_text(table: pd.DataFrame, value: str, form: str, ends: str | None = None) -> pd.Series:
+    """`with_interval` of a column of a table with low, high and, where it has one, problem."""
+    problems = table["problem"] if "problem" in table else [""] * len(table)
+    numbers = zip(table[value], table["low"], table["high"], problems, strict=True)
+    text = [with_interval(*row, form=form, ends=ends, problem=problem) for *row, problem in numbers]
+    return pd.Series(text, index=table.index, dtype=object)
+
+
 def interval(estimate: Estimate, form: str = "+.3f") -> str:
     """The interval as text: "95 % interval +0.010 to +0.050"."""
     if np.isnan(estimate.low):

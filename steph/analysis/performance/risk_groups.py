@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.analysis.performance.estimates import p_text, with_interval
-from steph.analysis.performance.predictions import once, one_seed
+from steph.analysis.performance.estimates import estimates_text, p_text
+from steph.analysis.performance.predictions import MODEL, once, rows_by
 from steph.methods.registry import title
 from steph.study.cache import cached_table
 from steph.study.runs import Run, Workbench
@@ -25,95 +26,65 @@ from steph.training.engine import predict
 
 
 def training_medians(bench: Workbench, runs: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
-    """Median risk of the patients that each finished run was trained on, under its model: dataset, method, seed, fold,
-    n_train, median. It reads every training bag once, and keeps what it finds."""
-    by_method: dict[tuple[str, str, int], list[Run]] = {}
-    for run in runs:
-        by_method.setdefault((run.dataset, run.method, run.seed), []).append(run)
-    tables = []
-    for (dataset, method, seed), own in by_method.items():
-        name = f"training_risk-{dataset}-{method}"
-        decides = [bench.key(run) for run in own]
-        table = cached_table(bench, name, decides, lambda own=own: _medians(bench, own, device))  # type: ignore[misc]
-        tables.append(table.assign(dataset=dataset, method=method, seed=seed))
-    return pd.concat(tables, ignore_index=True)[["dataset", "method", "seed", "fold", "n_train", "median"]]
+    """Median risk of the patients that each finished run was trained on, under its model: median, dataset, method,
+    fold. It reads every training bag once, and keeps what it finds."""
+    return pd.concat([_training_median(bench, run, device) for run in runs], ignore_index=True)
 
 
-def _medians(bench: Workbench, runs: list[Run], device: str) -> pd.DataFrame:
-    rows = []
-    for run in runs:
-        data = bench.dataset(run.dataset)
+def _training_median(bench: Workbench, run: Run, device: str) -> pd.DataFrame:
+    def compute() -> pd.DataFrame:
+        data, together = bench.dataset(run.dataset), bench.study.recipe.bags_per_step
         with single_thread():
-            patients, together = data.splits.train(run.fold), bench.study.recipe.bags_per_step
-            known = predict(bench.model(run), data, patients, bench.compute(run, device), together)
-        rows.append({"fold": run.fold, "n_train": len(known), "median": float(known["risk"].median())})
-    return pd.DataFrame(rows)
+            known = predict(bench.model(run), data, data.splits.train(run.fold), bench.compute(run, device), together)
+        return pd.DataFrame({"median": [known["risk"].median()]})
+
+    table = cached_table(bench, f"training_risk-{run.dataset}-{run.method}", bench.key(run), compute)
+    return table.assign(dataset=run.dataset, method=run.method, fold=run.fold)
 
 
 def grouped(predictions: pd.DataFrame, medians: pd.DataFrame) -> pd.DataFrame:
-    """The first prediction of each patient, with `high`: is the risk above the training median of its fold? Raises
-    `Refused` where a fold's median is not there."""
-    one_seed(predictions)
-    key = ["dataset", "method", "seed", "fold"]
-    table = once(predictions).merge(medians[[*key, "median"]], on=key, how="left", validate="many_to_one")
-    lacking = table[table["median"].isna()]
-    if len(lacking):
-        row = lacking.iloc[0]
-        raise Refused(f"no training median of {row['dataset']}/{row['method']}, fold {row['fold']}.")
-    return table.assign(high=table["risk"] > table["median"])
+    """The first prediction of each patient, with `high`: is the risk above the training median of its fold?"""
+    table, key = once(predictions), [*MODEL, "fold"]
+    median = medians.set_index(key)["median"].loc[pd.MultiIndex.from_frame(table[key])]
+    return table.assign(high=table["risk"].to_numpy() > median.to_numpy())
 
 
 def compared(groups: pd.DataFrame) -> pd.DataFrame:
     """High against low risk, a row per data set and method: dataset, method, n_low, n_high, events_low, events_high,
-    hazard_ratio with low, high (Cox, 95 %), p (log-rank), problem (why there are none). Above 1: the group called high
-    dies sooner.
+    hazard_ratio with low, high (Cox, 95 %), p (log-rank), problem: a group without an event, whose hazard is 0. A ratio
+    above 1: the group called high dies sooner.
     """
+    from lifelines import CoxPHFitter
+    from lifelines.exceptions import ConvergenceError, ConvergenceWarning
     from lifelines.statistics import logrank_test
 
-    rows = []
-    for (dataset, method), own in groups.groupby(["dataset", "method"], sort=False):
-        high, event, time = own["high"].to_numpy(bool), own["event"].to_numpy(bool), own["time_days"].to_numpy(float)
-        row = {"dataset": dataset, "method": method}
-        for name, at in (("low", ~high), ("high", high)):
-            row |= {f"n_{name}": int(at.sum()), f"events_{name}": int(event[at].sum())}
-        try:
-            ratio, low, upper = hazard_ratio(time, event, high)
-            p = float(logrank_test(time[high], time[~high], event[high], event[~high]).p_value)
-            rows.append({**row, "hazard_ratio": ratio, "low": low, "high": upper, "p": p, "problem": ""})
-        except Refused as reason:
-            rows.append({**row, "problem": str(reason)})
-    columns = ["n_low", "n_high", "events_low", "events_high", "hazard_ratio", "low", "high", "p", "problem"]
-    return pd.DataFrame(rows).reindex(columns=["dataset", "method", *columns])
+    def measure(part: pd.DataFrame, row: dict[str, Any]) -> None:
+        groups = {"low": part[~part["high"]], "high": part[part["high"]]}
+        for name, group in groups.items():
+            row |= {f"n_{name}": len(group), f"events_{name}": int(group["event"].sum())}
+        for name, group in groups.items():
+            if not group["event"].any():
+                raise Refused(f"the {name}-risk group has {len(group)} patients and no event: no hazard ratio.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ConvergenceWarning)
+            try:
+                fit = CoxPHFitter().fit(part[["time_days", "event", "high"]].astype(float), "time_days", "event")
+            except (ConvergenceError, ConvergenceWarning) as error:
+                raise Refused(f"the hazard ratio could not be found ({type(error).__name__}).") from None
+        row["hazard_ratio"] = fit.hazard_ratios_["high"]
+        row["low"], row["high"] = np.exp(fit.confidence_intervals_.loc["high"])
+        high, low = groups["high"], groups["low"]
+        row["p"] = logrank_test(high["time_days"], low["time_days"], high["event"], low["event"]).p_value
+
+    columns = ["n_low", "n_high", "events_low", "events_high", "hazard_ratio", "low", "high", "p"]
+    return rows_by(groups, MODEL, columns, measure)
 
 
 def compared_wide(table: pd.DataFrame) -> pd.DataFrame:
     """Format `compared` for display."""
-    ratio = [
-        row.problem or with_interval(row.hazard_ratio, row.low, row.high, form=".2f") for row in table.itertuples()
-    ]
     shown = {"data set": table["dataset"], "method": table["method"].map(title)}
     for name in ("low", "high"):
-        counts = zip(table[f"events_{name}"], table[f"n_{name}"], strict=True)
-        shown[f"events, {name} risk"] = pd.Series([f"{events} of {n}" for events, n in counts], index=table.index)
-    shown["hazard ratio"] = pd.Series(ratio, index=table.index)
+        shown[f"events, {name} risk"] = table[f"events_{name}"].astype(str) + " of " + table[f"n_{name}"].astype(str)
+    ratio = estimates_text(table, "hazard_ratio", ".2f")
+    shown["hazard ratio"] = ratio.where(table["problem"] == "", table["problem"])
     return pd.DataFrame({**shown, "log-rank p": table["p"].map(p_text)})
-
-
-def hazard_ratio(time: np.ndarray, event: np.ndarray, high: np.ndarray) -> tuple[float, float, float]:
-    """Hazard of the high group over the low one's, with its 95 % interval (Cox, one variable). Raises `Refused` where a
-    group is empty or without an event: then it is 0 or without bound."""
-    from lifelines import CoxPHFitter
-    from lifelines.exceptions import ConvergenceError, ConvergenceWarning
-
-    for name, at in (("low", ~high), ("high", high)):
-        if not event[at].any():
-            raise Refused(f"the {name}-risk group has {int(at.sum())} patients and no event: no hazard ratio.")
-    table = pd.DataFrame({"time": time, "event": event, "high": high.astype(float)})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ConvergenceWarning)
-        try:
-            fit = CoxPHFitter().fit(table, "time", "event")
-        except (ConvergenceError, ConvergenceWarning) as error:
-            raise Refused(f"the hazard ratio could not be found ({type(error).__name__}).") from None
-    ratio, (low, high_end) = float(fit.hazard_ratios_["high"]), np.exp(fit.confidence_intervals_.loc["high"])
-    return ratio, float(low), float(high_end)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.analysis.performance.estimates import p_text, student_reach, with_interval
+from steph.analysis.performance.estimates import estimates_text, p_text, student_reach
 from steph.analysis.performance.statistics import Comparison, compare
 from steph.methods.registry import title
 
@@ -28,21 +28,10 @@ def corrected_t_test(comparison: Comparison) -> pd.DataFrame:
 
     if comparison.n_folds < 2:
         raise Refused("one fold gives no spread to test a gain against; run at least two.")
-    gain, error = comparison.gains["gain"].to_numpy(float), comparison.gains["error"].to_numpy(float)
-    certain = np.where(gain == 0, 0.0, np.copysign(np.inf, gain))
-    ratio = np.divide(gain, error, out=certain, where=error > 0)
-    reach = student_reach(error, comparison.n_folds - 1)
-    p = 2 * t.sf(np.abs(ratio), comparison.n_folds - 1)
-    return comparison.gains[["gain"]].assign(low=gain - reach, high=gain + reach, t=ratio, p=p)
-
-
-def wilcoxon(gains: Any) -> float:
-    """p of the signed-rank test (two-sided) that gains over data sets, (C,), are symmetric about 0. Exact for up to 50
-    without ties; with C data sets it cannot be below 2 / 2^C."""
-    from scipy.stats import wilcoxon as signed_rank
-
-    values = np.asarray(gains, float)
-    return float(signed_rank(values).pvalue) if values.any() else 1.0
+    gain, degrees = comparison.gains["gain"], comparison.n_folds - 1
+    reach = student_reach(comparison.gains["error"], degrees)
+    p = 2 * t.sf(np.abs(comparison.t), degrees)
+    return pd.DataFrame({"gain": gain, "low": gain - reach, "high": gain + reach, "t": comparison.t, "p": p})
 
 
 def holm(p: Any) -> np.ndarray:
@@ -55,38 +44,39 @@ def holm(p: Any) -> np.ndarray:
     return corrected
 
 
-def benjamini_hochberg(p: Any) -> np.ndarray:
-    """p-values (n,) corrected so that the expected share of false ones among the rejections stays below the level
-    (Benjamini and Hochberg, 1995)."""
+def corrected(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of tests with its column p corrected for their number: holm, and bh, so that the expected share of false
+    ones among the rejections stays below the level (Benjamini and Hochberg, 1995)."""
     from scipy.stats import false_discovery_control
 
-    return np.asarray(false_discovery_control(np.asarray(p, float)))
+    return table.assign(holm=holm(table["p"]), bh=false_discovery_control(table["p"]))
 
 
 def by_dataset(results: pd.DataFrame, first: str, others: Sequence[str]) -> pd.DataFrame:
     """`corrected_t_test` of a method against each of others on each data set: dataset, against, gain, low, high, t,
     p, and p corrected over all of these tests (holm, bh)."""
     tests = [corrected_t_test(compare(results, first, other)).assign(against=other).reset_index() for other in others]
-    table = pd.concat(tests, ignore_index=True)
-    table = table[["dataset", "against", "gain", "low", "high", "t", "p"]]
-    return table.assign(holm=holm(table["p"]), bh=benjamini_hochberg(table["p"]))
+    return corrected(pd.concat(tests, ignore_index=True)[["dataset", "against", "gain", "low", "high", "t", "p"]])
 
 
 def against_each(results: pd.DataFrame, first: str, others: Sequence[str]) -> pd.DataFrame:
     """A method against each of others over data sets, a row each: against, datasets, ahead (on how many), gain, low,
-    high (`Comparison.gain`), p (Wilcoxon's, over data sets), holm and bh (corrected over the others)."""
+    high (`Comparison.gain`), p (Wilcoxon's signed-rank test, exact for up to 50 data sets: with C of them it cannot be
+    below 2 / 2^C), holm and bh (corrected over the others)."""
+    from scipy.stats import wilcoxon
+
     rows = []
     for other in others:
-        found = compare(results, first, other)
-        gain, own = found.gain, found.gains["gain"]
-        rows.append((other, len(own), int((own > 0).sum()), gain.value, gain.low, gain.high, wilcoxon(own)))
-    table = pd.DataFrame(rows, columns=["against", "datasets", "ahead", "gain", "low", "high", "p"])
-    return table.assign(holm=holm(table["p"]), bh=benjamini_hochberg(table["p"]))
+        comparison = compare(results, first, other)
+        gain, gains = comparison.gain, comparison.gains["gain"]
+        p = wilcoxon(gains).pvalue if gains.any() else 1.0
+        rows.append((other, len(gains), int((gains > 0).sum()), gain.value, gain.low, gain.high, p))
+    return corrected(pd.DataFrame(rows, columns=["against", "datasets", "ahead", "gain", "low", "high", "p"]))
 
 
 def against_each_wide(table: pd.DataFrame, first: str) -> pd.DataFrame:
     """Format `against_each` for display."""
-    ahead = [f"{a} of {n}" for a, n in zip(table["ahead"], table["datasets"], strict=True)]
+    ahead = table["ahead"].astype(str) + " of " + table["datasets"].astype(str)
     return _tests(table, {"against": table["against"].map(title), f"{title(first)} ahead on": ahead})
 
 
@@ -98,7 +88,5 @@ def by_dataset_wide(table: pd.DataFrame) -> pd.DataFrame:
 
 def _tests(table: pd.DataFrame, names: dict[str, Any]) -> pd.DataFrame:
     """Tests in words: what they are about, the mean gain and the p-values."""
-    gains = [with_interval(r.gain, r.low, r.high, form="+.4f", ends="+.3f") for r in table.itertuples()]
-    return pd.DataFrame(
-        {**names, "mean gain": gains, **{name: table[column].map(p_text) for name, column in CORRECTED.items()}}
-    )
+    shown = {**names, "mean gain": estimates_text(table, "gain", "+.4f", "+.3f")}
+    return pd.DataFrame(shown | {name: table[column].map(p_text) for name, column in CORRECTED.items()})

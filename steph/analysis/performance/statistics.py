@@ -13,10 +13,10 @@ from steph.analysis.performance.estimates import (
     Estimate,
     around,
     conclusion,
+    estimates_text,
     interval,
     reach_of_mean,
     student_reach,
-    with_interval,
 )
 from steph.methods.registry import title
 from steph.study.paper import AVERAGE, paper_average, paper_c_index, paper_labels, paper_wins
@@ -45,23 +45,23 @@ class Comparison:
         return around(mean, within, reach_of_mean(self.gains["gain"]))
 
     @property
+    def t(self) -> np.ndarray:
+        """Student's t of each data set's mean gain; without any spread infinite, or 0 where there is no gain."""
+        gain, error = self.gains["gain"].to_numpy(float), self.gains["error"].to_numpy(float)
+        certain = np.where(gain == 0, 0.0, np.copysign(np.inf, gain))
+        return np.divide(gain, error, out=certain, where=error > 0)
+
+    @property
     def wins(self) -> Estimate:
         """On how many data sets the first is better; the interval counts how many of these differences could be of the
         other sign: each true gain is the one seen plus Student's t times its error."""
-        from scipy.stats import t
+        from scipy.stats import poisson_binom, t
 
-        seen = int((self.gains["gain"] > 0).sum())
+        wins = int((self.t > 0).sum())
         if self.n_folds < 2:
-            return Estimate(seen)
-        gain, error = self.gains["gain"].to_numpy(), self.gains["error"].to_numpy()
-        # Without any spread the sign is certain; a gain of exactly 0 is none.
-        certain = np.where(gain > 0, np.inf, -np.inf)
-        ratio = np.divide(gain, error, out=certain, where=error > 0)
-        distribution = np.ones(1)  # of the number of gains above 0, data set by data set
-        for p in t.cdf(ratio, self.n_folds - 1):
-            distribution = np.convolve(distribution, [1 - p, p])
-        below = np.cumsum(distribution)
-        return Estimate(seen, int(np.searchsorted(below, 0.025)), int(np.searchsorted(below, 0.975)))
+            return Estimate(wins)
+        better = np.where(self.gains["error"] > 0, t.cdf(self.t, self.n_folds - 1), self.t > 0)
+        return Estimate(wins, *(int(end) for end in poisson_binom.ppf([0.025, 0.975], better)))
 
 
 def compare(results: pd.DataFrame, first: str, second: str, value: str = "c_index") -> Comparison:
@@ -76,30 +76,26 @@ def compare(results: pd.DataFrame, first: str, second: str, value: str = "c_inde
     or nothing is there.
     """
     refuse_repeats(results)
-    pairs = results[results["method"].isin([first, second])]
-    both = pairs.groupby(["dataset", "fold"])["method"].transform("size") == 2
-    lacking = sorted(set(pairs["dataset"]) - set(pairs.loc[both, "dataset"]))
-    if both.any() and lacking:
-        raise Refused(f"{title(first)}, {title(second)}: no fold of {', '.join(lacking)} that both were run on.")
-    pairs = pairs[both].pivot(index=["dataset", "fold"], columns="method", values=value)
-    names = ", ".join(title(m) for m in (first, second))
-    if len(pairs) == 0 or not {first, second} <= set(pairs.columns):
+    names = f"{title(first)}, {title(second)}"
+    rows = results[results["method"].isin([first, second])]
+    both = rows.groupby(["dataset", "fold"])["method"].transform("size") == 2
+    if not both.any():
         raise Refused(f"{names}: one of them has no results to compare.")
-    pairs = pairs.astype(float)
-    if pairs.isna().any(axis=None):
-        dataset, fold = pairs.index[pairs.isna().any(axis=1)][0]
+    if lacking := sorted(set(rows["dataset"]) - set(rows.loc[both, "dataset"])):
+        raise Refused(f"{names}: no fold of {', '.join(lacking)} that both were run on.")
+    pairs = rows[both].pivot(index=["dataset", "fold"], columns="method", values=value).astype(float)
+    for dataset, fold in pairs.index[pairs.isna().any(axis=1)]:
         raise Refused(f"{names}: no {value} of one of them on {dataset}, fold {fold}.")
-    folds = pairs.groupby("dataset", sort=False).size()
+    folds = pairs.groupby("dataset").size()
     if folds.nunique() > 1:
         raise Refused(f"{names}: {folds.idxmin()} has {folds.min()} folds, {folds.idxmax()} {folds.max()}.")
     j = int(folds.iloc[0])
-    difference = (pairs[first] - pairs[second]).groupby("dataset", sort=False)
     known = results["folds"].dropna() if "folds" in results else pd.Series()
     k = known.iloc[0] if len(known) else j
     factor = 1 / j + 1 / (k - 1) if j > 1 else np.nan
+    difference = (pairs[first] - pairs[second]).groupby("dataset")
     gains = pd.DataFrame({"gain": difference.mean(), "error": np.sqrt(difference.var() * factor)})
-    base = float(pairs[second].groupby("dataset").mean().mean())
-    return Comparison(gains, base, j)
+    return Comparison(gains, float(pairs[second].groupby("dataset").mean().mean()), j)
 
 
 def ceiling(results: pd.DataFrame, oracle: pd.DataFrame, value: str = "c_index") -> pd.DataFrame:
@@ -144,20 +140,19 @@ def compared(
 def compared_wide(table: pd.DataFrame, reference: str = "STEPH") -> pd.DataFrame:
     """Format `compared` for display: here, the paper, what is gained over the reference here (with its interval) and in
     the paper. What is undefined says so."""
-
-    shown = {"": table["method"].map(title), "here": _or_blank(table["mean"], ".4f")}
-    shown["here"] = shown["here"].where(table["mean"].notna(), "undefined (" + table["problem"] + ")")
-    gains = [with_interval(r.gain, r.low, r.high, form="+.4f", ends="+.3f") for r in table.itertuples()]
-    unknown = table["problem"].where(table["mean"].notna(), "")
-    shown["paper"] = _or_blank(table["paper"], ".4f")
-    shown[f"here − {reference}"] = pd.Series(gains, index=table.index).where(table["gain"].notna(), unknown)
-    shown[f"paper − {reference}"] = _or_blank(table["paper_gain"], "+.4f")
-    wide = pd.DataFrame(shown)
+    known = table["mean"].notna()
+    mean, paper, paper_gain = (
+        table[column].map(form.format).where(table[column].notna(), "")
+        for column, form in (("mean", "{:.4f}"), ("paper", "{:.4f}"), ("paper_gain", "{:+.4f}"))
+    )
+    gain = estimates_text(table.drop(columns="problem"), "gain", "+.4f", "+.3f")
+    shown = {"": table["method"].map(title), "here": mean.where(known, "undefined (" + table["problem"] + ")")}
+    shown |= {
+        "paper": paper,
+        f"here − {reference}": gain.where(table["gain"].notna(), table["problem"].where(known, "")),
+    }
+    wide = pd.DataFrame(shown | {f"paper − {reference}": paper_gain})
     return wide.loc[:, (wide != "").any()]
-
-
-def _or_blank(numbers: pd.Series, form: str) -> pd.Series:
-    return numbers.map(f"{{:{form}}}".format).where(numbers.notna(), "")
 
 
 def beside_two(results: pd.DataFrame, methods: Sequence[str], references: tuple[str, str]) -> pd.DataFrame:

@@ -10,14 +10,15 @@ survival_k says: followed for less than k x 365 days, and died.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.analysis.performance.predictions import curves, one_seed
+from steph.analysis.performance.predictions import MODEL, curves, rows_by
+from steph.data.dataset import Dataset
 from steph.study.paper import AVERAGE
 from steph.study.runs import Workbench
 from steph.study.tables import wide_table
@@ -28,38 +29,23 @@ LEAST_FOLLOWED, LEAST_EVENTS = 0.10, 5
 share of the patients was followed."""
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
-    """A step function of time, right-continuous, 1 before its first step: values (S,) from times (S,) on."""
-
-    times: np.ndarray
-    values: np.ndarray
-
-    def __call__(self, at: Any) -> np.ndarray:
-        """The value at each time."""
-        return np.r_[1.0, self.values][np.searchsorted(self.times, at, side="right")]
+Step = Callable[[Any], np.ndarray]
+"""A step function of time in days, right-continuous, 1 before its first step."""
 
 
 def kaplan_meier(time: Any, event: Any) -> Step:
     """Survival (Kaplan-Meier) from follow-up times (N,) and events (N,)."""
-    return _product_limit(np.asarray(time, float), np.asarray(event, bool), censoring=False)
+    from lifelines import KaplanMeierFitter
+
+    curve = KaplanMeierFitter().fit(time, event).survival_function_.iloc[:, 0]
+    return lambda at: np.r_[1.0, curve][np.searchsorted(curve.index, at, side="right")]
 
 
 def censoring(time: Any, event: Any) -> Step:
     """Probability to be still followed: Kaplan-Meier with censoring as the event. Of patients with the same time,
     those with an event leave first."""
-    return _product_limit(np.asarray(time, float), np.asarray(event, bool), censoring=True)
-
-
-def _product_limit(time: np.ndarray, event: np.ndarray, censoring: bool) -> Step:
-    times, place = np.unique(time, return_inverse=True)
-    died = np.bincount(place, event, len(times))
-    left = np.bincount(place, minlength=len(times))
-    at_risk = len(time) - np.r_[0, np.cumsum(left)[:-1]]
-    leaving = left - died if censoring else died
-    at_risk = at_risk - died if censoring else at_risk
-    share = np.divide(leaving, at_risk, out=np.zeros(len(times)), where=leaving > 0)
-    return Step(times, np.cumprod(1 - share))
+    time, event = np.asarray(time, float), np.asarray(event, bool)
+    return kaplan_meier(np.where(event, np.nextafter(time, 0), time), ~event)
 
 
 def end_of_year(year: Any, width_days: float = 365) -> np.ndarray:
@@ -71,12 +57,9 @@ def horizons(time: Any, event: Any, width_days: float = 365) -> list[int]:
     """The years at which a data set is looked at: see `LEAST_FOLLOWED`, `LEAST_EVENTS`. Raises `Refused` where there is
     none."""
     time, event = np.asarray(time, float), np.asarray(event, bool)
-    years = [
-        year
-        for year in range(1, int(time.max() // width_days) + 1)
-        if (time >= year * width_days).mean() >= LEAST_FOLLOWED
-        and (event & (time < year * width_days)).sum() >= LEAST_EVENTS
-    ]
+    days = width_days * np.arange(1, int(time.max() // width_days) + 1)
+    followed, events = (time[:, None] >= days).mean(axis=0), ((time[:, None] < days) & event[:, None]).sum(axis=0)
+    years = [int(i) + 1 for i in np.flatnonzero((followed >= LEAST_FOLLOWED) & (events >= LEAST_EVENTS))]
     if not years:
         raise Refused(
             f"no year by which {LEAST_EVENTS} of {len(time)} patients had an event and past which "
@@ -107,12 +90,10 @@ def brier_parts(time: Any, event: Any, survival: Any, followed: Step, days: Any)
     time, event = np.asarray(time, float)[:, None], np.asarray(event, bool)[:, None]
     survival, days = np.asarray(survival, float), np.asarray(days, float)
     dead, alive = event & (time <= days), time > days
-    anyone = dead.any(axis=1)
-    at_death = np.ones(len(time))
-    at_death[anyone] = _positive(followed(time[anyone, 0]), time[anyone, 0])
-    at_horizon = np.where(alive.any(axis=0), followed(days), 1.0)
-    _positive(at_horizon, days)
-    return dead * survival**2 / at_death[:, None] + alive * (1 - survival) ** 2 / at_horizon
+    # Whom no weight is needed for is asked about before the first step, where it is 1.
+    at_death = _positive(followed(np.where(dead.any(axis=1, keepdims=True), time, -1)), time)
+    at_horizon = _positive(followed(np.where(alive.any(axis=0), days, -1)), days)
+    return dead * survival**2 / at_death + alive * (1 - survival) ** 2 / at_horizon
 
 
 def _positive(followed: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -124,12 +105,6 @@ def _positive(followed: np.ndarray, at: np.ndarray) -> np.ndarray:
     return followed
 
 
-def integrated(score: Any, days: Any) -> float:
-    """Mean height of a course (H,) over times `days` (H,), two or more, by trapezoids."""
-    score, days = np.asarray(score, float), np.asarray(days, float)
-    return float(np.trapezoid(score, days) / (days[-1] - days[0]))
-
-
 def mean_auc(auc: Any, survival: Any) -> float:
     """Mean of AUCs (H,) at horizons, each weighted by the share of patients who die since the one before, from the
     survival (H,) of the tested patients (Lambert and Chevret, 2014)."""
@@ -138,94 +113,77 @@ def mean_auc(auc: Any, survival: Any) -> float:
 
 
 def by_year(bench: Workbench, predictions: pd.DataFrame) -> pd.DataFrame:
-    """Each method at each of its data set's `horizons`: dataset, method, year, cases, controls, auc, brier, reference,
-    survival, problem.
+    """A row per method and `horizons` of its data set: dataset, method, year, auc, brier, reference, survival, problem.
 
-    predictions: as `steph.analysis.performance.predictions.out_of_fold` gives them, of one seed. auc: over pairs within
-    folds, as the C-index of `steph.analysis.performance.discrimination`. brier: mean over patients. reference: the
-    Brier score of the survival of each fold's training patients (Kaplan-Meier), given to every test patient. survival:
-    of the data set's patients. Where a number is undefined it is NaN, and problem says why.
+    predictions: as `steph.analysis.performance.predictions.out_of_fold` gives them. auc: over pairs within folds, as
+    the C-index of `steph.analysis.performance.discrimination`. brier: mean over patients. reference: the Brier score of
+    the survival of each fold's training patients (Kaplan-Meier), given to every test patient. survival: of the data
+    set's patients. Where a number is undefined it is NaN, and problem says why.
     """
-    one_seed(predictions)
     width = bench.study.network.bin_width_days
     tables = []
-    for (dataset, method), own in predictions.groupby(["dataset", "method"], sort=False):
-        tables.append(_years_of(bench, str(dataset), own, width).assign(dataset=str(dataset), method=str(method)))
-    table = pd.concat(tables, ignore_index=True)
-    return table[["dataset", "method", *table.columns.drop(["dataset", "method"])]]
+    for (dataset, method), part in predictions.groupby(MODEL, sort=False):
+        table = _years_of(bench.dataset(str(dataset)), part, width)
+        tables.append(table.assign(dataset=str(dataset), method=str(method)))
+    columns = [*MODEL, "year", "auc", "brier", "reference", "survival", "problem"]
+    return pd.concat(tables, ignore_index=True).reindex(columns=columns)
 
 
-def _years_of(bench: Workbench, dataset: str, own: pd.DataFrame, width: float) -> pd.DataFrame:
+def _years_of(data: Dataset, predictions: pd.DataFrame, width: float) -> pd.DataFrame:
     """`by_year` of one data set and method."""
-    data = bench.dataset(dataset)
-    everyone = data.cohort.patients
+    patients = data.cohort.patients
     try:
-        years = horizons(everyone["time_days"], everyone["event"], width)
+        years = horizons(patients["time_days"], patients["event"], width)
     except Refused as reason:
         return pd.DataFrame([{"year": 1, "problem": str(reason)}])
-    days, n_folds = end_of_year(years, width), own["fold"].nunique()
-    pairs, ours, theirs, problems = np.zeros((len(years), 2)), [], [], [""] * len(years)
-    for fold, test in own.groupby("fold"):
+    days, n_folds = end_of_year(years, width), predictions["fold"].nunique()
+    pairs, ours, theirs = np.zeros((len(years), 2)), [], []
+    for fold, test in predictions.groupby("fold"):
         train = data.labels(data.splits.train(int(str(fold))))
         followed = censoring(train["time_days"], train["event"])
         known = kaplan_meier(train["time_days"], train["event"])(days)
-        time, event = test["time_days"].to_numpy(float), test["event"].to_numpy(bool)
-        for i, day in enumerate(days):
-            try:
-                pairs[i] += auc_parts(time, event, test["risk"], followed, day)
-            except Refused as reason:
-                problems[i] = f"fold {fold}: {reason}"
+        labels, survival = (test["time_days"], test["event"]), curves(test)[:, np.array(years) - 1]
         try:
-            survival = curves(test)[:, np.array(years) - 1]
-            ours.append(brier_parts(time, event, survival, followed, days))
-            theirs.append(brier_parts(time, event, np.tile(known, (len(test), 1)), followed, days))
+            pairs += [auc_parts(*labels, test["risk"], followed, day) for day in days]
+            ours.append(brier_parts(*labels, survival, followed, days))
+            theirs.append(brier_parts(*labels, np.tile(known, (len(test), 1)), followed, days))
         except Refused as reason:
-            problems = [p or f"fold {fold}: {reason}" for p in problems]
-    for i, (_, possible) in enumerate(pairs):
-        if not possible:
-            problems[i] = problems[i] or f"no fold of {n_folds} has both a death by then and a patient followed longer"
-    good = np.array([p == "" for p in problems])
-    auc = np.divide(pairs[:, 0], pairs[:, 1], out=np.full(len(years), np.nan), where=good)
-    brier, reference = (
-        np.where(good, np.concatenate(parts).mean(axis=0), np.nan) if len(parts) == n_folds else np.nan
-        for parts in (ours, theirs)
-    )
-    time, event = everyone["time_days"].to_numpy(float)[:, None], everyone["event"].to_numpy(bool)[:, None]
+            return pd.DataFrame({"year": years, "problem": f"fold {fold}: {reason}"})
+    right, possible = pairs.T
+    undefined = f"no fold of {n_folds} has both a death by then and a patient followed longer"
     return pd.DataFrame(
         {
-            "year": years, "cases": (event & (time <= days)).sum(axis=0), "controls": (time > days).sum(axis=0),
-            "auc": auc, "brier": brier, "reference": reference,
-            "survival": kaplan_meier(time[:, 0], event[:, 0])(days), "problem": problems,
+            "year": years, "auc": np.divide(right, possible, out=np.full(len(years), np.nan), where=possible > 0),
+            "brier": np.concatenate(ours).mean(axis=0), "reference": np.concatenate(theirs).mean(axis=0),
+            "survival": kaplan_meier(patients["time_days"], patients["event"])(days),
+            "problem": np.where(possible > 0, "", undefined),
         }
     )  # fmt: skip
 
 
 def over_years(table: pd.DataFrame, width_days: float = 365) -> pd.DataFrame:
-    """`by_year` in a row per data set and method: years (the last horizon), auc (`mean_auc`), brier (integrated from 0,
-    where it is 0, to the last horizon), reference (the same of the Kaplan-Meier prediction), skill (1 - brier /
-    reference: 0 = no better than giving everybody the same curve, below 0 = worse), problem. Then `AVERAGE`, the mean
-    over data sets, where there are several."""
-    rows = []
-    for (dataset, method), own in table.groupby(["dataset", "method"], sort=False):
-        problems = own.loc[own["problem"] != "", "problem"]
-        row: dict[str, Any] = {"dataset": dataset, "method": method, "years": int(own["year"].max())}
-        if len(problems):
-            rows.append({**row, "problem": problems.iloc[0]})
-            continue
-        days = np.r_[0, end_of_year(own["year"], width_days)]
-        brier, reference = (integrated(np.r_[0, own[c]], days) for c in ("brier", "reference"))
-        row |= {"auc": mean_auc(own["auc"], own["survival"]), "brier": brier, "reference": reference}
-        rows.append({**row, "skill": 1 - brier / reference, "problem": ""})
-    columns = ["dataset", "method", "years", "auc", "brier", "reference", "skill", "problem"]
-    found = pd.DataFrame(rows).reindex(columns=columns)
-    averages: list[dict[str, Any]] = []
+    """`by_year` in a row per data set and method: years (the last horizon), auc (`mean_auc`), brier (its mean height,
+    by trapezoids, from 0, where it is 0, to the last horizon), reference (the same of the Kaplan-Meier prediction),
+    skill (1 - brier / reference: 0 = no better than giving everybody the same curve, below 0 = worse), problem. Then
+    `AVERAGE`, the mean over data sets, where there are several."""
+
+    def measure(part: pd.DataFrame, row: dict[str, Any]) -> None:
+        row["years"] = int(part["year"].max())
+        if problem := part["problem"].max():
+            raise Refused(problem)
+        days = np.r_[0, end_of_year(part["year"], width_days)]
+        brier, reference = (np.trapezoid(np.r_[0, part[c]], days) / days[-1] for c in ("brier", "reference"))
+        row |= {"auc": mean_auc(part["auc"], part["survival"]), "brier": brier, "reference": reference}
+        row["skill"] = 1 - brier / reference
+
+    numbers = ["auc", "brier", "reference", "skill"]
+    found = rows_by(table, MODEL, ["years", *numbers], measure)
     if found["dataset"].nunique() > 1:
-        for method, own in found.groupby("method", sort=False):
-            lacking = ", ".join(own.loc[own["problem"] != "", "dataset"])
-            means = {} if lacking else {c: own[c].mean() for c in ("auc", "brier", "reference", "skill")}
-            problem = f"undefined on {lacking}" if lacking else ""
-            averages.append({"dataset": AVERAGE, "method": method, **means, "problem": problem})
-    found = pd.DataFrame([*rows, *averages]).reindex(columns=columns)
+        averages = {method: part[numbers].mean(skipna=False) for method, part in found.groupby("method", sort=False)}
+        means = pd.DataFrame(averages).T.rename_axis("method").assign(dataset=AVERAGE)
+        lacking = found[found["problem"] != ""].groupby("method")["dataset"].agg(", ".join)
+        means["problem"] = ("undefined on " + lacking).reindex(means.index).fillna("")
+        found = pd.concat([found, means.reset_index()], ignore_index=True)
     return found.astype({"years": "Int64"})
 
 

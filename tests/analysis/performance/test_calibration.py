@@ -18,7 +18,7 @@ def world(n=4000, seed=1, believed=1.0, method="steph"):
     curves = np.exp(-believed * hazard[:, None] * np.arange(1, 33))
     table = pd.DataFrame(
         {
-            "dataset": "SARC", "method": method, "seed": 42, "repeat": 0, "fold": 0,
+            "dataset": "SARC", "method": method, "repeat": 0, "fold": 0,
             "patient_id": [f"P{i}" for i in range(n)],
             "time_days": 365 * np.minimum(death, leave), "event": death <= leave, "risk": hazard,
         }
@@ -63,15 +63,14 @@ def test_d_calibration_spreads_the_censored_over_what_is_left():
 
 
 def test_expected_events_and_their_interval():
-    assert calibration.expected_events(np.exp([-0.5, -1.5])) == pytest.approx(2)
-    with pytest.raises(Refused, match="1 of 2 patients outlived a predicted survival of 0"):
-        calibration.expected_events([0.0, 0.5])
+    certain = world(2).assign(time_days=365.0, survival_1=np.exp([-0.5, -1.5]))
+    assert calibration.summary(certain)["expected"].item() == pytest.approx(2)
+    outlived = calibration.summary(certain.assign(survival_1=[0.0, 0.5]))
+    assert outlived["problem"].item() == "1 of 2 patients outlived a predicted survival of 0."
     own = world(40).assign(event=False)
     row = calibration.summary(own).iloc[0]
     assert (row["observed"], row["ratio"], row["low"]) == (0, 0, 0)
     assert row["high"] == pytest.approx(3.689 / row["expected"], abs=1e-3)  # of a Poisson count of 0
-    certain = world(40).assign(survival_1=0.0, survival_2=0.0)
-    assert "outlived" in calibration.summary(certain)["problem"][0]
 
 
 def test_observed_survival_is_known_only_while_somebody_is_followed():

@@ -32,19 +32,13 @@ def test_every_patient_is_predicted_once_by_the_fold_that_tests_them(tiny, runs)
     np.testing.assert_array_equal(predictions.curves(first), written.filter(like="survival_"))
 
 
-def test_missing_folds_are_refused_unless_they_are_meant(tiny, runs):
-    some = [run for run in runs if (run.method, run.fold) != ("steph", 1)]
-    with pytest.raises(Refused, match=r"STEPH on SARC, seed 42: fold\(s\) 1 of 2 are missing"):
-        predictions.out_of_fold(tiny, some)
-    table = predictions.out_of_fold(tiny, some, some_folds=True)
-    assert set(table.loc[table["method"] == "steph", "fold"]) == {0}
-
-
-def test_what_cannot_be_read_is_refused(tiny, runs):
-    with pytest.raises(Refused, match="stand beside another of the same patient"):
-        predictions.out_of_fold(tiny, [*runs, runs[0]])
-    with pytest.raises(Refused, match="is not finished, so it has no predictions"):
-        predictions.out_of_fold(tiny, [replace(runs[0], seed=999)])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({}, "stand beside another of the same patient"), ({"seed": 999}, "is not finished, so it has no predictions")],
+)
+def test_what_cannot_be_read_is_refused(tiny, runs, more, message):
+    with pytest.raises(Refused, match=message):
+        predictions.out_of_fold(tiny, [*runs, replace(runs[0], **more)])
 
 
 def test_external_patients_are_predicted_by_every_fold(tiny, runs):
@@ -53,10 +47,18 @@ def test_external_patients_are_predicted_by_every_fold(tiny, runs):
     assert set(counts) == {tiny.study.n_folds} and len(counts) == 4 * tiny.study.synthetic.external_patients
 
 
-def test_of_repeats_the_first_counts_patients_and_seeds_are_not_mixed():
-    table = pd.DataFrame({"dataset": "SARC", "method": "steph", "seed": 42, "repeat": [0, 0, 1, 1], "fold": range(4)})
-    table["patient_id"] = ["a", "b", "b", "a"]
+def test_of_repeats_the_first_counts_patients():
+    table = pd.DataFrame({"dataset": "SARC", "method": "steph", "repeat": [0, 0, 1, 1], "fold": range(4)})
     assert predictions.once(table)["fold"].tolist() == [0, 1]
-    predictions.one_seed(table)
-    with pytest.raises(Refused, match="seeds 1, 42: choose one"):
-        predictions.one_seed(table.assign(seed=[42, 42, 1, 1]))
+
+
+def test_a_group_that_cannot_be_measured_keeps_what_is_known_of_it_and_the_reason():
+    def measure(part: pd.DataFrame, row: dict) -> None:
+        row["n"] = len(part)
+        if len(part) > 1:
+            raise Refused("too many")
+        row["mean"] = part["x"].mean()
+
+    table = pd.DataFrame({"dataset": ["B", "A", "B"], "method": "steph", "x": [1.0, 2.0, 3.0]})
+    rows = predictions.rows_by(table, predictions.MODEL, ["n", "mean"], measure)
+    assert rows.fillna(-1).to_numpy().tolist() == [["B", "steph", 2, -1, "too many"], ["A", "steph", 1, 2.0, ""]]

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from steph import Refused
 from steph.analysis.performance import risk_groups
 from steph.analysis.performance.predictions import out_of_fold
 from steph.study.runs import plan
@@ -23,7 +22,7 @@ def test_the_median_is_that_of_the_training_patients_and_is_kept(tiny, runs, mon
     run, data = runs[0], tiny.dataset("SARC")
     known = predict(tiny.model(run), data, data.splits.train(0))
     row = table[(table["method"] == run.method) & (table["fold"] == 0)].iloc[0]
-    assert row["median"] == pytest.approx(known["risk"].median(), abs=1e-5) and row["n_train"] == len(known)
+    assert row["median"] == pytest.approx(known["risk"].median(), abs=1e-5)
     monkeypatch.setattr(risk_groups, "predict", None)
     pd.testing.assert_frame_equal(risk_groups.training_medians(tiny, runs), table)
 
@@ -36,8 +35,6 @@ def test_every_patient_is_in_one_group(tiny, runs):
     for (method, fold), own in groups.groupby(["method", "fold"]):
         median = medians[(medians["method"] == method) & (medians["fold"] == fold)]["median"].item()
         assert (own["high"] == (own["risk"] > median)).all()
-    with pytest.raises(Refused, match="no training median of SARC/vanilla, fold 1"):
-        risk_groups.grouped(predicted, medians[medians["fold"] == 0])
 
 
 def planted(ratio, n=2000, seed=0):

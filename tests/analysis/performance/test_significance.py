@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import ttest_1samp
 
@@ -21,9 +22,9 @@ def test_holm_on_a_textbook_example():
 def test_benjamini_hochberg_on_the_example_of_their_paper():
     p = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344]
     p += [0.0459, 0.3240, 0.4262, 0.5719, 0.6528, 0.7590, 1]
-    assert (significance.benjamini_hochberg(p) <= 0.05).sum() == 4
-    assert (significance.holm(p) <= 0.05).sum() == 3
-    assert significance.benjamini_hochberg(p)[3] == pytest.approx(0.0095 * 15 / 4)
+    found = significance.corrected(pd.DataFrame({"p": p}))
+    assert ((found["bh"] <= 0.05).sum(), (found["holm"] <= 0.05).sum()) == (4, 3)
+    assert found["bh"][3] == pytest.approx(0.0095 * 15 / 4)
 
 
 def test_the_corrected_test_is_students_with_a_larger_error():
@@ -46,10 +47,18 @@ def test_gains_without_spread_are_certain_or_none():
         significance.corrected_t_test(compare(one, "steph", "vanilla"))
 
 
-def test_the_signed_rank_test_is_exact():
-    assert significance.wilcoxon(np.arange(1, 14) / 100) == pytest.approx(2 / 2**13)
-    assert significance.wilcoxon([0, 0, 0]) == 1
-    assert significance.wilcoxon([0.1, -0.2, 0.3]) == pytest.approx(0.75)  # rank sums 4 and 2: 6 of the 8 signs
+@pytest.mark.parametrize(
+    ("gains", "p"),
+    [
+        (np.arange(1, 14) / 100, 2 / 2**13),
+        ([0, 0, 0], 1),
+        ([0.1, -0.2, 0.3], 0.75),  # rank sums 4 and 2: 6 of the 8 signs
+    ],
+)
+def test_the_signed_rank_test_is_exact(gains, p):
+    own = {(name, "steph"): [0.5 + gain] * 2 for name, gain in zip(DATASETS, gains, strict=False)}
+    table = frame(own | {(name, "vanilla"): [0.5] * 2 for name, _ in own})
+    assert significance.against_each(table, "steph", ["vanilla"])["p"].item() == pytest.approx(p)
 
 
 def test_one_method_against_others_over_data_sets():

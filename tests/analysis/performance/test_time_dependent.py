@@ -58,14 +58,12 @@ def test_auc_is_scikit_survivals(data):
 
 
 def test_brier_score_is_scikit_survivals(data):
-    from sksurv.metrics import brier_score, integrated_brier_score
+    from sksurv.metrics import brier_score
 
     train, test, _, survival = data
     found = td.brier_parts(*test, survival, td.censoring(*train), DAYS).mean(axis=0)
     _, expected = brier_score(structured(*train), structured(*test), survival, DAYS)
     np.testing.assert_allclose(found, expected, atol=1e-10)
-    whole = integrated_brier_score(structured(*train), structured(*test), survival, DAYS)
-    assert td.integrated(found, DAYS) == pytest.approx(whole, abs=1e-10)
 
 
 def test_without_censoring_they_are_what_everybody_knows():
@@ -148,6 +146,14 @@ def test_the_reference_has_no_skill_and_perfect_foresight_has(tiny, predicted):
     assert table.xs("known", level="method")["skill"].min() == pytest.approx(1)
     means = table.drop(AVERAGE, level="dataset").groupby("method")["brier"].mean()
     assert table.loc[(AVERAGE, "known"), "brier"] == means["known"]
+
+
+def test_scores_are_integrated_from_the_start_of_follow_up():
+    row = {"dataset": "SARC", "method": "steph", "problem": "", "auc": [0.6, 0.8], "survival": [0.9, 0.6]}
+    table = pd.DataFrame({**row, "year": [1, 2], "brier": [0.1, 0.2], "reference": [0.2, 0.4]})
+    found = td.over_years(table).iloc[0]
+    expected = {"years": 2, "auc": 0.75, "brier": 0.1, "reference": 0.2, "skill": 0.5}
+    assert found[list(expected)].tolist() == pytest.approx(list(expected.values()))
 
 
 def test_what_is_undefined_is_reported_and_not_averaged_away(tiny, predicted):
