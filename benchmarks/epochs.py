@@ -48,22 +48,23 @@ def write_data(folder: Path, sizes: list[int], dim: int = 1536) -> Path:
     largest = max(sizes)
     pool = torch.randn(largest + 4096, dim, generator=torch.Generator().manual_seed(0)).half().numpy()
 
-    def slides() -> Iterator[tuple[str, np.ndarray, None]]:
+    def slides() -> Iterator[tuple[np.ndarray, None]]:
         for i, n in enumerate(sizes):
             start = (i * 97) % (len(pool) - n)
-            yield f"s{i}", pool[start : start + n], None
+            yield pool[start : start + n], None
 
     path = folder / "random.h5"
-    write_store(path, Features(encoder="random", dim=dim, precision="float16"), slides(), sizes, {})
+    named = {f"s{i}": n for i, n in enumerate(sizes)}
+    write_store(path, Features(encoder="random", dim=dim, precision="float16"), slides(), named, {})
     return path
 
 
 def open_data(path: Path) -> Dataset:
     """The store with made-up patients, one per slide: random times, three in ten with an event."""
     store, random = Store.open(path), np.random.default_rng(1)
-    n = len(store.slide_ids)
+    n = len(store.sizes)
     table = pd.DataFrame({
-        "patient_id": [f"p{i}" for i in range(n)], "slide_id": list(store.slide_ids), "project": "random",
+        "patient_id": [f"p{i}" for i in range(n)], "slide_id": list(store.sizes), "project": "random",
         "time_days": random.integers(1, 4000, n).astype(float), "event": (random.random(n) < 0.3).astype(int),
     })  # fmt: skip
     return Dataset("random", cohort_from(table, "random", str(path)), EXTERNAL, store)

@@ -70,7 +70,8 @@ def write_files(folder: Path, bags: int, patches: int, dim: int) -> Files:
 
     store = folder / "store.h5"
     features = Features(encoder="random", dim=dim, precision="float16")
-    write_store(store, features, ((f"s{i}", bag(i).numpy(), None) for i in range(bags)), [patches] * bags, {})
+    sizes = {f"s{i}": patches for i in range(bags)}
+    write_store(store, features, ((bag(i).numpy(), None) for i in range(bags)), sizes, {})
     slides = [folder / f"s{i}.h5" for i in range(bags)]
     ends, tensors = [0], folder / "tensors.bin"
     with tensors.open("wb") as file:

@@ -26,12 +26,10 @@ from steph.data.packing import pack
 from steph.data.patients import PatientData
 from steph.data.resident import resident
 from steph.data.splits import EXTERNAL, Splits, load_splits
-from steph.data.store import Store, describe
+from steph.data.store import NO_COORDS, Store, describe
 from steph.files.records import fingerprint
 from steph.files.tables import read_csv
 
-NO_COORDS = -1
-"""What a store holds for both coordinates of a patch whose file had none."""
 PREFETCH_MIN_VALUES = 1 << 20
 """Smaller batches are not prefetched: asking for them costs more than waiting."""
 HUGE_PAGES_MIN_BYTES = 32 << 20
@@ -70,7 +68,7 @@ class Dataset(PatientData):
     @cached_property
     def _slides(self) -> dict[str, list[str]]:
         """Each patient's slides, without those that were left out when the store was packed."""
-        return {p: [s for s in slides if s in self.store] for p, slides in self.cohort.slides_of.items()}
+        return {p: [s for s in slides if s in self.store.sizes] for p, slides in self.cohort.slides_of.items()}
 
     @cached_property
     def _labels(self) -> pd.DataFrame:
@@ -125,10 +123,11 @@ class Dataset(PatientData):
         """The store's rows that a patient's bag takes, a piece for each slide that has any."""
         key, n = (patient_id, max_patches), self._patch_counts[patient_id]
         if key not in self._rows_cache:
-            pieces: list[slice | np.ndarray] = [slice(*self.store.ranges([s])[0]) for s in self._slides[patient_id]]
+            slides = [self.store.rows(slide) for slide in self._slides[patient_id]]
+            pieces: list[slice | np.ndarray] = [*slides]
             if max_patches is not None and n > max_patches:
                 drawn = sampled(n, max_patches, self.seed, patient_id)
-                rows = np.concatenate([np.arange(*self.store.ranges([s])[0]) for s in self._slides[patient_id]])[drawn]
+                rows = np.concatenate([np.arange(rows.start, rows.stop) for rows in slides])[drawn]
                 ends = np.searchsorted(drawn, np.cumsum([_length(piece) for piece in pieces])[:-1])
                 pieces = [piece for piece in np.split(rows, ends) if len(piece)]
             self._rows_cache[key] = pieces
@@ -151,8 +150,7 @@ class Dataset(PatientData):
 
     @cached_property
     def _patch_counts(self) -> dict[str, int]:
-        size = dict(zip(self.store.slide_ids, self.store.sizes.tolist(), strict=True))
-        return {patient: sum(size[slide] for slide in slides) for patient, slides in self._slides.items()}
+        return {patient: sum(self.store.sizes[slide] for slide in slides) for patient, slides in self._slides.items()}
 
     def labels(self, patient_ids: Sequence[str]) -> pd.DataFrame:
         self._refuse_unknown(patient_ids)
@@ -283,7 +281,7 @@ def _open(
     if not stored.is_file():
         raise Refused(f"no feature store of {name} at {stored}. Make it with `{pack_command}`.")
     store = Store.open(stored)
-    files = None if study.synthetic else find_slides(feature_folders(study, name))
+    files = {} if study.synthetic else find_slides(feature_folders(study, name))
     store.matches(study.features, cohort, files, pack_command)
     return Dataset(
         name=name,

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,14 +28,13 @@ from steph.data.store import (
     COORDS,
     DTYPES,
     FORMAT,
+    NO_COORDS,
     SLIDE_ID,
     VERSION,
     Store,
-    content_hash,
     describe,
     name_and_size,
     slide_hash,
-    text,
 )
 from steph.files.atomic import atomic_path, disk_errors, in_words, refuse_full_disk
 from steph.files.lock import exclusive
@@ -50,21 +49,20 @@ UNAVAILABLE = ("missing", "empty (0 patches)")
 def write_store(
     path: Path,
     features: Features,
-    slides: Iterable[tuple[str, np.ndarray, np.ndarray | None]],
-    sizes: Sequence[int],
+    slides: Iterable[tuple[np.ndarray, np.ndarray | None]],
+    sizes: dict[str, int],
     provenance: dict[str, Any],
 ) -> Store:
-    """Write a store from arrays. slides: (slide_id, features (N_i, D), coords (N_i, 2) or None), taken one by one, in
-    the order of the store; sizes: their N_i. Raises `Refused` where an array is not what its size and `features` say,
-    or holds values that are not finite in the store's precision; then nothing is written."""
-    sizes = [int(n) for n in sizes]
+    """Write a store from arrays. slides: features (N_i, D) and coords (N_i, 2) or None of each slide, taken one by one;
+    sizes: their names and N_i, in the same order. Raises `Refused` where an array is not what its size and `features`
+    say, or holds values that are not finite in the store's precision; then nothing is written."""
     _refuse_full_disk(path, features, sizes)
     with atomic_path(path) as temporary:
-        _lay_out(temporary, features, sizes, provenance, plan="")
+        _lay_out(temporary, features, sizes, provenance)
         with temporary.open("rb+") as file:
-            writer = _Writer(temporary, file, features, sizes)
-            for i, ((slide_id, patches, coords), _) in enumerate(zip(slides, sizes, strict=True)):
-                writer.add(i, slide_id, [(patches, coords)], f"slide {slide_id}")
+            writer = _Writer(temporary, file)
+            for slide, (patches, coords) in zip(sizes, slides, strict=True):
+                writer.add(slide, patches.shape, [(patches, coords)], f"slide {slide}")
             writer.finish()
     return Store.open(path)
 
@@ -82,8 +80,7 @@ def pack(path: Path, cohort: Cohort, files: dict[str, Path], features: Features,
     """
     slide_ids = [slide for slides in cohort.slides_of.values() for slide in slides]
     table = check_slides(slide_ids, files, features).set_index("slide_id", drop=False)
-    unavailable = table["problem"].isin(UNAVAILABLE)
-    left_out = table[unavailable & allow_missing]
+    left_out = table[table["problem"].isin(UNAVAILABLE) & allow_missing]
     bare = [patient for patient, slides in cohort.slides_of.items() if set(left_out.index).issuperset(slides)]
     if bare:
         raise Refused(
@@ -93,11 +90,12 @@ def pack(path: Path, cohort: Cohort, files: dict[str, Path], features: Features,
     usable = table.drop(index=left_out.index)
     if message := problems_message(usable):
         hint = (
-            "\nSlides that are missing or empty are left out with `--allow-missing`, as long as each patient keeps one."
+            "Slides that are missing or empty are left out with `--allow-missing`, as long as each patient keeps one."
         )
-        raise Refused(f"{path} was not packed. {message}{hint if unavailable.any() and not allow_missing else ''}")
-    sources = {slide: Path(source) for slide, source in zip(usable["slide_id"], usable["path"], strict=True)}
-    sizes = [int(n) for n in usable["n_patches"]]
+        hint = f"\n{hint}" if usable["problem"].isin(UNAVAILABLE).any() else ""
+        raise Refused(f"{path} was not packed. {message}{hint}")
+    sources = {str(slide): Path(source) for slide, source in usable["path"].items()}
+    sizes = {str(slide): int(n) for slide, n in usable["n_patches"].items()}
     provenance = {
         "files": {slide: name_and_size(source) for slide, source in sources.items()},
         "left_out": [
@@ -105,49 +103,48 @@ def pack(path: Path, cohort: Cohort, files: dict[str, Path], features: Features,
             for slide, reason, source in zip(left_out.index, left_out["problem"], left_out["path"], strict=True)
         ],
     }
-    with _partial(path, features, sizes, provenance) as (partial, file):
-        writer = _Writer(partial, file, features, sizes)
-        done = writer.finished_slides(list(sources))
-        todo = [(i, slide) for i, slide in enumerate(sources) if i not in done]
-        for i, slide in track(todo, f"pack {path.name}"):
-            with open_slide(sources[slide]) as source:
-                writer.add(i, slide, source.blocks(), f"slide {slide} ({sources[slide]})")
-        writer.finish()
+    busy = f"another process is packing {path}; wait for it, or stop it, and start again."
+    with exclusive(path, busy), disk_errors(path):
+        partial = _partial(path, features, sizes, provenance)
+        with partial.open("rb+") as file:
+            writer = _Writer(partial, file)
+            done = writer.finished_slides()
+            for slide in track([slide for slide in sizes if slide not in done], f"pack {path.name}"):
+                with open_slide(sources[slide]) as source:
+                    shape = source.n_patches, source.dim
+                    writer.add(slide, shape, source.blocks(), f"slide {slide} ({sources[slide]})")
+            writer.finish()
         partial.replace(path)
     return Store.open(path)
 
 
-@contextmanager
-def _partial(
-    path: Path, features: Features, sizes: list[int], provenance: dict[str, Any]
-) -> Iterator[tuple[Path, BinaryIO]]:
-    """The partial file of a store, open for writing and locked: the one of an interrupted packing where its plan was
-    the same, else a new one."""
-    plan = fingerprint({**describe(features), "precision": features.precision, "sizes": sizes, **provenance}, 64)
-    partial, same = partial_of(path), False
-    busy = f"another process is packing {path}; wait for it, or stop it, and start again."
-    with exclusive(path, busy), disk_errors(path):
-        with suppress(OSError, UnicodeDecodeError), h5py.File(partial, "r", locking=False) as layout:
-            same = text(layout.attrs.get("plan")) == plan
-        if not same:
-            partial.unlink(missing_ok=True)
-        _refuse_full_disk(path, features, sizes)
-        if not partial.is_file():
-            with atomic_path(partial) as temporary:
-                _lay_out(temporary, features, sizes, provenance, plan)
-        with partial.open("rb+") as file:
-            yield partial, file
+def _partial(path: Path, features: Features, sizes: dict[str, int], provenance: dict[str, Any]) -> Path:
+    """The partial file of a store: that of an interrupted packing where its plan was the same, else a new one."""
+    partial, same = _partial_of(path), False
+    with suppress(OSError), h5py.File(partial, "r", locking=False) as layout:
+        same = layout.attrs.get("plan") == _plan(features, sizes, provenance)
+    if not same:
+        partial.unlink(missing_ok=True)
+    _refuse_full_disk(path, features, sizes)
+    if not same:
+        with atomic_path(partial) as temporary:
+            _lay_out(temporary, features, sizes, provenance)
+    return partial
 
 
-def partial_of(path: Path) -> Path:
-    """Where a store lies while it is packed."""
+def _partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _refuse_full_disk(path: Path, features: Features, sizes: list[int]) -> None:
-    partial = partial_of(path)
+def _plan(features: Features, sizes: dict[str, int], provenance: dict[str, Any]) -> bytes:
+    what = {**describe(features), "precision": features.precision, "sizes": list(sizes.items()), **provenance}
+    return fingerprint(what, 64).encode()
+
+
+def _refuse_full_disk(path: Path, features: Features, sizes: dict[str, int]) -> None:
+    partial = _partial_of(path)
     per_patch = features.dim * DTYPES[features.precision].itemsize + 2 * COORDS.itemsize
-    size = sum(sizes) * per_patch + len(sizes) * (SLIDE_ID.itemsize + 200) + 2**16
+    size = sum(sizes.values()) * per_patch + len(sizes) * (SLIDE_ID.itemsize + 200) + 2**16
     # What is laid out and not yet filled takes no room.
     written = min(partial.stat().st_blocks * 512, partial.stat().st_size) if partial.is_file() else 0
     what = f"{path} ({in_words(size)}, of which {in_words(written)} are written)"
@@ -155,9 +152,9 @@ def _refuse_full_disk(path: Path, features: Features, sizes: list[int]) -> None:
     refuse_full_disk(path.parent, size - written, what, advice)
 
 
-def _lay_out(path: Path, features: Features, sizes: list[int], provenance: dict[str, Any], plan: str) -> None:
+def _lay_out(path: Path, features: Features, sizes: dict[str, int], provenance: dict[str, Any]) -> None:
     """Make the HDF5 file with all arrays at their final size; features, coords and hashes are filled later."""
-    n_patches = sum(sizes)
+    n_patches = sum(sizes.values())
     # Early: the arrays' places in the file are fixed now. Never: their pages are not written twice.
     dcpl = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     dcpl.set_layout(h5py.h5d.CONTIGUOUS)
@@ -167,16 +164,17 @@ def _lay_out(path: Path, features: Features, sizes: list[int], provenance: dict[
     arrays = {
         "sha256": ((len(sizes), 32), np.dtype("u1")),
         "content_sha256": ((), np.dtype("S64")),
-        "slide_ids": ((len(sizes),), SLIDE_ID),
         "coords": ((n_patches, 2), COORDS),
         "features": ((n_patches, features.dim), DTYPES[features.precision]),
     }
     # Alignment also keeps a map's values at addresses that processors and PyTorch can read as numbers.
     with h5py.File(path, "w", locking=False, alignment_threshold=1, alignment_interval=4096) as file:
         # Text of a fixed length: for any other, HDF5 follows pointers through the file, and in a damaged one for ever.
-        attributes = {"format": FORMAT, "version": VERSION, "plan": plan, **describe(features)}
-        file.attrs.update({k: np.bytes_(v.encode()) if isinstance(v, str) and v else v for k, v in attributes.items()})
-        file["offsets"] = np.array([0, *accumulate(sizes)], dtype="<i8")
+        description = {key: np.bytes_(v.encode()) if isinstance(v, str) else v for key, v in describe(features).items()}
+        plan = np.bytes_(_plan(features, sizes, provenance))
+        file.attrs.update({"format": np.bytes_(FORMAT), "version": VERSION, "plan": plan, **description})
+        file["offsets"] = np.array([0, *accumulate(sizes.values())], dtype="<i8")
+        file["slide_ids"] = np.array([slide.encode() for slide in sizes], dtype=SLIDE_ID)
         file["provenance"] = np.bytes_(json.dumps(provenance, sort_keys=True, allow_nan=False).encode())
         for name, (shape, dtype) in arrays.items():
             space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
@@ -184,65 +182,49 @@ def _lay_out(path: Path, features: Features, sizes: list[int], provenance: dict[
 
 
 class _Writer:
-    """Fills a laid out file by plain writes at the arrays' offsets."""
+    """Fills a store that is laid out, by plain writes at its arrays' offsets."""
 
-    def __init__(self, path: Path, file: BinaryIO, features: Features, sizes: list[int]) -> None:
-        self.path, self.file, self.sizes = path, file, sizes
-        self.dim, self.description = features.dim, describe(features)
-        self.dtype = DTYPES[features.precision]
-        self.offsets = [0, *accumulate(sizes)]
-        self.slide_ids = [""] * len(sizes)
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.store, self.file = Store.read(path), file
         with h5py.File(path, "r", locking=False) as layout:
             self.at = {name: layout[name].id.get_offset() for name in layout}
-            self.hashes = layout["sha256"][:]
 
-    def _write(self, name: str, row: int, row_bytes: int, content: Any) -> None:
-        self.file.seek(self.at[name] + row * row_bytes)
+    def _write(self, name: str, at: int, content: Any) -> None:
+        self.file.seek(self.at[name] + at)
         self.file.write(content)
 
-    def finished_slides(self, slide_ids: list[str]) -> set[int]:
+    def finished_slides(self) -> set[str]:
         """The slides that an interrupted packing finished, their bytes checked against their hashes."""
-        candidates = np.flatnonzero(self.hashes.any(axis=1)).tolist()
-        features = np.memmap(self.path, self.dtype, "r", self.at["features"], (self.offsets[-1], self.dim))
-        coords = np.memmap(self.path, COORDS, "r", self.at["coords"], (self.offsets[-1], 2))
-        done = set()
-        for i in track(candidates, "check what was packed before") if candidates else ():
-            rows = slice(self.offsets[i], self.offsets[i + 1])
-            if slide_hash(features[rows], coords[rows]) == self.hashes[i].tobytes():
-                self.slide_ids[i] = slide_ids[i]
-                done.add(i)
-        return done
+        begun = [slide for slide, (i, _) in self.store.places.items() if self.store.hashes[i].any()]
+        checked = track(begun, "check what was packed before") if begun else ()
+        return {slide for slide in checked if self.store.is_intact(slide)}
 
-    def add(self, i: int, slide_id: str, pieces: Iterable[tuple[np.ndarray, np.ndarray | None]], what: str) -> None:
-        """Write slide i, given in pieces, and then its hash."""
-        if slide_id in self.slide_ids:
-            raise Refused(f"{what}: the name stands twice.")
-        row, stop = self.offsets[i], self.offsets[i + 1]
-        of_features, of_coords = hashlib.sha256(), hashlib.sha256()
+    def add(
+        self,
+        slide: str,
+        shape: tuple[int, ...],
+        pieces: Iterable[tuple[np.ndarray, np.ndarray | None]],
+        what: str,
+    ) -> None:
+        """Write a slide of a shape, given in pieces, and then its hash."""
+        store, (i, rows) = self.store, self.store.places[slide]
+        if shape != (store.sizes[slide], store.dim):
+            raise Refused(f"{what}: features {shape}; expected {store.sizes[slide]} patches {store.dim} wide.")
+        row, digests = rows.start, (hashlib.sha256(), hashlib.sha256())
         for patches, coords in pieces:
-            if patches.ndim != 2 or patches.shape[1] != self.dim or row + len(patches) > stop:
-                raise Refused(f"{what}: features {patches.shape}; expected {self.sizes[i]} patches {self.dim} wide.")
-            stored, places = stored_features(patches, self.dtype, what), _stored_coords(coords, len(patches), what)
-            self._write("features", row, self.dim * self.dtype.itemsize, stored)
-            self._write("coords", row, 2 * COORDS.itemsize, places)
-            of_features.update(stored.data)
-            of_coords.update(places.data)
+            stored = stored_features(patches, store.dtype, what), _stored_coords(coords, len(patches), what)
+            for name, array, digest in zip(("features", "coords"), stored, digests, strict=True):
+                self._write(name, row * array.shape[1] * array.itemsize, array)
+                digest.update(array.data)
             row += len(patches)
-        if row != stop:
-            raise Refused(f"{what}: {row - self.offsets[i]} patches; expected {self.sizes[i]}.")
-        digest = hashlib.sha256(of_features.digest() + of_coords.digest()).digest()
-        self.hashes[i] = np.frombuffer(digest, np.uint8)
-        self.slide_ids[i] = slide_id
+        store.hashes[i] = np.frombuffer(slide_hash(*digests), np.uint8)
         self.file.flush()  # The hash comes after what it stands for.
-        self._write("sha256", i, 32, digest)
+        self._write("sha256", 32 * i, store.hashes[i])
         self.file.flush()
 
     def finish(self) -> None:
-        """Write the slide list and the content's hash, and bring everything to the disk."""
-        names = np.array([slide.encode() for slide in self.slide_ids], dtype=SLIDE_ID)
-        self._write("slide_ids", 0, SLIDE_ID.itemsize, names)
-        content = content_hash(self.description, self.dtype, self.slide_ids, self.sizes, self.hashes)
-        self._write("content_sha256", 0, 64, content.encode())
+        """Write the content's hash, and bring everything to the disk."""
+        self._write("content_sha256", 0, self.store.content_hash().encode())
         self.file.flush()
         os.fsync(self.file.fileno())
 
@@ -264,7 +246,7 @@ def stored_features(patches: np.ndarray, dtype: np.dtype, what: str) -> np.ndarr
 
 def _stored_coords(coords: np.ndarray | None, n: int, what: str) -> np.ndarray:
     if coords is None:
-        return np.full((n, 2), -1, dtype=COORDS)
+        return np.full((n, 2), NO_COORDS, dtype=COORDS)
     limits = np.iinfo(COORDS)
     if coords.size and (coords.min() < limits.min or coords.max() > limits.max):
         raise Refused(f"{what}: coords beyond the range of level-0 pixels (32 bits).")

@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,9 +40,10 @@ from steph.data.manifest import Features
 from steph.files.progress import track
 from steph.files.records import fingerprint
 
-FORMAT, VERSION = "steph-store", 1
+FORMAT, VERSION = b"steph-store", 1
 DTYPES: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 COORDS = np.dtype("<i4")
+NO_COORDS = -1
 SLIDE_ID = np.dtype("S255")
 """A slide id is a file name, and those end at 255 bytes."""
 AGAIN = "Delete it; `steph data pack` makes it again, or, in a synthetic study, the next run."
@@ -50,12 +51,12 @@ AGAIN = "Delete it; `steph data pack` makes it again, or, in a synthetic study, 
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """A whole, checked store. slide_ids: S names in file order. offsets: (S + 1,) int64. features, coords: (N, D) and
-    (N, 2), read-only maps of the file. fingerprint: SHA-256 of the content, the same whatever files it was packed from.
+    """A store. sizes: patches of each slide, in file order. offsets: (S + 1,). features, coords: (N, D) and (N, 2),
+    read-only maps of the file. fingerprint: SHA-256 of the content, the same whatever files it was packed from.
     description: encoder, dim, patch size, magnification."""
 
     path: Path
-    slide_ids: tuple[str, ...]
+    sizes: dict[str, int]
     offsets: np.ndarray
     features: np.memmap
     coords: np.memmap
@@ -63,44 +64,41 @@ class Store:
     provenance: dict[str, Any] = field(repr=False)
     hashes: np.ndarray = field(repr=False)
     fingerprint: str
-    _compared: set[str] = field(default_factory=set, init=False, repr=False)
+    _intact: set[str] = field(default_factory=set, init=False, repr=False)
 
     @classmethod
     def open(cls, path: Path) -> Store:
         """Open a store. Raises `Refused` for a missing, truncated, foreign, unfinished or altered file."""
-        if not path.is_file():
-            raise Refused(f"no feature store at {path}. `steph data pack` makes it from slide feature files.")
         try:
-            store = cls._read(path)
+            store = cls.read(path)
+            finished = store.content_hash() == store.fingerprint
         except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise Refused(f"{path} is not a whole feature store ({error}). {AGAIN}") from None
-        expected = content_hash(store.description, store.dtype, store.slide_ids, store.sizes.tolist(), store.hashes)
-        if store.fingerprint != expected:
+        if not finished:
             raise Refused(f"{path}: slide list, sizes or hashes are not those it was finished with. {AGAIN}")
         return store
 
     @classmethod
-    def _read(cls, path: Path) -> Store:
+    def read(cls, path: Path) -> Store:
+        """A store that may be unfinished; a file that is none raises nearly anything."""
         with h5py.File(path, "r", locking=False) as file:
-            form, version = text(file.attrs.get("format")), file.attrs.get("version")
+            form, version = file.attrs.get("format"), file.attrs.get("version")
             if (form, version) != (FORMAT, VERSION):
-                raise ValueError(f"format is {form!r}, version {version}, expected {FORMAT!r}, {VERSION}")
+                raise ValueError(f"format is {form}, version {version}, expected {FORMAT!r}, {VERSION}")
             features, coords, offsets = file["features"], file["coords"], file["offsets"][:]
-            n_patches, dim = features.shape
-            fit = features.dtype in DTYPES.values() and coords.dtype == COORDS and coords.shape == (n_patches, 2)
-            if not fit or dim != file.attrs["dim"] or offsets[0] != 0 or offsets[-1] != n_patches:
+            fit = features.dtype in DTYPES.values() and coords.dtype == COORDS
+            if not fit or coords.shape != (len(features), 2) or offsets[-1] != len(features):
                 raise ValueError("features, coordinates and offsets do not fit each other")
-            if any(array.id.get_offset() % array.dtype.itemsize for array in (features, coords)):
-                raise ValueError("its arrays are not aligned")
+            slide_ids = [name.decode() for name in file["slide_ids"][:].tolist()]
             return cls(
                 path=path,
-                slide_ids=tuple(name.decode() for name in file["slide_ids"][:].tolist()),
+                sizes=dict(zip(slide_ids, np.diff(offsets).tolist(), strict=True)),
                 offsets=offsets,
                 features=np.memmap(path, features.dtype, "r", features.id.get_offset(), features.shape),
                 coords=np.memmap(path, COORDS, "r", coords.id.get_offset(), coords.shape),
                 description={
-                    "encoder": str(text(file.attrs["encoder"])),
-                    "dim": dim,
+                    "encoder": file.attrs["encoder"].decode(),
+                    "dim": features.shape[1],
                     "patch_size_px": int(file.attrs["patch_size_px"]),
                     "magnification": float(file.attrs["magnification"]),
                 },
@@ -127,74 +125,65 @@ class Store:
             return torch.from_numpy(self.features)
 
     @cached_property
-    def sizes(self) -> np.ndarray:
-        """Patches of each slide, (S,) int64."""
-        return np.diff(self.offsets)
+    def places(self) -> dict[str, tuple[int, slice]]:
+        """Number and rows of each slide."""
+        starts = self.offsets.tolist()
+        return {slide: (i, slice(starts[i], starts[i + 1])) for i, slide in enumerate(self.sizes)}
 
-    @cached_property
-    def _index(self) -> dict[str, int]:
-        return {slide: i for i, slide in enumerate(self.slide_ids)}
+    def rows(self, slide_id: str) -> slice:
+        """A slide's rows of `features` and `coords`. Raises `Refused` where they are not what was packed: they are
+        compared with their hash when they are first asked for."""
+        if slide_id not in self._intact:
+            self._refuse_damaged([slide_id])
+            self._intact.add(slide_id)
+        return self.places[slide_id][1]
 
-    def __contains__(self, slide_id: str) -> bool:
-        return slide_id in self._index
+    def bag(self, slide_ids: Iterable[str]) -> np.ndarray:
+        """Features of these slides, (n, D) in the store's precision, a copy."""
+        return np.concatenate([self.features[self.rows(slide)] for slide in slide_ids])
 
-    def ranges(self, slide_ids: Sequence[str]) -> list[tuple[int, int]]:
-        """Rows of these slides, in order, as (start, stop) pairs; slides that lie side by side make one pair.
-        Raises `Refused` for a slide that is not what was packed: whoever asks for a slide's rows for the first time has
-        them compared with its hash."""
-        self._compare(slide for slide in slide_ids if slide not in self._compared)
-        joined: list[tuple[int, int]] = []
-        for i in (self._index[slide] for slide in slide_ids):
-            start, stop = int(self.offsets[i]), int(self.offsets[i + 1])
-            if joined and joined[-1][1] == start:
-                start = joined.pop()[0]
-            joined.append((start, stop))
-        return joined
+    def coords_of(self, slide_ids: Iterable[str]) -> np.ndarray:
+        """Coordinates of these slides' patches, (n, 2) int32, in the order of `bag`."""
+        return np.concatenate([self.coords[self.rows(slide)] for slide in slide_ids])
 
     def prefetch(self, slide_ids: Iterable[str]) -> None:
         """Have the system read these slides from the disk meanwhile. A hint: it may do nothing."""
         width = self.dim * self.dtype.itemsize
         with suppress(OSError, AttributeError), self.path.open("rb") as file:
-            for i in (self._index[slide] for slide in slide_ids):
-                at, size = self.features.offset + width * int(self.offsets[i]), width * int(self.sizes[i])
-                os.posix_fadvise(file.fileno(), at, size, os.POSIX_FADV_WILLNEED)
-
-    def bag(self, slide_ids: Sequence[str]) -> np.ndarray:
-        """Features of these slides, (n, D) in the store's precision: a read-only view where they lie side by side, as
-        a patient's do, else a copy."""
-        return self._rows(self.features, slide_ids)
-
-    def coords_of(self, slide_ids: Sequence[str]) -> np.ndarray:
-        """Coordinates of these slides' patches, (n, 2) int32, in the order of `bag`."""
-        return self._rows(self.coords, slide_ids)
-
-    def _rows(self, array: np.ndarray, slide_ids: Sequence[str]) -> np.ndarray:
-        pieces = [array[start:stop] for start, stop in self.ranges(slide_ids)]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            for slide in slide_ids:
+                at = self.features.offset + width * self.places[slide][1].start
+                os.posix_fadvise(file.fileno(), at, width * self.sizes[slide], os.POSIX_FADV_WILLNEED)
 
     def verify(self) -> None:
         """Read everything and compare it with the hashes. Raises `Refused` naming the slides that are damaged."""
-        self._compare(track(self.slide_ids, f"verify {self.path.name}"))
+        self._refuse_damaged(track(list(self.sizes), f"verify {self.path.name}"))
 
-    def _compare(self, slide_ids: Iterable[str]) -> None:
-        damaged: list[str] = []
-        for slide in slide_ids:
-            i = self._index[slide]
-            rows = slice(self.offsets[i], self.offsets[i + 1])
-            same = slide_hash(self.features[rows], self.coords[rows]) == self.hashes[i].tobytes()
-            (self._compared.add if same else damaged.append)(slide)
+    def is_intact(self, slide_id: str) -> bool:
+        """Whether a slide's features and coordinates have their hash."""
+        i, rows = self.places[slide_id]
+        digests = (hashlib.sha256(array[rows].data) for array in (self.features, self.coords))
+        return slide_hash(*digests) == self.hashes[i].tobytes()
+
+    def _refuse_damaged(self, slide_ids: Iterable[str]) -> None:
+        damaged = [slide for slide in slide_ids if not self.is_intact(slide)]
         if damaged:
             raise Refused(
                 f"{self.path}: {len(damaged)} slide(s) are not what was packed: {', '.join(damaged[:10])}. The disk or "
                 f"a copy damaged the file. {AGAIN}"
             )
 
+    def content_hash(self) -> str:
+        """The fingerprint that the store must have. Where the features came from is no part of it."""
+        hashes = (row.tobytes().hex() for row in self.hashes)
+        slides = [[slide, n, digest] for (slide, n), digest in zip(self.sizes.items(), hashes, strict=True)]
+        return fingerprint({"version": VERSION, **self.description, "dtype": self.dtype.name, "slides": slides}, 64)
+
     def matches(
-        self, features: Features, cohort: Cohort, files: dict[str, Path] | None, repack: str = "steph data pack"
+        self, features: Features, cohort: Cohort, files: dict[str, Path], repack: str = "steph data pack"
     ) -> None:
         """Check that the store is the one that the manifest, the cohort and the slide files mean.
 
-        files: `find_slides`' answer; none where the files were removed after packing. Raises `Refused`, with all
+        files: `find_slides`' answer; those that were removed after packing are not missed. Raises `Refused`, with all
         differences and the command `repack`, for another encoder, width, patch size, magnification or precision, for
         slides that the store lacks, and for source files with other names or sizes.
         """
@@ -205,17 +194,16 @@ class Store:
             if stored[name] != value
         ]
         slides = cohort.slides["slide_id"].tolist()
-        packed = {row["slide_id"]: row["file"] for row in self.provenance.get("left_out", [])}
-        absent = [slide for slide in slides if slide not in self._index and slide not in packed]
+        left_out = {row["slide_id"]: row["file"] for row in self.provenance.get("left_out", [])}
+        known = {*self.sizes, *left_out}
+        absent = [slide for slide in slides if slide not in known]
         if absent:
             differences.append(f"it lacks {len(absent)} of the table's slides ({', '.join(absent[:5])})")
-        packed |= self.provenance.get("files", {})
-        matched = match_slides(slides, files or {}).items()
-        now = {slide: name_and_size(paths[0]) for slide, paths in matched if len(paths) == 1}
+        packed = {**left_out, **self.provenance.get("files", {})}
         changed = [
-            f"{slide}: now {file}, packed from {packed.get(slide)}"
-            for slide, file in now.items()
-            if file != packed.get(slide)
+            f"{slide}: now {name_and_size(paths[0])}, packed from {packed.get(slide)}"
+            for slide, paths in match_slides(slides, files).items()
+            if len(paths) == 1 and name_and_size(paths[0]) != packed.get(slide)
         ]
         if changed:
             differences.append(f"{len(changed)} source file(s) differ: {'; '.join(changed[:5])}")
@@ -230,25 +218,11 @@ def describe(features: Features) -> dict[str, Any]:
     return {**values, "magnification": float(features.magnification)}
 
 
-def text(value: Any) -> Any:
-    """An attribute's text, whether HDF5 holds it in a fixed length or not; what is no text, as it is."""
-    return value.decode() if isinstance(value, bytes) else value
-
-
 def name_and_size(path: Path) -> list[Any]:
     """What a store remembers of a file that it was packed from."""
     return [path.name, path.stat().st_size]
 
 
-def slide_hash(features: np.ndarray, coords: np.ndarray) -> bytes:
-    """SHA-256 of a slide's features and coordinates."""
-    digests = [hashlib.sha256(np.ascontiguousarray(array).data).digest() for array in (features, coords)]
-    return hashlib.sha256(b"".join(digests)).digest()
-
-
-def content_hash(
-    description: dict[str, Any], dtype: np.dtype, slide_ids: Sequence[str], sizes: Sequence[int], hashes: np.ndarray
-) -> str:
-    """The store's fingerprint. Where the features came from is no part of it."""
-    slides = [[slide, n, row.tobytes().hex()] for slide, n, row in zip(slide_ids, sizes, hashes, strict=True)]
-    return fingerprint({"version": VERSION, **description, "dtype": dtype.name, "slides": slides}, 64)
+def slide_hash(features: Any, coords: Any) -> bytes:
+    """SHA-256 of a slide, from those of its features and its coordinates."""
+    return hashlib.sha256(features.digest() + coords.digest()).digest()

@@ -94,9 +94,9 @@ def make_dataset(study: Study, dataset: str) -> None:
         drawn = draw(study, dataset, external)
         write_cohort(made_cohort(study, dataset, external), folder / "labels" / f"{dataset}.csv")
         write_csv(drawn.patients[["patient_id", "log_risk"]], folder / "oracle" / f"{dataset}.csv")
-        sizes = drawn.slides["n_patches"].tolist()
-        features, coords = (np.split(rows, np.cumsum(sizes)[:-1]) for rows in (drawn.features, drawn.coords))
-        slides = zip(drawn.slides["slide_id"], features, coords, strict=True)
+        sizes = dict(zip(drawn.slides["slide_id"], drawn.slides["n_patches"].tolist(), strict=True))
+        ends = np.cumsum(list(sizes.values()))[:-1]
+        slides = zip(np.split(drawn.features, ends), np.split(drawn.coords, ends), strict=True)
         made_from = provenance(study, dataset, external)
         write_store(folder / "stores" / f"{dataset}.h5", study.features, slides, sizes, made_from)
 

@@ -66,7 +66,7 @@ def test_missing_and_empty_slides_are_left_out_on_request_and_recorded(tmp_path)
     with pytest.raises(Refused, match="2 of 9 slides"):
         pack(tmp_path / "S.h5", cohort, found, HALF)
     store = pack(tmp_path / "S.h5", cohort, found, HALF, allow_missing=True)
-    assert list(store.slide_ids) == [s for s in slides if s not in (slides[0], slides[4])]
+    assert list(store.sizes) == [s for s in slides if s not in (slides[0], slides[4])]
     assert [(row["slide_id"], row["reason"]) for row in store.provenance["left_out"]] == [
         (slides[0], "missing"),
         (slides[4], "empty (0 patches)"),
@@ -95,28 +95,25 @@ def test_damaged_slides_are_refused_even_where_missing_ones_are_allowed(tmp_path
 
 
 def test_write_store_refuses_what_does_not_fit_and_leaves_nothing(tmp_path):
-    def slide(name, n=3, dim=DIM):
-        return name, np.ones((n, dim), "f4"), None
-
     cases = [
-        ([slide("A", 2)], [3], "2 patches; expected 3"),
-        ([slide("A", 4)], [3], "expected 3 patches"),
-        ([slide("A", dim=9)], [3], "8 wide"),
-        ([slide("A"), slide("A")], [3, 3], "stands twice"),
-        ([("A", np.ones((3, DIM)), np.full((3, 2), 2**31))], [3], "32 bits"),
+        ((2, DIM), None, r"slide B: features \(2, 8\); expected 3 patches 8 wide"),
+        ((4, DIM), None, "expected 3 patches"),
+        ((3, 9), None, "8 wide"),
+        ((3, DIM), np.full((3, 2), 2**31), "32 bits"),
     ]
-    for slides, sizes, words in cases:
+    for shape, coords, words in cases:
+        slides = [(np.ones((3, DIM)), None), (np.ones(shape), coords)]
         with pytest.raises(Refused, match=words):
-            write_store(tmp_path / "S.h5", HALF, iter(slides), sizes, {})
+            write_store(tmp_path / "S.h5", HALF, iter(slides), {"A": 3, "B": 3}, {})
         assert not list(tmp_path.iterdir())
 
 
 def test_write_store_keeps_its_provenance_and_is_the_same_file_every_time(tmp_path):
     rng = np.random.default_rng(0)
-    slides = [(f"S{i}", rng.normal(size=(i + 1, DIM)), rng.integers(0, 9, (i + 1, 2))) for i in range(5)]
+    sizes = {f"S{i}": i + 1 for i in range(5)}
+    slides = [(rng.normal(size=(n, DIM)), rng.integers(0, 9, (n, 2))) for n in sizes.values()]
     first, second = (
-        write_store(tmp_path / name, SINGLE, iter(slides), [1, 2, 3, 4, 5], {"seed": 0, "name": "é"})
-        for name in ("a.h5", "b.h5")
+        write_store(tmp_path / name, SINGLE, slides, sizes, {"seed": 0, "name": "é"}) for name in ("a.h5", "b.h5")
     )
     assert first.provenance == {"seed": 0, "name": "é"}
     assert first.path.read_bytes() == second.path.read_bytes()
@@ -218,7 +215,7 @@ def test_what_was_packed_before_is_only_trusted_with_its_hash(tmp_path, monkeypa
         file.write(bytes(64))  # As after a power cut: pages that never reached the disk.
     read_now.clear()
     assert packed(tmp_path, layout="clam").path.read_bytes() == whole.path.read_bytes()
-    assert read_now[0].startswith(whole.slide_ids[0])
+    assert read_now[0].startswith(next(iter(whole.sizes)))
 
 
 @pytest.mark.parametrize("change", ["size", "precision", "order", "damaged partial"])
@@ -278,7 +275,7 @@ def test_memory_is_bounded_by_the_block_not_by_the_slide(tmp_path, monkeypatch):
     store = pack(tmp_path / "S.h5", cohort, find_slides([tmp_path / "f"]), SINGLE)
     assert len(held) == 50 and max(held) == 100 * DIM * 4
     assert np.array_equal(store.features, values)
-    one_block = write_store(tmp_path / "T.h5", SINGLE, [(slide, values, None)], [5_000], {})
+    one_block = write_store(tmp_path / "T.h5", SINGLE, [(values, None)], {slide: 5_000}, {})
     assert one_block.fingerprint == store.fingerprint, "the size of the blocks is no part of the content"
 
 

@@ -230,16 +230,16 @@ def test_files_are_readable_and_say_that_they_are_synthetic(demo: Study, tmp_pat
         oracle = pd.read_csv(folder / "oracle/SARC.csv", float_precision="round_trip")
         columns = ["patient_id", "time_days", "event", "n_slides"]
         pd.testing.assert_frame_equal(cohort.patients[columns], drawn.patients[columns])
-        assert list(cohort.slides["slide_id"]) == list(store.slide_ids) == list(drawn.slides["slide_id"])
+        assert list(cohort.slides["slide_id"]) == list(store.sizes) == list(drawn.slides["slide_id"])
         assert list(oracle["patient_id"]) == list(drawn.patients["patient_id"])
         assert np.array_equal(oracle["log_risk"], drawn.patients["log_risk"])
         assert np.array_equal(store.features, drawn.features) and np.array_equal(store.coords, drawn.coords)
         assert store.provenance == synthetic.provenance(study, "SARC", external)
         store.verify()
-        for name in (*cohort.slides["patient_id"], *store.slide_ids, *cohort.slides["project"]):
+        for name in (*cohort.slides["patient_id"], *store.sizes, *cohort.slides["project"]):
             assert name.startswith("DEMO-")
     store, found = Store.open(tmp_path / "stores/SARC.h5"), synthetic.truth(study, "SARC")
-    assert list(found["slide_id"].unique()) == list(store.slide_ids)
+    assert list(found["slide_id"].unique()) == list(store.sizes)
     assert np.array_equal(found[["x", "y"]], store.coords)
     assert (found["slide_id"].str.rsplit("-", n=1).str[0] == found["patient_id"]).all()
     assert set(found["phenotype"]) == set(synthetic.PHENOTYPES)

@@ -94,7 +94,7 @@ def test_features_are_brought_into_the_stores_format(tmp_path):
     slide = write_slide(tmp_path / "a.h5", features)
     for precision in ("float16", "float32"):
         kind = Features(encoder="UNI2-h", dim=DIM, precision=precision)
-        store = write_store(tmp_path / f"{precision}.h5", kind, [("a", features, None)], [30], {})
+        store = write_store(tmp_path / f"{precision}.h5", kind, [(features, None)], {"a": 30}, {})
         inputs = made_config(made_steph(), inputs={"precision": precision}).inputs
         np.testing.assert_array_equal(read_slide(slide, inputs)[0], store.bag(["a"]))
 

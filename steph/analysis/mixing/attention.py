@@ -22,9 +22,10 @@ from steph import Refused
 from steph.analysis.mixing.dynamics import rank_correlation
 from steph.analysis.performance.estimates import Estimate, mean_of, with_interval
 from steph.data.bags import RaggedBatch, sampled
-from steph.data.dataset import NO_COORDS, Dataset
+from steph.data.dataset import Dataset
 from steph.data.manifest import Study
 from steph.data.patients import PatientData
+from steph.data.store import NO_COORDS
 from steph.data.synthetic import truth
 from steph.files.progress import track
 from steph.merging.steph import STEPH, mixture_coefficients
@@ -58,10 +59,10 @@ def places(data: Dataset, patient: str, max_patches: int | None = None) -> pd.Da
     """The patches of a patient's bag, in its order: patient_id, slide_id, patch (its place among the slide's patches,
     from 0), x, y (level-0 pixels of its upper left corner; missing where the slide's file had none)."""
     slides = data.slides(patient)
-    sizes = [sum(stop - start for start, stop in data.store.ranges([slide])) for slide in slides]
+    sizes = [data.store.sizes[slide] for slide in slides]
     n = sum(sizes)
     taken = np.arange(n) if max_patches is None or n <= max_patches else sampled(n, max_patches, data.seed, patient)
-    coords = np.asarray(data.store.coords_of(slides))[taken]
+    coords = data.store.coords_of(slides)[taken]
     table = pd.DataFrame(
         {
             "patient_id": patient,

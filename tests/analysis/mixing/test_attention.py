@@ -103,14 +103,14 @@ def test_places_are_the_stores_in_the_bags_order(tiny):
         batch = data.batch([patient], coords=True, max_patches=limit)
         found = attention.places(data, patient, limit)
         np.testing.assert_array_equal(found[["x", "y"]].to_numpy(int), batch.coords.numpy())
-        rows = [data.store.ranges([s])[0][0] + i for s, i in zip(found["slide_id"], found["patch"], strict=True)]
+        rows = [data.store.rows(s).start + i for s, i in zip(found["slide_id"], found["patch"], strict=True)]
         np.testing.assert_array_equal(np.asarray(data.store.features[rows]), batch.features.numpy())
 
 
 def test_ranks_are_of_the_bag_and_percentiles_of_the_slide(tiny):
     data = tiny.dataset("SARC")
     patient = next(p for p in data.splits.test(0) if len(data.slides(p)) == 2)
-    first, second = (int(data.store.sizes[data.store.slide_ids.index(s)]) for s in data.slides(patient))
+    first, second = (data.store.sizes[s] for s in data.slides(patient))
     values = np.arange(first + second, 0, -1.0)
     values[1] = values[0]  # two patches alike
     table = attention.with_attention(attention.places(data, patient), values)
