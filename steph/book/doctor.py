@@ -18,43 +18,38 @@ import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import psutil
 import torch
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
 from steph import PROJECT, Refused, __version__
 from steph.analysis.cost import planning
-from steph.book import pages
+from steph.book import build, pages
 from steph.book.notebooks import NOTEBOOKS, declared
-from steph.data.cohort import read_cohort
-from steph.data.dataset import feature_folders, is_made, open_dataset
-from steph.data.features import find_slides, match_slides
+from steph.data.dataset import is_made, open_dataset
 from steph.data.manifest import Study, load_study
 from steph.data.store import COORDS, DTYPES
 from steph.files.atomic import free_bytes, in_words
-from steph.files.records import COMPLETION, Record, read_record
+from steph.files.records import COMPLETION, Record, read_json, read_record
+from steph.files.tables import shortened
 from steph.study.runs import Run, Workbench, plan
 from steph.training.device import Compute, check_device, precision_for
 from steph.training.memory import available, control_groups
 
 NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "beegfs", "gpfs", "fuse.sshfs", "9p", "afs"}
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
-"""What reading a damaged record or notebook may raise."""
 INSTALL = "`make env`, or `pip install -c constraints.txt -e '.[book,dev]'`"
 
 Answers = Iterator[tuple[str, ...]]
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """What a check found. status: PASS, WARN (works, not as it should) or FAIL (does not work). fix: what to do."""
 
     check: str
@@ -126,11 +121,9 @@ def carried_out(check: Callable[[Case], Answers], case: Case) -> list[Finding]:
             answers.append(answer)
     except Refused as reason:
         answers.append((FAIL, str(reason), "the message says what to do"))
-    except ModuleNotFoundError as error:
-        answers.append((FAIL, f"the package {error.name} is not installed", "`make env`"))
     except Exception as error:
-        text = f"the check itself failed: {type(error).__name__}: {error}"
-        answers.append((FAIL, text, "report it, with the output of `steph doctor --format json`"))
+        fix = "`make env`, where a package is missing; else report it, with the output of `steph doctor --format json`"
+        answers.append((FAIL, f"the check itself failed: {type(error).__name__}: {error}", fix))
     return [Finding(check.__name__.replace("_", " "), *answer) for answer in answers]
 
 
@@ -141,59 +134,38 @@ def judged(text: str, *troubles: tuple[object, str, str, str]) -> tuple[str, ...
 
 def as_text(findings: list[Finding]) -> str:
     """Findings for people: a line each, its fix below, the count at the end."""
-    lines, indent = [], " " * 20
+    lines, indent = [], "\n" + " " * 20
     for finding in findings:
-        head, *rest = finding.found.splitlines() or [""]
-        lines += [f"{finding.status}  {finding.check:13} {head}", *(indent + line.strip() for line in rest)]
+        lines.append(f"{finding.status}  {finding.check:13} {finding.found}".replace("\n", indent))
         if finding.fix:
-            lines.append(f"{indent}fix: {finding.fix}")
-    counts = [f"{sum(finding.status == status for finding in findings)} {status}" for status in (PASS, WARN, FAIL)]
-    return "\n".join([*lines, ", ".join(counts)])
+            lines[-1] += f"{indent}fix: {finding.fix}"
+    statuses = [finding.status for finding in findings]
+    return "\n".join([*lines, ", ".join(f"{statuses.count(status)} {status}" for status in (PASS, WARN, FAIL))])
 
 
 def as_json(findings: list[Finding], study: str, device: str) -> str:
     """Findings for programs: ``{"version", "steph", "study", "device", "findings": [{check, status, found, fix}]}``;
     version: of this form, raised when it changes."""
     head = {"version": 1, "steph": __version__, "study": study, "device": device}
-    return json.dumps({**head, "findings": [asdict(finding) for finding in findings]}, indent=1, ensure_ascii=False)
-
-
-def python(_: Case) -> Answers:
-    """The interpreter against ``requires-python``."""
-    now, needed = platform.python_version(), _project()["requires-python"]
-    yield judged(
-        f"{now} (needed: {needed}), {sys.executable}",
-        (now not in SpecifierSet(needed), FAIL, "", "`make env PYTHON=python3.12`, or any from 3.11 on"),
-    )
+    return json.dumps({**head, "findings": [finding._asdict() for finding in findings]}, indent=1, ensure_ascii=False)
 
 
 def packages(_: Case) -> Answers:
     """Installed packages against what the project needs and against the exact set it was tested with."""
-    project, suit = _project(), True
-    for texts, status, purpose in (
-        (project["dependencies"], FAIL, ""),
-        (project["optional-dependencies"]["book"], WARN, " (for notebooks and the book)"),
-    ):
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for texts, status in ((project["dependencies"], FAIL), (project["optional-dependencies"]["book"], WARN)):
         for package in map(Requirement, texts):
             installed = _installed(package.name)
             if not installed or not package.specifier.contains(installed, prereleases=True):
-                suit = False
-                state = installed or "is not installed"
-                yield status, f"{package.name} {state}; needed: {package.specifier}{purpose}", INSTALL
+                yield status, f"{package.name} {installed or 'is not installed'}; needed: {package.specifier}", INSTALL
     pins = re.findall(r"^([^#=\s]+)==(\S+)", (PROJECT / "constraints.txt").read_text(encoding="utf-8"), re.M)
     versions = [(name, _installed(name), pin) for name, pin in pins]
     # A build such as +cpu is no other version, and what is not installed is not needed.
     others = [f"{name} {now} (pinned {pin})" for name, now, pin in versions if now and now.split("+")[0] != pin]
-    if others:
-        more = f" and {len(others) - 8} more" if len(others) > 8 else ""
-        text = f"{len(others)} of {len(pins)} packages are not the pinned ones: {', '.join(others[:8])}{more}"
-        yield WARN, f"{text}; the last digits of results may differ", INSTALL
-    elif suit:
-        yield PASS, f"the {len(pins)} packages are at the pinned versions"
-
-
-def _project() -> dict[str, Any]:
-    return tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    yield judged(
+        f"Python {platform.python_version()}, {sys.executable}; {len(others)} packages are not the pinned ones",
+        (others, WARN, f": {shortened(others, 8)}; the last digits of results may differ", INSTALL),
+    )
 
 
 def _installed(name: str) -> str | None:
@@ -204,54 +176,36 @@ def _installed(name: str) -> str | None:
 
 def device(case: Case) -> Answers:
     """The device asked for: is it there, does it compute; and whether a GPU lies idle."""
-    driver, name = _driver(), case.device
-    built = f"PyTorch {torch.__version__} for " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU")
-    built += f"; the driver names {driver}" if driver else ""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name, driver, cuda = case.device, "", torch.version.cuda
+    with suppress(OSError, subprocess.SubprocessError):
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    built = f"PyTorch {torch.__version__} for {f'CUDA {cuda}' if cuda else 'the CPU'}"
+    built += f"; the driver names {'; '.join(driver.splitlines())}" if driver else ""
     if name == "cpu":
-        idle = driver and not torch.version.cuda
-        usable = "; `--device cuda` uses it" if gpus else ""
-        yield judged(f"cpu, {built}{usable}", (idle, WARN, ": the GPU lies idle", "`make env TORCH=cuda`"))
+        yield judged(f"cpu, {built}", (driver and not cuda, WARN, ": the GPU lies idle", "`make env TORCH=cuda`"))
         return
     try:
-        check_device(name)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            check_device(name)
         torch.ones(8, device=name).sum().item()
         free, size = torch.cuda.mem_get_info(name)
-    except Refused as reason:
-        why = f"; {str(caught[0].message).splitlines()[0]}" if caught else ""
-        yield FAIL, f"{reason} {built}{why}", _remedy(driver, gpus)
-    except (RuntimeError, AssertionError) as error:
-        text = f"{name} does not compute: {str(error).splitlines()[0]}; {built}"
-        yield FAIL, text, "`make env TORCH=cuda` with a driver that fits, or another GPU"
-    else:
-        yield judged(
-            f"{name}, {torch.cuda.get_device_name(name)}, {built}; {in_words(free)} of {in_words(size)} free",
-            (free < size / 2, WARN, "", "`nvidia-smi` lists who uses it; wait, or take another GPU"),
+    except (Refused, RuntimeError, AssertionError) as error:
+        reasons = [str(error), *(str(warning.message) for warning in caught[:1])]
+        text = "; ".join(reason.splitlines()[0] for reason in reasons)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        remedies = (
+            (torch.cuda.device_count(), "another GPU, or `make env TORCH=cuda` with a driver that fits"),
+            (not driver, "run where a GPU and NVIDIA's driver are (`nvidia-smi` must answer), or with `--device cpu`"),
+            (not cuda, "`make env TORCH=cuda`"),
+            (visible is not None, f"CUDA_VISIBLE_DEVICES is {visible!r}: unset it, or name a GPU that is there"),
+            (True, "a newer driver, or a PyTorch that fits the driver: `make env TORCH=system PYTHON=...`"),
         )
-
-
-def _driver() -> str:
-    """Names of GPUs and NVIDIA's driver's version; "" where there is none."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-        return "; ".join(done.stdout.strip().splitlines()[:8])
-    return ""
-
-
-def _remedy(driver: str, gpus: int) -> str:
-    """What to do where a GPU is not there."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    remedies = (
-        (gpus, "`steph doctor --device cuda:0`, or another that is there"),
-        (not driver, "run where a GPU and NVIDIA's driver are (`nvidia-smi` must answer), or with `--device cpu`"),
-        (not torch.version.cuda, "`make env TORCH=cuda`"),
-        (visible is not None, f"CUDA_VISIBLE_DEVICES is {visible!r}: unset it, or name a GPU that is there"),
-        (True, "a newer driver, or a PyTorch that fits the driver: `make env TORCH=system PYTHON=...`"),
-    )
-    return next(remedy for holds, remedy in remedies if holds)
+        yield FAIL, f"{name} cannot be used: {text}; {built}", next(remedy for holds, remedy in remedies if holds)
+    else:
+        text = f"{name}, {torch.cuda.get_device_name(name)}, {built}; {in_words(free)} of {in_words(size)} free"
+        yield judged(text, (free < size / 2, WARN, "", "`nvidia-smi` lists who uses it; wait, or take another GPU"))
 
 
 def threads(_: Case) -> Answers:
@@ -275,68 +229,51 @@ def kernel(_: Case) -> Answers:
     """Whether notebooks run in this environment: what the kernel python3 starts."""
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel  # of the extra "book"
 
-    again = "`python -m ipykernel install --sys-prefix --name python3`, with this environment's python"
     try:
-        spec = KernelSpecManager().get_kernel_spec("python3")
+        command = KernelSpecManager().get_kernel_spec("python3").argv[0]
     except NoSuchKernel:
-        yield FAIL, "there is no Jupyter kernel python3", again
-        return
-    command = spec.argv[0]
+        command = "nothing"
     here = re.fullmatch(r"python[\d.]*", command) or Path(command).absolute() == Path(sys.executable).absolute()
-    text = f"python3, of {spec.resource_dir}, starts {command}; this environment is {sys.executable}"
-    yield (PASS, f"python3 starts {sys.executable}") if here else (FAIL, text, again)
+    other, fix = f"; this environment is {sys.executable}", "`python -m ipykernel install --sys-prefix --name python3`"
+    yield judged(f"Jupyter's python3 starts {command}", (not here, FAIL, other, fix))
 
 
 def notebooks(_: Case) -> Answers:
-    """The notebooks in ``notebooks/``: valid, without outputs, with a cell of parameters."""
-    import nbformat  # of the extra "book"
-
-    bad, paths = 0, [path for path in sorted(NOTEBOOKS.rglob("*.ipynb")) if path.parent.name != ".ipynb_checkpoints"]
+    """The notebooks in ``notebooks/``: readable, with a cell of parameters, without outputs."""
+    paths = [path for path in sorted(NOTEBOOKS.rglob("*.ipynb")) if path.parent.name != ".ipynb_checkpoints"]
     for path in paths:
-        name = path.relative_to(NOTEBOOKS.parent)
+        name = shlex.quote(str(path.relative_to(NOTEBOOKS.parent)))
         try:
-            notebook = nbformat.from_dict(json.loads(path.read_text(encoding="utf-8")))
-            nbformat.validate(notebook)
             declared(path)
-            shown = any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
-        except (nbformat.ValidationError, Refused, *UNREADABLE) as error:
-            bad += 1
-            fix = f"`git checkout {shlex.quote(str(name))}` brings back the kept"
-            yield FAIL, f"{name}: {str(error).splitlines()[0]}", fix
+        except Refused as reason:
+            yield FAIL, str(reason), f"`git checkout {name}` brings it back"
             continue
-        if shown:
-            bad += 1
-            yield WARN, f"{name} has outputs; notebooks are kept without", f"`nbstripout {shlex.quote(str(name))}`"
-    if not bad:
-        yield PASS, f"{len(paths)} kept notebooks are valid and have no outputs"
+        if any(cell.get("outputs") or cell.get("execution_count") for cell in read_json(path)["cells"]):
+            yield WARN, f"{name} has outputs, which are not to be kept", f"`nbstripout {name}`"
+    yield PASS, f"{len(paths)} notebooks were looked at"
 
 
 def manifest(case: Case) -> Answers:
     """The study's manifest: readable, valid, and its plan possible."""
-    try:
-        study, runs = case.study, case.planned
-    except Refused as reason:
-        fix = "correct the manifest; `steph data list` shows how the study is understood"
-        yield FAIL, f"{reason}\nWithout it data, runs and book were not looked at.", fix
-        return
+    study, runs = case.study, case.planned
     folds = f"{study.folds} folds" + (f", {study.repeats} times" if study.repeats > 1 else "")
     yield PASS, f"study {study.name}: {len(study.datasets)} data sets, {folds}, {len(runs)} runs"
 
 
 def build_folder(case: Case) -> Answers:
     """Where results go: whether it can be written, and what kind of disk it is on."""
-    folder, move = _existing(case.study.build), "`export STEPH_BUILD=/a/folder/of/yours`"
-    kind = _file_system(folder)
-    text = f"{case.study.build}, on {kind or 'an unknown file system'}"
+    folder, move = _existing(case.study.build).resolve(), "`export STEPH_BUILD=/a/folder/of/yours`, on a local disk"
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if folder.is_relative_to(mount.mountpoint)]
+    kind = max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else "an unknown file system"
     try:
         tempfile.NamedTemporaryFile(dir=folder, prefix=".steph-doctor.").close()
     except OSError as error:
-        yield FAIL, f"{text}, cannot be written: {error.strerror} ({folder})", f"change its rights, or {move}"
+        yield FAIL, f"{folder} cannot be written: {error.strerror}", f"change its rights, or {move}"
         return
     yield judged(
-        text,
+        f"{case.study.build}, on {kind}",
         (kind == "tmpfs", WARN, ": in memory, and gone with it", move),
-        (kind in NETWORK_FILE_SYSTEMS, WARN, ": a network's, slow with many small files", f"{move} on a local disk"),
+        (kind in NETWORK_FILE_SYSTEMS, WARN, ": a network's, slow with many small files", move),
     )
 
 
@@ -345,55 +282,32 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _file_system(folder: Path) -> str:
-    """The type of the file system of a folder; "" where the system does not say."""
-    mounts = [mount for mount in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(mount.mountpoint)]
-    return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
-
-
 def data(case: Case) -> Answers:
     """Labels, splits and features of each data set: there, missing, or not to be used."""
-    study = case.study
-    usable, not_made, without_labels = [], 0, []
-    for name in study.datasets:
-        if study.synthetic and not is_made(study, name):
-            not_made += 1
-        elif not (study.data / "labels" / f"{name}.csv").is_file():
+    study, usable, without_labels = case.study, [], []
+    made = [name for name in study.datasets if not study.synthetic or is_made(study, name)]
+    for name in made:
+        if not (study.data / "labels" / f"{name}.csv").is_file():
             without_labels.append(name)
-        elif problem := _data_problem(case, name):
-            yield FAIL, f"{name}: {problem[0]}", problem[1]
-        else:
+            continue
+        try:
+            open_dataset(study, name, write=False)
             usable.append(name)
+        except Refused as reason:
+            option = f"{case.option} --dataset {shlex.quote(name)}"
+            real = f"; `steph data fetch {option}` gets slides, `steph data check {option}` lists what is there"
+            yield FAIL, f"{name}: {reason}", "the message says what to do" + ("" if study.synthetic else real)
     if without_labels:
         fetch = f"`steph data fetch {case.option} --source labels`, then " if study.sources else ""
         fix = f"{fetch}`steph data labels {case.option} --cdr FILE --slides FILE`; or tables of your own there"
         yield FAIL, f"no label table of {', '.join(without_labels)} in {study.data / 'labels'}", fix
     if usable:
         yield PASS, f"{len(usable)} data sets can be used: {', '.join(usable)} (in {study.data})"
-    if not_made:
-        yield PASS, f"{not_made} synthetic data sets are not made yet; their first run makes them"
-
-
-def _data_problem(case: Case, name: str) -> tuple[str, str] | None:
-    """What keeps a data set that has labels from being used, and what to do."""
-    study, option = case.study, f"{case.option} --dataset {shlex.quote(name)}"
-    check, pack = f"`steph data check {option}` lists every slide", f"`steph data pack {option}`"
-    try:
-        if study.synthetic or (study.data / "stores" / f"{name}.h5").is_file():
-            open_dataset(study, name, write=False)
-            return None
-        cohort = read_cohort(study.data / "labels" / f"{name}.csv", name)
-        files = find_slides(feature_folders(study, name))
-    except Refused as reason:
-        return str(reason), "the message says what to do" + ("" if study.synthetic else f"; {check}")
-    slides = match_slides(cohort.slides["slide_id"].tolist(), files)
-    with_file = sum(bool(file) for file in slides.values())
-    text = f"labels of {len(slides)} slides, no store; {with_file} of the slides have a feature file"
-    if not with_file:
-        patterns = ", ".join(study.entry(name).folders or study.features.folders)
-        fetch = f"`steph data fetch {option}` where the manifest names a source"
-        return text, f"{fetch}; else put the files into {patterns} below {study.data} (STEPH_DATA moves it)"
-    return text, pack if with_file == len(slides) else f"{check}; then {pack}"
+    if len(made) < len(study.datasets):
+        yield (
+            PASS,
+            f"{len(study.datasets) - len(made)} synthetic data sets are not made yet; their first run makes them",
+        )
 
 
 def disk(case: Case) -> Answers:
@@ -403,13 +317,13 @@ def disk(case: Case) -> Answers:
     patch = study.features.dim * DTYPES[study.features.precision].itemsize + 2 * COORDS.itemsize
     stores = sum(patch * int(size.patches.sum()) for size in case.sizes.values() if not size.known)
     build, data = _existing(study.build), _existing(study.data)
-    needs = [("STEPH_BUILD", build, records), ("STEPH_DATA", data, stores)]
+    needs = {build: records, data: stores}
     if build.stat().st_dev == data.stat().st_dev:  # one disk holds both
-        needs = [(max(needs, key=lambda need: need[2])[0], build, records + stores)]
-    for move, folder, need in needs:
+        needs = {build: records + stores}
+    for folder, need in needs.items():
         free = free_bytes(folder)
         text = f"{in_words(free)} free at {folder}; the study still takes about {in_words(need)} there"
-        fix = f"free some, or `export {move}=/a/larger/disk`; `steph study plan {case.option}` counts in detail"
+        fix = "free some, or `export STEPH_DATA=/a/larger/disk`, or STEPH_BUILD"
         yield judged(text, (free < need, FAIL, "", fix), (free < 1.2 * need + 1e9, WARN, "", fix))
 
 
@@ -435,36 +349,30 @@ def memory(case: Case) -> Answers:
 def runs(case: Case) -> Answers:
     """Records: finished, of another code, data or configuration, unfinished, damaged; files of killed processes."""
     study, again = case.study, f"`steph study run {case.option}`"
-    where = f" in {study.build / 'runs'}"
-    of_runs = [path for path in (study.build / "runs").glob("*/*/[!.]*") if path.is_dir()]
-    others = [path for kind in ("analyses", "null_models") for path in (study.build / kind).glob("[!.]*")]
+    patterns = ("runs/*/*/[!.]*", "analyses/[!.]*", "null_models/[!.]*")
+    folders = sorted(path for pattern in patterns for path in study.build.glob(pattern) if path.is_dir())
     stale = unfinished = 0
-    for folder in sorted([*of_runs, *(path for path in others if path.is_dir())]):
+    for folder in folders:
         try:
             record = read_record(folder)
             unfinished += record is None
             stale += record is not None and not _is_current(case, record)
-        except (Refused, *UNREADABLE) as reason:
-            damage = f"{folder / COMPLETION} is no record of a run ({type(reason).__name__}: {reason})"
-            text = str(reason) if isinstance(reason, Refused) else damage
-            yield FAIL, text, f"`rm -r {shlex.quote(str(folder))}`, then {again}"
+        except Refused as reason:
+            yield FAIL, str(reason), f"`rm -r {shlex.quote(str(folder))}`, then {again}"
     if stale:
-        text = f"{stale} of {len(of_runs)} records{where} are of another code, data or configuration and not used"
+        text = f"{stale} record(s) are of another code, data or configuration and not used"
         yield WARN, text, f"{again} makes new ones; the old may be deleted"
     if unfinished:
-        yield WARN, f"{unfinished} run(s) were begun and not finished{where}", f"nothing, if one runs now; else {again}"
-    for root in [study.build] if study.build in study.data.parents else [study.build, study.data]:
-        if temporary := sorted(root.rglob(".*.tmp")):
-            files = [file for path in temporary for file in (path, *path.rglob("*")) if file.is_file()]
-            size = in_words(sum(file.stat().st_size for file in files))
-            text = f"{len(temporary)} temporary file(s) or folder(s), {size}, of killed processes; first {temporary[0]}"
-            fix = f"if nothing runs now: `find {shlex.quote(str(root))} -name '.*.tmp' -prune -exec rm -r {{}} +`"
-            yield WARN, text, fix
+        yield WARN, f"{unfinished} run(s) were begun and not finished", f"nothing, if one runs now; else {again}"
+    if temporary := sorted({path for root in (study.build, study.data) for path in root.rglob(".*.tmp")}):
+        text = f"{len(temporary)} temporary file(s) or folder(s) of killed processes; first {temporary[0]}"
+        roots = shlex.join([str(study.build), str(study.data)])
+        yield WARN, text, f"if nothing runs now: `find {roots} -name '.*.tmp' -prune -exec rm -r {{}} +`"
     if case.missing is None:
-        yield PASS, f"{len(of_runs)} records{where}; which are current is known when all data are there"
+        yield PASS, f"{len(folders)} records; which are current is known when all data are there"
     else:
         text = f"{len(case.planned) - len(case.missing)} of {len(case.planned)} runs of the study are finished"
-        yield PASS, text, f"{again} makes the others" if case.missing else ""
+        yield PASS, f"{text}, in {study.build / 'runs'}", f"{again} makes the others" if case.missing else ""
 
 
 def _is_current(case: Case, record: Record) -> bool:
@@ -487,34 +395,25 @@ def _is_current(case: Case, record: Record) -> bool:
 
 def book(case: Case) -> Answers:
     """The book: built, of which code and study; whether executed notebooks show what they would show today."""
-    from steph.book.build import SHELF, chapters, executed_path, outdated
-
-    again = f"`steph book {case.option}`"
-    executed = [chapter for chapter in chapters(case.study) if executed_path(case.study, chapter).is_file()]
-    for path in sorted((case.study.build / "notebooks").glob("*.failed.ipynb")):
+    study, again = case.study, f"`steph book {case.option}`"
+    for path in sorted((study.build / "notebooks").glob("*.failed.ipynb")):
         name = path.name.removesuffix(".failed.ipynb")
         yield WARN, f"{name} stopped with an error; {path} shows it", f"correct it, then {again}"
-    stale = [chapter.name for chapter in outdated(case.bench, case.device) if chapter in executed]
-    if stale:
-        text = f"{len(stale)} of {len(executed)} executed notebooks are not what they would be now: {', '.join(stale)}"
+    outdated = build.outdated(case.bench, case.device)
+    if stale := [chapter.name for chapter in outdated if build.executed_path(study, chapter).is_file()]:
+        text = f"{len(stale)} executed notebooks are not what they would be now: {', '.join(stale)}"
         yield WARN, text, f"{again} executes them again"
-    page, status = SHELF / "_build" / "html" / "index.html", SHELF / "status.md"
+    page, status = build.SHELF / "_build" / "html" / "index.html", build.SHELF / "status.md"
     if not page.is_file() or not status.is_file():
         yield PASS, "not built yet", f"{again} builds it"
         return
-    built = re.search(
-        r"^Study `([^`]+)`.*?Built with the code of ([^\n]+?) on ", status.read_text("utf-8"), re.S | re.M
-    )
-    study, code = built.groups() if built else ("?", "?")
-    text, now = f"{page}, of study {study}, of the code of {code}", pages.code_state()
-    yield judged(
-        text,
-        (study != case.study.name, PASS, f"; not built of {case.study.name}", f"{again} builds it"),
-        (code != now, WARN, f"; now it is {now}", again),
-    )
+    built = re.search(r"^Study `([^`]+)`.*?with the code of ([^\n]+?) on ", status.read_text("utf-8"), re.S | re.M)
+    name, code = built.groups() if built else ("?", "?")
+    text, now = f"{page}, of study {name}, of the code of {code}", pages.code_state()
+    yield judged(text, (name == study.name and code != now, WARN, f"; now it is {now}", again))
 
 
-MACHINE = (python, packages, device, threads, kernel, notebooks, manifest)
+MACHINE = (packages, device, threads, kernel, notebooks, manifest)
 """Checks that need no study, and the manifest's, which comes last: the others need what it reads."""
 
 STUDY = (build_folder, data, disk, memory, runs, book)

@@ -38,9 +38,7 @@ def steady(tmp_path, monkeypatch):
 
 def found(check, study="tiny", device="cpu", status=None):
     """The findings of one check, their fixes looked at."""
-    case = doctor.Case(str(study), device)
-    chosen = next(each for each in (*doctor.MACHINE, *doctor.STUDY) if each.__name__ == check)
-    findings = doctor.carried_out(chosen, case)
+    findings = doctor.carried_out(getattr(doctor, check), doctor.Case(str(study), device))
     assert findings
     for finding in findings:
         assert finding.check == check.replace("_", " ") and finding.status in ("PASS", "WARN", "FAIL")
@@ -89,9 +87,8 @@ def parse_command(words):
 
 def test_a_fix_that_does_not_exist_is_noticed():
     for fix in ("`steph study ran --study tiny`", "`steph doctor --studdy x`", "`make soup`", "`export STEPH_NOPE=1`"):
-        with pytest.raises((KeyError, AssertionError, Exception)) as reason:
+        with pytest.raises(Exception):  # noqa: B017
             assert_fix_is_real(fix)
-        assert not isinstance(reason.value, SystemExit)
     assert_fix_is_real("`steph doctor --study tiny --device cuda`")
 
 
@@ -107,8 +104,8 @@ def test_a_healthy_study_passes_and_nothing_is_touched(build):
     findings = examine("tiny")
     assert [f for f in findings if f.status == "FAIL"] == []
     assert {f.check for f in findings} == {
-        "python", "packages", "device", "threads", "kernel", "notebooks", "manifest", "build folder", "data", "disk",
-        "memory", "runs", "book",
+        "packages", "device", "threads", "kernel", "notebooks", "manifest", "build folder", "data", "disk", "memory",
+        "runs", "book",
     }  # fmt: skip
     for finding in findings:
         assert_fix_is_real(finding.fix)
@@ -145,7 +142,6 @@ def test_the_exit_code_tells_and_json_has_its_form(build):
     ("error", "words"),
     [
         (ZeroDivisionError("by nothing"), "the check itself failed: ZeroDivisionError: by nothing"),
-        (ModuleNotFoundError("no", name="papermill"), "the package papermill is not installed"),
         (Refused("no such thing"), "no such thing"),
     ],
 )
@@ -172,20 +168,15 @@ def test_a_package_that_is_missing_is_a_sentence_for_every_command(build, monkey
 # ------------------------------------------------------------------------------------------------ the machine
 
 
-def test_an_old_python_fails(monkeypatch):
-    monkeypatch.setattr(doctor, "_project", lambda: {"requires-python": ">=3.99"})
-    assert "needed: >=3.99" in one("python", "FAIL").found
-
-
 @pytest.mark.parametrize(
     ("name", "installed", "status", "words"),
     [
         ("lifelines", None, "FAIL", "lifelines is not installed; needed: >=0.30.3"),
         ("pandas", "3.0.1", "FAIL", "pandas 3.0.1; needed: <3,>=2.2"),
-        ("papermill", None, "WARN", "papermill is not installed; needed: >=2.6 (for notebooks and the book)"),
+        ("papermill", None, "WARN", "papermill is not installed; needed: >=2.6"),
         ("numpy", "2.3.0", "WARN", "numpy 2.3.0 (pinned 2.4.6); the last digits"),
         ("torch", "2.12.0+cpu", "WARN", "torch 2.12.0+cpu (pinned 2.13.0); the last digits"),
-        ("torch", "2.13.0+cu999", "PASS", "are at the pinned versions"),
+        ("torch", "2.13.0+cu999", "PASS", "; 0 packages are not the pinned ones"),
     ],
 )
 def test_packages_are_compared(monkeypatch, name, installed, status, words):
@@ -194,8 +185,8 @@ def test_packages_are_compared(monkeypatch, name, installed, status, words):
     assert any(words in f.found for f in found("packages", status=status))
 
 
-def no_gpu(monkeypatch, driver="", cuda=None):
-    monkeypatch.setattr(doctor, "_driver", lambda: driver)
+def no_gpu(monkeypatch, driver, cuda):
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **options: SimpleNamespace(stdout=driver))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -230,7 +221,7 @@ def test_a_gpu_that_does_not_compute_fails(monkeypatch):
     monkeypatch.setattr(doctor, "check_device", lambda _: None)
     monkeypatch.setattr(torch, "ones", broken)
     finding = one("device", "FAIL", device="cuda")
-    assert "cuda does not compute: CUDA error: no kernel image is available;" in finding.found
+    assert "cuda cannot be used: CUDA error: no kernel image is available;" in finding.found
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -275,15 +266,13 @@ def test_kept_notebooks_with_outputs_or_without_parameters_are_told(tmp_path, mo
     write = lambda name, *cells: nbformat.write(nbformat.v4.new_notebook(cells=list(cells)), folder / name)  # noqa: E731
     write("good.ipynb", cell)
     write(".ipynb_checkpoints/bad.ipynb", nbformat.v4.new_code_cell("1", execution_count=3))
-    assert "1 kept notebooks are valid" in one("notebooks", "PASS").found
+    assert "1 notebooks" in one("notebooks", "PASS").found
     write("shown.ipynb", cell, nbformat.v4.new_code_cell("1", execution_count=3))
-    assert ["shown.ipynb has outputs" in finding.found for finding in found("notebooks")] == [True]
+    assert "shown.ipynb has outputs" in one("notebooks", "WARN").found
     write("plain.ipynb", nbformat.v4.new_code_cell("1"))
     (folder / "cut.ipynb").write_text('{"cells": [')
-    (folder / "other.ipynb").write_text('{"cells": [{"cell_type": "soup"}], "nbformat": 4, "nbformat_minor": 5}')
-    said = [f.found for f in found("notebooks", status="FAIL")]
-    assert [text.split(":")[0] for text in said] == [f"notebooks/{n}.ipynb" for n in ("cut", "other", "plain")]
-    assert "no cell tagged 'parameters'" in said[2]
+    cut, plain = [f.found for f in found("notebooks", status="FAIL")]
+    assert "cut.ipynb is not a notebook" in cut and "plain.ipynb has no cell tagged 'parameters'" in plain
 
 
 @pytest.mark.parametrize(
@@ -314,19 +303,17 @@ def test_a_build_folder_that_cannot_be_written_fails(monkeypatch):
     assert "cannot be written" in one("build_folder", "FAIL").found
 
 
-@pytest.mark.parametrize(("kind", "words"), [("nfs4", "slow with many small files"), ("tmpfs", "in memory")])
-def test_file_systems_that_serve_badly_are_a_warning(build, monkeypatch, kind, words):
-    monkeypatch.setattr(doctor, "_file_system", lambda _: kind)
-    assert words in one("build_folder", "WARN").found
-
-
-def test_the_file_system_is_that_of_the_longest_mount(tmp_path, monkeypatch):
-    mounts = [SimpleNamespace(mountpoint=str(point), fstype=kind) for point, kind in (
-        ("/", "ext4"), (tmp_path / "a b", "nfs4"), (tmp_path / "a", "tmpfs")
-    )]  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "status", "words"),
+    [("nfs4", "WARN", "slow with many small files"), ("tmpfs", "WARN", "in memory"), ("ext4", "PASS", "on ext4")],
+)
+def test_the_file_system_is_that_of_the_longest_mount(tmp_path, monkeypatch, kind, status, words):
+    places = (("/", "xfs"), (tmp_path / "a b", kind), (tmp_path / "a", "btrfs"))
+    mounts = [SimpleNamespace(mountpoint=str(place), fstype=of_place) for place, of_place in places]
     monkeypatch.setattr(doctor.psutil, "disk_partitions", lambda all: mounts)
-    for name, kind in (("a b", "nfs4"), ("a", "tmpfs"), ("c", "ext4")):
-        assert doctor._file_system(tmp_path / name) == kind
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "a b" / "build"))
+    (tmp_path / "a b").mkdir()
+    assert words in one("build_folder", status).found
 
 
 @pytest.mark.parametrize(("free", "status"), [(1000, "FAIL"), (5 * 10**8, "WARN"), (10**11, "PASS")])
@@ -362,7 +349,7 @@ def test_synthetic_data_of_other_settings_fail(build, tmp_path):
     changed.write_text("extends: tiny\nname: tiny\nsynthetic: { seed: 7 }")
     texts = [f.found for f in found("data", changed, status="FAIL")]
     assert len(texts) == 3 and all("was made with other settings" in text for text in texts)
-    assert one("runs", "WARN", changed).found.startswith("3 of 3 records")
+    assert one("runs", "WARN", changed).found.startswith("3 record(s)")
 
 
 @pytest.fixture
@@ -384,18 +371,13 @@ def test_data_that_is_missing_is_told_step_by_step(real):
     manifest, data = real
     study = load_study(manifest)
     said = found("data", manifest, status="FAIL")
-    assert [f.found.split(":")[0] for f in said] == ["LIHC", "SARC"] and "0 of the slides have" in said[0].found
+    assert [f.found.split(":")[0] for f in said] == ["LIHC", "SARC"] and "`steph data pack" in said[0].found
+    assert "`steph data fetch" in said[0].fix and "`steph data check" in said[0].fix
 
     for name in study.datasets:
         cohort = read_cohort(data / "labels" / f"{name}.csv", name)
         cohort.slides["project"] = name
-        files = fabricate(cohort, data / "features", "mahmoodlab", dim=4, mean_patches=5)
-    one_slide = next(iter(files.values()))
-    hidden = one_slide.rename(one_slide.with_suffix(".gone"))
-    fixes = [f.fix for f in found("data", manifest, status="FAIL")]
-    assert "data pack" in fixes[0] and "data check" not in fixes[0] and "data check" in fixes[1]
-    hidden.rename(one_slide)
-
+        fabricate(cohort, data / "features", "mahmoodlab", dim=4, mean_patches=5)
     for name in study.datasets:
         pack_dataset(study, name)
     before = content(data)
@@ -443,21 +425,21 @@ def test_a_damaged_file_of_a_record_fails_with_its_path(build, damage, kind, nam
 def test_records_of_another_configuration_are_a_warning(build, tmp_path):
     changed = tmp_path / "changed.yaml"
     changed.write_text("extends: tiny\nname: tiny\nrecipe: { epochs: 3 }")
-    assert one("runs", "WARN", changed).found.startswith("3 of 3 records")
+    assert one("runs", "WARN", changed).found.startswith("3 record(s)")
     assert found("runs", changed)[-1].found.startswith("0 of ")
     moved = record_of(build)
     moved.rename(moved.with_name("fold0-seed42-0123456789ab"))
-    assert one("runs", "WARN").found.startswith("1 of 3 records")
+    assert one("runs", "WARN").found.startswith("1 record(s)")
 
 
 def test_what_killed_processes_left_is_a_warning(build):
     folder = record_of(build)
     (folder / "run.json").unlink()
-    (folder / ".model.safetensors.0a1b2c3d.tmp").write_bytes(bytes(2_000_000))
+    (folder / ".model.safetensors.0a1b2c3d.tmp").touch()
     unfinished, left = found("runs", status="WARN")
     assert "1 run(s) were begun and not finished" in unfinished.found
-    assert "1 temporary file(s) or folder(s), 2.0 MB" in left.found and str(folder) in left.found
-    assert f"find {build} -name" in left.fix
+    assert "1 temporary file(s) or folder(s)" in left.found and str(folder) in left.found
+    assert f"find {build} {build}/data -name" in left.fix
     aside = folder.with_name(f".{folder.name}.0a1b2c3d.tmp") / folder.name
     aside.parent.mkdir()
     folder.rename(aside)
@@ -472,7 +454,7 @@ def test_executed_notebooks_that_are_stale_or_failed_are_a_warning(build):
     (folder / "01_baselines.failed.ipynb").touch()
     failed, stale = found("book", status="WARN")
     assert str(folder / "01_baselines.failed.ipynb") in failed.found
-    assert "1 of 1 executed notebooks" in stale.found and "00_data" in stale.found
+    assert "1 executed notebooks" in stale.found and "00_data" in stale.found
 
 
 def test_the_book_is_told_with_its_study_and_code(build, tmp_path, monkeypatch):
