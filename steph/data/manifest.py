@@ -26,20 +26,21 @@ class Strict(BaseModel):
 
 
 class Source(Strict):
-    """Where something comes from, under which terms."""
+    """Where something comes from, under which terms.
+
+    provides: features, labels, splits or anything else. gated: access must be asked for. redistribution: copies may be
+    passed on. files: names of what is fetched, with {project} and {dataset} as in `Features`, * and ? as in a shell,
+    small and capital letters alike; none: nothing is fetched.
+    """
 
     name: str
-    provides: str = Field(description="what it is: features, labels, splits, ...")
-    address: str = Field(description="where people find it")
+    provides: str
+    address: str
     licence: str
-    gated: bool = Field(default=False, description="access must be asked for")
-    redistribution: bool = Field(default=False, description="may copies be passed on")
+    gated: bool = False
+    redistribution: bool = False
     citation: str = ""
-    files: list[str] = Field(
-        default=[],
-        description="names of what is fetched; {project} and {dataset} as in features.folders, * and ? as in a shell, "
-        "small and capital letters alike; empty: nothing is fetched",
-    )
+    files: list[str] = []
     size_bytes: int | None = None
     md5: str | None = None
     note: str = ""
@@ -54,31 +55,33 @@ class Endpoint(Strict):
 
 
 class Features(Strict):
-    """The patch features that a study stands on; features of different encoders or sources are never mixed."""
+    """The patch features that a study stands on; features of different encoders or sources are never mixed.
+
+    precision: number format of the packed store. folders: where slide files lie under the data root, subfolders
+    included; {project} is replaced by each of a data set's projects, {dataset} by its name; * and ? as in a shell.
+    """
 
     encoder: str
     dim: Positive
-    precision: Literal["float32", "float16"] = Field(default="float32", description="number format of the packed store")
+    precision: Literal["float32", "float16"] = "float32"
     patch_size_px: Positive = 256
     magnification: float = 20
-    folders: list[str] = Field(
-        default=["features/TCGA-{project}*"],
-        description="folders under the data root, searched with their subfolders for slide files; {project} is "
-        "replaced by each of a data set's projects, {dataset} by its name; * and ? match as in a shell",
-    )
+    folders: list[str] = ["features/TCGA-{project}*"]
 
 
 class DatasetEntry(Strict):
-    """One data set: a cancer, or cancers that are studied together."""
+    """One data set: a cancer, or cancers that are studied together.
+
+    patients, slides, survival_rate_pct (patients without an event), mean_patches (per slide): the paper's Table S1.
+    folders: in place of those of `Features`.
+    """
 
     projects: list[Name] = Field(min_length=1)
-    patients: Positive | None = Field(default=None, description="patients of the paper's Table S1")
-    slides: Positive | None = Field(default=None, description="slides of Table S1")
-    survival_rate_pct: float | None = Field(
-        default=None, ge=0, le=100, description="patients without an event, Table S1"
-    )
-    mean_patches: Positive | None = Field(default=None, description="patches per slide, Table S1")
-    folders: list[str] | None = Field(default=None, description="in place of features.folders")
+    patients: Positive | None = None
+    slides: Positive | None = None
+    survival_rate_pct: float | None = Field(default=None, ge=0, le=100)
+    mean_patches: Positive | None = None
+    folders: list[str] | None = None
 
 
 class Synthetic(Strict):
@@ -101,7 +104,11 @@ class Network(Strict):
 
 
 class Recipe(Strict):
-    """How anything is trained (the paper's Appendix C.2.1; the release fixes the rest)."""
+    """How anything is trained (the paper's Appendix C.2.1; the release fixes the rest).
+
+    max_patches: larger bags are sampled down to so many patches, the same ones in training and evaluation, drawn by the
+    study's seed and the patient; None takes every patch.
+    """
 
     epochs: Positive = 20
     lr: float = Field(default=1e-4, gt=0, description="peak learning rate of AdamW")
@@ -109,15 +116,15 @@ class Recipe(Strict):
     warmup_epochs: int = Field(default=1, ge=0, description="epochs of linear warm-up before the cosine")
     bags_per_step: Positive = Field(default=16, description="patients per update; an epoch's remainder is dropped")
     alpha: float = Field(default=0.5, ge=0, le=1, description="how much less a censored patient counts in the loss")
-    max_patches: Positive | None = Field(
-        default=None,
-        description="larger bags are sampled down to this many patches, the same ones in training and evaluation, "
-        "drawn by the study's seed and the patient; None takes every patch",
-    )
+    max_patches: Positive | None = None
 
 
 class StephSettings(Strict):
-    """STEPH's own numbers (Eq. 4 and 7)."""
+    """STEPH's own numbers (Eq. 4 and 7).
+
+    sample_patches: patches per bag that the hypernetwork of steph_subsampled reads, None for all; no other method looks
+    at this.
+    """
 
     dim_hidden: Positive = 512
     top_k: Positive = 5
@@ -125,11 +132,7 @@ class StephSettings(Strict):
     gamma_large: float = Field(default=0.005, ge=0, description="gamma of data sets above `large_above` patients")
     gamma_small: float = Field(default=0.05, ge=0, description="gamma of the others")
     large_above: int = 500
-    sample_patches: Positive | None = Field(
-        default=256,
-        description="patches per bag that the hypernetwork of steph_subsampled reads; None lets it read all. No other "
-        "method looks at this",
-    )
+    sample_patches: Positive | None = 256
 
     def gamma(self, n_patients: int) -> float:
         """gamma by the paper's size rule (Appendix C.2.1)."""
@@ -137,30 +140,24 @@ class StephSettings(Strict):
 
 
 class Study(Strict):
-    """A study: data sets, features, endpoint, networks, recipe."""
+    """A study: data sets, features, endpoint, networks, recipe.
+
+    data_root: labels/, splits/, features/ and stores/ lie in it; relative to the checkout; STEPH_DATA replaces it for a
+    real study; empty: data/ in the study's build folder. folds: of one cross-validation; repeats: cross-validations,
+    each of splits of its own; fold f belongs to repeat f // folds. book_folds: by group of methods, or method: how many
+    folds, from the first, it gets where nobody names folds; others get all.
+    """
 
     name: Name
     title: str
     synthetic: Synthetic | None = None
-    data_root: str = Field(
-        default="",
-        description="labels/, splits/, features/ and stores/ lie in it; relative to the checkout; STEPH_DATA replaces "
-        "it for a real study; empty: data/ in the study's build folder",
-    )
+    data_root: str = ""
     endpoint: Endpoint = Endpoint()
     features: Features
     datasets: dict[Name, DatasetEntry] = Field(min_length=1)
-    folds: int = Field(default=5, ge=2, le=1000, description="of one cross-validation")
-    repeats: Positive = Field(
-        default=1,
-        le=1000,
-        description="cross-validations, each of splits of its own; fold f belongs to repeat f // folds",
-    )
-    book_folds: dict[str, Positive] = Field(
-        default={},
-        description="by group of methods, or method: how many folds, from the first, it gets where nobody names folds; "
-        "others get all",
-    )
+    folds: int = Field(default=5, ge=2, le=1000)
+    repeats: Positive = Field(default=1, le=1000)
+    book_folds: dict[str, Positive] = {}
     seed: int = Field(default=42, ge=0)
     network: Network = Network()
     recipe: Recipe = Recipe()
@@ -193,7 +190,7 @@ class Study(Strict):
 
     @property
     def n_folds(self) -> int:
-        """Folds in all, of every repeat of the cross-validation; numbered from 0."""
+        """Folds of all repeats together, numbered from 0."""
         return self.folds * self.repeats
 
     def check_fold(self, fold: int) -> None:
@@ -239,21 +236,17 @@ def load_study(name: str | Path) -> Study:
         study._address = study.name if path == MANIFESTS / f"{study.name}.yaml" else str(path.resolve())
         return study
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {e.get('input')!r:.200})" for e in error.errors()
-        ]
-        raise Refused(f"study manifest {path} is not valid:\n" + "\n".join(lines)) from None
+        wrong = [f"\n  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r:.200})" for e in error.errors()]
+        raise Refused(f"study manifest {path} is not valid:{''.join(wrong)}") from None
 
 
 def _manifest_path(name: str | Path) -> Path:
     path = Path(name)
     if path.suffix not in {".yaml", ".yml"}:
         path = MANIFESTS / f"{name}.yaml"
-        if not path.is_file():
-            known = sorted(p.stem for p in MANIFESTS.glob("*.yaml"))
-            raise Refused(unknown("study", str(name), known, str(MANIFESTS)) + " Or give the path of a YAML file.")
     if not path.is_file():
-        raise Refused(f"no study manifest at {path}. Give a name of data_manifest/ or the path of a YAML file.")
+        known = unknown("study", path.stem, sorted(p.stem for p in MANIFESTS.glob("*.yaml")), str(MANIFESTS))
+        raise Refused(f"no study manifest at {path}: {known} Or give the path of a YAML file.")
     return path
 
 
@@ -279,8 +272,5 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`over` laid over `base`, mapping by mapping; the choice of data sets is replaced as a whole."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "datasets"
-        merged[key] = _merge(base[key], value) if both else value
-    return merged
+    both = [key for key in base.keys() & over if isinstance(base[key], dict) and isinstance(over[key], dict)]
+    return base | over | {key: _merge(base[key], over[key]) for key in both if key != "datasets"}

@@ -23,8 +23,7 @@ Fold = tuple[tuple[str, ...], tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Splits:
-    """Cross-validation of a cohort. folds: per fold, the patients who train and who test, both in cohort table order;
-    where it is repeated, the folds of the first repeat come first, then those of the second, and so on.
+    """Cross-validation of a cohort: per fold, who trains and who tests, in cohort table order; repeat after repeat.
 
     origin: "authors" (their files), "ours" or "external" (`EXTERNAL`).
     """
@@ -34,7 +33,7 @@ class Splits:
 
     @property
     def n_folds(self) -> int:
-        """The number of folds."""
+        """Folds of all repeats together."""
         return len(self.folds)
 
     def train(self, fold: int) -> list[str]:
@@ -75,19 +74,18 @@ def make_splits(cohort: Cohort, n_folds: int, seed: int) -> pd.DataFrame:
     labels and seed give the same folds, whatever the table's order.
     Raises `Refused` where a fold would test no event: no C-index could be computed on it.
     """
-    patients = cohort.patients
+    # The block where the events end goes on with censored patients, so remainders balance out over both strata.
+    columns = ["event", "time_days", "patient_id"]
+    patients = cohort.patients.sort_values(columns, ascending=[False, True, True], ignore_index=True)
     events = int(patients["event"].sum())
     if n_folds < 2 or events < n_folds:
         raise Refused(
             f"{cohort.dataset}: {events} events among {len(patients)} patients do not make {n_folds} folds; at least 2 "
             "folds and an event for each of them are needed. Choose another number of folds (`folds` of the manifest)."
         )
-    # The block where the events end goes on with censored patients, so remainders balance out over both strata.
-    ordered = patients.sort_values(["event", "time_days", "patient_id"], ascending=[False, True, True])
     rng = np.random.default_rng(seed)
-    blocks = [rng.permutation(n_folds) for _ in range(0, len(ordered), n_folds)]
-    folds = np.concatenate(blocks)[: len(ordered)]
-    table = pd.DataFrame({"patient_id": ordered["patient_id"].to_numpy(), "fold": folds})
+    blocks = [rng.permutation(n_folds) for _ in range(0, len(patients), n_folds)]
+    table = patients[["patient_id"]].assign(fold=np.concatenate(blocks)[: len(patients)])
     return table.sort_values("patient_id", ignore_index=True)
 
 
@@ -99,15 +97,13 @@ def load_splits(cohort: Cohort, folder: Path, n_folds: int, seed: int, repeats: 
 
     Authors' files: ``<folder>/<data set>/splits_<k>.csv`` (or ``<folder>/tcga_<data set in small letters>/``, as they
     are published): columns train, test and val with patient ids; blank cells are left out. Without a test column val is
-    the test set, with one the val patients neither train nor test. Ours: ``<folder>/<data set>.csv`` with patient_id
-    and fold; a fold's patients test, all others train. A further repeat r has a file of its own,
-    ``<folder>/<data set>.repeat<r>.csv``, with its folds' numbers (n_folds * r and up), so that more repeats leave what
-    is there as it is. The authors' files are one cross-validation and cannot be repeated.
+    the test set, with one the val patients neither train nor test. They are one cross-validation. Ours:
+    ``<folder>/<data set>.csv`` with patient_id and fold; a fold's patients test, all others train. A further repeat r
+    has a file of its own, ``<folder>/<data set>.repeat<r>.csv``, with folds from n_folds * r up.
 
-    Raises `Refused`, naming file and patients, for: an unreadable file or missing columns, a fold's file that is
-    missing, a number of folds other than `n_folds`, a patient who is not in the cohort, a patient of the cohort whom
-    the file leaves out, a patient listed twice, one who trains and tests, nobody to train or to test; and for authors'
-    files where `repeats` is more than 1.
+    Raises `Refused`, naming file and patients, for: an unreadable file or missing columns, another number of folds, a
+    patient who is not in the cohort, is left out or listed twice, or trains and tests, nobody to train or to test; and
+    for authors' files where `repeats` is more than 1.
     """
     for authors in (folder / cohort.dataset, folder / f"tcga_{cohort.dataset.lower()}"):
         if any(authors.glob("splits_*.csv")):
@@ -132,49 +128,47 @@ def load_splits(cohort: Cohort, folder: Path, n_folds: int, seed: int, repeats: 
 
 
 def _authors_folds(cohort: Cohort, folder: Path, n_folds: int) -> Iterable[Fold]:
-    files = {path.name for path in folder.glob("splits_*.csv")}
-    if files != {f"splits_{k}.csv" for k in range(n_folds)}:
+    files = sorted(path.name for path in folder.glob("splits_*.csv"))
+    if set(files) != {f"splits_{k}.csv" for k in range(n_folds)}:
         raise Refused(
-            f"{folder} holds {', '.join(sorted(files))}; expected splits_0.csv to splits_{n_folds - 1}.csv, as "
-            f"the study has {n_folds} folds. Complete the files or change `folds` in the manifest."
+            f"{folder} holds {', '.join(files)}; expected splits_0.csv to splits_{n_folds - 1}.csv, as the study has "
+            f"{n_folds} folds. Complete the files or change `folds` in the manifest."
         )
     for path in (folder / f"splits_{k}.csv" for k in range(n_folds)):
         table = read_csv(path)
-        test = "test" if "test" in table else "val"
-        _require(path, table, "train", test)
-        columns = [table[name].str.strip() for name in ("train", "test", "val") if name in table]
-        train, *held_out = ([patient for patient in column if patient] for column in columns)
-        yield _fold(cohort, path, train, held_out[0], [patient for part in held_out[1:] for patient in part])
+        held_out = [name for name in ("test", "val") if name in table] or ["val"]
+        columns = _columns(path, table, ["train", *held_out])
+        train, test, *val = ([patient for patient in column if patient] for column in columns)
+        yield _fold(cohort, path, train, test, val[0] if val else [])
 
 
 def _our_folds(cohort: Cohort, path: Path, table: pd.DataFrame, numbers: range) -> Iterable[Fold]:
-    _require(path, table, "patient_id", "fold")
-    patients, folds = table["patient_id"].str.strip(), table["fold"].str.strip()
-    bad = table[~folds.isin([str(k) for k in numbers])]
-    if len(bad):
-        pairs = [f"{r.patient_id} in fold {r.fold!r}" for r in bad.itertuples()]
+    patients, folds = _columns(path, table, ["patient_id", "fold"])
+    bad = ~folds.isin([str(k) for k in numbers])
+    if bad.any():
+        pairs = [f"{patient} in fold {fold!r}" for patient, fold in zip(patients[bad], folds[bad], strict=True)]
         raise Refused(
             f"{path}: {shortened(pairs)}; the study has folds {numbers[0]} to {numbers[-1]} there. Change `folds` in "
             "the manifest, or delete the file and new splits are made."
         )
-    for k in numbers:
-        test = folds == str(k)
-        yield _fold(cohort, path, list(patients[~test]), list(patients[test]), [], f" fold {k}")
+    for k in map(str, numbers):
+        yield _fold(cohort, path, list(patients[folds != k]), list(patients[folds == k]), [], f" fold {k}")
 
 
-def _require(path: Path, table: pd.DataFrame, *columns: str) -> None:
-    missing = [name for name in columns if name not in table]
+def _columns(path: Path, table: pd.DataFrame, names: list[str]) -> list[pd.Series]:
+    missing = [name for name in names if name not in table]
     if missing:
         raise Refused(f"{path}: no column {', '.join(missing)}; found {', '.join(table.columns)}.")
+    return [table[name].str.strip() for name in names]
 
 
 def _fold(cohort: Cohort, path: Path, train: list[str], test: list[str], val: list[str], which: str = "") -> Fold:
     """A fold of a file, in which every patient of the cohort stands once, and nobody else does."""
-    place, listed = {patient: i for i, patient in enumerate(cohort.slides_of)}, [*train, *test, *val]
+    place, listed = {patient: i for i, patient in enumerate(cohort.slides_of)}, Counter([*train, *test, *val])
     for patients, problem in (
-        (set(listed) - place.keys(), f"who are not in the cohort {cohort.dataset}"),
+        (listed.keys() - place, f"who are not in the cohort {cohort.dataset}"),
         (set(train) & {*test, *val}, "who train and are held out as well"),
-        ({patient for patient, n in Counter(listed).items() if n > 1}, "listed twice"),
+        ({patient for patient, n in listed.items() if n > 1}, "listed twice"),
         (place.keys() - listed, f"of the cohort {cohort.dataset} who are missing"),
     ):
         if patients:
@@ -182,7 +176,6 @@ def _fold(cohort: Cohort, path: Path, train: list[str], test: list[str], val: li
                 f"{path}: {len(patients)} patient(s) {problem}: {shortened(sorted(patients))}. Are labels and splits "
                 "of the same release? Correct the file, or move it away and new splits are made."
             )
-    for name, group in (("trains", train), ("tests", test)):
-        if not group:
-            raise Refused(f"{path}: nobody {name}{which}.")
+    if not train or not test:
+        raise Refused(f"{path}: nobody {'tests' if train else 'trains'}{which}.")
     return tuple(sorted(train, key=place.__getitem__)), tuple(sorted(test, key=place.__getitem__))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +35,13 @@ def cohort() -> Cohort:
     return cohort_of([1, 0, 0, 1, 0] * 4 + [0, 1])
 
 
-def folds_of(cohort: Cohort, n_folds: int = 5, seed: int = 42) -> pd.DataFrame:
-    return make_splits(cohort, n_folds, seed).merge(cohort.patients, on="patient_id", validate="one_to_one")
-
-
 @settings(max_examples=60)
 @given(data=st.data(), n_folds=st.integers(2, 6), seed=st.integers(0, 2**32))
 def test_folds_are_balanced_in_size_events_and_follow_up(data: st.DataObject, n_folds: int, seed: int) -> None:
     events = [1] * n_folds + data.draw(st.lists(st.integers(0, 1), max_size=40))
     times = data.draw(st.lists(st.integers(0, 9), min_size=len(events), max_size=len(events)))
     cohort = cohort_of(events, times)
-    table = folds_of(cohort, n_folds, seed)
+    table = make_splits(cohort, n_folds, seed).merge(cohort.patients, on="patient_id", validate="one_to_one")
     by_fold = table.groupby("fold")["event"]
     assert sorted(by_fold.groups) == list(range(n_folds))
     assert sorted(table["patient_id"]) == sorted(cohort.patients["patient_id"])
@@ -64,15 +60,10 @@ def test_the_same_patients_and_seed_give_the_same_folds_in_any_row_order(cohort:
     assert not make_splits(cohort, 5, 43)["fold"].equals(table["fold"])
 
 
-def test_the_folds_of_a_seed_do_not_change() -> None:
-    assert "".join(map(str, make_splits(cohort_of([1, 0] * 10), 5, 42)["fold"])) == "42243011033204102341"
-
-
 @pytest.mark.parametrize(("events", "n_folds"), [([1, 1, 1, 1, 0, 0, 0], 5), ([1, 1, 1], 1)])
 def test_a_cohort_too_small_for_its_folds_is_refused(events: list[int], n_folds: int) -> None:
-    with pytest.raises(
-        Refused, match=rf"{sum(events)} events among {len(events)} patients do not make {n_folds} folds"
-    ):
+    message = rf"{sum(events)} events among {len(events)} patients do not make {n_folds} folds"
+    with pytest.raises(Refused, match=message):
         make_splits(cohort_of(events), n_folds, 42)
 
 
@@ -105,12 +96,6 @@ def test_a_fold_outside_the_range_is_refused(fold: object, cohort: Cohort, tmp_p
             of(fold)  # type: ignore[arg-type]
 
 
-def ours(cohort: Cohort, folder: Path) -> pd.DataFrame:
-    load_splits(cohort, folder, 5, 42)
-    (folder / "SARC.csv.sha256").unlink()  # it is to be changed on purpose
-    return pd.read_csv(folder / "SARC.csv", dtype=str)
-
-
 BAD_OURS = {
     "unknown patient": (lambda t: pd.concat([t, t.tail(1).assign(patient_id="P999")]), r"1 patient.*not in .*P999"),
     "patient twice": (lambda t: pd.concat([t, t.head(1)]), r"1 patient\(s\) listed twice: P000"),
@@ -126,10 +111,11 @@ BAD_OURS = {
 @pytest.mark.parametrize("case", BAD_OURS)
 def test_a_bad_file_of_ours_is_refused(case: str, cohort: Cohort, tmp_path: Path) -> None:
     spoil, message = BAD_OURS[case]
-    spoil(ours(cohort, tmp_path)).to_csv(tmp_path / "SARC.csv", index=False)
+    path = tmp_path / "SARC.csv"
+    spoil(make_splits(cohort, 5, 42).astype(str)).to_csv(path, index=False)
     with pytest.raises(Refused, match=message) as refused:
         load_splits(cohort, tmp_path, 5, 42)
-    assert str(tmp_path / "SARC.csv") in str(refused.value)
+    assert str(path) in str(refused.value)
 
 
 def test_a_fold_that_changed_by_itself_is_noticed(cohort: Cohort, tmp_path: Path) -> None:
@@ -140,42 +126,30 @@ def test_a_fold_that_changed_by_itself_is_noticed(cohort: Cohort, tmp_path: Path
         load_splits(cohort, tmp_path, 5, 42)
 
 
-def test_an_unreadable_file_is_refused(cohort: Cohort, tmp_path: Path) -> None:
-    (tmp_path / "SARC.csv").write_bytes(b"\x89HDF\xff\xfe")
-    with pytest.raises(Refused, match="is not a readable CSV table"):
-        load_splits(cohort, tmp_path, 5, 42)
-
-
-def released(cohort: Cohort, folder: Path, with_test: bool = True, n_folds: int = 5) -> None:
+def released(cohort: Cohort, folder: Path, names: Sequence[str] = ("train", "val", "test"), n_folds: int = 5) -> None:
     """The authors' layout: an index column, columns of different lengths padded with blanks."""
     patients = np.array(list(cohort.slides_of))
     folder.mkdir(parents=True)
     for k in range(n_folds):
         held, rest = patients[k::n_folds], np.delete(patients, np.s_[k::n_folds])
-        columns = {"train": rest[3:], "val": rest[:3], "test": held} if with_test else {"train": rest, "val": held}
-        table = pd.DataFrame({name: pd.Series(values) for name, values in columns.items()})
+        columns = [rest[3:], rest[:3], held] if len(names) == 3 else [rest, held]
+        table = pd.DataFrame({name: pd.Series(values) for name, values in zip(names, columns, strict=True)})
         table.to_csv(folder / f"splits_{k}.csv")
 
 
+@pytest.mark.parametrize("columns", [["train", "val", "test"], ["train", "test"], ["train", "val"]])
 @pytest.mark.parametrize("folder", ["SARC", "tcga_sarc"])
-def test_the_authors_files_are_used_and_their_val_patients_are_set_aside(
-    folder: str, cohort: Cohort, tmp_path: Path
+def test_the_authors_files_are_used_and_val_patients_beside_a_test_set_are_set_aside(
+    folder: str, columns: list[str], cohort: Cohort, tmp_path: Path
 ) -> None:
     load_splits(cohort, tmp_path, 5, 42)  # ours is there as well; the authors' count
-    released(cohort, tmp_path / folder)
+    released(cohort, tmp_path / folder, columns)
     splits, patients = load_splits(cohort, tmp_path, 5, 42), list(cohort.slides_of)
     assert splits.origin == "authors" and splits.n_folds == 5
-    assert splits.test(1) == patients[1::5]
-    rest = [patient for patient in patients if patient not in splits.test(1)]
-    assert splits.train(1) == rest[3:]
-
-
-def test_without_a_test_column_val_is_the_test_set(cohort: Cohort, tmp_path: Path) -> None:
-    released(cohort, tmp_path / "SARC", with_test=False)
-    splits, patients = load_splits(cohort, tmp_path, 5, 42), list(cohort.slides_of)
     for k in range(5):
         assert splits.test(k) == patients[k::5]
-        assert splits.train(k) == [patient for patient in patients if patient not in patients[k::5]]
+        rest = [patient for patient in patients if patient not in patients[k::5]]
+        assert splits.train(k) == rest[3 * (len(columns) == 3) :]
 
 
 def put(column: str, row: int, value: object) -> Callable[[pd.DataFrame], pd.DataFrame]:
@@ -268,9 +242,11 @@ def test_more_repeats_leave_what_is_there_as_it_is(cohort: Cohort, tmp_path: Pat
     assert load_splits(cohort, tmp_path, 5, 7, repeats=3).folds == three.folds  # what is written counts
 
 
-def test_the_fingerprint_of_one_cross_validation_does_not_change(tmp_path: Path) -> None:
-    """Keys of finished runs stand on it."""
-    assert load_splits(cohort_of([1, 0] * 10), tmp_path, 5, 42).fingerprint == "4a44e2958480"
+def test_the_folds_of_a_seed_and_their_fingerprint_do_not_change(tmp_path: Path) -> None:
+    """Keys of finished runs stand on them."""
+    cohort = cohort_of([1, 0] * 10)
+    assert "".join(map(str, make_splits(cohort, 5, 42)["fold"])) == "42243011033204102341"
+    assert load_splits(cohort, tmp_path, 5, 42).fingerprint == "4a44e2958480"
 
 
 def test_a_repeat_with_folds_of_another_is_refused(cohort: Cohort, tmp_path: Path) -> None:
