@@ -29,10 +29,6 @@ CANDIDATES = {
     vicinal.SOURCE_ALONE: (GREEN, "^", r"$\tau_s$ alone"),
     vicinal.OTHER_BATCHES: (GREY, "", "the same training, other batches"),
 }
-REFERENCES = {
-    vicinal.LOSSES: "training on mixed losses (Eq. 8)",
-    vicinal.FEATURES: "training on mixed features (Eq. 10)",
-}
 STATEMENTS = {
     vicinal.CONVEX: "premise: dL/dŷ convex in ŷ\n(one label)",
     vicinal.EQ_9: "Eq. 9\n(mixed labels)",
@@ -117,14 +113,14 @@ def nearness(summary: pd.DataFrame, value: str = "cosine") -> Figure:
     lambdas = sorted(summary["lambda"].unique())
     fig, axes = plt.subplots(2, len(lambdas), figsize=(WIDTH, 5.2), sharex=True, sharey=True, squeeze=False)
     y, place = (0.04, "bottom") if value == "cosine" else (0.96, "top")  # where no curve is
-    for row, (reference, title) in zip(axes, REFERENCES.items(), strict=True):
+    for row, reference in zip(axes, (vicinal.LOSSES, vicinal.FEATURES), strict=True):
         for ax, share in zip(row, lambdas, strict=True):
             part = groups.get_group((reference, share))
             for candidate, look in CANDIDATES.items():
                 _draw_steps(ax, part[part["candidate"] == candidate], value, *look)
             ax.set(xscale="log", xlabel="steps of training" if ax in axes[-1] else "")
             ax.text(0.03, y, f"λ = {share:g}", fontsize=8.5, transform=ax.transAxes, va=place)
-        row[0].set(title=title, ylabel=value)
+        row[0].set(title=f"training on {reference}", ylabel=value)
     legend(fig, axes[0, 0], 4)
     return fig
 
@@ -154,8 +150,6 @@ def tested_mixtures(summary: pd.DataFrame, c_index: bool = False) -> Figure:
 
 def _draw_steps(ax: Axes, part: pd.DataFrame, value: str, colour: str, marker: str, label: str) -> None:
     """A value over the steps of training, with a band over seeds."""
-    if part.empty:  # with one seed there are no other batches
-        return
     ax.plot(part["steps"], part[value], color=colour, marker=marker, ms=3.5, ls="-" if marker else ":", label=label)
     if f"{value}_min" in part:
         low, high = part[f"{value}_min"], part[f"{value}_max"]

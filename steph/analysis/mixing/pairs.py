@@ -1,10 +1,11 @@
-"""Which models can be mixed: a target's with those of its sources, as STEPH takes them."""
+"""Which models can be mixed, a target's with those of its sources, as STEPH takes them; and the patients to test on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from steph import Refused
+from steph.data.dataset import Dataset
 from steph.data.manifest import Study, unknown
 from steph.study.runs import TARGET, Run, Workbench
 
@@ -34,3 +35,12 @@ def models(study: Study, target: str, sources: Sequence[str], fold: int, precisi
     check_sources(study, target, sources, fold)
     runs = Workbench(study).prerequisites(Run(target, "steph", fold, study.seed, precision))
     return {role: runs[role] for role in (TARGET, *sources)}
+
+
+def patient_sets(bench: Workbench, run: Run) -> dict[str, tuple[Dataset, list[str]]]:
+    """The target's patients: "train" and "test", of the run's fold, and, where there are others, "external"."""
+    data = bench.dataset(run.dataset)
+    sets = {"train": (data, data.splits.train(run.fold)), "test": (data, data.splits.test(run.fold))}
+    if data.external is not None:
+        sets["external"] = data.external, list(data.external.cohort.patients["patient_id"])
+    return sets

@@ -34,17 +34,17 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from steph import Refused
+from steph.analysis.mixing.pairs import patient_sets
 from steph.data.bags import RaggedBatch
 from steph.data.dataset import Dataset
 from steph.data.manifest import Study
 from steph.merging.task_vectors import Layout
 from steph.mil.abmil import ABMIL
-from steph.mil.base import Encoder
 from steph.study.cache import cached_table
 from steph.study.runs import Run, Workbench
 from steph.survival import concordance_index, nll_loss, risk_score, targets
 from steph.training.device import Compute, single_thread
-from steph.training.engine import groups_of, loader, seed_everything
+from steph.training.engine import loader, seed_everything
 
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)
 """Steps of training after which vectors are compared."""
@@ -53,12 +53,13 @@ RATE = 0.5
 BATCH = 16  # patients of each data set in a step
 DIM_IN, DIM_EMB, DIM_ATTN = 32, 32, 24  # at most
 MAX_PATIENTS, MAX_TESTED, MAX_PATCHES = 256, 300, 16  # per data set, per data set, per bag
-LOSSES, FEATURES = "mixed losses", "mixed features"
+LOSSES, FEATURES = "mixed losses (Eq. 8)", "mixed features (Eq. 10)"
 MIXTURE, TARGET_ALONE, SOURCE_ALONE, OTHER_BATCHES = "mixture", "target alone", "source alone", "other batches"
 CANDIDATES = (MIXTURE, TARGET_ALONE, SOURCE_ALONE, OTHER_BATCHES)
 
-Labels = tuple[Tensor, Tensor]
-"""Bins (N,) and events (N,) bool."""
+Training = tuple[float, str]
+"""A training: lambda, and what is mixed, `LOSSES` or `FEATURES`. With lambda 1 both are training on the target alone,
+with 0 on the source alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,15 +74,10 @@ class Patients:
     def __len__(self) -> int:
         return len(self.bags)
 
-    def some(self, chosen: Sequence[int] | np.ndarray) -> Patients:
+    def some(self, chosen: np.ndarray) -> Patients:
         """The patients at these places."""
         bags = RaggedBatch.from_bags([self.bags.bag(int(i)) for i in chosen])
-        return Patients(bags, *self.labels(chosen), self.time_days[np.asarray(chosen)])
-
-    def labels(self, chosen: Sequence[int] | np.ndarray) -> Labels:
-        """The labels of the patients at these places."""
-        index = torch.as_tensor(np.asarray(chosen), device=self.bins.device)
-        return self.bins[index], self.event[index]
+        return Patients(bags, self.bins[chosen], self.event[chosen], self.time_days[chosen])
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,56 +101,29 @@ class Problem:
         """M_0 as a flat vector (P,)."""
         return self.layout.flatten({k: v.detach() for k, v in self.network.named_parameters()})
 
-
-def bag_features(problem: Problem, weights: Mapping[str, Tensor], bags: RaggedBatch) -> Tensor:
-    """Features (G, B, dim_emb) of B bags under each of G sets of parameters, ``weights[name]`` (G, ...)."""
-    encoder = Encoder(problem.network)
-    named = {f"network.{name}": value for name, value in weights.items()}
-    return vmap(lambda parameters: functional_call(encoder, parameters, (bags,)))(named)
-
-
-def predict_bins(weights: Mapping[str, Tensor], features: Tensor) -> Tensor:
-    """Logits of the hazards (G, B, T) of features (G, B, dim_emb) by each of G heads."""
-    return torch.baddbmm(weights["head.bias"].unsqueeze(1), features, weights["head.weight"].transpose(1, 2))
-
-
-@torch.no_grad()
-def logits_of(problem: Problem, flat: Tensor, patients: Patients) -> Tensor:
-    """Logits of the hazards (G, N, T) of patients under G models, flat (G, P)."""
-    weights = problem.layout.views(flat)
-    groups = [patients.some(places).bags for places in groups_of(range(len(patients)), BATCH)]
-    return torch.cat([predict_bins(weights, bag_features(problem, weights, bags)) for bags in groups], dim=1)
+    def logits(self, flat: Tensor, bags: RaggedBatch) -> Tensor:
+        """Logits of the hazards (G, N, T) of N bags under G models, flat (G, P)."""
+        weights, starts = self.layout.views(flat), range(0, len(bags), BATCH)
+        groups = [bags.between(start, min(start + BATCH, len(bags))) for start in starts]
+        under_each = vmap(lambda one, group: functional_call(self.network, one, (group,)), in_dims=(0, None))
+        return torch.cat([under_each(weights, group) for group in groups], dim=1)
 
 
 def gradients(
-    problem: Problem, flat: Tensor, shares: Tensor, on_features: Tensor, target: Patients, source: Patients
+    problem: Problem, flat: Tensor, trainings: Sequence[Training], target: Patients, source: Patients
 ) -> Tensor:
-    """Gradient (G, P) of the mixed loss of each of G models, flat (G, P), on a batch of each data set.
-
-    shares: (G,), lambda. on_features: (G,) bool, whether a model is trained on mixed features, where the loss is the
-    mean over every pair (i, j) of the two batches, or on mixed losses. With lambda 1 both are the loss on the target
-    alone, with 0 on the source alone.
-    """
+    """Gradient (G, P) of the mixed loss of each of G trainings, which have come to the models flat (G, P), on a batch
+    of each data set: the mean over every pair (i, j) of the two batches."""
     flat = flat.detach().requires_grad_()
-    weights = problem.layout.views(flat)
-    both = RaggedBatch.from_bags([patients.bags.bag(i) for patients in (target, source) for i in range(len(patients))])
-    h_t, h_s = bag_features(problem, weights, both).split([len(target), len(source)], dim=1)
+    share = flat.new_tensor([lam for lam, _ in trainings]).view(-1, 1, 1)
+    mixes_features = torch.tensor([mixed == FEATURES for _, mixed in trainings], device=flat.device).view(-1, 1, 1)
     i, j = (index.flatten() for index in np.indices((len(target), len(source))))
-    loss = flat.new_zeros(())
-    for mixes_features in (False, True):
-        models = (on_features == mixes_features).nonzero().squeeze(1)
-        share, heads = shares[models], {name: weights[name][models] for name in ("head.weight", "head.bias")}
-        if mixes_features:
-            part = share.view(-1, 1, 1, 1)
-            mixed = part * h_t[models].unsqueeze(2) + (1 - part) * h_s[models].unsqueeze(1)  # (G, b_t, b_s, dim_emb)
-            logits = predict_bins(heads, mixed.flatten(1, 2))  # (G, b_t * b_s, T)
-            of_target, of_source = (logits, *target.labels(i)), (logits, *source.labels(j))
-        else:
-            of_target = predict_bins(heads, h_t[models]), target.bins, target.event
-            of_source = predict_bins(heads, h_s[models]), source.bins, source.event
-        mixed_loss = share * _nll(*of_target, problem.alpha) + (1 - share) * _nll(*of_source, problem.alpha)
-        loss = loss + mixed_loss.sum()
-    return torch.autograd.grad(loss, flat)[0]
+    z_t, z_s = problem.logits(flat, target.bags)[:, i], problem.logits(flat, source.bags)[:, j]  # (G, pairs, T)
+    mixed = share * z_t + (1 - share) * z_s  # the head is linear: these are the logits of the mixed feature
+    of_target = _nll(torch.where(mixes_features, mixed, z_t), target.bins[i], target.event[i], problem.alpha)
+    of_source = _nll(torch.where(mixes_features, mixed, z_s), source.bins[j], source.event[j], problem.alpha)
+    loss = share.flatten() * of_target + (1 - share.flatten()) * of_source
+    return torch.autograd.grad(loss.sum(), flat)[0]
 
 
 def _nll(logits: Tensor, bins: Tensor, event: Tensor, alpha: float) -> Tensor:
@@ -164,120 +133,90 @@ def _nll(logits: Tensor, bins: Tensor, event: Tensor, alpha: float) -> Tensor:
     return nll_loss(hazards, bins.repeat(g), event.repeat(g), alpha, reduction="none").view(g, b).mean(1)
 
 
-def train(
-    problem: Problem,
-    shares: Sequence[float],
-    on_features: Sequence[bool],
-    lengths: Sequence[int],
-    seed: int,
-    rate: float,
-) -> dict[int, Tensor]:
-    """Task vectors (G, P) of G models after each of `lengths` steps of plain gradient descent, by length.
+def train(problem: Problem, trainings: Sequence[Training], lengths: Sequence[int], seed: int) -> dict[int, Tensor]:
+    """Task vectors (G, P) of G trainings after each of `lengths` steps of plain gradient descent, by length.
 
     All start from M_0 and see the same batches: each data set's patients in an order drawn anew for each of its epochs,
     by `seed`; what remains of an epoch is dropped. Raises `Refused` where a model diverges.
     """
-    lam = problem.null.new_tensor(list(shares))
-    kinds = torch.tensor(list(on_features), device=lam.device)
-    start = problem.null.expand(len(lam), -1)
-    flat, vectors = start.clone(), {}
-    batches = [
-        _batches(len(p), np.random.default_rng([seed, i])) for i, p in enumerate((problem.target, problem.source))
-    ]
+    start = problem.null.expand(len(trainings), -1)
+    flat, vectors = start, {}
+    sets = [(patients, np.random.default_rng([seed, i])) for i, patients in enumerate((problem.target, problem.source))]
+    batches = zip(*(_batches(*each) for each in sets), strict=True)
     for step in range(1, max(lengths) + 1):
-        batch = problem.target.some(next(batches[0])), problem.source.some(next(batches[1]))
-        flat = flat - rate * gradients(problem, flat, lam, kinds, *batch)
+        flat = flat - RATE * gradients(problem, flat, trainings, *next(batches))
         if step in lengths:
             if not torch.isfinite(flat).all():
                 raise Refused(
-                    f"plain gradient descent diverged within {step} steps at rate {rate}; take a smaller one."
+                    f"plain gradient descent diverged within {step} steps at rate {RATE}; take a smaller one."
                 )
             vectors[step] = flat - start
     return vectors
 
 
-def _batches(n: int, shuffler: np.random.Generator) -> Iterator[np.ndarray]:
-    """Places of a batch's patients, without end: epoch after epoch, each in an order of its own."""
+def _batches(patients: Patients, shuffler: np.random.Generator) -> Iterator[Patients]:
+    """Batches without end: epoch after epoch, each in an order of its own."""
+    n = len(patients)
     size = min(BATCH, n)
     while True:
-        yield from shuffler.permutation(n)[: n // size * size].reshape(-1, size)
+        yield from map(patients.some, shuffler.permutation(n)[: n // size * size].reshape(-1, size))
 
 
 def evaluate(problem: Problem, flat: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Test loss (alpha 0, as it is reported elsewhere) and C-index of G models, flat (G, P), each (G,)."""
-    test, logits = problem.test, logits_of(problem, flat, problem.test)
+    test = problem.test
+    with torch.no_grad():
+        logits = problem.logits(flat, test.bags)
     event = test.event.cpu().numpy()
     scores = [concordance_index(test.time_days, event, risk_score(torch.sigmoid(z)).cpu().numpy()) for z in logits]
     return _nll(logits, test.bins, test.event, alpha=0.0).cpu().numpy(), np.array(scores)
 
 
-def compare(
-    problem: Problem,
-    lengths: Sequence[int],
-    lambdas: Sequence[float],
-    seeds: Sequence[int],
-    rate: float = RATE,
-) -> pd.DataFrame:
+def compare(problem: Problem, lengths: Sequence[int], seeds: Sequence[int]) -> pd.DataFrame:
     """How near mixtures of task vectors are to the task vectors of mixed training, a row per seed, steps, lambda,
     reference (`LOSSES`, `FEATURES`) and candidate (`CANDIDATES`).
 
-    cosine, ratio (norm of the candidate's over the reference's), distance (norm of their difference over the
-    reference's), moved (norm of the reference's over M_0's), and test loss and C-index on the target: nll, c_index of
-    the candidate, nll_reference, c_index_reference. seeds: of the order of batches. The candidate "other batches" is
-    the same training under the next seed: how far two such trainings lie apart anyway; there is none with one seed.
+    cosine, distance (norm of their difference over the reference's), and test loss and C-index on the target: nll,
+    c_index of the candidate, nll_reference, c_index_reference. seeds: two at least, of the order of batches. The
+    candidate "other batches" is the same training under the next seed: how far two such trainings lie apart anyway.
     """
-    m = len(lambdas)
-    shares, on_features = [1.0, 0.0, *lambdas, *lambdas], [False] * (2 + m) + [True] * m
-    rows = []
+    alone, mixed = [(1.0, LOSSES), (0.0, LOSSES)], list(product(LAMBDAS, (LOSSES, FEATURES)))
+    trainings, rows = [*alone, *mixed], []
     with single_thread():
-        by_seed = [train(problem, shares, on_features, lengths, seed, rate) for seed in seeds]
-        for at, steps in product(range(len(seeds)), lengths):
-            others = by_seed[(at + 1) % len(seeds)][steps] if len(seeds) > 1 else None
-            compared = _rows(problem, by_seed[at][steps], others, lambdas)
-            rows += [{"seed": seeds[at], "steps": steps, **row} for row in compared]
-    return pd.DataFrame(rows)
-
-
-def _rows(problem: Problem, tau: Tensor, others: Tensor | None, lambdas: Sequence[float]) -> list[dict[str, Any]]:
-    """The rows of one seed and length. tau, others: (G, P) in the order of `compare`."""
-    m, null = len(lambdas), problem.null
-    vectors: dict[Any, Tensor] = {TARGET_ALONE: tau[0], SOURCE_ALONE: tau[1]}
-    for k, share in enumerate(lambdas):
-        vectors[MIXTURE, share] = share * tau[0] + (1 - share) * tau[1]
-        for reference, place in ((LOSSES, 2 + k), (FEATURES, 2 + m + k)):
-            vectors[reference, share] = tau[place]
-            if others is not None:
-                vectors[OTHER_BATCHES, reference, share] = others[place]
-    losses, scores = evaluate(problem, null + torch.stack(list(vectors.values())))
-    tested = {name: (losses[i], scores[i]) for i, name in enumerate(vectors)}
-    rows = []
-    for share, reference in product(lambdas, (LOSSES, FEATURES)):
-        nll_reference, c_index_reference = tested[reference, share]
-        target, norm = vectors[reference, share], vectors[reference, share].norm()
-        names = {
-            MIXTURE: (MIXTURE, share), TARGET_ALONE: TARGET_ALONE, SOURCE_ALONE: SOURCE_ALONE,
-            OTHER_BATCHES: (OTHER_BATCHES, reference, share),
-        }  # fmt: skip
-        for candidate, name in names.items():
-            if name not in vectors:
-                continue
-            nll, c_index = tested[name]
-            rows.append(
-                {
-                    "lambda": share,
-                    "reference": reference,
-                    "candidate": candidate,
-                    "cosine": float(F.cosine_similarity(vectors[name], target, dim=0, eps=0)),
-                    "ratio": float(vectors[name].norm() / norm),
-                    "distance": float((vectors[name] - target).norm() / norm),
-                    "moved": float(norm / null.norm()),
+        by_seed = {seed: train(problem, trainings, lengths, seed) for seed in seeds}
+        for (seed, following), steps in product(zip(seeds, [*seeds[1:], seeds[0]], strict=True), lengths):
+            tau, others = (dict(zip(trainings, by_seed[s][steps], strict=True)) for s in (seed, following))
+            tau_t, tau_s = (tau[training] for training in alone)
+            for lam, reference in mixed:
+                wanted = tau[lam, reference]
+                vectors = torch.stack([lam * tau_t + (1 - lam) * tau_s, tau_t, tau_s, others[lam, reference], wanted])
+                nll, c_index = evaluate(problem, problem.null + vectors)
+                columns = {
+                    "cosine": F.cosine_similarity(vectors, wanted, dim=1, eps=0),
+                    "distance": (vectors - wanted).norm(dim=1) / wanted.norm(),
                     "nll": nll,
                     "c_index": c_index,
-                    "nll_reference": nll_reference,
-                    "c_index_reference": c_index_reference,
                 }
-            )
-    return rows
+                table = pd.DataFrame({name: values[:-1] for name, values in columns.items()})
+                key: Any = {
+                    "seed": seed,
+                    "steps": steps,
+                    "lambda": lam,
+                    "reference": reference,
+                    "candidate": CANDIDATES,
+                }
+                rows.append(table.assign(**key, nll_reference=nll[-1], c_index_reference=c_index[-1]))
+    return pd.concat(rows, ignore_index=True)
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds of `compare`'s numbers, a row per steps, lambda, reference and candidate; of the candidates' own
+    also the least and the largest (..._min, ..._max)."""
+    grouped = table.groupby(["steps", "lambda", "reference", "candidate"], sort=False)
+    means = grouped.mean().drop(columns="seed")
+    for name in ("cosine", "distance", "nll", "c_index"):
+        means[f"{name}_min"], means[f"{name}_max"] = grouped[name].min(), grouped[name].max()
+    return means.reset_index()
 
 
 # ------------------------------------------------------------------------------------- Eq. 9's premise
@@ -285,15 +224,15 @@ def _rows(problem: Problem, tau: Tensor, others: Tensor | None, lambdas: Sequenc
 CONVEX = "dL/dŷ is convex in ŷ, the label given"
 EQ_9 = "Eq. 9: the same with mixed labels"
 EQ_10 = "Eq. 10: for the gradient of the parameters"
-SPREAD = 3.0  # of random logits
+SPREAD, PAIRS = 3.0, 4096  # of random logits; that are drawn
 
 
-def premise(problem: Problem, models: Mapping[str, Tensor], n_pairs: int = 4096, seed: int = 0) -> pd.DataFrame:
+def premise(problem: Problem, models: Mapping[str, Tensor], seed: int) -> pd.DataFrame:
     """In which share of the components the inequalities behind Eq. 10 hold, at predictions of models and at logits
     drawn at random. A row per place and statement.
 
-    models: by name, flat (P,). Pairs (i, j) of the target's and the source's patients and lambda in [0, 1] are drawn;
-    the random logits are Gaussian, of standard deviation `SPREAD`, with the labels of these pairs.
+    models: by name, flat (P,). `PAIRS` pairs (i, j) of the target's and the source's patients and lambda in [0, 1] are
+    drawn; the random logits are Gaussian, of standard deviation `SPREAD`, with the labels of these pairs.
 
     - `CONVEX`: lambda g(a, y) + (1 - lambda) g(b, y) >= g(lambda a + (1 - lambda) b, y), with g = dL/dŷ, ŷ the logits.
       With hazards sigma(ŷ), a component of g is sigma(ŷ_u) plus a constant: convex below ŷ_u = 0, hazards under one
@@ -307,59 +246,51 @@ def premise(problem: Problem, models: Mapping[str, Tensor], n_pairs: int = 4096,
     share), components, gap (norm of the difference of the two sides over the left side's: 0 where "approximately" is
     "exactly"), above_half (the share of hazards above one half in the intervals that count; NaN for Eq. 10).
     """
-    shuffler = np.random.default_rng([seed, 9])
     target, source = problem.target, problem.source
-    i, j = (shuffler.integers(len(patients), size=n_pairs) for patients in (target, source))
-    share = torch.from_numpy(shuffler.random((n_pairs, 1))).to(problem.null)
-    labels = target.labels(i), source.labels(j)
-    rows = []
+    shuffler, of_batches = np.random.default_rng([seed, 9]), np.random.default_rng([seed, 10])
+    i, j = (shuffler.integers(len(patients), size=PAIRS) for patients in (target, source))
+    share = torch.from_numpy(shuffler.random((PAIRS, 1))).to(problem.null)
+    batch = [next(_batches(patients, of_batches)) for patients in (target, source)]
+
+    def g(logits: Tensor, patients: Patients, at: np.ndarray) -> Tensor:
+        logits = logits.detach().requires_grad_()
+        loss = nll_loss(torch.sigmoid(logits), patients.bins[at], patients.event[at], problem.alpha, reduction="sum")
+        return torch.autograd.grad(loss, logits)[0]
+
+    predicted, rows = {}, []
     with single_thread():
         for name, flat in models.items():
-            z_t, z_s = (logits_of(problem, flat.unsqueeze(0), patients)[0] for patients in (target, source))
-            rows += _inequalities(name, z_t[i], z_s[j], *labels, share, problem.alpha)
-            rows.append(_of_parameters(problem, name, flat, seed))
-        drawn = torch.from_numpy(shuffler.normal(scale=SPREAD, size=(2, *z_t[i].shape))).to(problem.null)
-        rows += _inequalities("random logits", drawn[0], drawn[1], *labels, share, problem.alpha)
+            z_t, z_s = (problem.logits(flat[None], patients.bags)[0].detach() for patients in (target, source))
+            predicted[name] = torch.stack([z_t[i], z_s[j]])
+        drawn = shuffler.normal(scale=SPREAD, size=(2, *z_t[i].shape))
+        predicted["random logits"] = torch.from_numpy(drawn).to(problem.null)
+        for name, (a, b) in predicted.items():
+            mixed = share * a + (1 - share) * b
+            right = g(mixed, target, i)
+            logits = torch.stack([a, b])
+            convex = _holding(share * g(a, target, i) + (1 - share) * g(b, target, i), right, logits)
+            with_labels = _holding(
+                share * g(a, target, i) + (1 - share) * g(b, source, j),
+                share * right + (1 - share) * g(mixed, source, j),
+                logits,
+            )
+            statements = {CONVEX: convex, EQ_9: with_labels}
+            if name in models:
+                trainings = [(0.5, LOSSES), (0.5, FEATURES)]
+                statements[EQ_10] = _holding(*gradients(problem, models[name].expand(2, -1), trainings, *batch))
+            rows += [{"place": name, "statement": statement, **how} for statement, how in statements.items()]
     return pd.DataFrame(rows)
 
 
-def _inequalities(
-    place: str, a: Tensor, b: Tensor, y_t: Labels, y_s: Labels, share: Tensor, alpha: float
-) -> list[dict[str, Any]]:
-    def g(logits: Tensor, label: Labels) -> Tensor:
-        logits = logits.detach().requires_grad_()
-        loss = nll_loss(torch.sigmoid(logits), *label, alpha, reduction="sum")
-        return torch.autograd.grad(loss, logits)[0]
-
-    mixed = share * a + (1 - share) * b
-    sides = {
-        CONVEX: (share * g(a, y_t) + (1 - share) * g(b, y_t), g(mixed, y_t)),
-        EQ_9: (share * g(a, y_t) + (1 - share) * g(b, y_s), share * g(mixed, y_t) + (1 - share) * g(mixed, y_s)),
-    }
-    rows = []
-    for statement, (left, right) in sides.items():
-        counts = (left != 0) | (right != 0)
-        hazards = torch.sigmoid(torch.stack([a, b]))[:, counts]
-        rows.append({"place": place, "statement": statement, **_holding(left, right)})
-        rows[-1]["above_half"] = float((hazards > 0.5).double().mean())
-    return rows
-
-
-def _of_parameters(problem: Problem, place: str, flat: Tensor, seed: int) -> dict[str, Any]:
-    shuffler = np.random.default_rng([seed, 10])
-    chosen = [p.some(next(_batches(len(p), shuffler))) for p in (problem.target, problem.source)]
-    half, kinds = flat.new_full((2,), 0.5), torch.tensor([False, True], device=flat.device)
-    left, right = gradients(problem, flat.expand(2, -1), half, kinds, *chosen)
-    return {"place": place, "statement": EQ_10, **_holding(left, right), "above_half": float("nan")}
-
-
-def _holding(left: Tensor, right: Tensor) -> dict[str, Any]:
+def _holding(left: Tensor, right: Tensor, logits: Tensor | None = None) -> dict[str, Any]:
+    """How left >= right holds, component by component, and beside which logits (2, ...)."""
     counts = (left != 0) | (right != 0)
     slack = 1e-12 * torch.maximum(left.abs(), right.abs())
     return {
         "holds": float((left - right >= -slack)[counts].double().mean()),
         "components": int(counts.sum()),
         "gap": float((left - right).norm() / left.norm()),
+        "above_half": np.nan if logits is None else float((logits[:, counts] > 0).double().mean()),
     }
 
 
@@ -375,22 +306,21 @@ def small_problem(bench: Workbench, pair: Run, device: str = "cpu") -> Problem:
 
     Raises `Refused` for patients of whom no C-index can be told.
     """
-    study, data, source_data = bench.study, bench.dataset(pair.dataset), bench.dataset(str(pair.entry.only))
-    test_data, tested = data, data.splits.test(pair.fold)
-    if data.external is not None:
-        test_data, tested = data.external, list(data.external.cohort.patients["patient_id"])
-    n = study.network
+    study, n = bench.study, bench.study.network
+    of_target, source = patient_sets(bench, pair), bench.dataset(str(pair.entry.only))
     small = {"dim_emb": min(n.dim_emb, DIM_EMB), "dim_attn": min(n.dim_attn, DIM_ATTN), "n_bins": n.n_bins}
     seed_everything(study.seed)
     network = ABMIL(min(study.features.dim, DIM_IN), **small, dropout=0.0).to(device, torch.float64).eval()
-    loaded = [
-        _load(study, network, data, data.splits.train(pair.fold), MAX_PATIENTS, device),
-        _load(study, network, source_data, source_data.splits.train(0), MAX_PATIENTS, device),
-        _load(study, network, test_data, tested, MAX_TESTED, device),
-    ]
-    of_target, of_source, test = _narrowed(loaded, study.seed)
+    target, source_patients, test = _narrowed(
+        [
+            _load(study, network, *of_target["train"], MAX_PATIENTS, device),
+            _load(study, network, source, source.splits.train(0), MAX_PATIENTS, device),
+            _load(study, network, *of_target.get("external", of_target["test"]), MAX_TESTED, device),
+        ],
+        study.seed,
+    )
     concordance_index(test.time_days, test.event.cpu().numpy(), np.zeros(len(test)))  # refuses what has no pairs
-    return Problem(network, of_target, of_source, test, study.recipe.alpha)
+    return Problem(network, target, source_patients, test, study.recipe.alpha)
 
 
 def _narrowed(parts: list[Patients], seed: int) -> list[Patients]:
@@ -424,89 +354,54 @@ def lengths(study: Study) -> list[int]:
 
 def of_pair(bench: Workbench, pair: Run, seeds: Sequence[int], device: str = "cpu") -> pd.DataFrame:
     """`compare` on the `small_problem` of a pair, over `lengths`. Computed once."""
-    settings: dict[str, Any] = {"seeds": list(seeds), "lengths": lengths(bench.study), "lambdas": LAMBDAS, "rate": RATE}
-    return cached_table(
-        bench,
-        "vicinal",
-        _inputs(bench, pair) | settings,
-        lambda: compare(small_problem(bench, pair, device), **settings),
-    )
+
+    steps = lengths(bench.study)
+
+    def compute() -> pd.DataFrame:
+        return compare(small_problem(bench, pair, device), steps, seeds)
+
+    return cached_table(bench, "vicinal", {"pair": bench.key(pair), "seeds": list(seeds), "steps": steps}, compute)
 
 
 def premise_of_pair(bench: Workbench, pair: Run, seed: int, device: str = "cpu") -> pd.DataFrame:
     """`premise` on the `small_problem` of a pair, at M_0 and at the M_t of the longest of `lengths`. Computed once."""
+
     steps = max(lengths(bench.study))
 
     def compute() -> pd.DataFrame:
         problem = small_problem(bench, pair, device)
         with single_thread():
-            tau = train(problem, [1.0], [False], [steps], seed, RATE)[steps][0]
-        return premise(problem, {"M_0": problem.null, "M_t": problem.null + tau}, seed=seed)
+            tau = train(problem, [(1.0, LOSSES)], [steps], seed)[steps][0]
+        return premise(problem, {"M_0": problem.null, "M_t": problem.null + tau}, seed)
 
-    inputs = _inputs(bench, pair) | {"seed": seed, "steps": steps}
-    return cached_table(bench, "vicinal_premise", inputs, compute)
-
-
-def _inputs(bench: Workbench, pair: Run) -> dict[str, Any]:
-    """The patients, features and settings that the small problem of a pair follows from."""
-    study, data, source = bench.study, bench.dataset(pair.dataset), str(pair.entry.only)
-    return {
-        "target": [pair.dataset, data.fingerprint, data.external.fingerprint if data.external else ""],
-        "source": [source, bench.dataset(source).fingerprint],
-        "fold": pair.fold,
-        "study": [study.seed, study.features.dim, study.network.model_dump(mode="json"), study.recipe.alpha],
-    }
-
-
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds of `compare`'s numbers, a row per steps, lambda, reference and candidate, with nll_gap and
-    c_index_gap, candidate less reference; of cosine, distance, nll, c_index and the gaps also the least and the largest
-    (..._min, ..._max)."""
-    gaps = {f"{name}_gap": table[name] - table[f"{name}_reference"] for name in ("nll", "c_index")}
-    grouped = table.assign(**gaps).groupby(["steps", "lambda", "reference", "candidate"], sort=False)
-    means = grouped.mean(numeric_only=True).drop(columns="seed")
-    for name in ("cosine", "distance", "nll", "c_index", *gaps):
-        means[f"{name}_min"], means[f"{name}_max"] = grouped[name].min(), grouped[name].max()
-    return means.reset_index()
+    return cached_table(bench, "vicinal_premise", {"pair": bench.key(pair), "seed": seed, "steps": steps}, compute)
 
 
 def take_away(summary: pd.DataFrame, premise: pd.DataFrame) -> list[str]:
-    """Appendix B in words, from `summary` and `premise`: list items. lambda is the one nearest to 0.5."""
-    lambdas = summary["lambda"].unique()
-    rows = summary[summary["lambda"] == lambdas[np.abs(lambdas - 0.5).argmin()]]
-    shortest, longest = (rows[rows["steps"] == steps] for steps in (rows["steps"].min(), rows["steps"].max()))
-    first, last = (part.set_index(["reference", "candidate"]).to_dict("index") for part in (shortest, longest))
-    steps = int(longest["steps"].iloc[0])
-    losses, features = last[LOSSES, MIXTURE], last[FEATURES, MIXTURE]
-    nearer = max(last[FEATURES, name]["cosine"] for name in (TARGET_ALONE, SOURCE_ALONE))
-    reordered = ""
-    if (FEATURES, OTHER_BATCHES) in last:
-        reordered = (
-            f", and mixed features with its patients in another order {last[FEATURES, OTHER_BATCHES]['cosine']:.2f}"
-        )
-    tested = [
-        f"{name} {row[f'nll{end}']:.3f}, {row[f'c_index{end}']:.3f}"
-        for name, row, end in (
-            ("M_t", last[LOSSES, TARGET_ALONE], ""),
-            ("the mixture", losses, ""),
-            ("mixed losses", losses, "_reference"),
-            ("mixed features", features, "_reference"),
-        )
-    ]
-    holds = premise.pivot(index="place", columns="statement", values="holds").dropna(subset=EQ_10)
+    """Appendix B in words, from `summary` and `premise`: list items. lambda is 0.5."""
+    rows = summary[summary["lambda"] == 0.5].set_index(["steps", "reference", "candidate"]).to_dict("index")
+    start, steps = summary["steps"].min(), summary["steps"].max()
+    losses, features = (rows[steps, reference, MIXTURE] for reference in (LOSSES, FEATURES))
+    cosines = {name: rows[steps, FEATURES, name]["cosine"] for name in CANDIDATES}
+    alone = rows[steps, LOSSES, TARGET_ALONE]
+    holds = premise.pivot(index="place", columns="statement", values="holds").dropna()
     shares = [
         f"at {place} in {100 * row[CONVEX]:.0f} % of the components, Eq. 9 in {100 * row[EQ_9]:.0f} %, Eq. 10 in "
         f"{100 * row[EQ_10]:.0f} %"
         for place, row in holds.iterrows()
     ]
     return [
-        f"- After {shortest['steps'].iloc[0]} step the mixture is, up to a relative distance of "
-        f"{first[LOSSES, MIXTURE]['distance']:.0e}, the task vector of training on mixed losses (Eq. 8), and "
-        f"{first[FEATURES, MIXTURE]['distance']:.2f} from that of mixed features; after {steps} steps it is "
+        f"- After {start} step the mixture is, up to a relative distance of "
+        f"{rows[start, LOSSES, MIXTURE]['distance']:.0e}, the task vector of training on mixed losses (Eq. 8), and "
+        f"{rows[start, FEATURES, MIXTURE]['distance']:.2f} from that of mixed features; after {steps} steps it is "
         f"{losses['distance']:.2f} and {features['distance']:.2f} away (cosine {losses['cosine']:.2f} and "
         f"{features['cosine']:.2f}).",
-        f"- Beside it, the better of the two task vectors alone has a cosine of {nearer:.2f} with mixed features"
-        f"{reordered}.",
-        f"- On new patients of the target after {steps} steps (loss, C-index): {'; '.join(tested)}.",
+        f"- Beside it, the better of the two task vectors alone has a cosine of "
+        f"{max(cosines[TARGET_ALONE], cosines[SOURCE_ALONE]):.2f} with mixed features, and mixed features with its "
+        f"patients in another order {cosines[OTHER_BATCHES]:.2f}.",
+        f"- On new patients of the target after {steps} steps (loss, C-index): M_t {alone['nll']:.3f}, "
+        f"{alone['c_index']:.3f}; the mixture {losses['nll']:.3f}, {losses['c_index']:.3f}; mixed losses "
+        f"{losses['nll_reference']:.3f}, {losses['c_index_reference']:.3f}; mixed features "
+        f"{features['nll_reference']:.3f}, {features['c_index_reference']:.3f}.",
         f"- The convexity that Eq. 9 asks for holds {'; '.join(shares)}.",
     ]
