@@ -18,7 +18,7 @@ import pandas as pd
 from torch import Tensor
 
 from steph import Refused
-from steph.analysis.mixing.attention import mixture
+from steph.analysis.mixing.attention import bag_of, mixture
 from steph.analysis.performance.discrimination import intervals, resampled
 from steph.analysis.performance.predictions import out_of_fold
 from steph.analysis.performance.time_dependent import kaplan_meier
@@ -116,7 +116,8 @@ def _ask(
         for patient in track(patients, f"{run}: predict for all patients"):
             risk[patient] = float(predict(model, data, [patient], compute)["risk"].iloc[0])
             if model.merging is model:
-                in_use.update(sources_in_use(mixture(model, data, patient, compute))["source"])
+                merged = mixture(model, bag_of(model, data, patient, compute), run.dataset)
+                in_use.update(sources_in_use(merged)["source"])
     return pd.Series(risk), in_use
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from steph import Refused, mil
-from steph.analysis.mixing.attention import attention_of, bag_of, mixture_of, patch_size, with_attention
+from steph.analysis.mixing.attention import attention_of, bag_of, mixture, patch_size, with_attention
 from steph.data.bags import RaggedBatch, sampled
 from steph.data.features import check_slides, open_slide
 from steph.data.manifest import Features
@@ -92,7 +92,7 @@ class Prediction:
 
 
 def sources_in_use(mixture: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a patient's mixture (`mixture_of`) whose source is kept with a weight above 0."""
+    """The rows of a patient's mixture (`mixture`) whose source is kept with a weight above 0."""
     return mixture.iloc[1:].loc[lambda table: table["kept"] & (table["w"] > 0)]
 
 
@@ -129,7 +129,7 @@ class LoadedModel:
         with single_thread():
             row = self._row(bag)
             batch = bag_of(network, bag, bag.patient_id, self.compute)
-            mixture = None if network.merging is None else mixture_of(network, batch, self.config.dataset)
+            merged = None if network.merging is None else mixture(network, batch, self.config.dataset)
             attention = None if network.pooling_network(batch) is None else attention_of(network, batch)
         survival = row.filter(regex=r"^survival_\d+$").to_numpy(float)
         ends = self.config.network.bin_width_days * np.arange(1, len(survival) + 1)
@@ -140,7 +140,7 @@ class LoadedModel:
             percentile=row["percentile"],
             survival=pd.Series(survival, index=ends, name="survival"),
             patches=with_attention(bag.patches, np.full(len(bag.patches), np.nan) if attention is None else attention),
-            mixture=mixture,
+            mixture=merged,
             edges=dict.fromkeys(bag.edges, patch_px) if patch_px else bag.edges,
             files=[str(path) for path in paths],
             notes=self._notes(bag, attention),

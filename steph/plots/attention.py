@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 
-from steph.analysis.mixing import attention
-from steph.analysis.mixing.attention import MERGED, OWN, UNTRAINED, title
+from steph import Refused
+from steph.analysis.mixing.attention import MERGED, OWN, TOP, UNTRAINED, ZONES, by_method, patch_size, title
 from steph.plots import style
 from steph.plots.style import INK, MUTED, ORANGE, WIDTH, colour_of, look_of
 
@@ -33,16 +33,21 @@ def attention_maps(
     two models. edge: of a patch in level-0 pixels, where coordinates do not tell it. Raises `Refused` without them.
     """
     first, second = names
-    rows: list[tuple[str, pd.DataFrame, int, int]] = []
-    inches: list[float] = []
+    rows, inches = [], []
     for table, label in zip(tables, labels, strict=True):
-        attention.refuse_without_places(table)
         slides = table.groupby("slide_id", observed=True)
+        without = [str(name) for name, part in slides if part["x"].isna().any()]
+        if without:
+            raise Refused(
+                f"no attention map of patient {table['patient_id'].iloc[0]}: the feature store holds no coordinates of "
+                f"{len(without)} of the {len(slides)} slide(s), first {without[0]}. Pack feature files that hold "
+                "`coords` (h5; a .pt has none). Numbers that need no place are computed all the same."
+            )
         chosen = slides[f"attention_{second}"].sum().nlargest(SLIDES).index
         for number, (name, part) in enumerate(slides, start=1):
             if name in chosen:
                 slide = f", slide {number} of {len(slides)}" if len(slides) > 1 else ""
-                size = attention.patch_size(part["x"].to_numpy(int), part["y"].to_numpy(int)) or edge
+                size = patch_size(part["x"].to_numpy(int), part["y"].to_numpy(int)) or edge
                 rows.append((label.replace("$", r"\$") + slide, part, len(table), size))  # a name is no formula
                 wide, high = np.ptp(part[["x", "y"]].to_numpy(int), axis=0) + 2 * size
                 inches.append(0.86 * WIDTH / 3 * np.clip(high / wide, 0.35, 1.6) + 0.75)
@@ -134,7 +139,7 @@ def attention_agreement(table: pd.DataFrame) -> Figure:
     correlation.hist(merged["correlation"].dropna(), bins=np.linspace(-1, 1, 21), color=colour, alpha=0.85)
     correlation.set(title="rank correlation", xlim=(-1, 1), ylabel="patients")
     overlap.hist(merged["overlap"].dropna(), bins=np.linspace(0, 1, 11), color=colour, alpha=0.85)
-    overlap.set(title=f"top {attention.TOP:.0%} in common", xlim=(0, 1))
+    overlap.set(title=f"top {TOP:.0%} in common", xlim=(0, 1))
     for ax in (correlation, overlap):
         ax.grid(axis="x", visible=False)
     overlap.axvline(chance, color=MUTED, linewidth=1, linestyle=":")
@@ -152,17 +157,13 @@ def attention_on_tumour(table: pd.DataFrame) -> Figure:
         values = table.loc[table["method"] == method, "auc"].dropna()
         y = i + 0.22 * (2 * rng.random(len(values)) - 1)
         left.scatter(values, y, s=7, color=colour_of(method), alpha=0.3, linewidths=0)
-    _draw_means(left, attention.by_method(table, table["auc"]), "method", methods, methods, 0)
-    left.axvline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
+    _draw_means(left, by_method(table, "auc"), "method", {name: title(name) for name in methods}, methods, 0, 0.5)
     left.set(xlim=(-0.02, 1.02), title="AUC of attention for tumour", xlabel="0.5: blind to it, 1: all above the rest")
-    style.name_rows(left, [title(method) for method in methods], ticks=True)
-    zones, compared = attention.ZONES, [method for method in (OWN, MERGED, UNTRAINED) if method in methods]
-    means = pd.concat([attention.by_method(table, attention.times_even(table, z)).assign(zone=z) for z in zones])
-    _draw_means(right, means, "zone", list(zones), compared, 0.2)
-    right.axvline(1, color=MUTED, linewidth=0.8, linestyle=":")
+    means = pd.concat([by_method(table, f"times_{zone}").assign(zone=zone) for zone in ZONES])
+    compared = [method for method in (OWN, MERGED, UNTRAINED) if method in methods]
+    _draw_means(right, means, "zone", ZONES, compared, 0.2, 1)
     right.set(title="attention, × even share", xlabel="1: as much as any patch")
     right.set_xlim(left=0)
-    style.name_rows(right, list(zones.values()), ticks=True)
     style.legend(fig, right, 3)
     return fig
 
@@ -171,21 +172,22 @@ def attention_by_dataset(table: pd.DataFrame) -> Figure:
     """AUC of attention for tumour patches, a row per data set: mean over its patients with the 95 % interval, for some
     methods. table: as `steph.analysis.mixing.attention.measured` gives it, of several data sets."""
     methods = [method for method in (OWN, MERGED, "model_average") if (table["method"] == method).any()]
-    datasets = list(table["dataset"].unique())
-    fig, ax = plt.subplots(figsize=(WIDTH, 0.3 * len(datasets) + 1.2))
-    parts = table.groupby("dataset")
-    means = pd.concat([attention.by_method(part, part["auc"]).assign(dataset=name) for name, part in parts])
-    _draw_means(ax, means, "dataset", datasets, methods, 0.24)
-    ax.axvline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
-    style.name_rows(ax, datasets, ticks=True, stripes=True)
+    names = {name: name for name in table["dataset"].unique()}
+    fig, ax = plt.subplots(figsize=(WIDTH, 0.3 * len(names) + 1.2))
+    means = pd.concat([by_method(part, "auc").assign(dataset=name) for name, part in table.groupby("dataset")])
+    _draw_means(ax, means, "dataset", names, methods, 0.24, 0.5, stripes=True)
     ax.set(xlim=(0, 1.01), xlabel="AUC of attention for tumour patches, mean over test patients")
     style.legend(fig, ax, len(methods))
     return fig
 
 
 def _draw_means(
-    ax: Axes, means: pd.DataFrame, row: str, rows: Sequence[str], methods: Sequence[str], step: float
-) -> None:
+    ax: Axes, means: pd.DataFrame, row: str, rows: Mapping[str, str], methods: Sequence[str], step: float,
+    reference: float, stripes: bool = False,
+) -> None:  # fmt: skip
+    """`means` of methods in named rows, and a dotted line at what nothing would give."""
     edge: Any = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.5, "zorder": 4}
     looks = {method: look_of(method) | edge | {"label": title(method)} for method in methods}
-    style.draw_estimates(ax, means, "mean", row, rows, "method", looks, step)
+    style.draw_estimates(ax, means, "mean", row, list(rows), "method", looks, step)
+    style.name_rows(ax, list(rows.values()), ticks=True, stripes=stripes)
+    ax.axvline(reference, color=MUTED, linewidth=0.8, linestyle=":")

@@ -164,8 +164,7 @@ def _paper_hardly_slower(table: str, slow: str, fast: str) -> str:
 def _more_attention(evidence: Evidence, zone: str) -> Finding:
     """D.7: STEPH attends more than M_t to something that only an annotation, or a synthetic cohort, tells."""
     table = evidence.analysis("attention", "nobody has marked the tumour on these slides.")
-    values = table["auc"] if zone == "tumour" else attention.times_even(table, zone)
-    gain = attention.gain(table, values, unit=["dataset"])
+    gain = attention.gain(table, "auc" if zone == "tumour" else f"times_{zone}", unit=["dataset"])
     unit = "AUC" if zone == "tumour" else "× even share"
     text = with_interval(gain.value, gain.low, gain.high, form="+.2f")
     answer = {BETTER: "agrees", WORSE: "disagrees"}.get(conclusion(gain, margin=0), "unclear")

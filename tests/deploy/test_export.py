@@ -11,12 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from steph import PROJECT, Refused
-from steph.analysis.mixing.attention import attention_map, mixture
+from steph.analysis.mixing.attention import attention_map, bag_of, mixture
 from steph.cli import app
 from steph.deploy import export, load_model
 from steph.deploy.model_folder import read_config
 from steph.deploy.predict import sources_in_use
 from steph.study.runs import Run
+from steph.training.device import Compute
 
 METHODS = [
     "vanilla", "finetuned_head", "finetuned_representation", "roupkt", "model_average", "adamerging", "ties_am",
@@ -27,6 +28,11 @@ METHODS = [
 
 def run_of(method, fold=0):
     return Run("SARC", method, fold, 42)
+
+
+def merged_for(patient, data, model):
+    """What a model merges for a patient of a data set."""
+    return mixture(model, bag_of(model, data, patient, Compute()), data.name)
 
 
 def slide_files(data, patient, folder):
@@ -78,7 +84,7 @@ def test_attention_and_mixture_are_the_studys(tiny, patients, folder):
         prediction, expected = model.predict(files, patient_id=patient), attention_map(original, data, patient)
         columns = ["slide_id", "patch", "x", "y", "attention", "rank", "percentile"]
         pd.testing.assert_frame_equal(prediction.patches[columns], expected[columns], check_dtype=False)
-        pd.testing.assert_frame_equal(prediction.mixture, mixture(original, data, patient), check_dtype=False)
+        pd.testing.assert_frame_equal(prediction.mixture, merged_for(patient, data, original), check_dtype=False)
 
 
 def test_the_folder_stands_alone(patients, folder, tmp_path, monkeypatch):
@@ -121,7 +127,7 @@ def test_sources_that_nobody_uses_are_dropped(tiny, patients, tmp_path):
     run = run_of("steph")
     data, original = tiny.dataset("SARC"), tiny.model(run)
     everyone = [*data.splits.train(0), *data.splits.test(0)]
-    used = {source for p in everyone for source in sources_in_use(mixture(original, data, p))["source"]}
+    used = {source for p in everyone for source in sources_in_use(merged_for(p, data, original))["source"]}
     config = export.export(tiny, run, tmp_path / "m", drop_unused=True)
     names = ["CESC", "LIHC"]
     remaining = [name for name in names if name in used] or names[:1]

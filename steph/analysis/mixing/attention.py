@@ -1,8 +1,8 @@
 """Attention maps (the paper's Appendix D.7, Fig. S4): which patches a model pools from, patch by patch and in numbers.
 
 A target's own model M_t attends alike to a patch whatever the patient; STEPH merges another model M_t* for each. The
-paper shows two slides and says that STEPH attends more to the tumour and its border. Here both are looked at for every
-test patient; where the tissue is known (synthetic studies) it is also measured whether what they say is so.
+paper shows two slides and says that STEPH attends more to the tumour and its border. Here all test patients are looked
+at; where the tissue is known (synthetic studies) it is also measured whether what the paper says is so.
 
 Attention is of a patient's bag, all slides together: it sums to 1 over them. Features are read a patient at a time; a
 bag of 200,000 patches 1,536 wide takes some 2 GB, for itself and for the hypernetwork, which reads all of it.
@@ -10,7 +10,7 @@ bag of 200,000 patches 1,536 wide takes some 2 GB, for itself and for the hypern
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,10 +22,9 @@ from steph import Refused
 from steph.analysis.mixing.dynamics import rank_correlation
 from steph.analysis.performance.estimates import Estimate, mean_of, with_interval
 from steph.data.bags import RaggedBatch, sampled
-from steph.data.dataset import Dataset
+from steph.data.dataset import NO_COORDS, Dataset
 from steph.data.manifest import Study
 from steph.data.patients import PatientData
-from steph.data.store import NO_COORDS
 from steph.data.synthetic import truth
 from steph.files.progress import track
 from steph.merging.steph import STEPH, mixture_coefficients
@@ -50,58 +49,29 @@ ZONES = {
     "beside": "other tissue, at the border",
     "away": "other tissue, away",
 }
+AGREEMENT = {
+    "effective patches": ("effective", ".1f"),
+    "of the bag": ("effective_share", ".0%"),
+    f"top {TOP:.0%} in common": ("overlap", ".0%"),
+    "rank correlation": ("correlation", "+.2f"),
+}
+ON_TUMOUR = {
+    "AUC for tumour": ("auc", ".2f"),
+    f"AUC − {title_of_method(OWN)}": ("auc_gain", "+.2f"),
+    "tumour, × even": ("times_tumour", ".2f"),
+    "border, × even": ("times_border", ".2f"),
+}
+"""Columns of tables (`wide`): of `measured` which, and their format."""
 
 
 # ------------------------------------------------------------------------------------------------ one patient
 
 
-def places(data: Dataset, patient: str, max_patches: int | None = None) -> pd.DataFrame:
-    """The patches of a patient's bag, in its order: patient_id, slide_id, patch (its place among the slide's patches,
-    from 0), x, y (level-0 pixels of its upper left corner; missing where the slide's file had none)."""
-    slides = data.slides(patient)
-    sizes = [data.store.sizes[slide] for slide in slides]
-    n = sum(sizes)
-    taken = np.arange(n) if max_patches is None or n <= max_patches else sampled(n, max_patches, data.seed, patient)
-    coords = data.store.coords_of(slides)[taken]
-    table = pd.DataFrame(
-        {
-            "patient_id": patient,
-            "slide_id": pd.Categorical(np.repeat(slides, sizes)[taken], categories=slides),
-            "patch": np.concatenate([np.arange(size) for size in sizes])[taken],
-        }
-    )
-    known = (coords != NO_COORDS).any(axis=1)
-    for axis, name in enumerate("xy"):
-        table[name] = pd.array(coords[:, axis], dtype="Int64")
-        table.loc[~known, name] = pd.NA
-    return table
-
-
-def refuse_without_places(table: pd.DataFrame) -> None:
-    """Raise `Refused` where a table of patches (`places`) cannot be drawn, because slides have no coordinates."""
-    without = list(table.loc[table["x"].isna(), "slide_id"].astype(str).unique())
-    if without:
-        raise Refused(
-            f"no attention map of patient {table['patient_id'].iloc[0]}: the feature store holds no coordinates of "
-            f"{len(without)} of the {table['slide_id'].nunique()} slide(s), first {without[0]}. Pack feature files "
-            "that hold `coords` (h5; a .pt has none). Numbers that need no place are computed all the same."
-        )
-
-
-def patch_size(x: np.ndarray, y: np.ndarray) -> int | None:
-    """Edge of one slide's square patches in level-0 pixels, from their corners: the most frequent gap between
-    neighbours of a row or of a column, the smaller of equally frequent ones.
-
-    The smallest gap of all would be misled where a tool starts a new grid at each piece of tissue. Where patches
-    overlap this is the step from one to the next. None where no two patches share a row or column.
-    """
-    gaps = [np.empty(0, dtype=np.int64)]
-    for line, along in ((y, x), (x, y)):
-        order = np.lexsort((along, line))
-        step = np.diff(along[order])
-        gaps.append(step[(np.diff(line[order]) == 0) & (step > 0)])
-    values, counts = np.unique(np.concatenate(gaps), return_counts=True)
-    return int(values[counts.argmax()]) if len(values) else None
+def bag_of(model: nn.Module, data: PatientData, patient: str, compute: Compute) -> RaggedBatch:
+    """A patient's bag for a model, or several in one module, which are made ready to predict on its device. Patches
+    have the precision of parameters, and coordinates where a model needs them."""
+    model.to(compute.device, compute.parameter_dtype).eval()
+    return loader(model, data, [patient], compute.exact)([patient])
 
 
 @torch.no_grad()
@@ -118,70 +88,8 @@ def attention_of(model: Model, batch: RaggedBatch) -> np.ndarray:
     return attention / attention.sum()
 
 
-def attention_map(model: Model, data: Dataset, patient: str, compute: Compute | None = None) -> pd.DataFrame:
-    """A model's attention to each patch of a patient: `places` and attention (sums to 1 over the bag), rank (1: the
-    most attended of the bag), percentile (among the patches of its slide, 0 to 1, ties at their mean).
-
-    compute: as the model was trained. Works with and without coordinates. Raises `Refused` for an unknown patient, and
-    for a model that has no attention, or needs coordinates that are not there.
-    """
-    compute = compute or Compute()
-    batch = bag_of(model, data, patient, compute)
-    attention = attention_of(model.to(compute.device, compute.parameter_dtype).eval(), batch)
-    return with_attention(places(data, patient, compute.max_patches), attention).astype({"rank": int})
-
-
-def with_attention(patches: pd.DataFrame, attention: np.ndarray) -> pd.DataFrame:
-    """A bag's patches (N rows, with slide_id) with their attention (N,), and its rank and percentile as `attention_map`
-    gives them; missing where attention is."""
-    table = patches.assign(attention=attention)
-    table["rank"] = table["attention"].rank(method="first", ascending=False).astype("Int64")
-    by_slide = table.groupby("slide_id", observed=True)["attention"]
-    table["percentile"] = (by_slide.rank() - 0.5) / by_slide.transform("size")
-    return table
-
-
-def bag_of(model: nn.Module, data: PatientData, patient: str, compute: Compute) -> RaggedBatch:
-    """A patient's bag for a model, or several in one module: in the precision of parameters, with coordinates where one
-    of them needs them."""
-    return loader(model, data, [patient], compute.exact)([patient])
-
-
-def beside(maps: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Maps (`attention_map`) of one patient under two models, by name, side by side: the patches' places, then
-    attention_NAME, rank_NAME, percentile_NAME of each, and difference, the second's percentile less the first's."""
-    (first, one), (second, other) = maps.items()
-    table = one.drop(columns=["attention", "rank", "percentile"])
-    for name, found in ((first, one), (second, other)):
-        for column in ("attention", "rank", "percentile"):
-            table[f"{column}_{name}"] = found[column]
-    return table.assign(difference=table[f"percentile_{second}"] - table[f"percentile_{first}"])
-
-
-def top_patches(maps: Mapping[str, pd.DataFrame], n: int = 5) -> pd.DataFrame:
-    """The n most attended patches of each patient, by patient, under either of the models of `beside`, by the second's
-    rank: patient_id, slide_id, x, y, then for each model times_NAME (attention over an even share, 1 / N) and
-    rank_NAME; tumour where it is known."""
-    tables = []
-    for table in maps.values():
-        names = [column.removeprefix("rank_") for column in table.columns if column.startswith("rank_")]
-        times = {f"times_{name}": table[f"attention_{name}"] * len(table) for name in names}
-        chosen = (table[[f"rank_{name}" for name in names]] <= n).any(axis=1)
-        columns = [column for name in names for column in (f"times_{name}", f"rank_{name}")]
-        part = table.assign(**times)[chosen].sort_values(f"rank_{names[-1]}").astype({"slide_id": str})
-        tables.append(part.filter(["patient_id", "slide_id", "x", "y", *columns, "tumour"]))
-    return pd.concat(tables, ignore_index=True)
-
-
-def mixture(model: Model, data: Dataset, patient: str, compute: Compute | None = None) -> pd.DataFrame:
-    """`mixture_of` a patient of a data set; compute: as the model was trained."""
-    compute = compute or Compute()
-    model.to(compute.device, compute.parameter_dtype).eval()
-    return mixture_of(model, bag_of(model, data, patient, compute), data.name)
-
-
 @torch.no_grad()
-def mixture_of(model: Model, batch: RaggedBatch, target: str) -> pd.DataFrame:
+def mixture(model: Model, batch: RaggedBatch, target: str) -> pd.DataFrame:
     """What STEPH merges for one bag (a batch of one): source, w, lambda, kept (among the K), coefficient (of the
     source's task vector in M_t*, w (1 - lambda) where kept). The first row is the target's own task vector, the sum of
     w lambda over those kept. Raises `Refused` for a model that does not merge by patient."""
@@ -189,180 +97,221 @@ def mixture_of(model: Model, batch: RaggedBatch, target: str) -> pd.DataFrame:
     if not isinstance(merging, STEPH):
         raise Refused(f"{type(model).__name__} does not merge models patient by patient; steph does.")
     w, lam, selected = merging.coefficients(batch)
-    coefficients = mixture_coefficients(w[None], lam[None], selected[None])[0]
-    names, kept = merging.source_names, set(selected.tolist())
     return pd.DataFrame(
         {
-            "source": [target, *names],
+            "source": [target, *merging.source_names],
             "w": [np.nan, *w.tolist()],
             "lambda": [np.nan, *lam.tolist()],
-            "kept": [True, *(i in kept for i in range(len(names)))],
-            "coefficient": coefficients.tolist(),
+            "kept": [True, *(i in selected for i in range(len(w)))],
+            "coefficient": mixture_coefficients(w[None], lam[None], selected[None])[0].tolist(),
         }
     )
+
+
+def places(data: Dataset, patient: str, max_patches: int | None = None) -> pd.DataFrame:
+    """The patches of a patient's bag, in its order: patient_id, slide_id, patch (its place among the slide's patches,
+    from 0), x, y (level-0 pixels of its upper left corner; missing where the slide's file had none)."""
+    slides = data.slides(patient)
+    sizes = [data.store.sizes[slide] for slide in slides]
+    table = pd.DataFrame(data.store.coords_of(slides), columns=["x", "y"]).astype("Int64")
+    table.loc[(table == NO_COORDS).all(axis=1)] = pd.NA
+    table.insert(0, "patient_id", patient)
+    table.insert(1, "slide_id", pd.CategoricalIndex(np.repeat(slides, sizes), slides))
+    table.insert(2, "patch", np.concatenate([np.arange(size) for size in sizes]))
+    if max_patches is None or len(table) <= max_patches:
+        return table
+    return table.iloc[sampled(len(table), max_patches, data.seed, patient)].reset_index(drop=True)
+
+
+def patch_size(x: np.ndarray, y: np.ndarray) -> int | None:
+    """Edge of one slide's square patches in level-0 pixels, from their corners: the most frequent gap between
+    neighbours of a row or of a column, the smaller of equally frequent ones.
+
+    The smallest gap of all would be misled where a tool starts a new grid at each piece of tissue. Where patches
+    overlap this is the step from one to the next. None where no two patches share a row or column.
+    """
+    gaps = []
+    for line, along in ((y, x), (x, y)):
+        order = np.lexsort((along, line))
+        step = np.diff(along[order])
+        gaps.append(step[(np.diff(line[order]) == 0) & (step > 0)])
+    values, counts = np.unique(np.concatenate(gaps), return_counts=True)
+    return int(values[counts.argmax()]) if len(values) else None
+
+
+def with_attention(patches: pd.DataFrame, attention: np.ndarray) -> pd.DataFrame:
+    """A bag's patches (N rows, with slide_id) with their attention (N,), its rank (1: the most attended of the bag) and
+    percentile (among the patches of its slide, 0 to 1, ties at their mean); all missing where attention is."""
+    table = patches.assign(attention=attention)
+    table["rank"] = table["attention"].rank(method="first", ascending=False).astype("Int64")
+    by_slide = table.groupby("slide_id", observed=True)["attention"]
+    table["percentile"] = (by_slide.rank() - 0.5) / by_slide.transform("size")
+    return table
+
+
+def attention_map(model: Model, data: Dataset, patient: str, compute: Compute | None = None) -> pd.DataFrame:
+    """A model's attention to each patch of a patient: `places` with the columns of `with_attention`.
+
+    compute: as the model was trained. Works with and without coordinates. Raises `Refused` for an unknown patient, and
+    for a model that has no attention, or needs coordinates that are not there.
+    """
+    compute = compute or Compute()
+    attention = attention_of(model, bag_of(model, data, patient, compute))
+    return with_attention(places(data, patient, compute.max_patches), attention).astype({"rank": int})
+
+
+def beside(maps: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Maps (`attention_map`) of one patient under two models, by name, side by side: the patches' places, then
+    attention_NAME, rank_NAME, percentile_NAME of each, and difference, the second's percentile less the first's."""
+    (first, one), (second, _) = maps.items()
+    columns = ["attention", "rank", "percentile"]
+    of_models = [table[columns].add_suffix(f"_{name}") for name, table in maps.items()]
+    table = pd.concat([one.drop(columns=columns), *of_models], axis=1)
+    return table.assign(difference=table[f"percentile_{second}"] - table[f"percentile_{first}"])
 
 
 # ------------------------------------------------------------------------------------------------ runs and patients
 
 
 def runs(
-    study: Study, dataset: str, folds: Sequence[int], seed: int, precision: str = "fp32", others: Iterable[str] = ()
+    bench: Workbench, targets: Sequence[str], folds: Sequence[int], seed: int, precision: str = "fp32"
 ) -> list[Run]:
-    """STEPH and others on a target, in each fold beside the very M_t that STEPH merges (of the study's own seed)."""
-    study.entry(dataset)
-    merging = plan(study, [dataset], [MERGED, *others], folds, [seed], precision)
-    own = [replace(run, method=OWN, seed=study.seed) for run in merging if run.method == MERGED]
-    return sorted([*own, *merging], key=lambda run: run.fold)
-
-
-def finished_others(
-    bench: Workbench, dataset: str, folds: Sequence[int], seed: int, precision: str = "fp32"
-) -> list[str]:
-    """Those of `OTHERS` whose runs on all these folds are finished, and can be looked at without training anything."""
-    return [
-        name
-        for name in OTHERS
-        if all(bench.record(Run(dataset, name, fold, seed, precision)) is not None for fold in folds)
-    ]
+    """STEPH on some targets, in each fold beside the very M_t that it merges (of the study's own seed); in a synthetic
+    study also those of `OTHERS` that are finished on all of these, so that nothing is trained for them."""
+    study = bench.study
+    for name in targets:
+        study.entry(name)
+    merging = plan(study, targets, [MERGED], folds, [seed], precision)
+    chosen = [*(replace(run, method=OWN, seed=study.seed) for run in merging), *merging]
+    for name in OTHERS if study.synthetic else ():
+        of_method = [replace(run, method=name) for run in merging]
+        if all(bench.record(run) for run in of_method):
+            chosen += of_method
+    return sorted(chosen, key=lambda run: (targets.index(run.dataset), run.fold))
 
 
 def finished_runs(bench: Workbench, folds: Sequence[int], seed: int, precision: str = "fp32") -> list[Run]:
-    """`runs` of every data set of a synthetic study where both models are finished on these folds, with those of
-    `OTHERS` that are finished on all of them. None in a real study, where it is not known what they should look at."""
-    study = bench.study
-    finished = [
-        name
-        for name in (study.datasets if study.synthetic else ())
-        if all(bench.record(run) is not None for run in runs(study, name, folds, seed, precision))
-    ]
-    by_dataset = [finished_others(bench, name, folds, seed, precision) for name in finished]
-    others = [name for name in OTHERS if all(name in names for names in by_dataset)]
-    return [run for name in finished for run in runs(study, name, folds, seed, precision, others)]
+    """`runs` on every data set of a synthetic study where M_t and STEPH are finished on these folds. None in a real
+    study, where it is not known what they should look at."""
+    if not bench.study.synthetic:
+        return []
+    by_dataset = {name: runs(bench, [name], folds, seed, precision) for name in bench.study.datasets}
+    finished = [name for name, of_dataset in by_dataset.items() if all(bench.record(run) for run in of_dataset)]
+    return runs(bench, finished, folds, seed, precision) if finished else []
 
 
-def patients_to_show(bench: Workbench, runs: Iterable[Run], names: Sequence[str] | None = None) -> pd.DataFrame:
-    """Test patients to look at, with their predictions from the records: fold, patient_id, time_days, event, n_slides,
-    n_patches, risk_vanilla, risk_steph, place (1: STEPH's highest risk in the fold) and of (how many).
+def patients_to_show(bench: Workbench, runs: Sequence[Run], names: Sequence[str] | None = None) -> pd.DataFrame:
+    """Test patients to look at, with their predictions from the records: fold, patient_id, time_days, event,
+    risk_vanilla, risk_steph, place (1: STEPH's highest risk in the fold), of (how many), n_slides, n_patches.
 
     names: which, each in the fold that tests it; None takes two of the first fold, STEPH's highest and lowest risk.
     Raises `Refused` for a name that none of the folds tests, and for runs that are not finished.
     """
-    by_fold: dict[int, dict[str, Run]] = {}
-    for run in runs:
-        by_fold.setdefault(run.fold, {})[run.method] = run
-        data = bench.dataset(run.dataset)
-    tables = [_predicted(bench, by_method[OWN], by_method[MERGED]) for by_method in by_fold.values()]
+    data, by_cell, tables = bench.dataset(runs[0].dataset), {(run.fold, run.method): run for run in runs}, {}
+    for fold in dict.fromkeys(run.fold for run in runs):
+        files = (bench.finished(by_cell[fold, method]).file("predictions.csv") for method in (OWN, MERGED))
+        own, merged = (pd.read_csv(file, dtype={"patient_id": str}) for file in files)
+        table = own[["patient_id", "time_days", "event", "risk"]].merge(
+            merged[["patient_id", "risk"]], on="patient_id", suffixes=(f"_{OWN}", f"_{MERGED}")
+        )
+        table = table.sort_values(f"risk_{MERGED}", ascending=False, kind="stable")
+        table.insert(0, "fold", fold)
+        tables[fold] = table.assign(place=np.arange(1, len(table) + 1), of=len(table))
+    tested = pd.concat(tables).set_index("patient_id", drop=False)
     if names is None:
-        table = tables[0].iloc[[0, -1]].drop_duplicates()
-    else:
-        table = pd.concat(tables).drop_duplicates("patient_id").set_index("patient_id", drop=False)
-        for name in names:
-            if name not in table.index:
-                fold = next((i for i in range(data.splits.n_folds) if name in data.splits.test(i)), None)
-                raise Refused(
-                    f"patient {name} is not tested in fold(s) {', '.join(map(str, by_fold))}: "
-                    + (f"{data.name} has no such patient" if fold is None else f"give folds = [{fold}], which tests it")
-                    + f". One that is: {table.index[0]}."
-                )
-        table = table.loc[list(names)]
-    counts = {"n_slides": [len(data.slides(patient)) for patient in table["patient_id"]]}
-    return table.assign(**counts, n_patches=data.n_patches(list(table["patient_id"]))).reset_index(drop=True)
-
-
-def _predicted(bench: Workbench, own: Run, merged: Run) -> pd.DataFrame:
-    """Both models' predictions for a fold's test patients, by falling risk under STEPH."""
-    files = (bench.finished(run).file("predictions.csv") for run in (own, merged))
-    of_own, of_merged = (pd.read_csv(file, dtype={"patient_id": str}) for file in files)
-    both = of_own[["patient_id", "time_days", "event", "risk"]].merge(
-        of_merged[["patient_id", "risk"]], on="patient_id", suffixes=(f"_{OWN}", f"_{MERGED}")
-    )
-    both = both.sort_values(f"risk_{MERGED}", ascending=False, kind="stable")
-    both.insert(0, "fold", own.fold)
-    return both.assign(place=np.arange(1, len(both) + 1), of=len(both))
+        names = list(tables[runs[0].fold].iloc[[0, -1]]["patient_id"].unique())
+    for name in names:
+        if name not in tested.index:
+            other = next((i for i in range(data.splits.n_folds) if name in data.splits.test(i)), None)
+            raise Refused(
+                f"patient {name} is not tested in fold(s) {', '.join(map(str, tables))}: "
+                + (f"{data.name} has no such patient" if other is None else f"give folds = [{other}], which tests it")
+                + f". One that is: {tested.index[0]}."
+            )
+    slides = [len(data.slides(name)) for name in names]
+    return tested.loc[list(names)].assign(n_slides=slides, n_patches=data.n_patches(names)).reset_index(drop=True)
 
 
 def of_patients(
-    bench: Workbench, runs: Iterable[Run], patients: pd.DataFrame, device: str = "cpu"
+    bench: Workbench, runs: Sequence[Run], patients: pd.DataFrame, device: str = "cpu"
 ) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     """What there is to show of some patients (`patients_to_show`): their maps under M_t and STEPH (`beside`, with the
     tumour where it is known) by patient, and STEPH's `mixture` of each in one table, with patient_id."""
     by_cell = {(run.fold, run.method): run for run in runs}
-    maps, mixtures = {}, []
+    dataset, compute = runs[0].dataset, bench.compute(runs[0], device)
+    data, known, maps, mixtures = bench.dataset(dataset), planted(bench.study, dataset), {}, {}
     for fold, patient in zip(patients["fold"], patients["patient_id"], strict=True):
-        own, merged = (by_cell[fold, method] for method in (OWN, MERGED))
-        where = bench.dataset(merged.dataset), patient, bench.compute(merged, device)
-        model = bench.model(merged)
-        pair = {OWN: attention_map(bench.model(own), *where), MERGED: attention_map(model, *where)}
-        maps[patient] = with_planted(beside(pair), planted(bench.study, merged.dataset))
-        mixtures.append(mixture(model, *where).assign(patient_id=patient))
-    table = pd.concat(mixtures, ignore_index=True)
-    return maps, table[["patient_id", *table.columns.drop("patient_id")]]
+        models = {method: bench.model(by_cell[fold, method]) for method in (OWN, MERGED)}
+        pair = {method: attention_map(model, data, patient, compute) for method, model in models.items()}
+        maps[patient] = with_planted(beside(pair), known)
+        merging = models[MERGED]
+        mixtures[patient] = mixture(merging, bag_of(merging, data, patient, compute), dataset)
+    return maps, pd.concat(mixtures, names=["patient_id", None]).reset_index("patient_id").reset_index(drop=True)
+
+
+def top_patches(maps: Mapping[str, pd.DataFrame], n: int = 5) -> pd.DataFrame:
+    """The n most attended patches of each patient (`of_patients`) under M_t or STEPH, by the rank under STEPH:
+    patient_id, slide_id, x, y, then for each model times_NAME (attention over an even share, 1 / N) and rank_NAME;
+    tumour where it is known."""
+    columns = [f"{what}_{name}" for name in (OWN, MERGED) for what in ("times", "rank")]
+    parts = []
+    for table in maps.values():
+        times = {f"times_{name}": table[f"attention_{name}"] * len(table) for name in (OWN, MERGED)}
+        top = table.assign(**times)[table[[f"rank_{OWN}", f"rank_{MERGED}"]].min(axis=1) <= n]
+        top = top.sort_values(f"rank_{MERGED}").astype({"slide_id": str})
+        parts.append(top.filter(["patient_id", "slide_id", "x", "y", *columns, "tumour"]))
+    return pd.concat(parts, ignore_index=True)
 
 
 # ------------------------------------------------------------------------------------------------ known tissue
 
 
-def planted(study: Study, dataset: str) -> pd.DataFrame | None:
-    """What is known of each patch, by slide_id, x, y: tumour (bool), zone (a key of `ZONES`); None in a real study,
-    where nobody has drawn the tumour."""
+def planted(study: Study, dataset: str) -> dict[str, pd.DataFrame]:
+    """What is known of each patient's patches: slide_id, x, y, tumour (bool), zone (a key of `ZONES`). Nothing in a
+    real study, where nobody has drawn the tumour."""
     if study.synthetic is None:
-        return None
-    known = truth(study, dataset)[["slide_id", "x", "y", "tumour"]]
+        return {}
+    known = truth(study, dataset)
     x, y, tumour = (known[name].to_numpy() for name in ("x", "y", "tumour"))
     zone = np.empty(len(known), dtype=object)
     for rows in known.groupby("slide_id", sort=False).indices.values():
         zone[rows] = zones(x[rows], y[rows], tumour[rows])
-    return known.assign(zone=zone).set_index(["slide_id", "x", "y"])
+    columns = ["slide_id", "x", "y", "tumour", "zone"]
+    return {str(patient): part[columns] for patient, part in known.assign(zone=zone).groupby("patient_id")}
 
 
 def zones(x: np.ndarray, y: np.ndarray, tumour: np.ndarray) -> np.ndarray:
     """Where each patch of one slide (N,) lies to the tumour's border, as keys of `ZONES`. At the border is a patch that
     shares an edge with one of the other kind; where tissue ends there is no border."""
+    from scipy.ndimage import binary_dilation
+
     size = patch_size(x, y) or 1
-    column, row = (((values - values.min()) // size) + 1 for values in (x, y))
-    shape = (int(column.max()) + 2, int(row.max()) + 2)
+    column, row = ((values - values.min()) // size for values in (x, y))
     near = []
-    for kind in (True, False):
-        cells = np.zeros(shape, dtype=bool)
-        cells[column[tumour == kind], row[tumour == kind]] = True
-        steps = ((-1, 0), (1, 0), (0, -1), (0, 1))
-        near.append(np.any([cells[column + dx, row + dy] for dx, dy in steps], axis=0))
+    for kind in (tumour, ~tumour):
+        cells = np.zeros((column.max() + 1, row.max() + 1), dtype=bool)
+        cells[column[kind], row[kind]] = True
+        near.append(binary_dilation(cells)[column, row])
     near_tumour, near_other = near
     return np.where(tumour, np.where(near_other, "edge", "inside"), np.where(near_tumour, "beside", "away"))
 
 
-def with_planted(table: pd.DataFrame, known: pd.DataFrame | None) -> pd.DataFrame:
-    """A table of patches with tumour and zone of each, where they are known (`planted`). Raises `Refused` where the
-    store holds other patches than were drawn."""
-    if known is None:
+def with_planted(table: pd.DataFrame, known: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """A patient's table of patches with tumour and zone of each, where they are known (`planted`). Raises `Refused`
+    where the store holds other patches than were drawn."""
+    if not known:
         return table
-    where = pd.MultiIndex.from_arrays([table["slide_id"].astype(str), *(table[axis].to_numpy(int) for axis in "xy")])
-    rows = known.index.get_indexer(where)
-    if (rows < 0).any():
+    patient, corner = table["patient_id"].iloc[0], ["slide_id", "x", "y"]
+    drawn = table[corner].astype({"slide_id": str}).merge(known[patient], on=corner, how="left")
+    if missing := int(drawn["zone"].isna().sum()):
         raise Refused(
-            f"patient {table['patient_id'].iloc[0]}: {(rows < 0).sum()} patches of the store do not lie where they "
-            "were drawn. Delete the study's data folder and it is made again."
+            f"patient {patient}: {missing} patches of the store do not lie where they were drawn. Delete the study's "
+            "data folder and it is made again."
         )
-    return table.assign(tumour=known["tumour"].to_numpy()[rows], zone=known["zone"].to_numpy()[rows])
+    return table.assign(tumour=drawn["tumour"].to_numpy(bool), zone=drawn["zone"].to_numpy())
 
 
 # ------------------------------------------------------------------------------------------------ in numbers
-
-
-def effective_patches(attention: np.ndarray) -> float:
-    """How many patches a model pools from: exp of the entropy of its attention (N,). N if all count the same, 1 if one
-    patch has it all."""
-    from scipy.special import entr
-
-    return float(np.exp(entr(attention).sum()))
-
-
-def top_overlap(first: np.ndarray, second: np.ndarray) -> float:
-    """How many of the most attended patches (`TOP` of N, at least one) two attentions have in common, 0 to 1. By chance
-    it would be `TOP`, or what that is of N."""
-    n = max(1, round(TOP * len(first)))
-    tops = [set(np.argsort(-attention, kind="stable")[:n].tolist()) for attention in (first, second)]
-    return len(tops[0] & tops[1]) / n
 
 
 def auc(values: np.ndarray, positive: np.ndarray) -> float:
@@ -381,67 +330,67 @@ def numbers(attention: Mapping[str, np.ndarray], patches: pd.DataFrame) -> pd.Da
     compared with.
 
     attention: (N,) by method. patches: the bag's, in the same order; with tumour and zone where they are known.
-    Returns method, n_patches, entropy, effective (patches), effective_share (of n_patches), overlap (top tenth in
-    common with the first's), chance (of the same for one that knows nothing), correlation (of ranks, with the first);
-    where the tissue is known, auc (of attention, for tumour patches) and, for each of `ZONES` and the whole tumour and
-    border, attention_ZONE and patches_ZONE, its share of the attention and of the patches.
+    Returns method, effective (patches: exp of the attention's entropy, N if all count the same, 1 if one has it all),
+    effective_share (of N), overlap (most attended tenth in common with the first's), chance (of the same for one that
+    knows nothing), correlation (of ranks, with the first); where the tissue is known, auc (of attention, for tumour
+    patches), auc_gain (over the first) and, for each of `ZONES`, the whole tumour and the border, times_ZONE: attention
+    over an even share, missing where there is none of it.
     """
-    where: dict[str, np.ndarray] = {}
+    from scipy.special import entr
+
+    members: dict[str, np.ndarray] = {}
     if "tumour" in patches:
-        where = {name: (patches["zone"] == name).to_numpy() for name in ZONES}
-        where |= {"tumour": patches["tumour"].to_numpy(), "border": where["edge"] | where["beside"]}
-    reference = next(iter(attention.values()))
+        members = {name: (patches["zone"] == name).to_numpy() for name in ZONES}
+        members |= {"tumour": patches["tumour"].to_numpy(), "border": members["edge"] | members["beside"]}
+    first = next(iter(attention.values()))
+    n, n_top = len(first), max(1, round(TOP * len(first)))
     rows = []
     for method, values in attention.items():
-        n, effective = len(values), effective_patches(values)
+        top_of_first, top = (np.argsort(-either, kind="stable")[:n_top] for either in (first, values))
+        effective = float(np.exp(entr(values).sum()))
         row = {
             "method": method,
-            "n_patches": n,
-            "entropy": float(np.log(effective)),
             "effective": effective,
             "effective_share": effective / n,
-            "overlap": top_overlap(reference, values),
-            "chance": max(1, round(TOP * n)) / n,
-            "correlation": rank_correlation(pd.Series(reference), pd.Series(values)),
+            "overlap": np.isin(top, top_of_first).mean(),
+            "chance": n_top / n,
+            "correlation": rank_correlation(pd.Series(first), pd.Series(values)),
         }
-        if where:
-            row["auc"] = auc(values, where["tumour"])
-        for name, inside in where.items():
-            row |= {f"attention_{name}": values[inside].sum(), f"patches_{name}": inside.mean()}
+        if members:
+            row["auc"] = auc(values, members["tumour"])
+            row["auc_gain"] = row["auc"] - auc(first, members["tumour"])
+        for name, inside in members.items():
+            row[f"times_{name}"] = values[inside].sum() / inside.mean() if inside.any() else np.nan
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def measured(bench: Workbench, runs: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
-    """`numbers` of all test patients of the folds of some runs, and of the untrained network: dataset, fold,
-    patient_id, then those columns; empty for no runs. Computed once for the runs of each data set."""
-    by_dataset: dict[str, list[Run]] = {}
-    for run in runs:
-        by_dataset.setdefault(run.dataset, []).append(run)
-    tables = []
-    for of_dataset in by_dataset.values():
-        inputs = {str(run): bench.key(run) for run in of_dataset}
-        tables.append(cached_table(bench, "attention", inputs, lambda runs=of_dataset: _measured(bench, runs, device)))  # type: ignore[misc]
+def measured(bench: Workbench, runs: Sequence[Run], device: str = "cpu") -> pd.DataFrame:
+    """`numbers` of all test patients of the folds of some runs, and of the untrained network, with dataset, fold and
+    patient_id; empty for no runs. Computed once for the runs of each data set."""
+    by_dataset = [[run for run in runs if run.dataset == name] for name in dict.fromkeys(run.dataset for run in runs)]
+    tables = [_of_dataset(bench, of_dataset, device) for of_dataset in by_dataset]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _measured(bench: Workbench, runs: list[Run], device: str) -> pd.DataFrame:
-    study, dataset, compute = bench.study, runs[0].dataset, bench.compute(runs[0], device)
-    data, known, tables = bench.dataset(dataset), planted(study, dataset), []
-    with single_thread():
+def _of_dataset(bench: Workbench, runs: Sequence[Run], device: str) -> pd.DataFrame:
+    def compute() -> pd.DataFrame:
+        study, dataset, how, tables = bench.study, runs[0].dataset, bench.compute(runs[0], device), []
+        data, known = bench.dataset(dataset), planted(study, dataset)
         for fold in dict.fromkeys(run.fold for run in runs):
             models = {run.method: bench.model(run) for run in runs if run.fold == fold}
             models[UNTRAINED] = new_network("abmil", study.features.dim, study.network)
             load_into(models[UNTRAINED], bench.null_state("abmil"))
-            together = nn.ModuleList(models.values()).to(device, compute.parameter_dtype).eval()
+            together = nn.ModuleList(models.values())
             for patient in track(data.splits.test(fold), f"attention, {dataset}, fold {fold}"):
-                bag = bag_of(together, data, patient, compute)
-                patches = with_planted(places(data, patient, compute.max_patches), known)
+                bag = bag_of(together, data, patient, how)
+                patches = with_planted(places(data, patient, how.max_patches), known)
                 table = numbers({method: attention_of(model, bag) for method, model in models.items()}, patches)
                 tables.append(table.assign(dataset=dataset, fold=fold, patient_id=patient))
-    table = pd.concat(tables, ignore_index=True)
-    first = ["dataset", "fold", "patient_id"]
-    return table[[*first, *table.columns.difference(first, sort=False)]]
+        return pd.concat(tables, ignore_index=True)
+
+    with single_thread():
+        return cached_table(bench, "attention", {str(run): bench.key(run) for run in runs}, compute)
 
 
 # ------------------------------------------------------------------------------------------------ over patients
@@ -452,74 +401,33 @@ def title(method: str) -> str:
     return "Untrained (M₀)" if method == UNTRAINED else title_of_method(method)
 
 
-def times_even(table: pd.DataFrame, zone: str) -> pd.Series:
-    """Attention that a zone gets, over an even share: 1 where its patches get no more than any; missing for patients
-    who have none of it."""
-    patches = table[f"patches_{zone}"]
-    return table[f"attention_{zone}"] / patches.where(patches > 0)
+def by_method(table: pd.DataFrame, value: str, unit: Sequence[str] = PATIENT) -> pd.DataFrame:
+    """Means over patients (or other units) of a column of `measured` with 95 % intervals: method, mean, low, high."""
+    of_methods = _by_unit(table, value, unit)
+    means = {method: mean_of(of_methods[method]) for method in table["method"].unique()}
+    rows = [(method, mean.value, mean.low, mean.high) for method, mean in means.items()]
+    return pd.DataFrame(rows, columns=["method", "mean", "low", "high"])
 
 
-def by_method(table: pd.DataFrame, values: pd.Series, unit: Sequence[str] = PATIENT) -> pd.DataFrame:
-    """Means over patients (or other units) of a value that belongs to the rows of `measured`: method, mean, low, high,
-    n, and gain over M_t, unit by unit, with gain_low and gain_high."""
-    wide = _by_unit(table, values, unit)
-    rows = []
-    for method in wide.columns:
-        mean, gain = mean_of(wide[method]), mean_of(wide[method] - wide[OWN])
-        n = int(wide[method].notna().sum())
-        rows.append((method, mean.value, mean.low, mean.high, n, gain.value, gain.low, gain.high))
-    columns = ["method", "mean", "low", "high", "n", "gain", "gain_low", "gain_high"]
-    return pd.DataFrame(rows, columns=columns)
+def gain(table: pd.DataFrame, value: str, over: str = OWN, unit: Sequence[str] = PATIENT) -> Estimate:
+    """Mean over patients (or other units) of what STEPH has more than another method in a column of `measured`, with
+    its 95 % interval. unit: ["dataset"] for the tables of several data sets."""
+    of_methods = _by_unit(table, value, unit)
+    return mean_of(of_methods[MERGED] - of_methods[over])
 
 
-def gain(table: pd.DataFrame, values: pd.Series, over: str = OWN, unit: Sequence[str] = PATIENT) -> Estimate:
-    """Mean over patients (or other units) of what STEPH has more than another method of a value that belongs to the
-    rows of `measured`, with its 95 % interval. unit: ["dataset"] for the tables of several data sets."""
-    wide = _by_unit(table, values, unit)
-    return mean_of(wide[MERGED] - wide[over])
+def _by_unit(table: pd.DataFrame, value: str, unit: Sequence[str]) -> pd.DataFrame:
+    return table.groupby([*unit, "method"], sort=False)[value].mean().unstack("method")
 
 
-def _by_unit(table: pd.DataFrame, values: pd.Series, unit: Sequence[str]) -> pd.DataFrame:
-    """A row per unit and a column per method, in the table's order."""
-    means = table.assign(value=values).groupby([*unit, "method"], sort=False)["value"].mean().unstack("method")
-    return means[table["method"].unique()]
-
-
-def agreement_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Format `measured` for display, a row per method: how many patches it pools from, of how many, and how alike that
-    is to M_t. Means over patients with 95 % intervals."""
-    columns = {
-        "effective patches": ("mean", table["effective"], ".1f"),
-        "of the bag": ("mean", table["effective_share"], ".0%"),
-        f"top {TOP:.0%} in common": ("like", table["overlap"], ".0%"),
-        "rank correlation": ("like", table["correlation"], "+.2f"),
-    }
-    return _wide(table, columns, PATIENT)
-
-
-def tumour_table(table: pd.DataFrame, unit: Sequence[str] = PATIENT) -> pd.DataFrame:
-    """Format `measured` of known tissue for display, a row per method: AUC of attention for tumour patches, what it
-    gains over M_t, and the attention on the tumour and on its border, over an even share. Means over patients (or other
-    units) with 95 % intervals."""
-    columns = {
-        "AUC for tumour": ("mean", table["auc"], ".2f"),
-        f"AUC − {title(OWN)}": ("gain", table["auc"], "+.2f"),
-        "tumour, × even": ("mean", times_even(table, "tumour"), ".2f"),
-        "border, × even": ("mean", times_even(table, "border"), ".2f"),
-    }
-    return _wide(table, columns, unit)
-
-
-def _wide(table: pd.DataFrame, columns: Mapping[str, tuple[str, pd.Series, str]], unit: Sequence[str]) -> pd.DataFrame:
-    """Columns of text, a row per method: of each column what it shows, a value of the rows of `measured`, and its
-    format. It shows its "mean", the "gain" over M_t, or the mean of what is "like" M_t; the last two not for M_t."""
-    methods = list(table["method"].unique())
-    wide = pd.DataFrame({"method": [title(method) for method in methods]})
-    for name, (what, values, form) in columns.items():
-        rows = by_method(table, values, unit)
-        numbers = rows[["gain", "gain_low", "gain_high"] if what == "gain" else ["mean", "low", "high"]].to_numpy()
-        wide[name] = [
-            "" if method == OWN and what != "mean" else with_interval(*row, form=form)
-            for method, row in zip(methods, numbers, strict=True)
+def wide(table: pd.DataFrame, columns: Mapping[str, tuple[str, str]], unit: Sequence[str] = PATIENT) -> pd.DataFrame:
+    """Format `measured` for display, a row per method: means over patients (or other units) with 95 % intervals.
+    columns: `AGREEMENT` or `ON_TUMOUR`. What compares a model with M_t is left out for M_t itself."""
+    shown = pd.DataFrame({"method": [title(method) for method in table["method"].unique()]})
+    for heading, (value, form) in columns.items():
+        compares = value in ("overlap", "correlation", "auc_gain")
+        shown[heading] = [
+            "" if row.method == OWN and compares else with_interval(row.mean, row.low, row.high, form=form)
+            for row in by_method(table, value, unit).itertuples()
         ]
-    return wide
+    return shown

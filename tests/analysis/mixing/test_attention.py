@@ -139,8 +139,7 @@ def test_two_maps_side_by_side_and_their_top_patches(tiny):
 def test_the_mixture_is_what_the_model_merges():
     model, states = merging()
     batch = RaggedBatch.from_bags([torch.randn(9, 6)])
-    data = SimpleNamespace(name="T", batch=lambda *_, **__: batch)
-    table = attention.mixture(model, data, "P").set_index("source")
+    table = attention.mixture(model, batch, "T").set_index("source")
     assert list(table.index) == ["T", "A", "B", "C"] and table["kept"].sum() == 3
     assert table.loc[~table["kept"], "coefficient"].tolist() == [0] and (table["w"].dropna() > 0).all()
     assert table["lambda"].dropna().between(0.01, 0.99).all()
@@ -149,7 +148,7 @@ def test_the_mixture_is_what_the_model_merges():
     expected = null + torch.tensordot(torch.tensor(table["coefficient"].to_numpy()).float(), taus, 1)
     torch.testing.assert_close(model.merged_state(batch.features)[layer].detach(), expected)
     with pytest.raises(Refused, match="does not merge models patient by patient"):
-        attention.mixture(ABMIL(6, 5, 4), data, "P")
+        attention.mixture(ABMIL(6, 5, 4), batch, "T")
 
 
 @pytest.mark.parametrize(
@@ -198,16 +197,10 @@ def test_the_tumour_is_the_one_that_was_planted(tiny):
 def test_a_real_study_knows_no_tumour():
     from steph.data.manifest import load_study
 
-    assert attention.planted(load_study("tcga"), "COADREAD") is None
+    assert attention.planted(load_study("tcga"), "COADREAD") == {}
 
 
 # ------------------------------------------------------------------------------------------------ numbers
-
-
-def test_effective_patches():
-    assert attention.effective_patches(np.full(8, 1 / 8)) == pytest.approx(8)
-    assert attention.effective_patches(np.array([1.0, 0, 0])) == 1
-    assert attention.effective_patches(np.array([0.5, 0.5, 0])) == pytest.approx(2)
 
 
 def test_auc_counts_pairs():
@@ -218,13 +211,16 @@ def test_auc_counts_pairs():
     assert np.isnan(attention.auc(values, np.ones(40, bool)))
 
 
-def test_the_most_attended_in_common():
-    first, second = np.arange(20.0), np.arange(20.0)
-    assert attention.top_overlap(first, second) == 1
-    assert attention.top_overlap(first, -second) == 0
-    second[19] = -1  # of the two most attended, one is left
-    assert attention.top_overlap(first, second) == 0.5
-    assert attention.top_overlap(np.array([1.0, 2]), np.array([1.0, 2])) == 1
+def test_effective_patches_and_the_most_attended_in_common():
+    rising = np.arange(20.0)
+    maps = {"first": rising / rising.sum(), "falling": rising[::-1] / rising.sum(), "even": np.full(20, 1 / 20)}
+    maps["swapped"] = maps["first"][[19, *range(1, 19), 0]]  # of the two most attended, one is left
+    maps |= {"one": np.eye(20)[3], "two": np.eye(20)[3] / 2 + np.eye(20)[4] / 2}
+    table = attention.numbers(maps, pd.DataFrame(index=range(20))).set_index("method")
+    assert table["overlap"].tolist()[:2] == [1, 0] and table.loc["swapped", "overlap"] == 0.5
+    assert table["effective"].tolist()[2:] == pytest.approx([20, table["effective"].iloc[0], 1, 2])
+    assert table.loc["two", "effective_share"] == pytest.approx(0.1) and set(table["chance"]) == {0.1}
+    assert "auc" not in table
 
 
 def test_numbers_of_a_patient():
@@ -233,12 +229,11 @@ def test_numbers_of_a_patient():
         {"vanilla": np.array([0.1, 0.2, 0.3, 0.4]), "steph": np.array([0.6, 0.2, 0.15, 0.05])}, patches
     ).set_index("method")
     assert found["auc"].tolist() == [0, 1]
-    assert found["attention_tumour"].tolist() == pytest.approx([0.3, 0.8]) and set(found["patches_tumour"]) == {0.5}
-    assert found["attention_border"].tolist() == pytest.approx([0.5, 0.35])
+    assert found["auc_gain"].tolist() == [0, 1]
+    assert found["times_border"].tolist() == pytest.approx([1, 0.7])
     assert found["correlation"].tolist() == pytest.approx([1, -1])
     assert found["overlap"].tolist() == [1, 0] and set(found["chance"]) == {0.25}
-    assert attention.times_even(found, "tumour").tolist() == pytest.approx([0.6, 1.6])
-    assert found.loc["vanilla", "entropy"] == pytest.approx(np.log(found.loc["vanilla", "effective"]))
+    assert found["times_tumour"].tolist() == pytest.approx([0.6, 1.6])
 
 
 def made(dataset="SARC"):
@@ -256,46 +251,33 @@ def test_means_and_gains_over_patients():
 
     table = made()
     expected = ttest_1samp([0.1, 0, 0.2, 0.1], 0).confidence_interval(0.95)
-    found = attention.gain(table, table["auc"])
+    found = attention.gain(table, "auc")
     assert (found.value, found.low, found.high) == pytest.approx((0.1, expected.low, expected.high))
-    rows = attention.by_method(table, table["auc"]).set_index("method")
-    assert rows.loc["steph", ["gain", "gain_low", "gain_high"]].tolist() == pytest.approx(
-        [found.value, found.low, found.high]
-    )
-    assert rows["mean"].to_dict() == pytest.approx({"vanilla": 0.65, "steph": 0.75}) and set(rows["n"]) == {4}
-
-
-def test_an_undefined_value_is_left_out_and_counted():
-    table = made()
-    table.loc[(table["patient_id"] == "P0") & (table["method"] == "steph"), "auc"] = np.nan
-    rows = attention.by_method(table, table["auc"]).set_index("method")
-    assert rows["n"].to_dict() == {"vanilla": 4, "steph": 3} and rows.loc["steph", "gain"] == pytest.approx(0.1)
-
-
-def test_over_data_sets_each_counts_once():
-    table = pd.concat([made(), made("LIHC").iloc[:2]], ignore_index=True)
-    rows = attention.by_method(table, table["auc"], ["dataset"]).set_index("method")
-    assert rows["mean"].to_dict() == pytest.approx({"vanilla": (0.65 + 0.5) / 2, "steph": (0.75 + 0.6) / 2})
+    rows = attention.by_method(table, "auc").set_index("method")
+    assert rows["mean"].to_dict() == pytest.approx({"vanilla": 0.65, "steph": 0.75})
+    several = pd.concat([table, made("LIHC").iloc[:2]], ignore_index=True)  # each data set counts once
+    means = attention.by_method(several, "auc", ["dataset"]).set_index("method")["mean"]
+    assert means.to_dict() == pytest.approx({"vanilla": (0.65 + 0.5) / 2, "steph": (0.75 + 0.6) / 2})
+    table.loc[(table["patient_id"] == "P0") & (table["method"] == "steph"), "auc"] = np.nan  # is left out
+    assert attention.by_method(table, "auc")["mean"].tolist() == pytest.approx([0.65, 0.8])
+    assert attention.gain(table, "auc").value == pytest.approx(0.1)
 
 
 # ------------------------------------------------------------------------------------------------ studies
 
 
 def test_the_own_model_is_the_one_that_was_merged(tiny):
-    chosen = attention.runs(tiny.study, "SARC", [1, 0], 7, others=["model_average"])
+    chosen = attention.runs(tiny, ["SARC"], [1, 0], 7)  # of seed 7 nothing is finished
     assert [(r.method, r.fold, r.seed) for r in chosen] == [
-        ("vanilla", 0, 42), ("steph", 0, 7), ("model_average", 0, 7),
-        ("vanilla", 1, 42), ("steph", 1, 7), ("model_average", 1, 7),
+        ("vanilla", 0, 42), ("steph", 0, 7), ("vanilla", 1, 42), ("steph", 1, 7),
     ]  # fmt: skip
     assert tiny.prerequisites(chosen[1])["(target)"] == chosen[0]
-    assert attention.finished_others(tiny, "SARC", [0], 7) == []
-    assert "joint" in attention.finished_others(tiny, "SARC", [0, 1], 42)
     with pytest.raises(Refused, match="unknown data set 'COADREAD'"):
-        attention.runs(tiny.study, "COADREAD", [0], 42)
+        attention.runs(tiny, ["COADREAD"], [0], 42)
 
 
 def test_patients_are_chosen_by_risk_or_by_name(tiny):
-    data, chosen = tiny.dataset("SARC"), attention.runs(tiny.study, "SARC", [0], 42)
+    data, chosen = tiny.dataset("SARC"), attention.runs(tiny, ["SARC"], [0], 42)
     predicted = pd.read_csv(tiny.record(chosen[1]).file("predictions.csv")).set_index("patient_id")["risk"]
     table = attention.patients_to_show(tiny, chosen)
     assert table["patient_id"].tolist() == [predicted.idxmax(), predicted.idxmin()]
@@ -308,21 +290,20 @@ def test_patients_are_chosen_by_risk_or_by_name(tiny):
     with pytest.raises(Refused, match="SARC has no such patient"):
         attention.patients_to_show(tiny, chosen, ["Elvis"])
     with pytest.raises(Refused, match="seed7 is not finished"):
-        attention.patients_to_show(tiny, attention.runs(tiny.study, "SARC", [0], 7))
+        attention.patients_to_show(tiny, attention.runs(tiny, ["SARC"], [0], 7))
 
 
 def test_every_test_patient_is_measured_once_and_the_table_kept(tiny, monkeypatch):
-    chosen = attention.runs(tiny.study, "SARC", [0, 1], 42, others=["joint"])
+    chosen = attention.runs(tiny, ["SARC"], [0, 1], 42)
     table = attention.measured(tiny, chosen)
     data = tiny.dataset("SARC")
-    assert list(table["method"].unique()) == ["vanilla", "steph", "joint", "untrained"]
+    methods = list(table["method"].unique())
+    assert methods[:2] == ["vanilla", "steph"] and "joint" in methods and methods[-1] == "untrained"
     for fold in (0, 1):
         part = table[(table["fold"] == fold) & (table["method"] == "steph")]
         assert part["patient_id"].tolist() == data.splits.test(fold)
     own = table[table["method"] == "vanilla"]
     assert (own["overlap"] == 1).all() and own["correlation"].to_numpy() == pytest.approx(1)
-    parts = [f"attention_{zone}" for zone in attention.ZONES]
-    assert table[parts].sum(axis=1).to_numpy() == pytest.approx(1)
     # One patient by hand, under the model of the fold that tests them.
     patient = data.splits.test(1)[3]
     known = attention.planted(tiny.study, "SARC")
@@ -330,23 +311,28 @@ def test_every_test_patient_is_measured_once_and_the_table_kept(tiny, monkeypatc
     found = attention.with_planted(found, known)
     row = table[(table["patient_id"] == patient) & (table["method"] == "steph")].iloc[0]
     assert row["auc"] == pytest.approx(attention.auc(found["attention"].to_numpy(), found["tumour"].to_numpy()))
+    shares = found.groupby("zone")["attention"].sum() / found["zone"].value_counts(normalize=True)
+    assert {zone: row[f"times_{zone}"] for zone in shares.index} == pytest.approx(shares.to_dict())
     monkeypatch.setattr(attention, "attention_of", lambda *_: pytest.fail("computed again"))
     pd.testing.assert_frame_equal(attention.measured(tiny, chosen), table)
     with pytest.raises(pytest.fail.Exception, match="computed again"):
-        attention.measured(tiny, chosen[:4])
+        attention.measured(tiny, chosen[:2])
 
 
 def test_every_data_set_that_is_finished(tiny):
     over = attention.measured(tiny, attention.finished_runs(tiny, [0], 42))
     assert set(over["dataset"]) == set(tiny.study.datasets)
     assert set(over["method"]) == {"vanilla", "steph", *attention.OTHERS, "untrained"}
-    wide = attention.tumour_table(over, ["dataset"])
+    labels = [text.get_text() for text in plots.attention_by_dataset(over).axes[0].get_yticklabels()]
+    assert labels == list(over["dataset"].unique())
+    plt.close("all")
+    wide = attention.wide(over, attention.ON_TUMOUR, ["dataset"])
     assert wide["method"].tolist()[:2] == ["Vanilla", "STEPH"] and wide["AUC − Vanilla"][0] == ""
     assert attention.finished_runs(tiny, [0], 7) == [] and attention.measured(tiny, []).empty
 
 
 def test_maps_of_patients(tiny):
-    chosen = attention.runs(tiny.study, "SARC", [0, 1], 42)
+    chosen = attention.runs(tiny, ["SARC"], [0, 1], 42)
     data = tiny.dataset("SARC")
     patients = attention.patients_to_show(tiny, chosen, [data.splits.test(1)[0], data.splits.test(0)[0]])
     maps, mixtures = attention.of_patients(tiny, chosen, patients)
@@ -399,14 +385,12 @@ def rehearsal(tmp_path_factory):
             for path in files.values() if name == "LIHC" else []:
                 path.unlink()
             pack_dataset(bench.study, name)
-        run_all(
-            bench, [run for name in ("SARC", "LIHC") for run in attention.runs(bench.study, name, [0], 42)], workers=1
-        )
+        run_all(bench, attention.runs(bench, ["SARC", "LIHC"], [0], 42), workers=1)
     return folder
 
 
 def test_maps_of_packed_slides(real):
-    chosen = attention.runs(real.study, "SARC", [0], 42)
+    chosen = attention.runs(real, ["SARC"], [0], 42)
     data = real.dataset("SARC")
     patients = attention.patients_to_show(real, chosen)
     maps, _ = attention.of_patients(real, chosen, patients)
@@ -415,16 +399,13 @@ def test_maps_of_packed_slides(real):
         for slide, part in table.groupby("slide_id", observed=True):
             stored = {tuple(pair) for pair in np.asarray(data.store.coords_of([slide])).tolist()}
             assert {tuple(pair) for pair in part[["x", "y"]].to_numpy(int).tolist()} <= stored
-    fig = plots.attention_maps(list(maps.values()), list(maps), NAMES, 256)
-    assert fig.axes
-    plt.close(fig)
     table = attention.measured(real, chosen)
     assert "auc" not in table and len(table) == 3 * len(data.splits.test(0))
     assert attention.finished_runs(real, [0], 42) == []
 
 
 def test_without_coordinates_there_are_numbers_and_a_clear_sentence_in_place_of_a_map(real):
-    chosen = attention.runs(real.study, "LIHC", [0], 42)
+    chosen = attention.runs(real, ["LIHC"], [0], 42)
     assert len(attention.measured(real, chosen)) == 3 * len(real.dataset("LIHC").splits.test(0))
     maps, _ = attention.of_patients(real, chosen, attention.patients_to_show(real, chosen))
     table = next(iter(maps.values()))
@@ -440,7 +421,7 @@ def test_without_coordinates_there_are_numbers_and_a_clear_sentence_in_place_of_
 @pytest.fixture
 def drawn(tiny):
     """The map of one patient of two slides, and its figure."""
-    chosen = attention.runs(tiny.study, "SARC", [0], 42)
+    chosen = attention.runs(tiny, ["SARC"], [0], 42)
     data = tiny.dataset("SARC")
     name = next(p for p in data.splits.test(0) if len(data.slides(p)) == 2)
     maps, _ = attention.of_patients(tiny, chosen, attention.patients_to_show(tiny, chosen, [name]))
@@ -480,17 +461,3 @@ def test_the_map_names_its_patient_rings_the_top_and_outlines_the_tumour(drawn):
     cells = {(int(x), int(y)) for x, y in part[["x", "y"]].to_numpy(int)}
     shared = sum((x + 256, y) in cells for x, y in cells) + sum((x, y + 256) in cells for x, y in cells)
     assert len(lines.get_segments()) == 4 * len(cells) - 2 * shared
-
-
-def test_figures_of_all_patients(tiny):
-    over = attention.measured(tiny, attention.finished_runs(tiny, [0], 42))
-    one = over[over["dataset"] == "SARC"]
-    for draw, table in (
-        (plots.attention_agreement, one), (plots.attention_on_tumour, one), (plots.attention_by_dataset, over),
-    ):  # fmt: skip
-        fig = draw(table)
-        fig.canvas.draw()
-        plt.close(fig)
-    labels = [text.get_text() for text in plots.attention_by_dataset(over).axes[0].get_yticklabels()]
-    assert labels == list(over["dataset"].unique())
-    plt.close("all")
