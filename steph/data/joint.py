@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from steph import Refused
-from steph.data.bags import RaggedBatch
 from steph.data.dataset import Dataset
-from steph.data.patients import PatientData
+from steph.data.patients import PatientData, Piece
 from steph.files.tables import shortened
 
 
@@ -53,48 +49,28 @@ class JointDataset(PatientData):
         return [f"{name}/{patient}" for name, patient in training]
 
     def labels(self, patient_ids: Sequence[str]) -> pd.DataFrame:
-        tables = []
-        members = self._members(list(dict.fromkeys(patient_ids)))
-        for part in self.parts.values():
-            local_ids = {name: patient for name, data, patient in members if data is part}
-            if local_ids:
-                tables.append(part.labels(list(local_ids.values())).assign(patient_id=list(local_ids)))
-        return pd.concat(tables).set_index("patient_id", drop=False).loc[list(patient_ids)].reset_index(drop=True)
-
-    def batch(
-        self,
-        patient_ids: Sequence[str],
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        coords: bool = False,
-        max_patches: int | None = None,
-    ) -> RaggedBatch:
-        options: dict[str, Any] = {"device": device, "dtype": dtype, "coords": coords, "max_patches": max_patches}
-        batches = [data.batch([patient], **options) for _, data, patient in self._members(patient_ids)]
-        starts = (0, *accumulate(len(batch.features) for batch in batches))
-        features = torch.cat([batch.features for batch in batches])
-        if not coords:
-            return RaggedBatch(features, starts)
-        ends = [at + end for at, b in zip(starts, batches, strict=False) for end in (b.slide_offsets or b.offsets)[1:]]
-        places = torch.cat([batch.coords for batch in batches if batch.coords is not None])
-        return RaggedBatch(features, starts, places, (0, *ends))
-
-    def prefetch(self, patient_ids: Sequence[str]) -> None:
-        for _, data, patient in self._members(patient_ids):
-            data.prefetch([patient])
+        members = [(name, *self._member(name)) for name in patient_ids]
+        tables = [data.labels([patient]).assign(patient_id=name) for name, data, patient in members]
+        return pd.concat(tables, ignore_index=True)
 
     def n_patches(self, patient_ids: Sequence[str]) -> np.ndarray:
-        return np.concatenate([data.n_patches([patient]) for _, data, patient in self._members(patient_ids)])
+        return np.concatenate([data.n_patches([patient]) for data, patient in map(self._member, patient_ids)])
+
+    def pieces(self, patient_id: str, max_patches: int | None) -> list[Piece]:
+        data, patient = self._member(patient_id)
+        return data.pieces(patient, max_patches)
+
+    def prefetch(self, patient_ids: Sequence[str]) -> None:
+        for data, patient in map(self._member, patient_ids):
+            data.prefetch([patient])
 
     def check_coords(self, patient_ids: Sequence[str], network: str) -> None:
-        for _, data, patient in self._members(patient_ids):
+        for data, patient in map(self._member, patient_ids):
             data.check_coords([patient], network)
 
-    def _members(self, patient_ids: Sequence[str]) -> list[tuple[str, Dataset, str]]:
-        """The name here, the data set and the name there of each patient."""
-        named = [(patient, *str(patient).partition("/")[::2]) for patient in patient_ids]
-        unknown = [name for name, of, _ in named if of not in self.parts]
-        if unknown or not named:
-            what = f"no patient {', '.join(map(str, unknown[:5]))}" if unknown else "no patient given"
-            raise Refused(f"{self.name}: {what}; patients are named <data set>/<patient_id>.")
-        return [(name, self.parts[of], patient) for name, of, patient in named]
+    def _member(self, patient_id: str) -> tuple[Dataset, str]:
+        """The data set of a patient, and the name there."""
+        name, _, patient = patient_id.partition("/")
+        if name not in self.parts:
+            raise Refused(f"{self.name}: no patient {patient_id}; patients are named <data set>/<patient_id>.")
+        return self.parts[name], patient

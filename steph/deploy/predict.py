@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,12 @@ import torch
 
 from steph import Refused, mil
 from steph.analysis.mixing.attention import attention_of, bag_of, mixture, patch_size, with_attention
-from steph.data.bags import RaggedBatch, sampled
+from steph.data.bags import sampled
 from steph.data.features import check_slides, open_slide
 from steph.data.manifest import Features
 from steph.data.packing import stored_features
-from steph.data.patients import PatientData
-from steph.data.store import DTYPES
+from steph.data.patients import PatientData, Piece
+from steph.data.store import DTYPES, NO_COORDS
 from steph.deploy.model_folder import Config, Inputs, read_model
 from steph.files.progress import track
 from steph.files.tables import read_csv
@@ -262,22 +262,12 @@ class PatientBag(PatientData):
     def n_patches(self, patient_ids: Sequence[str]) -> np.ndarray:
         return np.full(len(patient_ids), len(self.patches))
 
-    def batch(
-        self,
-        patient_ids: Sequence[str],
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        coords: bool = False,
-        max_patches: int | None = None,
-    ) -> RaggedBatch:
+    def pieces(self, patient_id: str, max_patches: int | None) -> list[Piece]:
         # It was sampled when it was read.
-        # In memory of torch's own, as everywhere in a study.
-        features = torch.from_numpy(self.features).to(device, dtype, copy=True)
-        if not coords:
-            return RaggedBatch(features, (0, len(features)))
-        sizes = self.patches["slide_id"].value_counts(sort=False)
-        places = torch.from_numpy(self.patches[["x", "y"]].to_numpy(np.int32))
-        return RaggedBatch(features, (0, len(features)), places, (0, *accumulate(n for n in sizes if n)))
+        features = torch.from_numpy(self.features)
+        coords = self.patches[["x", "y"]].to_numpy(np.int32, na_value=NO_COORDS)
+        ends = accumulate(self.patches["slide_id"].value_counts(sort=False), initial=0)
+        return [Piece(features, coords, slice(start, stop)) for start, stop in pairwise(ends) if stop > start]
 
     def check_coords(self, patient_ids: Sequence[str], network: str) -> None:
         if self.without_coords:

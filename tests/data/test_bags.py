@@ -47,9 +47,10 @@ def test_huge_scores_do_not_leak_between_bags(bags):
 
 
 def test_to_changes_precision_and_keeps_the_rest(bags):
-    batch = RaggedBatch(torch.cat(bags), (0, 4, 5, 14), torch.zeros(14, 2))
+    batch = RaggedBatch(torch.cat(bags), (0, 4, 5, 14), torch.zeros(14, 2), (0, 4, 5, 8, 14))
     half = batch.to("cpu", torch.float16)
-    assert half.features.dtype == torch.float16 and half.offsets == batch.offsets and half.coords is batch.coords
+    assert half.features.dtype == torch.float16 and half.coords is batch.coords
+    assert (half.offsets, half.slide_offsets) == (batch.offsets, batch.slide_offsets)
 
 
 @pytest.mark.parametrize("offsets", [(0, 4, 5), (1, 5, 14), (0, 14, 20)])

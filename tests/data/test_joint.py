@@ -88,13 +88,14 @@ def test_a_patient_who_trains_here_and_tests_there_is_refused(parts):
         (["P1"], r"no patient P1; patients are named <data set>/<patient_id>"),
         (["BRCA/P1"], r"no patient BRCA/P1"),
         (["SARC/nobody"], r"SARC: no patient nobody"),
-        ([], r"no patient given"),
     ],
 )
 def test_unknown_patients_are_refused(joint, patients, message):
     for ask in (joint.labels, joint.batch, joint.n_patches):
         with pytest.raises(Refused, match=message):
             ask(patients)
+    with pytest.raises(Refused, match="no patient given"):
+        joint.batch([])
 
 
 def test_an_external_set_is_refused(parts):

@@ -11,7 +11,7 @@ def spied(monkeypatch, *names):
     `Dataset` that are watched; none takes all that look at patients."""
     looked_at = []
     with monkeypatch.context() as patch:
-        for name in names or ("batch", "labels", "slides", "n_patches", "check_coords"):
+        for name in names or ("pieces", "labels", "slides", "n_patches", "check_coords"):
             original = getattr(Dataset, name)
 
             def watched(self, patients, *args, original=original, **options):

@@ -29,7 +29,7 @@ def test_joint_trains_on_everybodys_training_patients(tiny, monkeypatch):
     expected = {f"{d}/{p}" for d in tiny.study.datasets for p in tiny.dataset(d).splits.train(0)}
     assert set(patients) == expected and len(patients) == len(expected)
     assert len(data.labels(patients)) == len(patients)
-    with spied(monkeypatch, "batch") as looked_at:
+    with spied(monkeypatch, "pieces") as looked_at:
         data.batch(patients[::40])
     assert {f"{dataset}/{patient}" for dataset, patient in looked_at} == set(patients[::40])
 
