@@ -109,7 +109,7 @@ def _draw_plane(ax: Axes, table: pd.DataFrame, column: str, levels: np.ndarray, 
     """The plane of a pair as filled contours, smoothed, with M_0, M_s, M_t, the line of mixtures and a dashed contour
     at the loss of M_t; lower: in red, the mixtures of lower loss. Returns the contours, for a colour bar."""
     at = np.unique(table["c_s"])
-    values = np.clip(square(smoothed(table), column), levels[0], None).T  # rows: C_t
+    values = np.clip(smoothed(table, column), levels[0], None).T  # rows: C_t
     image = ax.contourf(at, at, values, levels=levels, cmap="Blues", extend="max")
     line = lambda_line(table)
     # As computed, not smoothed: smoothing would move it off M_t.

@@ -24,10 +24,8 @@ USED_BELOW = 0.8
 
 
 def runs(study: Study, dataset: str, fold: int, seeds: Sequence[int], precision: str = "fp32") -> list[Run]:
-    """STEPH on one target and fold from several starts. The models that are merged are the same in all of them.
-
-    Raises `Refused` for a data set or fold that the study does not have.
-    """
+    """STEPH on one target and fold from several starts; the models that are merged are the same in all of them. Raises
+    `Refused` for a data set or fold that the study does not have."""
     study.entry(dataset)
     study.check_fold(fold)
     return plan(study, [dataset], ["steph"], [fold], list(seeds), precision)
@@ -53,16 +51,16 @@ def by_target(bench: Workbench, runs: Iterable[Run]) -> dict[str, pd.DataFrame]:
 
 
 def finished_runs(
-    bench: Workbench, targets: Sequence[str], fold: int = 0, precision: str = "fp32", single_source: bool = False
+    bench: Workbench, targets: Sequence[str], precision: str = "fp32", single_source: bool = False
 ) -> list[Run]:
-    """STEPH's finished runs on targets, from every start; single_source: those with one source in place of all."""
-    table = results(bench)
-    if table.empty:
-        return []
-    method = table["method"].str.startswith("steph@") if single_source else table["method"] == "steph"
-    table = table[method & table["dataset"].isin(targets) & (table["fold"] == fold) & (table["precision"] == precision)]
-    rows = zip(table["dataset"], table["method"], table["seed"], strict=True)
-    runs = [Run(dataset, name, fold, int(seed), precision) for dataset, name, seed in rows]
+    """STEPH's finished runs on the first fold of targets, from every start; single_source: those with one source in
+    place of all."""
+    runs = []
+    for row in results(bench).to_dict("records"):
+        dataset, method = row["dataset"], row["method"]
+        is_steph = method.startswith("steph@") if single_source else method == "steph"
+        if is_steph and dataset in targets and (row["fold"], row["precision"]) == (0, precision):
+            runs.append(Run(dataset, method, 0, int(row["seed"]), precision))
     return sorted(runs, key=lambda run: (targets.index(run.dataset), run.method, run.seed))
 
 
@@ -76,14 +74,10 @@ def by_source(course: pd.DataFrame) -> pd.DataFrame:
     """A row per source, by falling mean w: w_mean, w_min, w_max, lambda_mean, lambda_min, lambda_max over seeds, used
     (in how many of them) and top (in how many it has the largest w)."""
     last = at_the_end(course)
-    first = last.loc[last.groupby("seed")["w"].idxmax(), "source"].value_counts()
+    last["top"] = last.index.isin(last.groupby("seed")["w"].idxmax())
     grouped = last.groupby("source")
-    table = pd.concat(
-        [grouped[name].agg(["mean", "min", "max"]).add_prefix(f"{name}_") for name in ("w", "lambda")], axis=1
-    )
-    table["used"] = grouped["used"].sum()
-    table["top"] = first.reindex(table.index, fill_value=0)
-    return table.sort_values("w_mean", ascending=False, kind="stable").rename_axis("source")
+    spreads = [grouped[name].agg(["mean", "min", "max"]).add_prefix(f"{name}_") for name in ("w", "lambda")]
+    return pd.concat([*spreads, grouped[["used", "top"]].sum()], axis=1).sort_values("w_mean", ascending=False)
 
 
 def by_source_wide(table: pd.DataFrame, n_starts: int) -> pd.DataFrame:
@@ -98,12 +92,11 @@ def by_source_wide(table: pd.DataFrame, n_starts: int) -> pd.DataFrame:
 
 
 def chosen_sources(course: pd.DataFrame, n: int = SHOWN) -> pd.DataFrame:
-    """Sources to look at, from the course of one STEPH run: the n of largest final w and the one of smallest, so that
-    one is there that STEPH left out.
+    """Sources to look at, from the course of one STEPH run: the n of largest final w and the one of smallest, which
+    STEPH left out. Of equal ones the source that comes first in the study has the lower rank.
 
-    Returns source, rank (of w, 1 = largest), w, lambda, share = w (1 - lambda). The first has the largest share: STEPH
-    takes most of it. A w may be large where lambda is 1; then it is the target's own model that counts. Of equal ones
-    the source that comes first in the study has the lower rank.
+    Returns source, rank (of w, 1 = largest), w, lambda, share = w (1 - lambda), by falling share: a w may be large
+    where lambda is 1; then it is the target's own model that counts.
     """
     ranked = at_the_end(course).sort_values("w", ascending=False, kind="stable").reset_index(drop=True)
     ranked["rank"], ranked["share"] = ranked.index + 1, ranked["w"] * (1 - ranked["lambda"])

@@ -14,17 +14,16 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steph.analysis.mixing import dynamics
-from steph.analysis.mixing.pairs import pair
+from steph.analysis.mixing.pairs import pair, patient_sets
 from steph.data.bags import RaggedBatch
 from steph.data.dataset import Dataset
 from steph.data.manifest import Study
 from steph.files.records import fingerprint
-from steph.merging.merged_encoder import MergedEncoder
-from steph.merging.task_vectors import State, task_vector
-from steph.mil import MIL, new_network
+from steph.merging.merged_encoder import Merged
+from steph.merging.task_vectors import Layout, State, task_vector
 from steph.study.cache import cached_table
 from steph.study.runs import TARGET, Run, Workbench
 from steph.survival import nll_loss, targets
@@ -37,16 +36,10 @@ STEPS = 25
 """Of 0.04 each: 26 values from 0 to 1 (Appendix C.2.3)."""
 NUMBERS = 2**25
 """Intermediate numbers held at a time; a single patient at a single point may need more."""
-SETS = ("train", "test", "external")
-"""Patients whose loss is told: the fold's training and test patients and, in a synthetic study, others."""
 
 
 def landscape(
-    bench: Workbench,
-    run: Run,
-    device: str = "cpu",
-    head: Head = "target",
-    points: np.ndarray | None = None,
+    bench: Workbench, run: Run, device: str = "cpu", head: Head = "target", points: np.ndarray | None = None
 ) -> pd.DataFrame:
     """The landscape of a pair: mean loss of the target's patients at points (C_s, C_t), as c_s, c_t, loss_train,
     loss_test and, where there are external patients, loss_external. Computed once, then read from disk.
@@ -70,24 +63,17 @@ def grid() -> np.ndarray:
     return np.stack(np.meshgrid(ticks, ticks, indexing="ij"), axis=-1).reshape(-1, 2)
 
 
-def _losses(
-    bench: Workbench, run: Run, device: str, head: Literal["target", "merged"] | Run, points: np.ndarray
-) -> pd.DataFrame:
-    study, data = bench.study, bench.dataset(run.dataset)
-    sets = {"train": (data, data.splits.train(run.fold)), "test": (data, data.splits.test(run.fold))}
-    if data.external is not None:
-        sets["external"] = data.external, list(data.external.cohort.patients["patient_id"])
+def _losses(bench: Workbench, run: Run, device: str, head: Head, points: np.ndarray) -> pd.DataFrame:
+    compute = bench.compute(run, device)
     states = {role: bench.state(model) for role, model in bench.prerequisites(run).items()}
     target = states.pop(TARGET)
     (source,) = states.values()
-    head_state = bench.state(head) if isinstance(head, Run) else target if head == "target" else None
-    network, compute = new_network("abmil", study.features.dim, study.network), bench.compute(run, device)
-    plane = Plane(network, bench.null_state("abmil"), source, target, points, head_state)
-    plane.to(device, compute.parameter_dtype).eval()
+    of_head = bench.state(head) if isinstance(head, Run) else target if head == "target" else None
+    plane = Plane(bench.null_state("abmil"), source, target, points, of_head).to(device, compute.parameter_dtype)
     table = pd.DataFrame(points, columns=["c_s", "c_t"])
     with single_thread(), torch.inference_mode():
-        for name, (patients_data, patients) in sets.items():
-            table[f"loss_{name}"] = _mean_loss(plane, patients_data, patients, study, compute)
+        for name, (data, patients) in patient_sets(bench, run).items():
+            table[f"loss_{name}"] = _mean_loss(plane, data, patients, bench.study, compute)
     return table
 
 
@@ -105,23 +91,21 @@ def _mean_loss(plane: Plane, data: Dataset, patients: Sequence[str], study: Stud
     return (total / len(patients)).cpu().numpy()
 
 
-class Plane(nn.Module):
-    """An ABMIL under M_0 + C_s tau_s + C_t tau_t at each of G points (C_s, C_t), points (G, 2).
+class Plane(Merged):
+    """ABMIL's parameters M_0 + C_s tau_s + C_t tau_t at each of G points (C_s, C_t), points (G, 2).
 
     head: the state whose head predicts at every point; None merges the head like the encoder.
     """
 
     points: Tensor
 
-    def __init__(
-        self, network: MIL, null: State, source: State, target: State, points: np.ndarray, head: State | None
-    ) -> None:
-        super().__init__()
-        vectors = [task_vector(state, null) for state in (source, target)]
-        self.encoder = MergedEncoder(network, null, vectors, without="" if head is None else "head.")
+    def __init__(self, null: State, source: State, target: State, points: np.ndarray, head: State | None) -> None:
+        vectors, base = [task_vector(state, null) for state in (source, target)], dict(null)
         if head is not None:
-            parameters = {name: head[f"head.{name}"] for name in ("weight", "bias")}
-            network.head.to(parameters["weight"].dtype).load_state_dict(parameters)
+            own = {name: head[name] for name in ("head.weight", "head.bias")}
+            nothing = {name: torch.zeros_like(value) for name, value in own.items()}
+            base, vectors = base | own, [tau | nothing for tau in vectors]
+        super().__init__(Layout.of(base), base, vectors)
         self.register_buffer("points", torch.from_numpy(points), persistent=False)
 
     def forward(self, batch: RaggedBatch) -> Tensor:
@@ -132,25 +116,19 @@ class Plane(nn.Module):
         """Logits (G, T) of one bag (n, D). What the first layer gives before the ReLU is linear in (C_s, C_t), so three
         products with the bag serve all points. Through `ABMIL.encode_each`, which multiplies the bag at every point, a
         landscape of the demo takes 1.4 times as long, and one at the paper's width of features about three times."""
-        encoder = self.encoder
-        layers = encoder.stacked()
-        bias, weight = layers["embed.bias"].unsqueeze(1), layers["embed.weight"].transpose(1, 2)
-        first = torch.baddbmm(bias, bag.expand(3, -1, -1), weight)  # (3, n, H): of M_0, tau_s, tau_t
+        layers = self.stacked()
+        first = _linear(bag.expand(3, -1, -1), layers, "embed")  # (3, n, H): of M_0, tau_s, tau_t
         width = first.shape[2] + 2 * layers["score.weight"].shape[2]
-        together = max(1, NUMBERS // (len(bag) * width + encoder.layout.size))
+        together = max(1, NUMBERS // (len(bag) * width + self.layout.size))
         return torch.cat([self._at(first, points) for points in self.points.split(together)])
 
     def _at(self, first: Tensor, points: Tensor) -> Tensor:
-        weights = self.encoder.weights(points)
+        weights = self.weights(points)
         embedded = torch.addmm(first[:1].flatten(1), points, first[1:].flatten(1)).relu_().view(-1, *first.shape[1:])
-        gated = (
-            _linear(embedded, weights, "gate_tanh").tanh_().mul_(_linear(embedded, weights, "gate_sigmoid").sigmoid_())
-        )
+        gated = _linear(embedded, weights, "gate_tanh").tanh_()
+        gated *= _linear(embedded, weights, "gate_sigmoid").sigmoid_()
         attention = torch.softmax(_linear(gated, weights, "score"), dim=1)  # (G, n, 1)
-        features = attention.transpose(1, 2) @ embedded  # (G, 1, H)
-        if "head.weight" in weights:
-            return _linear(features, weights, "head").squeeze(1)
-        return self.encoder.network.head(features.squeeze(1))
+        return _linear(attention.transpose(1, 2) @ embedded, weights, "head").squeeze(1)
 
 
 def _linear(x: Tensor, weights: Mapping[str, Tensor], layer: str) -> Tensor:
@@ -161,17 +139,15 @@ def _linear(x: Tensor, weights: Mapping[str, Tensor], layer: str) -> Tensor:
 # ------------------------------------------------------------------------------------- what is read from it
 
 
-def smoothed(table: pd.DataFrame, mode: str = "reflect") -> pd.DataFrame:
-    """The landscape with its losses smoothed by a Gaussian of one grid step, as the paper draws it.
+def smoothed(table: pd.DataFrame, column: str) -> np.ndarray:
+    """A `square` smoothed by a Gaussian of one grid step, as the paper draws it.
 
-    The paper names sigma alone. mode: what stands beyond the border (`scipy.ndimage.gaussian_filter`); the default is
-    scipy's own, the border mirrored. It flattens the landscape there, and M_0, M_s and M_t all lie on the border: draw
-    what this gives, and take numbers from the landscape itself.
+    The border is mirrored, scipy's default: the paper names sigma alone. That flattens the landscape there, and M_0,
+    M_s and M_t all lie on the border: draw what this gives, and take numbers from the landscape itself.
     """
     from scipy.ndimage import gaussian_filter
 
-    losses = {name: gaussian_filter(square(table, name), 1.0, mode=mode).ravel() for name in loss_columns(table)}
-    return table.assign(**losses)
+    return gaussian_filter(square(table, column), 1.0)
 
 
 def square(table: pd.DataFrame, column: str) -> np.ndarray:
@@ -180,8 +156,8 @@ def square(table: pd.DataFrame, column: str) -> np.ndarray:
 
 
 def loss_columns(table: pd.DataFrame) -> list[str]:
-    """The losses that a table has, of `SETS`."""
-    return [f"loss_{name}" for name in SETS if f"loss_{name}" in table]
+    """loss_train, loss_test and, in a synthetic study, loss_external."""
+    return [name for name in table.columns if name.startswith("loss_")]
 
 
 def lambda_line(table: pd.DataFrame) -> pd.DataFrame:
@@ -194,21 +170,19 @@ def lambda_line(table: pd.DataFrame) -> pd.DataFrame:
 
 def best_magnitude(table: pd.DataFrame) -> pd.DataFrame:
     """The least loss on the ray of each lambda, w [lambda tau_t + (1 - lambda) tau_s] with w >= 0 inside the landscape:
-    lambda, and for each set of patients its loss and the w_... of it. Between grid points the landscape is interpolated
-    (bilinear). At lambda = 1 and 0 the landscape ends at w = 1, at 1/2 with w = 2.
+    lambda and the losses. Between grid points the landscape is interpolated (bilinear). At lambda = 1 and 0 it ends at
+    w = 1, at 1/2 with w = 2.
     """
     from scipy.interpolate import RegularGridInterpolator
 
     ticks = np.arange(STEPS + 1) / STEPS
     lam, w = np.meshgrid(ticks, np.arange(2 * STEPS + 1) / STEPS, indexing="ij")  # w = 1 is among them: the line itself
-    c_t, c_s = w * lam, w * (1 - lam)
-    inside = np.maximum(c_t, c_s) <= 1 + 1e-9
-    points = np.clip(np.stack([c_s, c_t], axis=-1), 0, 1)
+    points = np.stack([w * (1 - lam), w * lam], axis=-1)
+    outside, points = points.max(axis=-1) > 1 + 1e-9, points.clip(0, 1)
     rays = pd.DataFrame({"lambda": ticks})
     for name in loss_columns(table):
-        loss = np.where(inside, RegularGridInterpolator((ticks, ticks), square(table, name))(points), np.inf)
-        rays[name] = loss.min(axis=1)
-        rays[name.replace("loss", "w")] = w[0, loss.argmin(axis=1)]
+        losses = RegularGridInterpolator((ticks, ticks), square(table, name))(points)
+        rays[name] = np.where(outside, np.inf, losses).min(axis=1)
     return rays
 
 
@@ -226,7 +200,7 @@ def lower_range(line: pd.DataFrame, column: str) -> tuple[float, float] | None:
 
 
 def summary(table: pd.DataFrame) -> dict[str, float]:
-    """A landscape in numbers. For each set of patients (`SETS`):
+    """A landscape in numbers. For training, test and external patients:
 
     target_...: the loss of M_t (lambda = 1). lambda_..., best_...: the best lambda on the line and its loss. gain_...:
     how much less that is than M_t's; never negative, as the lambda is chosen on these very patients. ray_...: the
@@ -262,8 +236,7 @@ def summaries(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def summaries_wide(table: pd.DataFrame) -> pd.DataFrame:
-    """Format `summaries` for display: the best lambda and its gain on training and test patients, and what a lambda
-    chosen on some patients gains on others."""
+    """Format `summaries` for display: the best lambda and its gain, also on other patients than it was chosen on."""
     names = {
         "source": "source",
         "lambda_train": "λ best on train", "gain_train": "gain on train",

@@ -24,10 +24,7 @@ from steph.study.runs import Run, Workbench, plan
 def runs(
     study: Study, dataset: str, sources: Sequence[str], fold: int, seeds: Sequence[int], precision: str = "fp32"
 ) -> list[Run]:
-    """STEPH with each of the sources alone, from each start.
-
-    Raises `Refused` for a data set, source or fold that the study does not have, and for none or repeated sources.
-    """
+    """STEPH with each of the sources alone, from each start. Raises as `check_sources`."""
     check_sources(study, dataset, sources, fold)
     return plan(study, [dataset], [f"steph@{source}" for source in sources], [fold], seeds, precision)
 
@@ -59,10 +56,7 @@ def chapter_runs(bench: Workbench, dataset: str, fold: int, seeds: Sequence[int]
 
 def trajectories(bench: Workbench, runs: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
     """The courses of runs with one source in the plane: source, seed, epoch (1, 2, ...), w, lambda, c_s, c_t, and the
-    losses of `landscape` at that very point, computed there and not read off the grid.
-
-    Raises `Refused` for a run that is not finished.
-    """
+    losses of `landscape` at that very point, not read off the grid. Raises `Refused` for a run that is not finished."""
     tables = []
     for run in runs:
         course = dynamics.dynamics(bench, [run])
@@ -87,21 +81,18 @@ def ends(bench: Workbench, runs: Iterable[Run], device: str = "cpu") -> pd.DataF
     rows = []
     for run in runs:
         course = trajectories(bench, [run], device)
-        last, at_the_end = course.iloc[-1], course[["c_s", "c_t"]].to_numpy()[-1:]
-        target = landscape(bench, run, device, points=np.array([[0.0, 1.0]]))["loss_test"].item()
-        rows.append(
-            {
-                **last[["source", "seed", "w", "lambda", "c_s", "c_t"]],
-                "target_loss": target,
-                "first_loss": course["loss_test"].iloc[0],
-                "last_loss": last["loss_test"],
-                "own_head_loss": landscape(bench, run, device, head=run, points=at_the_end)["loss_test"].item(),
-                "steph_loss": bench.finished(run).info["metrics"]["loss"],
-                "steps_in": bool(last["loss_test"] < target),
-                "dead": bool(last["w"] == 0),
-            }
-        )
-    return pd.DataFrame(rows)
+        last, place = course.iloc[-1], course[["c_s", "c_t"]].to_numpy()[-1:]
+        of_target = landscape(bench, run, device, points=np.array([[0.0, 1.0]]))
+        losses = {
+            "target_loss": of_target["loss_test"].item(),
+            "first_loss": course["loss_test"].iloc[0],
+            "last_loss": last["loss_test"],
+            "own_head_loss": landscape(bench, run, device, head=run, points=place)["loss_test"].item(),
+            "steph_loss": bench.finished(run).info["metrics"]["loss"],
+        }
+        rows.append({**last[["source", "seed", "w", "lambda", "c_s", "c_t"]], **losses})
+    table = pd.DataFrame(rows)
+    return table.assign(steps_in=table["last_loss"] < table["target_loss"], dead=table["w"] == 0) if rows else table
 
 
 def ends_wide(table: pd.DataFrame) -> pd.DataFrame:

@@ -28,9 +28,7 @@ def test_the_course_is_the_records_history(bench):
     assert list(course.columns) == ["seed", "epoch", "source", "w", "lambda"]
     assert set(course["source"]) == {"CESC", "LIHC"} and set(course["seed"]) == {42, 43}
     assert len(course) == 2 * 2 * bench.study.recipe.epochs
-    record = bench.record(chosen[1])
-    assert record is not None
-    history = pd.read_csv(record.file("history.csv")).set_index("epoch")
+    history = pd.read_csv(bench.finished(chosen[1]).file("history.csv")).set_index("epoch")
     row = course[(course["seed"] == 43) & (course["epoch"] == 2) & (course["source"] == "LIHC")].iloc[0]
     assert (row["w"], row["lambda"]) == (history.loc[2, "w_LIHC"], history.loc[2, "lambda_LIHC"])
     assert (course["w"] >= 0).all() and course["lambda"].between(0, 1).all()
@@ -38,10 +36,8 @@ def test_the_course_is_the_records_history(bench):
 
 def test_starts_differ_but_merge_the_same_models(bench):
     first, second = dynamics.runs(bench.study, "SARC", 0, [42, 43])
-    course = dynamics.dynamics(bench, [first, second])
-    wide = course.pivot(index=["epoch", "source"], columns="seed", values="w")
-    assert (wide[42] != wide[43]).any()
-    assert bench.prerequisites(first) == bench.prerequisites(second)
+    w = dynamics.final_weights(dynamics.dynamics(bench, [first, second]))
+    assert (w[42] != w[43]).any() and bench.prerequisites(first) == bench.prerequisites(second)
 
 
 def test_an_unfinished_run_is_refused(bench):
@@ -54,7 +50,7 @@ def test_only_what_is_finished_is_found(bench):
     assert runs == dynamics.runs(bench.study, "SARC", 0, [42, 43])
     found = dynamics.by_target(bench, runs)
     assert list(found) == ["SARC"] and sorted(found["SARC"]["seed"].unique()) == [42, 43]
-    assert dynamics.finished_runs(bench, ["SARC"], fold=1) == []
+    assert dynamics.finished_runs(bench, ["SARC"], "fp64") == []
     assert dynamics.finished_runs(bench, ["SARC"], single_source=True) == []
 
 
@@ -65,13 +61,9 @@ def made() -> pd.DataFrame:
         2: {"A": (0.8, 0.1), "B": (0.6, 1.0), "C": (0.1, 0.5), "D": (0.0, 0.2)},
         3: {"A": (0.1, 0.1), "B": (0.2, 0.2), "C": (0.6, 0.5), "D": (0.9, 0.2)},
     }
-    rows = [
-        {"seed": seed, "epoch": epoch, "source": source, "w": w if epoch == 2 else 7.0, "lambda": lam}
-        for seed, sources in final.items()
-        for source, (w, lam) in sources.items()
-        for epoch in (1, 2)
-    ]
-    return pd.DataFrame(rows)
+    rows = [(seed, 2, source, *pair) for seed, sources in final.items() for source, pair in sources.items()]
+    last = pd.DataFrame(rows, columns=["seed", "epoch", "source", "w", "lambda"])
+    return pd.concat([last.assign(epoch=1, w=7.0), last])
 
 
 def test_where_training_ends():
@@ -82,16 +74,13 @@ def test_where_training_ends():
     assert used == [(1, "A"), (1, "C"), (2, "A"), (2, "C"), (3, "A"), (3, "B"), (3, "C"), (3, "D")]
 
 
-def test_sources_over_starts():
+def test_sources_over_starts_and_for_display():
     table = dynamics.by_source(made())
     assert list(table.index) == ["A", "B", "C", "D"]
     assert table["used"].to_dict() == {"A": 3, "B": 1, "C": 3, "D": 1}
     assert table["top"].to_dict() == {"A": 2, "B": 0, "C": 0, "D": 1}
     assert table.loc["A", ["w_mean", "w_min", "w_max"]].tolist() == pytest.approx([0.6, 0.1, 0.9])
-
-
-def test_sources_over_starts_for_display():
-    wide = dynamics.by_source_wide(dynamics.by_source(made()), 3)
+    wide = dynamics.by_source_wide(table, 3)
     assert wide.iloc[0].tolist() == ["A", "0.60 (0.10 to 0.90)", "0.10 (0.10 to 0.10)", 3, 2]
     assert list(wide.columns) == ["source", "w", "λ", "used (of 3)", "largest w (of 3)"]
 
@@ -102,14 +91,14 @@ def test_only_a_synthetic_study_knows_what_is_shared():
     assert dynamics.planted(load_study("tcga"), "BRCA") is None
 
 
-def test_starts_that_agree_and_that_do_not():
+def test_starts_agree_or_not_with_each_other_and_with_what_was_planted(bench):
     found = dynamics.agreement(made()).set_index(["seed_a", "seed_b"])["correlation"]
     assert found.to_dict() == pytest.approx({(1, 2): 1.0, (1, 3): -1.0, (2, 3): -1.0})
-
-
-def test_what_was_planted():
     planted = pd.Series({"D": 0.0, "A": 0.9, "B": 0.5, "C": 0.1})
     assert dynamics.with_planted(made(), planted).to_dict() == pytest.approx({1: 1.0, 2: 1.0, 3: -1.0})
+    course = dynamics.dynamics(bench, dynamics.runs(bench.study, "SARC", 0, [42]))
+    of_two = dynamics.with_planted(course, dynamics.planted(bench.study, "SARC"))
+    assert list(of_two.index) == [42] and of_two.isna().all()  # of two sources no correlation can be told
 
 
 def test_sources_of_largest_w_and_the_one_of_smallest():
@@ -122,12 +111,6 @@ def test_sources_of_largest_w_and_the_one_of_smallest():
     assert found["share"].tolist() == pytest.approx([0.3, 0.25, 0.03, 0.02, 0, 0])
     assert list(dynamics.chosen_sources(course.head(2))["source"]) == ["B", "A"]
     assert len(dynamics.chosen_sources(course, n=2)) == 3
-
-
-def test_planted_similarity_fits_the_courses_of_a_study(bench):
-    course = dynamics.dynamics(bench, dynamics.runs(bench.study, "SARC", 0, [42]))
-    found = dynamics.with_planted(course, dynamics.planted(bench.study, "SARC"))
-    assert list(found.index) == [42] and found.isna().all()  # of two sources no correlation can be told
 
 
 def test_rank_correlation_is_spearmans_with_ties():
