@@ -80,9 +80,8 @@ def read_weights(path: Path) -> tuple[ModelState, str, list[str]]:
         others = [name for name in values if name not in NAMES[kind]]
     for name, value in state.items():
         if value.dim() != (2 if name.endswith("weight") else 1) or not value.is_floating_point():
-            raise Refused(
-                f"{path}: {name} is {value.dtype} of shape {tuple(value.shape)}; no layer of {kind} has that."
-            )
+            shape = tuple(value.shape)
+            raise Refused(f"{path}: {name} is {value.dtype} of shape {shape}; no layer of {kind} has that.")
         if not torch.isfinite(value).all():
             raise Refused(f"{path}: {name} holds numbers that are not finite: the file is damaged, or training failed.")
     try:
@@ -153,11 +152,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         inner = [value for value in values.values() if _are_tensors(value)]
         values = inner[0] if len(inner) == 1 and not _are_tensors(values) else values
     if not _are_tensors(values):
-        names = (
-            f"a dictionary with {shortened([*map(str, values)])}" if isinstance(values, dict) else type(values).__name__
-        )
+        with_names = f" with {shortened([*map(str, values)])}" if isinstance(values, dict) else ""
         raise Refused(
-            f"{path} holds {names}; expected a dictionary of tensors by name, as "
+            f"{path} holds a {type(values).__name__}{with_names}; expected a dictionary of tensors by name, as "
             "torch.save(model.state_dict(), ...) writes it."
         )
     if all(name.startswith("module.") for name in values):  # as torch.nn.DataParallel names them
@@ -166,17 +163,17 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _are_tensors(values: Any) -> bool:
-    """Whether this is a dictionary of named, plain, whole tensors, with at least one."""
+    """Whether this is a dictionary of tensors by name, with at least one."""
     return (
         isinstance(values, dict)
-        and bool(values)
-        and all(
-            isinstance(name, str)
-            and isinstance(value, Tensor)
-            and value.layout == torch.strided
-            and value.device.type == "cpu"
-            and not value.is_quantized
-            and value.is_contiguous()  # a few bytes could stand for more than the memory holds
-            for name, value in values.items()
-        )
+        and len(values) > 0
+        and all(isinstance(name, str) and _is_plain(value) for name, value in values.items())
     )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether this is a tensor whose numbers lie one after another; of others, a few bytes could stand for more numbers
+    than the memory holds."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+        return False
+    return value.device.type == "cpu" and value.is_contiguous()

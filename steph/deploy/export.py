@@ -34,7 +34,7 @@ from steph.merging.steph import keep_sources
 from steph.methods.registry import title
 from steph.mil.state import load_into
 from steph.study.runs import STAGE, TARGET, Run, Workbench
-from steph.training.device import check_device, single_thread
+from steph.training.device import Compute, check_device, single_thread
 from steph.training.engine import predict
 
 TOLERANCE = {"fp64": 1e-6, "fp32": 1e-3, "tf32": 0.05, "bf16": 0.2}
@@ -56,14 +56,13 @@ def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False, dev
     architecture, tensors, dropped = trained.architecture(), tensors_of(trained), None
     if drop_unused and trained.merging is not trained:
         raise Refused(f"{title(run.method)} weighs no sources that could be dropped: leave out --drop-unused.")
-    risk, in_use = _ask(bench, run, device, architecture, tensors)
+    risk, in_use = _ask(bench, run, compute, architecture, tensors)
     difference = _difference(record, risk, run)
     if drop_unused:
-        sources = architecture["sources"]
+        sources, before = architecture["sources"], risk
         remaining = [name for name in sources if name in in_use] or sources[:1]
         architecture, tensors = keep_sources(architecture, tensors, remaining)
-        before = risk
-        risk, _ = _ask(bench, run, device, architecture, tensors)
+        risk, _ = _ask(bench, run, compute, architecture, tensors)
         dropped = Dropped(
             sources=[name for name in sources if name not in remaining],
             patients=len(risk),
@@ -85,7 +84,7 @@ def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False, dev
         versions=record.info["versions"],
         endpoint=study.endpoint,
         inputs=Inputs(
-            **study.features.model_dump(exclude={"folders"}),
+            **study.features.model_dump(),
             max_patches=study.recipe.max_patches,
             sample_seed=data.seed,
         ),
@@ -104,11 +103,11 @@ def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False, dev
 
 
 def _ask(
-    bench: Workbench, run: Run, device: str, architecture: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    bench: Workbench, run: Run, compute: Compute, architecture: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[pd.Series, set[str]]:
     """What the folder's model would say of the patients that train and test a run, one by one: their risks, by patient,
     and the sources that any of them has in use."""
-    study, data, compute = bench.study, bench.dataset(run.dataset), bench.compute(run, device)
+    study, data = bench.study, bench.dataset(run.dataset)
     model = fill(build(architecture, study.features.dim, study.network).to(compute.parameter_dtype), tensors)
     risk, in_use = {}, set[str]()
     patients = [*data.splits.train(run.fold), *data.splits.test(run.fold)]
@@ -149,7 +148,7 @@ def _training(data: Dataset, fold: int, risk: pd.Series, network: Network) -> Tr
 def _scores(bench: Workbench, run: Run) -> list[Score]:
     """C-index of the model on the patients of its own test fold, and that of the method over all finished folds."""
     runs_of_method = [replace(run, fold=fold) for fold in range(bench.study.n_folds)]
-    finished = [other for other in runs_of_method if bench.record(other) is not None]
+    finished = [other for other in runs_of_method if bench.record(other)]
     scores = []
     for runs in [[run], finished] if len(finished) > 1 else [[run]]:
         table = out_of_fold(bench, runs)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from io import BytesIO, StringIO
-from typing import TYPE_CHECKING
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from matplotlib.ticker import PercentFormatter
 
 from steph.deploy.predict import Prediction
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 COLOURS = {"muted": "#5b6472", "line": "#d7dce2", "patient": "#0072b2", "cohort": "#8a5a00"}
 """What figures are drawn in, by the names of the page's CSS variables."""
@@ -23,9 +24,7 @@ YEAR = 365
 
 def colours(values: np.ndarray) -> np.ndarray:
     """Colours (..., 4) of 8 bits for values from 0 to 1, dark to light."""
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](np.asarray(values, float), bytes=True)
+    return mpl.colormaps["viridis"](np.asarray(values, float), bytes=True)
 
 
 def risk_strip(prediction: Prediction) -> str:
@@ -34,11 +33,11 @@ def risk_strip(prediction: Prediction) -> str:
     risks, risk = prediction.model.config.training.risks, prediction.risk
     ax.vlines(risks, 0.3, 0.7, color=COLOURS["muted"], linewidth=0.8, alpha=0.6)
     ax.vlines(risk, 0.15, 0.85, color=COLOURS["patient"], linewidth=2.5)
-    on_left = risk < (min(*risks, risk) + max(*risks, risk)) / 2
-    side = "left" if on_left else "right"
+    middle = (min(*risks, risk) + max(*risks, risk)) / 2
+    side = "left" if risk < middle else "right"
     ax.text(risk, 0.95, f"this patient, {risk:.3f}", color=COLOURS["patient"], ha=side)
-    for at, name in ((0, "lower risk"), (1, "higher risk")):
-        ax.text(at, 0, name, color=COLOURS["muted"], transform=ax.transAxes, ha=("left", "right")[at])
+    ax.text(0, 0, "lower risk", color=COLOURS["muted"], transform=ax.transAxes, ha="left")
+    ax.text(1, 0, "higher risk", color=COLOURS["muted"], transform=ax.transAxes, ha="right")
     ax.set(ylim=(-0.4, 1.2))
     ax.set_axis_off()
     return _svg(ax)
@@ -46,13 +45,10 @@ def risk_strip(prediction: Prediction) -> str:
 
 def survival_curve(prediction: Prediction) -> str:
     """The patient's survival curve, as far as somebody was followed, and the training cohort's."""
-    from matplotlib.ticker import PercentFormatter
-
     ax, config = _axes(height=3), prediction.model.config
-    curves = prediction.followed
-    observed = [1.0, *config.training.observed]
-    years = np.array([0.0, *curves.index]) / YEAR
-    ax.plot(years, [1.0, *curves], "o-", color=COLOURS["patient"], linewidth=2, markersize=4, clip_on=False, zorder=3)
+    predicted, observed = [1.0, *prediction.followed], [1.0, *config.training.observed]
+    years = np.array([0.0, *prediction.followed.index]) / YEAR
+    ax.plot(years, predicted, "o-", color=COLOURS["patient"], linewidth=2, markersize=4, clip_on=False, zorder=3)
     ax.plot(years[: len(observed)], observed[: len(years)], "--", color=COLOURS["cohort"], linewidth=1.4)
     names = ["this patient, predicted", "training cohort, observed (Kaplan-Meier)"]
     ax.legend(names, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, labelcolor="linecolor", labelspacing=0.2)
@@ -66,9 +62,8 @@ def survival_curve(prediction: Prediction) -> str:
 
 
 def attention_png(patches: pd.DataFrame, edge: int) -> tuple[bytes, tuple[int, int]]:
-    """A slide's attention as a PNG, a pixel per patch, and its rows and columns; empty where no patch lies."""
-    from matplotlib.image import imsave
-
+    """A slide's attention as a PNG, a pixel per patch, and its rows and columns; empty where no patch lies.
+    edge: of a patch, in the level-0 pixels of x and y."""
     corner = patches[["x", "y"]].to_numpy(np.int64)
     corner = corner - corner.min(axis=0)
     step = max(edge, int(corner.max()) // LARGEST_MAP + 1)
@@ -84,21 +79,15 @@ def attention_png(patches: pd.DataFrame, edge: int) -> tuple[bytes, tuple[int, i
 
 
 def _axes(height: float) -> Axes:
-    """Axes of a new figure, 6 inches wide."""
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(6, height), layout="constrained").subplots()
 
 
 def _svg(ax: Axes) -> str:
     """A figure as an SVG element, text as text, in the page's colours."""
-    import matplotlib as mpl
-
     file = StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with mpl.rc_context({"svg.fonttype": "none"}):
-        ax.get_figure().savefig(  # type: ignore[union-attr]
-            file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
+        ax.get_figure().savefig(file, format="svg", transparent=True, metadata=nothing)  # type: ignore[union-attr]
     svg = file.getvalue()[file.getvalue().index("<svg") :]
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")

@@ -11,21 +11,22 @@ one above another: the target's, then the sources' in the order of ``architectur
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import steph.methods  # noqa: F401 - with it every class of model is known that a folder may name
 from steph import Refused
 from steph.analysis.performance.estimates import with_interval
-from steph.data.manifest import Endpoint, Network, Strict
+from steph.data.manifest import Endpoint, Features, Network, Strict
 from steph.files.atomic import new_folder
-from steph.files.records import file_sha256, fingerprint, read_json
+from steph.files.records import CHECKSUM, file_sha256, fingerprint, read_json, write_sealed
 from steph.merging.merged_encoder import Merged
 from steph.mil import Model, rebuild
 from steph.training.device import parameter_dtype
@@ -34,15 +35,11 @@ FORMAT, VERSION = "steph-model", 1
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 
 
-class Inputs(Strict):
-    """The patch features that a model reads. precision: number format of the study's store; features are brought into
-    it first. max_patches, sample_seed: how larger bags are sampled, None takes every patch."""
+class Inputs(Features):
+    """The patch features that a model reads, brought into the number format of the study's store first; where they lie
+    is nobody's concern here. max_patches, sample_seed: how larger bags are sampled, None takes every patch."""
 
-    encoder: str
-    dim: int = Field(gt=0)
-    precision: Literal["float32", "float16"]
-    patch_size_px: int = Field(gt=0)
-    magnification: float
+    folders: list[str] = Field(default=[], exclude=True)
     max_patches: int | None
     sample_seed: int
 
@@ -77,7 +74,6 @@ class Score(Strict):
 
     @property
     def text(self) -> str:
-        """The C-index with its interval."""
         return with_interval(self.c_index, self.low, self.high, form=".3f")
 
 
@@ -91,7 +87,6 @@ class Dropped(Strict):
 
     @property
     def text(self) -> str:
-        """What was dropped and what that changed, in words."""
         if not self.sources:
             return "Every source is in use for some patient: none was dropped."
         return (
@@ -102,8 +97,8 @@ class Dropped(Strict):
 
 
 class Config(Strict):
-    """What ``config.json`` says. differs: largest difference of a risk from the study's own predictions for the test
-    patients, found when the model was exported."""
+    """What ``config.json`` says. run: the run's key. differs: largest difference of a risk from the study's own
+    predictions for the test patients, found when the model was exported."""
 
     study: str
     study_title: str
@@ -117,7 +112,7 @@ class Config(Strict):
     seed: int
     precision: str
     device: str
-    run: str = Field(description="key of the run")
+    run: str
     finished: str
     versions: dict[str, str]
     endpoint: Endpoint
@@ -161,11 +156,9 @@ def fill(model: Model, tensors: Mapping[str, Tensor]) -> Model:
     """Copy tensors into a model of the same form. Raises `ValueError` where names, shapes or formats differ."""
     targets = tensors_of(model)
     for name in sorted(targets.keys() | tensors.keys()):
-        expected, found = (
-            (tuple(t.shape), t.dtype) if t is not None else None for t in (targets.get(name), tensors.get(name))
-        )
-        if expected != found:
-            raise ValueError(f"tensor {name}: expected {expected}, found {found}")
+        expected, actual = ((tuple(t[name].shape), t[name].dtype) if name in t else None for t in (targets, tensors))
+        if expected != actual:
+            raise ValueError(f"tensor {name}: expected {expected}, found {actual}")
         targets[name].copy_(tensors[name])
     return model
 
@@ -176,15 +169,11 @@ def fill(model: Model, tensors: Mapping[str, Tensor]) -> Model:
 def write_model(path: Path, config: Config, tensors: Mapping[str, Tensor], card: str) -> None:
     """Write a model folder, whole or not at all. `config.files` is made here. Raises `Refused` where `path` is
     taken."""
-    from safetensors.torch import save_file
-
     with new_folder(path) as folder:
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / TENSORS)
         files = {TENSORS: file_sha256(folder / TENSORS)}
         content = {"format": FORMAT, "version": VERSION, **config.model_dump(mode="json"), "files": files}
-        content["checksum"] = fingerprint(content, 64)
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        (folder / CONFIG).write_text(text, encoding="utf-8")
+        write_sealed(folder / CONFIG, content)
         (folder / CARD).write_text(card, encoding="utf-8")
 
 
@@ -194,33 +183,14 @@ def read_model(path: Path) -> tuple[Config, Model]:
     Raises `Refused` for a path that is no model folder, one of a newer format, one that was damaged or altered, and a
     class of model that this steph does not have.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    config = read_config(path)
-    file = path / TENSORS
-    sha256 = file_sha256(file) if file.is_file() else "no file"
-    if sha256 != config.files.get(TENSORS):
-        raise _damaged(file, f"its sha256 is {sha256[:12]}, not the one in {CONFIG}")
-    try:
-        model = build(config.architecture, config.inputs.dim, config.network)
-        return config, fill(model.to(parameter_dtype(config.precision)), load_file(file))
-    except Refused as reason:
-        raise Refused(f"{path} cannot be used: {reason}") from None
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise _damaged(path, f"numbers and description do not fit: {error}") from None
-
-
-def read_config(path: Path) -> Config:
-    """A model folder's configuration, checked. Raises `Refused` as `read_model` does."""
     file = path / CONFIG
     if not file.is_file():
         what = "holds no " + CONFIG if path.is_dir() else "is a file" if path.exists() else "does not exist"
         raise Refused(f"{path} is no model folder: it {what}. `steph export` makes one of a finished run.")
     try:
         content = read_json(file)
-        kind, version, checksum = content.pop("format"), content.pop("version"), content.pop("checksum", None)
-        expected = fingerprint({"format": kind, "version": version, **content}, 64)
+        checksum = content.pop(CHECKSUM, None)
+        expected, kind, version = fingerprint(content, 64), content.pop("format"), content.pop("version")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise _damaged(file, f"it is not what `steph export` writes ({type(error).__name__}: {error})") from None
     if kind != FORMAT:
@@ -233,10 +203,21 @@ def read_config(path: Path) -> Config:
     if version != VERSION or checksum != expected:
         raise _damaged(file, "its checksum is not that of its content")
     try:
-        return Config.model_validate(content)
+        config = Config.model_validate(content)
     except ValidationError as error:
         problem = error.errors()[0]
         raise _damaged(file, f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    numbers = path / TENSORS
+    sha256 = file_sha256(numbers) if numbers.is_file() else "no file"
+    if sha256 != config.files.get(TENSORS):
+        raise _damaged(numbers, f"its sha256 is {sha256[:12]}, not the one in {CONFIG}")
+    try:
+        model = build(config.architecture, config.inputs.dim, config.network)
+        return config, fill(model.to(parameter_dtype(config.precision)), load_file(numbers))
+    except Refused as reason:
+        raise Refused(f"{path} cannot be used: {reason}") from None
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise _damaged(path, f"numbers and description do not fit: {error}") from None
 
 
 def _damaged(path: Path, how: str) -> Refused:

@@ -23,7 +23,6 @@ from steph import Refused, mil
 from steph.analysis.mixing.attention import attention_of, bag_of, mixture, patch_size, with_attention
 from steph.data.bags import sampled
 from steph.data.features import check_slides, open_slide
-from steph.data.manifest import Features
 from steph.data.packing import stored_features
 from steph.data.patients import PatientData, Piece
 from steph.data.store import DTYPES, NO_COORDS
@@ -61,18 +60,16 @@ class Prediction:
     @property
     def w(self) -> dict[str, float] | None:
         """Weight of each source, by name."""
-        return self._of_source("w")
+        return self._of_sources("w")
 
     @property
     def lam(self) -> dict[str, float] | None:
         """Share of the target's own task vector in each source's mixture, by name."""
-        return self._of_source("lambda")
+        return self._of_sources("lambda")
 
-    def _of_source(self, column: str) -> dict[str, float] | None:
-        if self.mixture is None:
-            return None
-        sources = self.mixture.iloc[1:]
-        return dict(zip(sources["source"], sources[column].astype(float), strict=True))
+    def _of_sources(self, column: str) -> dict[str, float] | None:
+        table = self.mixture
+        return None if table is None else dict(zip(table["source"][1:], table[column][1:].tolist(), strict=True))
 
     @property
     def attention(self) -> np.ndarray | None:
@@ -127,17 +124,17 @@ class LoadedModel:
         paths, network = [Path(slide) for slide in slides], self.network
         bag = read_bag(paths, self.config, patient_id)
         with single_thread():
-            row = self._row(bag)
+            row = self._row(bag).iloc[0]
             batch = bag_of(network, bag, bag.patient_id, self.compute)
             merged = None if network.merging is None else mixture(network, batch, self.config.dataset)
             attention = None if network.pooling_network(batch) is None else attention_of(network, batch)
-        survival = row.filter(regex=r"^survival_\d+$").to_numpy(float)
+        survival = row.filter(like="survival_").to_numpy(float)
         ends = self.config.network.bin_width_days * np.arange(1, len(survival) + 1)
         return Prediction(
             model=self,
             patient_id=bag.patient_id,
             risk=float(row["risk"]),
-            percentile=row["percentile"],
+            percentile=float(row["percentile"]),
             survival=pd.Series(survival, index=ends, name="survival"),
             patches=with_attention(bag.patches, np.full(len(bag.patches), np.nan) if attention is None else attention),
             mixture=merged,
@@ -157,24 +154,24 @@ class LoadedModel:
         if lacking or slides.empty:
             raise Refused(f"{table} lacks {' and '.join(lacking) or 'rows'}; expected the columns patient_id and path.")
         rows = []
-        for patient, of_patient in track(list(slides.groupby("patient_id", sort=False)), "predict"):
-            bag = read_bag([table.parent / path for path in of_patient["path"]], self.config, str(patient))
+        for patient, paths in track(list(slides.groupby("patient_id", sort=False)["path"]), "predict"):
+            bag = read_bag([table.parent / path for path in paths], self.config, str(patient))
             with single_thread():
                 rows.append(self._row(bag))
-        columns = [name for name in rows[0].index if name.startswith("survival_")]
-        return pd.DataFrame(rows, columns=["patient_id", "risk", "percentile", *columns]).reset_index(drop=True)
+        return pd.concat(rows, ignore_index=True)
 
     def percentile(self, risk: float) -> float:
         """Of the training patients, how many in 100 have a lower risk; ties count one half."""
         risks = np.array(self.config.training.risks)
         return float(100 * ((risks < risk).mean() + 0.5 * (risks == risk).mean()))
 
-    def _row(self, bag: PatientBag) -> pd.Series:
+    def _row(self, bag: PatientBag) -> pd.DataFrame:
         """The study's own prediction, as it stands in its ``predictions.csv``, and the percentile of its risk."""
-        row = predict_patients(self.network, bag, [bag.patient_id], self.compute).iloc[0]
-        if not np.isfinite(row["risk"]):
-            raise Refused(f"{bag.patient_id}: the risk is {row['risk']}: features this large are of no use to a model.")
-        row["percentile"] = self.percentile(row["risk"])
+        row = predict_patients(self.network, bag, [bag.patient_id], self.compute).drop(columns=["time_days", "event"])
+        risk = row["risk"].iloc[0]
+        if not np.isfinite(risk):
+            raise Refused(f"{bag.patient_id}: the risk is {risk}: features this large are of no use to a model.")
+        row.insert(2, "percentile", self.percentile(risk))
         return row
 
     def _notes(self, bag: PatientBag, attention: np.ndarray | None) -> list[str]:
@@ -210,16 +207,11 @@ def load_model(folder: str | Path, device: str = "cpu") -> LoadedModel:
 def read_slide(path: Path, inputs: Inputs) -> tuple[np.ndarray, pd.DataFrame, int]:
     """A slide's feature file, checked: features (N, D) in the format of the study's store; slide_id, patch, x and y of
     the N patches (level-0 pixels, missing where the file has none); the edge of a patch in level-0 pixels, as the file
-    says, else the distance of neighbours, else the study's patch size.
-
-    Raises `Refused` for one that is not what the model was trained on: missing or unreadable, no patches, another
-    width, another encoder or patch size where the file names them, values that are not finite or too large for the
-    study's format.
-    """
+    says, else the distance of neighbours, else the study's patch size. Raises `Refused` for one that cannot be read or
+    is not what the model was trained on."""
     if not path.is_file():
         raise Refused(f"no feature file at {path}. Give the .h5 (or .pt) files of one patient's slides one by one.")
-    extraction = Features(**inputs.model_dump(exclude={"max_patches", "sample_seed"}))
-    problem = check_slides([path.stem], {path.stem: path}, extraction)["problem"].iloc[0]
+    problem = check_slides([path.stem], {path.stem: path}, inputs)["problem"].iloc[0]
     if problem:
         raise Refused(f"{path}: {problem}. The model reads {inputs.extraction}.")
     with open_slide(path) as slide:
@@ -236,11 +228,8 @@ def read_slide(path: Path, inputs: Inputs) -> tuple[np.ndarray, pd.DataFrame, in
 
 @dataclass(frozen=True, eq=False)
 class PatientBag(PatientData):
-    """One patient's slides as a data set of one, for the functions that predict.
-
-    name: the data set that the model is for. size: patches of all slides. patches: a row for each patch that is read:
-    slide_id, patch (its place among the slide's patches), x, y. features: (N, D), those of `patches`. edges: edge of
-    each slide's patches in level-0 pixels.
+    """One patient's slides as a data set of one, for the functions that predict. name: the data set that the model is
+    for. size: patches of all slides. patches: those that are read, as `Prediction` has them. features: theirs, (N, D).
     """
 
     name: str
@@ -277,7 +266,7 @@ class PatientBag(PatientData):
             )
 
     def labels(self, patient_ids: Sequence[str]) -> pd.DataFrame:
-        """Nothing is known of how a new patient fares."""
+        """Of a new patient nothing is known."""
         return pd.DataFrame({"patient_id": list(patient_ids), "time_days": np.nan, "event": 0})
 
 
@@ -293,7 +282,7 @@ def read_bag(paths: Sequence[Path], config: Config, patient_id: str | None = Non
     if twice:
         raise Refused(f"slide {', '.join(twice)} is given twice; a patient's bag holds each slide once.")
     parts, tables, edges = zip(*(read_slide(path, inputs) for path in paths), strict=True)
-    features = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    features = np.concatenate(parts)
     patches: pd.DataFrame = pd.concat(tables, ignore_index=True).astype({"slide_id": pd.CategoricalDtype(names)})
     size, patient = len(patches), patient_id or names[0]
     if inputs.max_patches is not None and size > inputs.max_patches:

@@ -25,9 +25,13 @@ from steph.files.templates import render
 
 RESEARCH = "Research only. Not a medical device: no decision about a patient may rest on it."
 SYNTHETIC = "Synthetic: this model was trained on made-up patients. It says nothing about cancer or about anybody."
-CLASSES = [(0.9, "Attention: top 10 %"), (0.75, "Attention: next 15 %"), (0.5, "Attention: upper half"),
-           (0.0, "Attention: lower half")]  # fmt: skip
-"""Classes of patches in QuPath: from which percentile of their slide on, and their name."""
+CLASSES = (
+    (0.9, 0.95, "Attention: top 10 %"),
+    (0.75, 0.825, "Attention: next 15 %"),
+    (0.5, 0.625, "Attention: upper half"),
+    (0.0, 0.25, "Attention: lower half"),
+)
+"""Classes of patches in QuPath: the percentile of their slide that they begin at, that whose colour they have, name."""
 
 
 def write_report(prediction: Prediction, out: Path) -> None:
@@ -36,13 +40,14 @@ def write_report(prediction: Prediction, out: Path) -> None:
         text = json.dumps(as_data(prediction), indent=1, ensure_ascii=False)
         (folder / "prediction.json").write_text(text + "\n", encoding="utf-8")
         (folder / "report.html").write_text(html_report(prediction), encoding="utf-8")
-        if prediction.attention is not None:
-            prediction.patches.to_csv(folder / "attention.csv", index=False)
-            for slide, patches in _slides(prediction):
-                if not patches["x"].isna().any():
-                    squares = geojson(patches, prediction.edges[slide], len(prediction.patches))
-                    text = json.dumps(squares, ensure_ascii=False)
-                    (folder / f"{slide}.geojson").write_text(text, encoding="utf-8")
+        if prediction.attention is None:
+            return
+        prediction.patches.to_csv(folder / "attention.csv", index=False)
+        for slide, patches in _slides(prediction):
+            if patches["x"].notna().all():
+                squares = geojson(patches, prediction.edges[slide], len(prediction.patches))
+                text = json.dumps(squares, ensure_ascii=False)
+                (folder / f"{slide}.geojson").write_text(text, encoding="utf-8")
 
 
 def summary(prediction: Prediction) -> str:
@@ -51,8 +56,7 @@ def summary(prediction: Prediction) -> str:
     curve = ", ".join(f"{end:g}: {probability:.1%}" for end, probability in p.followed.items())
     lines = [
         f"{p.patient_id}: {len(p.files)} slide(s), {len(p.patches):,} patches, {c.name}",
-        f"risk {p.risk:.4f} (higher is worse), "
-        f"above {p.percentile:.0f} % of {len(c.training.risks):,} training patients",
+        f"risk {p.risk:.4f} (higher is worse), above {p.percentile:.0f} % of {c.training.patients:,} training patients",
         f"survival by {c.endpoint.unit}: {curve}",
     ]
     if p.mixture is not None:
@@ -94,22 +98,21 @@ def _slides(prediction: Prediction) -> list[tuple[str, pd.DataFrame]]:
 def geojson(patches: pd.DataFrame, edge: int, n: int) -> dict[str, Any]:
     """A slide's patches as GeoJSON that QuPath opens: a detection per patch, a square of `edge` level-0 pixels, with
     its class, colour and measurements. n: patches of the whole bag, for attention over an even share."""
-    starts = np.array([start for start, _ in CLASSES])
-    middle = figures.colours((starts + np.array([1.0, *starts[:-1]])) / 2)[:, :3].tolist()
-    classes = [(start, {"name": name, "color": colour}) for (start, name), colour in zip(CLASSES, middle, strict=True)]
+    colours = figures.colours(np.array([middle for _, middle, _ in CLASSES]))[:, :3].tolist()
+    classes = [(start, {"name": name, "color": c}) for (start, _, name), c in zip(CLASSES, colours, strict=True)]
     features = []
-    columns = (patches[name].tolist() for name in ("x", "y", "attention", "rank", "percentile"))
-    for left, top, attention, rank, percentile in zip(*columns, strict=True):
+    for patch in patches.to_dict("records"):
+        left, top = patch["x"], patch["y"]
         right, bottom = left + edge, top + edge
         ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
         properties = {
             "objectType": "detection",
-            "classification": next(kind for start, kind in classes if percentile >= start),
+            "classification": next(kind for start, kind in classes if patch["percentile"] >= start),
             "measurements": {
-                "Attention": attention,
-                "Attention, times an even share": attention * n,
-                "Attention percentile in the slide": 100 * percentile,
-                "Attention rank in the patient": rank,
+                "Attention": patch["attention"],
+                "Attention, times an even share": patch["attention"] * n,
+                "Attention percentile in the slide": 100 * patch["percentile"],
+                "Attention rank in the patient": patch["rank"],
             },
         }
         shape = {"type": "Polygon", "coordinates": [ring]}

@@ -163,8 +163,8 @@ def spoilt(change):
 
 BAD = {
     "a network": (lambda state: torch.nn.Linear(2, 2), r"holds Python objects \(torch\.nn\.modules\.linear\.Linear\)"),
-    "a tensor": (lambda state: torch.zeros(3), "holds Tensor; expected a dictionary of tensors"),
-    "numbers": (lambda state: {"epoch": 3}, "holds a dictionary with epoch; expected"),
+    "a tensor": (lambda state: torch.zeros(3), "holds a Tensor; expected a dictionary of tensors"),
+    "numbers": (lambda state: {"epoch": 3}, "holds a dict with epoch; expected"),
     "nothing": (lambda state: {}, "expected a dictionary of tensors"),
     "one missing": (spoilt(lambda s: s.pop("pred_head.bias") is None), r"lacks pred_head\.bias"),
     "one too many": (spoilt(lambda s: s.update(more=torch.zeros(2))), "has more besides"),

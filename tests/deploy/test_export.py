@@ -14,7 +14,6 @@ from steph import PROJECT, Refused
 from steph.analysis.mixing.attention import attention_map, bag_of, mixture
 from steph.cli import app
 from steph.deploy import export, load_model
-from steph.deploy.model_folder import read_config
 from steph.deploy.predict import sources_in_use
 from steph.study.runs import Run
 from steph.training.device import Compute
@@ -97,7 +96,7 @@ def test_the_folder_stands_alone(patients, folder, tmp_path, monkeypatch):
 
 
 def test_what_the_configuration_says_is_so(tiny, folder):
-    config, data = read_config(folder), tiny.dataset("SARC")
+    config, data = load_model(folder).config, tiny.dataset("SARC")
     train, training = data.labels(data.splits.train(0)), config.training
     assert (training.patients, training.events) == (len(train), int(train["event"].sum()))
     assert len(training.risks) == len(train) and training.risks == sorted(training.risks)
@@ -112,7 +111,7 @@ def test_what_the_configuration_says_is_so(tiny, folder):
 
 
 def test_the_card_says_what_a_reader_must_know(folder):
-    card, config = (folder / "README.md").read_text(), read_config(folder)
+    card, config = (folder / "README.md").read_text(), load_model(folder).config
     for shown in (
         "Synthetic", "Research only. Not a medical device", "trained on made-up patients", "CESC, LIHC",
         f"{config.training.patients} patients of SARC", f"{config.training.events} with an event", "to the last bit",
