@@ -7,38 +7,31 @@ The claims are data (`data_manifest/paper/claims.yaml`); `rules` says how a clai
 # ruff: noqa: F401
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import pandas as pd
+import yaml
 
 from steph import Refused
 from steph.analysis.performance.statistics import compare
 from steph.methods.registry import title
+from steph.scorecard import analyses, comparisons
 from steph.scorecard.analyses import MARGINAL
-from steph.scorecard.claims import RULES, read_claims
 from steph.scorecard.comparisons import hypernetwork_pairs
 from steph.scorecard.evidence import gather
-from steph.scorecard.rules import (
-    NOT_REPRODUCED,
-    REPRODUCED,
-    UNDECIDED,
-    Claim,
-    Evidence,
-    Finding,
-    judge_gain,
-    judge_wins,
-    verdict,
-)
-from steph.study.paper import paper_gain
+from steph.scorecard.rules import NOT_REPRODUCED, REPRODUCED, UNDECIDED, Claim, Evidence, verdict
+from steph.study.paper import PAPER, paper_gain
 
-CLAIMS: list[Claim] = read_claims()
-"""The paper's claims, each one entry."""
+RULES = {**comparisons.RULES, **analyses.RULES}
 
 
-def scorecard(evidence: Evidence, claims: Iterable[Claim] | None = None) -> pd.DataFrame:
-    """The verdict on each claim of `CLAIMS`, a row each; see `verdict`."""
-    return pd.DataFrame([verdict(claim, evidence) for claim in (CLAIMS if claims is None else claims)])
+def _claim(rule: dict[str, list[Any]], **entry: Any) -> Claim:
+    ((name, arguments),) = rule.items()
+    return Claim(**entry, rule=RULES[name], arguments=tuple(arguments))
 
+
+CLAIMS = [_claim(**entry) for entry in yaml.safe_load((PAPER / "claims.yaml").read_text(encoding="utf-8"))]
+"""The paper's claims in the order of the scorecard, each with the rule that decides it."""
 
 PARTS = {
     "Table S1": "The cohort (Table S1)",
@@ -52,6 +45,11 @@ PARTS = {
     "E": "Appendix E",
 }
 """Headings of the scorecard in their order, by how a section begins."""
+
+
+def scorecard(evidence: Evidence) -> pd.DataFrame:
+    """The verdict on each claim of `CLAIMS`, a row each; see `verdict`."""
+    return pd.DataFrame([verdict(claim, evidence) for claim in CLAIMS])
 
 
 def by_part(card: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -22,71 +22,67 @@ MOST = 2 / 3
 """What holds of this share of pairs holds "often"."""
 
 
-def _often(ours: str, n: int, of: int, what: str) -> Finding:
+def _often(n: int, of: int, ours: str, what: str) -> Finding:
     """The finding on a claim that something is often so: it agrees for most pairs, and disagrees for less than half."""
     answer = "agrees" if n >= MOST * of else "disagrees" if n < of / 2 else "unclear"
-    return Finding(ours, answer, f"{what}; agrees from {MOST:.0%} on, disagrees below half")
+    return Finding(f"{n} of {of} {ours}", answer, f"{what}; agrees from {MOST:.0%} on, disagrees below half")
 
 
 # ------------------------------------------------------------------------------------------ the plane of two vectors
 
 
-def _summaries(evidence: Evidence, target: str = "") -> pd.DataFrame:
-    """`landscape.summaries` of all targets, or of one."""
-    chosen = {t: planes for t, planes in evidence.landscapes.items() if planes and target in ("", t)}
+def _pairs(evidence: Evidence, target: str = "") -> pd.DataFrame:
+    """`landscape.summaries` of all targets, or of one; `inside`: is the best lambda on test patients inside (0, 1)?"""
+    chosen = [landscape.summaries(planes) for t, planes in evidence.landscapes.items() if planes and target in ("", t)]
     if not chosen:
         raise Refused("no loss landscape was drawn of it.")
-    return pd.concat([landscape.summaries(planes).assign(target=t) for t, planes in chosen.items()], ignore_index=True)
-
-
-def _inside(pairs: pd.DataFrame) -> int:
-    """Of how many pairs the best lambda on test patients is inside (0, 1)."""
-    return int(pairs["lambda_test"].between(0, 1, inclusive="neither").sum())
+    pairs = pd.concat(chosen, ignore_index=True)
+    return pairs.assign(inside=pairs["lambda_test"].between(0, 1, inclusive="neither"))
 
 
 def _better_direction(evidence: Evidence) -> Finding:
     """4.2.2: there are mixtures with less loss than M_t on training and on test patients alike."""
-    pairs = _summaries(evidence)
+    pairs = _pairs(evidence)
     both, n = int(pairs["both_low"].notna().sum()), len(pairs)
-    ours = f"{both} of {n} pairs on both; on test patients alone {_inside(pairs)} of {n}"
-    return _often(ours, both, n, "pairs with a λ of less loss than λ = 1 on training and test patients")
+    ours = f"pairs on both; on test patients alone {pairs['inside'].sum()} of {n}"
+    return _often(both, n, ours, "pairs with a λ of less loss than λ = 1 on training and test patients")
 
 
 def _more_pairs(evidence: Evidence) -> Finding:
     """5.3, D.2: similar results on other pairs."""
-    pairs = _summaries(evidence)
-    n = _inside(pairs)
-    ours = f"{n} of {len(pairs)} pairs; gain in loss {pairs['gain_test'].median():.4f} in the median"
+    pairs = _pairs(evidence)
+    ours = f"pairs; gain in loss {pairs['gain_test'].median():.4f} in the median"
     if "tested_external" in pairs:
         ours += f", and of the same λ on external patients {pairs['tested_external'].median():+.4f}"
-    return _often(ours, n, len(pairs), "pairs whose best λ on test patients is inside (0, 1)")
+    return _often(pairs["inside"].sum(), len(pairs), ours, "pairs whose best λ on test patients is inside (0, 1)")
 
 
 def _magnitude(evidence: Evidence) -> Finding:
     """4.3: lambda alone may not reach the best point; w reaches further."""
-    pairs = _summaries(evidence)
+    pairs = _pairs(evidence)
     deeper = pairs["best_test"] - pairs["ray_test"]
-    n = int((deeper > 1e-4).sum())
-    ours = f"{n} of {len(pairs)} pairs; by {deeper.median():.4f} in the median"
-    return _often(ours, n, len(pairs), "pairs in which scaling by w lowers the least test loss on the line")
+    ours = f"pairs; by {deeper.median():.4f} in the median"
+    what = "pairs in which scaling by w lowers the least test loss on the line"
+    return _often((deeper > 1e-4).sum(), len(pairs), ours, what)
 
 
 def _blca_lambda(evidence: Evidence) -> Finding:
     """Appendix E: on BLCA the best lambda is large."""
     if "BLCA" not in evidence.study.datasets:
         raise Refused("BLCA is not in this study.")
-    best = _summaries(evidence, "BLCA")["lambda_test"]
-    near = int(best.between(0.65, 0.85).sum())
-    ours = f"{near} of {len(best)} pairs near 0.7 to 0.8; median {best.median():.2f}"
-    return _often(ours, near, len(best), "pairs whose best λ on test patients is 0.65 to 0.85")
+    best = _pairs(evidence, "BLCA")["lambda_test"]
+    near = best.between(0.65, 0.85).sum()
+    ours = f"pairs near 0.7 to 0.8; median {best.median():.2f}"
+    return _often(near, len(best), ours, "pairs whose best λ on test patients is 0.65 to 0.85")
 
 
 def _steps_in(evidence: Evidence) -> Finding:
     """5.3, Fig. 8: training moves the mixture into the region of less test loss."""
     ends = evidence.analysis("trajectories", "STEPH was not trained on pairs; the chapter 06_dynamics does.")
-    n, lower = int(ends["steps_in"].sum()), int((ends["last_loss"] < ends["first_loss"]).sum())
-    ours = f"{n} of {len(ends)} trainings end below M_t's loss; {lower} below their own first epoch's"
-    return _often(ours, n, len(ends), "trainings that end where the test loss is less than M_t's")
+    lower = (ends["last_loss"] < ends["first_loss"]).sum()
+    ours = f"trainings end below M_t's loss; {lower} below their own first epoch's"
+    what = "trainings that end where the test loss is less than M_t's"
+    return _often(ends["steps_in"].sum(), len(ends), ours, what)
 
 
 def _alignment(evidence: Evidence) -> Finding:
@@ -95,12 +91,12 @@ def _alignment(evidence: Evidence) -> Finding:
     table = evidence.analysis("alignment", lacking)
     released = table[table["rule"] == "released"].set_index("quantity")
     at, rotated = released.loc["at"], released.loc["rotated"]
-    wins, n = int(at["wins"]), int(at["pairs"])
     ours = (
-        f"SAR {at['attention']:.2f} (attention), {at['embedding']:.2f} (embedding); attention has more in {wins} of "
-        f"{n} pairs. With a rotated source: {rotated['attention']:.2f}, {rotated['embedding']:.2f}"
+        f"pairs have more in attention; SAR {at['attention']:.2f} (attention), {at['embedding']:.2f} (embedding). "
+        f"With a rotated source: {rotated['attention']:.2f}, {rotated['embedding']:.2f}"
     )
-    return _often(ours, wins, n, "pairs in which the attention layer has more, at λ = 0.5, released rule")
+    what = "pairs in which the attention layer has more, at λ = 0.5, released rule"
+    return _often(at["wins"], at["pairs"], ours, what)
 
 
 # ------------------------------------------------------------------------------------------ cost

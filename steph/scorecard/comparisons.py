@@ -16,7 +16,6 @@ from steph.methods.registry import METHODS, title
 from steph.scorecard.rules import POINTS, Evidence, Finding, Rule, all_of, judge_gain, judge_wins
 from steph.study.paper import (
     AVERAGE,
-    paper_c_index,
     paper_gain,
     paper_labels,
     paper_pair,
@@ -76,16 +75,15 @@ def _above_zero(gains: Sequence[float]) -> str:
 
 def _gain_over_each(evidence: Evidence, first: str, others: str | Sequence[str]) -> Finding:
     """The first method is better than each of others on average."""
-    pairs = pairs_of(first, others)
-    gains = [compare(evidence.results, *pair).gain for pair in pairs]
-    answers = [judge_gain(g, paper_gain(*pair)[0])[0] for g, pair in zip(gains, pairs, strict=True)]
+    gains = {pair: compare(evidence.results, *pair).gain for pair in pairs_of(first, others)}
+    answers = [judge_gain(gain, paper_gain(*pair)[0])[0] for pair, gain in gains.items()]
     counts = ", ".join(f"{answers.count(a)} {words}" for a, words in POINTS.items())
-    return Finding(_above_zero([g.value for g in gains]), all_of(answers), f"one by one: {counts}")
+    return Finding(_above_zero([g.value for g in gains.values()]), all_of(answers), f"one by one: {counts}")
 
 
 def _gain_over_best(evidence: Evidence, first: str, others: str) -> Finding:
     """The first method beats the best of others, the best being chosen by the very numbers (which favours it)."""
-    found = {pair[1]: compare(evidence.results, *pair) for pair in pairs_of(first, others)}
+    found = {other: compare(evidence.results, first, other) for _, other in pairs_of(first, others)}
     best = min(found, key=lambda m: found[m].gain.value)
     answer, because = judge_gain(found[best].gain, min(paper_gain(first, m)[0] for m in found))
     return Finding(f"{_gain_here(found[best])} over {title(best)}, {interval(found[best].gain)}", answer, because)
@@ -97,16 +95,14 @@ def _paper_gain_over_best(first: str, others: str) -> str:
 
 
 def _hypernetwork_weights(evidence: Evidence) -> Finding:
-    """Table 3's mean over its four methods."""
+    """Table 3's mean over its four methods. It is compared cell by cell, as if it were one method: its interval knows
+    that the four share their patients."""
     pairs = hypernetwork_pairs()
     alone = [compare(evidence.results, *pair) for pair in pairs]
-    # The mean over the four, cell by cell, is compared as if it were one method: its interval knows that the four share
-    # their patients.
     side = {m: name for pair in pairs for m, name in zip(pair, ("hypernetwork", "own"), strict=True)}
-    cells = evidence.results[evidence.results["method"].isin(side)]
-    cells = cells.assign(method=cells["method"].map(side))
+    cells = evidence.results.assign(method=evidence.results["method"].map(side))
     cell = [c for c in ("dataset", "method", "fold", "folds") if c in cells]
-    gain = compare(cells.groupby(cell, sort=False)["c_index"].mean().reset_index(), "hypernetwork", "own").gain
+    gain = compare(cells.groupby(cell)["c_index"].mean().reset_index(), "hypernetwork", "own").gain
     percent = float(np.mean([100 * c.gain.value / c.base for c in alone]))
     answer, because = judge_gain(gain, float(np.mean([paper_gain(*pair)[0] for pair in pairs])))
     return Finding(f"{_text(gain.value, percent)}, {interval(gain)}", answer, because)
@@ -116,35 +112,34 @@ def _paper_hypernetwork_weights() -> str:
     return _text(*np.mean([paper_gain(*pair) for pair in hypernetwork_pairs()], axis=0))
 
 
-def _best(means: pd.Series, table: str, symbol: str) -> str:
-    top = means[means == means.max()].rename(paper_labels(table))
-    return f"best at {symbol} = {' and '.join(top.index)}"
-
-
 def _mild_penalty(evidence: Evidence, table: str, symbol: str, mild: str) -> Finding:
     """A mild penalty is best: better than none and better than the strongest tried. mild: the method whose row is the
     paper's mildest best."""
     names = table_methods(table)
     gains = [compare(evidence.results, mild, m).gain for m in (names[0], names[-1])]
-    cells = on_common_folds(evidence.results, [mild, *names])
-    means = cells.groupby(["method", "dataset"])["c_index"].mean().groupby("method").mean()
     judged = [judge_gain(gain, paper) for gain, paper in zip(gains, _paper_extremes(table, mild), strict=True)]
     answer = all_of(a for a, _ in judged)
-    none, strong = (f"{gain.value:+.4f} ({interval(gain)})" for gain in gains)
     because = next(because for a, because in judged if a == answer)
-    return Finding(f"{_best(means, table, symbol)}; {none} over none, {strong} over the strongest", answer, because)
+    cells = on_common_folds(evidence.results, [mild, *names])
+    means = cells.groupby(["method", "dataset"])["c_index"].mean().groupby("method").mean()
+    texts = [f"{gain.value:+.4f} ({interval(gain)})" for gain in gains]
+    return Finding(_best(means, table, symbol, *texts), answer, because)
+
+
+def _best(means: pd.Series, table: str, symbol: str, none: str, strong: str) -> str:
+    top = means[means == means.max()].rename(paper_labels(table))
+    return f"best at {symbol} = {' and '.join(top.index)}; {none} over none, {strong} over the strongest"
 
 
 def _paper_extremes(table: str, mild: str) -> list[float]:
     """What the paper's mild value gains over none and over the strongest."""
     means = paper_values(table)[AVERAGE]
-    return [float(paper_c_index(mild, table)[AVERAGE] - means.iloc[i]) for i in (0, -1)]
+    return [float(means[mild] - means.iloc[i]) for i in (0, -1)]
 
 
 def _paper_mild_penalty(table: str, symbol: str, mild: str) -> str:
-    none, strong = _paper_extremes(table, mild)
-    best = _best(paper_values(table)[AVERAGE], table, symbol)
-    return f"{best}; {none:+.4f} over none, {strong:+.4f} over the strongest"
+    texts = [f"{gain:+.4f}" for gain in _paper_extremes(table, mild)]
+    return _best(paper_values(table)[AVERAGE], table, symbol, *texts)
 
 
 def _smaller_beta_on_blca(evidence: Evidence) -> Finding:
@@ -179,9 +174,9 @@ def _roupkt_ahead(evidence: Evidence) -> Finding:
     ours = f"{_ahead(found.gains['gain'])}, {interval(found.wins, '.0f')}"
     if "BLCA" not in found.gains.index:
         return Finding(ours, "unclear", "BLCA is not in this study")
-    on = compare(evidence.results[evidence.results["dataset"] == "BLCA"], "roupkt", "steph").gain
-    answer, because = judge_gain(on, float(_paper_roupkt_ahead()["BLCA"]))
-    return Finding(ours, answer, f"decided on BLCA, {on.value:+.4f} ({interval(on)}): {because}")
+    gain = compare(evidence.results[evidence.results["dataset"] == "BLCA"], "roupkt", "steph").gain
+    answer, because = judge_gain(gain, float(_paper_roupkt_ahead()["BLCA"]))
+    return Finding(ours, answer, f"decided on BLCA, {gain.value:+.4f} ({interval(gain)}): {because}")
 
 
 def _sources_used(evidence: Evidence, target: str, sources: Sequence[str], below: float) -> Finding:
@@ -200,18 +195,16 @@ def _sources_used(evidence: Evidence, target: str, sources: Sequence[str], below
 
 
 def _cohort(evidence: Evidence) -> Finding:
-    table = evidence.analysis("cohort", "the cohort was not counted.")
-    known = table[table["paper_patients"].notna()]
-    columns = ["patients", "slides", "survival_rate_pct"]
-    same = sum(int((known[c] == known[f"paper_{c}"]).sum()) for c in columns)
+    """Table S1, number by number."""
+    table = evidence.analysis("cohort", "the cohort was not counted.").dropna(subset="paper_patients")
+    same = sum(int((table[c] == table[f"paper_{c}"]).sum()) for c in ("patients", "slides", "survival_rate_pct"))
     total = 3 * len(paper_table("table_s1_datasets"))
+    ours = f"{same} of {total} numbers; {table['patients'].sum():,} patients, {table['slides'].sum():,} slides"
     if evidence.study.synthetic:
-        answer, because = "unclear", f"it is made at {evidence.study.synthetic.scale:g} of the size, on purpose"
-    else:
-        answer = "agrees" if same == total else "disagrees"
-        because = "patients, slides and survival rate of each data set, number by number"
-    counts = f"{int(known['patients'].sum()):,} patients, {int(known['slides'].sum()):,} slides"
-    return Finding(f"{same} of {total} numbers; {counts}", answer, because)
+        scale = evidence.study.synthetic.scale
+        return Finding(ours, "unclear", f"it is made at {scale:g} of the size, on purpose")
+    because = "patients, slides and survival rate of each data set, number by number"
+    return Finding(ours, "agrees" if same == total else "disagrees", because)
 
 
 def _paper_cohort() -> str:

@@ -21,29 +21,21 @@ def gather(bench: Workbench, results: pd.DataFrame, device: str = "cpu", precisi
     patients are not timed on a processor, which takes hours: the chapter 07_efficiency does.
     """
     study, datasets = bench.study, list(bench.study.datasets)
-    first = PAPER_TARGETS[0] if PAPER_TARGETS[0] in datasets else datasets[0]
-    epochs = timing.epoch_runs(study, first, 0, study.seed, precision)
+    targets = [name for name in PAPER_TARGETS if name in datasets]
+    first = [*targets, *datasets][0]
+    models = sar.finished_models(bench, 0, precision)
+    alone = dynamics.finished_runs(bench, [first], precision=precision, single_source=True)
     timed = study.synthetic is not None or device != "cpu"
+    epochs = timing.epoch_runs(study, first, 0, study.seed, precision) if timed else []
     return Evidence(
         study,
         results,
         cohort=cohort_tables.cohort_numbers([bench.dataset(name) for name in datasets]),
         dynamics=dynamics.by_target(bench, dynamics.finished_runs(bench, datasets, precision=precision)),
-        landscapes={
-            target: landscape.finished_landscapes(bench, target, precision=precision)
-            for target in PAPER_TARGETS
-            if target in datasets
-        },
-        trajectories=trajectory.ends(
-            bench, dynamics.finished_runs(bench, [first], precision=precision, single_source=True)
-        ),
-        alignment=_alignment(bench, precision),
+        landscapes={name: landscape.finished_landscapes(bench, name, precision=precision) for name in targets},
+        trajectories=trajectory.ends(bench, alone),
+        alignment=sar.attention_against_embedding(sar.every_pair(bench, models, study.seed)) if models else None,
         operations=operations.counted(bench),
-        epochs=timing.epoch_times(bench, epochs, device) if timed else None,
+        epochs=timing.epoch_times(bench, epochs, device) if epochs else None,
         attention=attention.measured(bench, attention.finished_runs(bench, [0], study.seed, precision), device),
     )
-
-
-def _alignment(bench: Workbench, precision: str) -> pd.DataFrame | None:
-    by_target = sar.finished_models(bench, 0, precision)
-    return sar.attention_against_embedding(sar.every_pair(bench, by_target, bench.study.seed)) if by_target else None

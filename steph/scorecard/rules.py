@@ -34,13 +34,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What claims are judged on.
+    """What claims are judged on; what is missing decides nothing.
 
-    results: of one seed. cohort: of `cohort_tables.cohort_numbers`. dynamics: by target, the course of w and lambda
-    over several starts (`dynamics.dynamics`). landscapes: by target and source (`landscape.finished_landscapes`).
-    trajectories: `trajectory.ends`. alignment: `sar.attention_against_embedding`. operations:
-    `operations.counted`. epochs: `timing.epoch_times`. attention: `attention.measured`. What is missing
-    decides nothing.
+    results: of one seed. cohort: of `cohort_tables.cohort_numbers`. dynamics: of `dynamics.by_target`. landscapes: of
+    `landscape.finished_landscapes`, by target. trajectories: of `trajectory.ends`. alignment: of
+    `sar.attention_against_embedding`. operations: of `operations.counted`. epochs: of `timing.epoch_times`. attention:
+    of `attention.measured`.
     """
 
     study: Study
@@ -76,8 +75,8 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Rule:
-    """How claims of one kind are decided. check: our numbers, from the evidence and a claim's arguments. paper: the
-    paper's number as text, from its own tables, where it has one."""
+    """How claims of one kind are decided. check: our numbers, from the evidence and a claim's arguments; raises
+    `Refused` where the evidence cannot say anything. paper: the paper's number as text, from its own tables."""
 
     check: Callable[..., Finding]
     paper: Callable[..., str] | None = None
@@ -101,7 +100,7 @@ class Claim:
         return self.rule.paper(*self.arguments) if self.rule.paper else self.printed
 
     def check(self, evidence: Evidence) -> Finding:
-        """What our records say; raises `Refused` where they cannot say anything."""
+        """What our records say."""
         return self.rule.check(evidence, *self.arguments)
 
 
@@ -116,9 +115,8 @@ def verdict(claim: Claim, evidence: Evidence) -> dict[str, str]:
     except Refused as reason:
         finding = Finding("—", "unclear", str(reason))
     decided, why = VERDICTS[finding.answer], finding.because
-    limits = evidence.limits if claim.needs_cohort else ""
-    if limits:
-        decided, why = UNDECIDED, f"{limits}; here {POINTS[finding.answer]}: {why}"
+    if claim.needs_cohort and evidence.limits:
+        decided, why = UNDECIDED, f"{evidence.limits}; here {POINTS[finding.answer]}: {why}"
     return {
         "id": claim.id, "section": claim.section, "claim": claim.text, "paper": claim.paper(), "ours": finding.ours,
         "points": POINTS[finding.answer], "verdict": decided, "why": why,

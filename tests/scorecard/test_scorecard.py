@@ -13,8 +13,8 @@ from steph.analysis.cost import operations
 from steph.analysis.mixing.landscape import grid
 from steph.analysis.performance.estimates import Estimate
 from steph.data.manifest import Study, load_study
-from steph.scorecard import NOT_REPRODUCED, REPRODUCED, UNDECIDED, Evidence
-from steph.scorecard.claims import RULES
+from steph.scorecard import NOT_REPRODUCED, REPRODUCED, RULES, UNDECIDED, Evidence
+from steph.scorecard.rules import Finding, judge_gain, judge_wins
 from steph.study import paper, plan, run_all
 from tests.helpers.made_results import DATASETS, frame, shifted
 
@@ -32,7 +32,7 @@ from tests.helpers.made_results import DATASETS, frame, shifted
     ],
 )
 def test_the_rule_for_gains(gain, answer):
-    assert scorecard.judge_gain(gain, paper=0.0342)[0] == answer
+    assert judge_gain(gain, paper=0.0342)[0] == answer
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_the_rule_for_gains(gain, answer):
     ],
 )
 def test_the_rule_for_counts(wins, answer):
-    assert scorecard.judge_wins(wins, 13, paper=12)[0] == answer
+    assert judge_wins(wins, 13, paper=12)[0] == answer
 
 
 TCGA = load_study("tcga")
@@ -56,7 +56,7 @@ def card(table: pd.DataFrame, study: Study = TCGA, **analyses: object) -> pd.Dat
     return scorecard.scorecard(Evidence(study, table, **analyses)).set_index("id")
 
 
-def check(name: str, study: Study = TCGA, table: pd.DataFrame | None = None, **analyses: object) -> scorecard.Finding:
+def check(name: str, study: Study = TCGA, table: pd.DataFrame | None = None, **analyses: object) -> Finding:
     return CLAIMS[name].check(Evidence(study, shifted(0) if table is None else table, **analyses))
 
 
