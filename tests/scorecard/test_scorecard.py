@@ -60,12 +60,6 @@ def check(name: str, study: Study = TCGA, table: pd.DataFrame | None = None, **a
     return CLAIMS[name].check(Evidence(study, shifted(0) if table is None else table, **analyses))
 
 
-def test_on_tcga_the_numbers_decide():
-    good, bad = (card(shifted(gain))["verdict"] for gain in (0.05, -0.05))
-    for claim in ("gain", "wins", "average-worse", "average-all", "over-average"):
-        assert (good[claim], bad[claim]) == (REPRODUCED, NOT_REPRODUCED), claim
-
-
 @pytest.fixture(scope="module")
 def as_printed():
     """Results that are the paper's own numbers with a little noise between folds, and with each gain reversed."""
@@ -118,6 +112,7 @@ def test_numbers_that_go_the_other_way_do_not(as_printed):
     assert set(found.index[found == REPRODUCED]) == {"parameters"}
     against = {"gain", "over-roupkt", "average-worse", "over-param-w", "hypernetwork-weights", "hypernetwork-each"}
     against |= {"networks-best", "networks-each", "wins-param-w", "wins-dense", "seconds", "seconds-sources"}
+    against |= {"wins", "average-all", "over-average"}
     assert against <= set(found.index[found == NOT_REPRODUCED])
 
 
@@ -145,10 +140,6 @@ def test_the_figure_shows_the_claims_about_one_mean_gain(as_printed):
     row = table.loc["STEPH − param. w"]
     assert row["difference"] == pytest.approx(row["paper"]) and row["low"] < row["difference"] < row["high"]
     assert len(table) == sum(claim.rule is RULES["gain"] for claim in scorecard.CLAIMS) == 10
-
-
-def test_a_small_gain_is_not_interpreted_however_sure():
-    assert card(shifted(0.015, 0.001)).loc["gain", "verdict"] == UNDECIDED
 
 
 @pytest.mark.parametrize(
@@ -187,15 +178,15 @@ def test_the_cohort_claim_compares_all_39_numbers():
     assert found.answer == "disagrees" and found.ours.startswith("38 of 39")
 
 
-def test_sources_used_asks_for_several_starts():
-    def answer(*used: bool) -> str:
-        names = ("KIPAN", "COADREAD", "BLCA", "SARC")
-        rows = [(seed, 2, name, 0.5, 0.1 if hit else 0.9) for seed, hit in enumerate(used) for name in names]
-        course = pd.DataFrame(rows, columns=["seed", "epoch", "source", "w", "lambda"])
-        return check("sources-BRCA", dynamics={"BRCA": course}).answer
-
-    assert [answer(*[True] * 4), answer(*[False] * 4), answer(True, False, False)] == ["agrees", "disagrees", "unclear"]
-    assert answer(True) == "unclear"
+@pytest.mark.parametrize(
+    ("used", "answer"),
+    [([1] * 4, "agrees"), ([0] * 4, "disagrees"), ([1, 0, 0], "unclear"), ([1], "unclear")],
+)
+def test_sources_used_asks_for_several_starts(used, answer):
+    names = ("KIPAN", "COADREAD", "BLCA", "SARC")
+    rows = [(seed, 2, name, 0.5, 0.1 if hit else 0.9) for seed, hit in enumerate(used) for name in names]
+    course = pd.DataFrame(rows, columns=["seed", "epoch", "source", "w", "lambda"])
+    assert check("sources-BRCA", dynamics={"BRCA": course}).answer == answer
     assert "not run on BRCA" in card(shifted(0)).loc["sources-BRCA", "why"]
 
 
@@ -249,25 +240,20 @@ def test_the_lambda_of_blca_is_looked_for_on_blca():
 
 
 def test_trainings_that_step_into_less_loss_are_counted():
-    def ended(lower: int) -> pd.DataFrame:
-        return pd.DataFrame({"steps_in": [i < lower for i in range(6)], "first_loss": 1.0, "last_loss": 0.5})
-
-    assert [check("trajectory", trajectories=ended(n)).answer for n in (5, 3, 1)] == ["agrees", "unclear", "disagrees"]
+    for lower, answer in ((5, "agrees"), (3, "unclear"), (1, "disagrees")):
+        ended = pd.DataFrame({"steps_in": [i < lower for i in range(6)], "first_loss": 1.0, "last_loss": 0.5})
+        assert check("trajectory", trajectories=ended).answer == answer
     with pytest.raises(Refused, match="not trained on pairs"):
         check("trajectory", trajectories=pd.DataFrame())
 
 
 def test_alignment_is_read_by_the_released_rule_beside_a_source_that_shares_nothing():
-    def table(wins: int) -> pd.DataFrame:
-        rows = [
-            (rule, what, 0.9, 0.6, n, 12)
-            for rule, n in (("released", wins), ("paper", 0))
-            for what in ("at", "rotated")
-        ]
-        return pd.DataFrame(rows, columns=["rule", "quantity", "attention", "embedding", "wins", "pairs"])
-
-    assert [check("alignment", alignment=table(n)).answer for n in (12, 7, 2)] == ["agrees", "unclear", "disagrees"]
-    assert "With a rotated source: 0.90, 0.60" in check("alignment", alignment=table(12)).ours
+    columns = ["rule", "quantity", "attention", "embedding", "wins", "pairs"]
+    for wins, answer in ((12, "agrees"), (7, "unclear"), (2, "disagrees")):
+        rules = product((("released", wins), ("paper", 0)), ("at", "rotated"))
+        table = pd.DataFrame([(rule, what, 0.9, 0.6, n, 12) for (rule, n), what in rules], columns=columns)
+        found = check("alignment", alignment=table)
+        assert found.answer == answer and "With a rotated source: 0.90, 0.60" in found.ours
 
 
 def test_operations_are_counted_not_taken_from_the_paper():
@@ -283,17 +269,13 @@ def test_operations_are_counted_not_taken_from_the_paper():
 
 
 def test_attention_needs_somebody_who_knows_the_tumour():
-    def table(more: float) -> pd.DataFrame:
-        rows = [
-            (f"D{d}", f"P{d}{i}", method, 0.6 + 0.01 * d + gain, 0.3, 0)
-            for d, i, (method, gain) in product(range(5), range(3), (("vanilla", 0), ("steph", more)))
-        ]
-        columns = ["dataset", "patient_id", "method", "auc", "times_border", "fold"]
-        return pd.DataFrame(rows, columns=columns)
-
-    answers = [check("attention-tumour", attention=table(more)).answer for more in (0.2, 0.0, -0.2)]
-    assert answers == ["agrees", "unclear", "disagrees"]
-    assert check("attention-border", attention=table(0.0)).answer == "unclear"
+    columns = ["dataset", "patient_id", "method", "auc", "times_border", "fold"]
+    for more, answer in ((0.2, "agrees"), (0.0, "unclear"), (-0.2, "disagrees")):
+        patients = product(range(5), range(3), (("vanilla", 0), ("steph", more)))
+        rows = [(f"D{d}", f"P{d}{i}", m, 0.6 + 0.01 * d + gain, 0.3, 0) for d, i, (m, gain) in patients]
+        table = pd.DataFrame(rows, columns=columns)
+        assert check("attention-tumour", attention=table).answer == answer
+        assert check("attention-border", attention=table).answer == "unclear"
     with pytest.raises(Refused, match="nobody has marked the tumour"):
         check("attention-tumour", attention=pd.DataFrame())
 
