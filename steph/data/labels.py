@@ -24,19 +24,19 @@ FROZEN = rf"{BARCODE}-\d{{2}}[A-Z]-\d{{2}}-[TBM]S"  # top, bottom, middle sectio
 
 
 def build_labels(study: Study, cdr: Path, slides: Path, out: Path) -> pd.DataFrame:
-    """Write ``<out>/<data set>.csv`` (columns of `steph.data.cohort`, by patient, then slide) for a study's data sets.
+    """Write ``<out>/<data set>.csv`` (columns of `steph.data.cohort`, by patient, then slide) for a study's data sets;
+    a data set that none of the slides belongs to gets no file.
 
-    cdr: TCGA-CDR as CSV or xlsx. slides: see `read_slides`. A data set that none of the slides belongs to gets no file.
-
-    Returns one row per data set: dataset, patients, slides, events, survival_rate_pct (patients without an event),
-    slides_dropped (slides of its projects that got no label), the manifest's numbers as expected_patients,
-    expected_slides, expected_survival_rate_pct, and `matches` (all three agree; missing where the manifest has
-    none). ``.attrs["dropped"]`` counts the dropped slides by reason; `label_slides` tells which.
+    cdr: TCGA-CDR as CSV or xlsx. slides: see `read_slides`. Returns one row per data set: dataset, patients, slides,
+    events, survival_rate_pct (patients without an event), slides_dropped (slides of its projects without a label), the
+    manifest's numbers as expected_patients, expected_slides, expected_survival_rate_pct, and `matches` (all three
+    agree; missing where the manifest has none). ``.attrs["dropped"]`` counts the dropped slides by reason.
     Raises `Refused` as `label_slides` does, and where no slide at all gets a label.
     """
-    matched = label_slides(study, cdr, slides)
-    reasons = matched.loc[matched["dropped"] != "", "dropped"].value_counts().to_dict()
-    if sum(reasons.values()) == len(matched):
+    matched = label_slides(study, cdr, slides).sort_values(["patient_id", "slide_id"])
+    dropped = matched["dropped"] != ""
+    reasons = matched.loc[dropped, "dropped"].value_counts().to_dict()
+    if dropped.all():
         raise Refused(
             f"none of the {len(matched)} slides of {slides} gets a label from {cdr} in study {study.name}: "
             f"{'; '.join(f'{reason}: {n}' for reason, n in reasons.items())}. "
@@ -45,30 +45,35 @@ def build_labels(study: Study, cdr: Path, slides: Path, out: Path) -> pd.DataFra
     # All data sets are checked before the first is written, so a refusal leaves no half of the labels behind.
     cohorts, rows = [], []
     for name, entry in study.datasets.items():
-        of_projects = matched[matched["project"].isin(entry.projects)].sort_values(["patient_id", "slide_id"])
-        labelled = of_projects[of_projects["dropped"] == ""]
+        of_projects = matched["project"].isin(entry.projects)
+        labelled = matched[of_projects & ~dropped]
         if len(labelled):
             cohorts.append(cohort_from(labelled, name, f"{cdr} with {slides}"))
         events = labelled.drop_duplicates("patient_id")["event"]
-        counts = (len(events), len(labelled), round(100 * (1 - events.mean()), 1))
-        expected = (entry.patients, entry.slides, entry.survival_rate_pct)
-        matches = None if None in expected else counts == expected
-        rows.append((name, *counts, int(events.sum()), len(of_projects) - len(labelled), *expected, matches))
+        row = {
+            "dataset": name,
+            "patients": len(events),
+            "slides": len(labelled),
+            "events": int(events.sum()),
+            "survival_rate_pct": round(100 * (1 - events.mean()), 1),
+            "slides_dropped": int((of_projects & dropped).sum()),
+        }
+        expected = entry.model_dump(include={"patients", "slides", "survival_rate_pct"})
+        matches = None if None in expected.values() else all(row[key] == value for key, value in expected.items())
+        rows.append(row | {f"expected_{key}": value for key, value in expected.items()} | {"matches": matches})
     for cohort in cohorts:
         write_cohort(cohort, out / f"{cohort.dataset}.csv")
-    counted = ["patients", "slides", "survival_rate_pct"]
-    names = ["dataset", *counted, "events", "slides_dropped", *(f"expected_{name}" for name in counted), "matches"]
-    summary = pd.DataFrame(rows, columns=names)
-    summary.insert(3, "events", summary.pop("events"))
+    summary = pd.DataFrame(rows).astype(
+        {"expected_patients": "Int64", "expected_slides": "Int64", "matches": "boolean"}
+    )
     summary.attrs["dropped"] = reasons
-    return summary.astype({"expected_patients": "Int64", "expected_slides": "Int64", "matches": "boolean"})
+    return summary
 
 
 def label_slides(study: Study, cdr: Path, slides: Path) -> pd.DataFrame:
-    """One row per listed slide: slide_id, patient_id, project, time_days, event (1 = event), dropped.
+    """One row per listed slide: slide_id, patient_id, project, time_days, event (1 = event), dropped: empty for a slide
+    with a label in the study, else the reason. Time 0 and redacted rows of TCGA-CDR are kept.
 
-    dropped is empty for a slide with a label in the study, else the reason: a frozen section, a patient that is not in
-    TCGA-CDR, a project that is not in the study, an unknown endpoint. Time 0 and redacted rows of TCGA-CDR are kept.
     Raises `Refused` as `read_outcomes` and `read_slides` do, and where the slide list's project contradicts TCGA-CDR's.
     """
     outcomes = read_outcomes(cdr, study.endpoint.name)
@@ -98,7 +103,17 @@ def read_outcomes(cdr: Path, endpoint: str) -> pd.DataFrame:
     Raises `Refused` for a missing or unreadable file, missing columns, an event that is not 0 or 1, a time that is no
     number or negative, and a patient who stands twice with different outcomes.
     """
-    table = _read_cdr(cdr)
+    if not cdr.is_file():
+        raise Refused(f"no TCGA-CDR table at {cdr}. `steph data list --study tcga` tells where it can be had.")
+    if cdr.suffix.lower() == ".xlsx":
+        try:
+            table = pd.read_excel(cdr, sheet_name=SHEET, dtype=str, engine="openpyxl")
+        except Exception as error:  # A damaged file makes zip, XML and openpyxl raise nearly anything.
+            expected = "Expected TCGA-CDR-SupplementalTableS1.xlsx; if it is that, download it again."
+            raise Refused(f"{cdr}: no sheet {SHEET} that can be read ({error}). {expected}") from None
+    else:
+        table = read_csv(cdr)
+        table = table.mask(table.isin(MISSING))
     names = {"bcr_patient_barcode": "patient_id", "type": "project", endpoint: "event", f"{endpoint}.time": "time_days"}
     missing = [name for name in names if name not in table.columns]
     if missing:
@@ -111,18 +126,16 @@ def read_outcomes(cdr: Path, endpoint: str) -> pd.DataFrame:
     if len(nameless):
         rows = shortened([str(row + 2) for row in nameless])
         raise Refused(f"{cdr}: no bcr_patient_barcode or no type in row(s) {rows}.")
-    for column, name, expected in (
-        ("event", endpoint, "1 (event), 0 (censored)"),
-        ("time_days", f"{endpoint}.time", "days, 0 or more,"),
+    numbers = table[["event", "time_days"]].apply(pd.to_numeric, errors="coerce")
+    for column, valid, expected in (
+        ("event", numbers["event"].isin([0, 1]), f"{endpoint} is not 1 (event), 0 (censored)"),
+        ("time_days", numbers["time_days"].between(0, 1e6), f"{endpoint}.time is not days, 0 or more,"),
     ):
-        numbers = pd.to_numeric(table[column], errors="coerce")
-        valid = numbers.isin([0, 1]) if column == "event" else numbers.between(0, 1e6)
         bad = table[table[column].notna() & ~valid]
         if len(bad):
             values = shortened([f"{patient} {value!r}" for patient, value in bad[["patient_id", column]].to_numpy()])
-            raise Refused(f"{cdr}: {len(bad)} row(s) whose {name} is not {expected} or empty: {values}.")
-        table[column] = numbers
-    table = table.drop_duplicates()
+            raise Refused(f"{cdr}: {len(bad)} row(s) whose {expected} or empty: {values}.")
+    table = table.assign(**numbers).drop_duplicates()
     twice = table.loc[table["patient_id"].duplicated(), "patient_id"].unique()
     if len(twice):
         raise Refused(f"{cdr}: {len(twice)} patient(s) with several, different rows: {shortened(list(twice))}.")
@@ -133,9 +146,8 @@ def read_slides(path: Path) -> pd.DataFrame:
     """The slide list, in its order: slide_id, project (as the list says it, else "").
 
     path: a text file with a slide id, a file name or a path per line; a CSV with a column slide_id or pathology_id and
-    perhaps project; or a folder of feature files, searched with its subfolders. ``.h5``, ``.pt`` and ``.svs`` are cut
-    off. Raises `Refused` for a missing, unreadable or empty list, identifiers that are no TCGA barcodes, and a slide
-    that stands twice.
+    perhaps project; or a folder of feature files, searched with its subfolders. Raises `Refused` for a missing,
+    unreadable or empty list, identifiers that are no TCGA barcodes, and a slide that stands twice.
     """
     if path.is_dir():
         table = pd.DataFrame({"slide_id": list(find_slides([path]))}, dtype=str)
@@ -146,10 +158,7 @@ def read_slides(path: Path) -> pd.DataFrame:
         if list(table.columns).count("slide_id") != 1:
             raise Refused(f"{path}: expected one column slide_id (or pathology_id); found {', '.join(table.columns)}.")
     else:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise Refused(f"{path} is no text: {error}. Expected one slide per line.") from None
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         table = pd.DataFrame({"slide_id": [line for line in lines if line.strip()]}, dtype=str)
     if table.empty:
         raise Refused(f"{path} lists no slides. Expected a slide per line, or .h5 / .pt files in a folder.")
@@ -161,22 +170,7 @@ def read_slides(path: Path) -> pd.DataFrame:
             f"{path}: {len(strange)} of {len(ids)} entries are no TCGA barcodes: {shortened(strange)}. Expected "
             "names like TCGA-3C-AALI-01Z-00-DX1.<UUID>. A cohort of your own needs no TCGA-CDR: write its label table."
         )
-    twice = ids[ids.duplicated()].unique()
-    if len(twice):
-        raise Refused(f"{path}: {len(twice)} slide(s) stand twice: {shortened(list(twice))}. Keep one of each.")
+    twice = list(ids[ids.duplicated()].unique())
+    if twice:
+        raise Refused(f"{path}: {len(twice)} slide(s) stand twice: {shortened(twice)}. Keep one of each.")
     return pd.DataFrame({"slide_id": ids, "project": table["project"].str.strip() if "project" in table else ""})
-
-
-def _read_cdr(path: Path) -> pd.DataFrame:
-    """The table as text; what is missing (empty or #N/A) is missing."""
-    if not path.is_file():
-        raise Refused(f"no TCGA-CDR table at {path}. `steph data list --study tcga` tells where it can be had.")
-    if path.suffix.lower() != ".xlsx":
-        table = read_csv(path)
-        return table.mask(table.isin(MISSING))
-    try:
-        return pd.read_excel(path, sheet_name=SHEET, dtype=str, engine="openpyxl")
-    except ValueError as error:
-        raise Refused(f"{path}: no sheet {SHEET} ({error}). Expected TCGA-CDR-SupplementalTableS1.xlsx.") from None
-    except Exception as error:  # A damaged file makes zip, XML and openpyxl raise nearly anything.
-        raise Refused(f"{path} is not a readable xlsx file ({error}). Download it again.") from None
