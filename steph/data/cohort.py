@@ -19,6 +19,7 @@ from steph.files.tables import read_csv, write_csv
 COLUMNS = ["patient_id", "slide_id", "project", "time_days", "event"]
 RELEASED_NAMES = {"pathology_id": "slide_id", "t": "time_days", "e": "event"}
 """Column names of the authors' tables, and ours."""
+EVENTS = {"1": True, "0": False, "1.0": True, "0.0": False, "true": True, "false": False}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +45,7 @@ class Cohort:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the table's content."""
-        rows = self.slides[COLUMNS].astype({"time_days": float, "event": bool})
-        return fingerprint(rows.to_numpy(dtype=object).tolist())
+        return fingerprint(self.slides.to_numpy(dtype=object).tolist())
 
     def __len__(self) -> int:
         return len(self.patients)
@@ -74,39 +74,34 @@ def cohort_from(table: pd.DataFrame, dataset: str, where: str) -> Cohort:
     if table.empty:
         raise Refused(f"{where}: the table has no rows.")
     table = table[COLUMNS].reset_index(drop=True)
-    for column in ("patient_id", "slide_id"):
-        table[column] = table[column].astype(str).str.strip()
-        _refuse(table[column].isin(["", "nan"]), table, where, f"no {column}")
-    _refuse(table["slide_id"].duplicated(keep=False), table, where, "a slide that stands twice; keep one row per slide")
-    _refuse(
-        ~table["slide_id"].str.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*"), table, where,
-        "a slide_id that cannot be a file name; letters, digits, '.', '_' and '-' are allowed",
-    )  # fmt: skip
-    time = pd.to_numeric(table["time_days"], errors="coerce")
-    _refuse(~np.isfinite(time), table, where, "a missing or unreadable time_days; remove the patient or find the time")
-    _refuse(time < 0, table, where, "a negative time_days")
-    event = table["event"].astype(str).str.strip().str.lower().map(
-        {"1": True, "0": False, "1.0": True, "0.0": False, "true": True, "false": False}
-    )  # fmt: skip
-    _refuse(event.isna(), table, where, "an event that is neither 1 (died of the disease) nor 0 (censored)")
-    table = table.assign(time_days=time.astype(float), event=event.astype(bool))
-    labels = table.groupby("patient_id")[["time_days", "event"]].nunique().max(axis=1)
-    contradictory = table["patient_id"].isin(labels.index[labels > 1])
-    _refuse(contradictory, table, where, "a patient with two different labels; one time and event per patient")
-    return Cohort(dataset, table)
+    ids = table[["patient_id", "slide_id"]].apply(lambda column: column.astype(str).str.strip())
+    time = pd.to_numeric(table["time_days"], errors="coerce").astype(float)
+    event = table["event"].astype(str).str.strip().str.lower().map(EVENTS)
+    labels = pd.DataFrame({"time_days": time, "event": event}).groupby(ids["patient_id"]).nunique().max(axis=1)
+    table = table.assign(**ids)
+    for bad, what in (
+        (ids["patient_id"].isin(["", "nan"]), "no patient_id"),
+        (ids["slide_id"].isin(["", "nan"]), "no slide_id"),
+        (ids["slide_id"].duplicated(keep=False), "a slide that stands twice; keep one row per slide"),
+        (
+            ~ids["slide_id"].str.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*"),
+            "a slide_id that cannot be a file name; letters, digits, '.', '_' and '-' are allowed",
+        ),
+        (~np.isfinite(time), "a missing or unreadable time_days; remove the patient or find the time"),
+        (time < 0, "a negative time_days"),
+        (event.isna(), "an event that is neither 1 (died of the disease) nor 0 (censored)"),
+        (
+            ids["patient_id"].isin(labels.index[labels > 1]),
+            "a patient with two different labels; one time and event per patient",
+        ),
+    ):
+        if bad.any():
+            rows = table[bad].head().to_dict("index").items()  # row 2 is the first below the header
+            listed = [f"\n  row {i + 2}: {', '.join(f'{k}={v}' for k, v in row.items())}" for i, row in rows]
+            raise Refused(f"{where}: {int(bad.sum())} row(s) with {what}:{''.join(listed)}")
+    return Cohort(dataset, table.assign(time_days=time, event=event.astype(bool)))
 
 
 def write_cohort(cohort: Cohort, path: Path) -> None:
     """Write a cohort's table, atomically and with its checksum (`steph.files.tables.write_csv`)."""
     write_csv(cohort.slides.assign(event=cohort.slides["event"].astype(int)), path)
-
-
-def _refuse(bad: pd.Series, table: pd.DataFrame, where: str, what: str) -> None:
-    """Raise `Refused` with the first rows where `bad` holds (row 2 is the first below the header)."""
-    if bad.any():
-        rows = table[bad].head(5)
-        listed = "\n".join(
-            f"  row {i + 2}: {', '.join(f'{k}={v}' for k, v in row.items())}"
-            for i, row in zip(rows.index, rows.to_dict("records"), strict=True)
-        )
-        raise Refused(f"{where}: {int(bad.sum())} row(s) with {what}:\n{listed}")

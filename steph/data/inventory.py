@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
@@ -11,7 +11,7 @@ from steph.data.archives import is_archive, unpacked
 from steph.data.cohort import read_cohort
 from steph.data.dataset import feature_folders
 from steph.data.features import find_slides
-from steph.data.fetch import is_like, names_of
+from steph.data.fetch import names_of
 from steph.data.manifest import Study
 from steph.files.atomic import in_words
 
@@ -19,16 +19,20 @@ from steph.files.atomic import in_words
 def inventory(study: Study) -> pd.DataFrame:
     """A row per data set, as text: dataset, projects, labels, archives, features, store, size; "-" where nothing is.
 
-    Files are counted and measured, not read; `steph data check` reads them.
+    Files are counted and measured, not read; `steph data check` reads them. Downloads that are not finished are counted
+    with the archives.
     """
     return pd.DataFrame([_row(study, name) for name in study.datasets]).replace("", "-")
 
 
 def _row(study: Study, name: str) -> dict[str, str]:
     labels, store = study.data / "labels" / f"{name}.csv", study.data / "stores" / f"{name}.h5"
-    archives, folders = _archives(study, name), feature_folders(study, name)
-    begun = sum(path.suffix == ".part" for path in archives)
-    counts = {f"{len(archives) - begun}": len(archives) - begun, f"{begun} begun": begun}
+    projects, root, folders = study.entry(name).projects, study.data / "features", feature_folders(study, name)
+    sources = [source for source in study.sources if source.provides == "features"]
+    names = [PurePosixPath(file) for source in sources for p in projects for file in names_of(source, p, name)]
+    archives = {path for file in names for path in root.glob(str(file)) if is_archive(path.name)}
+    begun = {path for file in names for path in root.glob(str(file.with_name(f".{file.name}.*.part")))}
+    counts = {f"{len(archives)}": archives, f"{len(begun)} begun": begun}
     try:
         patients = f"{len(read_cohort(labels, name))} patients" if labels.is_file() else ""
     except Refused:
@@ -40,26 +44,15 @@ def _row(study: Study, name: str) -> dict[str, str]:
         features = f"{len(slides)} slides" + (f", {lost} lost" if lost else "") if slides or lost else ""
     except Refused:
         features = "unusable"
-    n_bytes = sum(path.stat().st_size for path in (labels, store, *archives, *slides.values()) if path.is_file())
+    n_bytes = sum(
+        path.stat().st_size for path in (labels, store, *archives, *begun, *slides.values()) if path.is_file()
+    )
     return {
         "dataset": name,
-        "projects": " + ".join(study.entry(name).projects),
+        "projects": " + ".join(projects),
         "labels": patients,
-        "archives": ", ".join(text for text, n in counts.items() if n),
+        "archives": ", ".join(text for text, paths in counts.items() if paths),
         "features": features,
         "store": in_words(store.stat().st_size) if store.is_file() else "",
         "size": in_words(n_bytes) if n_bytes else "",
     }
-
-
-def _archives(study: Study, name: str) -> list[Path]:
-    """Archives of a data set that lie there, and downloads of them that are not finished (.NAME.<checksum>.part)."""
-    root, archives = study.data / "features", set[Path]()
-    for source in study.sources:
-        for project in study.entry(name).projects if source.provides == "features" else ():
-            patterns = names_of(source, project, name)
-            for path in {path for pattern in patterns for path in (root / pattern).parent.glob("*") if path.is_file()}:
-                full = path.with_name(path.name[1:].rsplit(".", 2)[0]) if path.suffix == ".part" else path
-                if is_archive(full.name) and is_like(full.relative_to(root).as_posix(), patterns):
-                    archives.add(path)
-    return list(archives)
