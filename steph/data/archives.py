@@ -6,30 +6,25 @@ elsewhere, has the whole archive refused. What was unpacked is written down in t
 
 from __future__ import annotations
 
-import shutil
+import re
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from steph import Refused
-from steph.files.atomic import atomic_folder, temporaries
+from steph.files.atomic import atomic_folder
+from steph.files.lock import exclusive
 from steph.files.records import read_json, write_json
 
-ENDINGS = (".tar.gz", ".tgz", ".tar")
 RECORD = "unpacked.json"
 """In an unpacked folder: where it came from, and each file's size in bytes."""
 
 
-def is_archive(name: str) -> bool:
-    """Is this the file name of an archive that `unpack` opens?"""
-    return name.lower().endswith(ENDINGS)
-
-
-def folder_of(archive: Path) -> Path:
-    """Where an archive is unpacked to: its own path without the ending."""
-    ending = next(ending for ending in ENDINGS if archive.name.lower().endswith(ending))
-    return archive.with_name(archive.name[: -len(ending)])
+def folder_of(path: Path) -> Path | None:
+    """Where an archive is unpacked to: its own path without the ending. None for a file that is no archive."""
+    ending = re.search(r"(?<=.)\.(tar\.gz|tgz|tar)$", path.name, re.IGNORECASE)
+    return path.with_name(path.name[: ending.start()]) if ending else None
 
 
 def safe_name(name: str, where: str) -> PurePosixPath:
@@ -45,8 +40,7 @@ def safe_name(name: str, where: str) -> PurePosixPath:
 
 def unpack(archive: Path, folder: Path, name: str, record: Mapping[str, Any]) -> int:
     """Unpack an archive, called `name` at its source, into `folder`, which appears at the end, whole, in place of one
-    that is there. Returns how many files it holds. record: what is known of its origin, kept in `RECORD`. Nobody else
-    may unpack it meanwhile.
+    that is there. Returns how many files it holds. record: what is known of its origin, kept in `RECORD`.
 
     Raises `Refused` for an archive that cannot be read or holds no files, and members that are no plain files or lead
     elsewhere, `DiskFull` for a full disk; nothing of it is left then.
@@ -61,9 +55,7 @@ def unpack(archive: Path, folder: Path, name: str, record: Mapping[str, Any]) ->
             )
         return tarfile.data_filter(member, target)
 
-    for leftover in temporaries(folder):
-        shutil.rmtree(leftover)
-    with atomic_folder(folder, replace=lambda: True) as new:
+    with exclusive(folder), atomic_folder(folder, replace=lambda: True) as new:
         try:
             with tarfile.open(archive, "r:*") as tape:
                 tape.extractall(new, filter=plain)

@@ -96,8 +96,8 @@ def cohort_from(table: pd.DataFrame, dataset: str, where: str) -> Cohort:
         ),
     ):
         if bad.any():
-            rows = table[bad].head().to_dict("index").items()  # row 2 is the first below the header
-            listed = [f"\n  row {i + 2}: {', '.join(f'{k}={v}' for k, v in row.items())}" for i, row in rows]
+            rows = table.set_axis(table.index + 2)[bad.to_numpy()].head()  # row 2 is the first below the header
+            listed = [f"\n  row {i}: {', '.join(f'{k}={v}' for k, v in row.items())}" for i, row in rows.iterrows()]
             raise Refused(f"{where}: {int(bad.sum())} row(s) with {what}:{''.join(listed)}")
     return Cohort(dataset, table.assign(time_days=time, event=event.astype(bool)))
 

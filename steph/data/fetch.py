@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from steph import Refused
-from steph.data.archives import folder_of, is_archive, safe_name, unpack, unpacked
+from steph.data.archives import folder_of, safe_name, unpack, unpacked
 from steph.data.features import check_slides, find_slides, problems_message
 from steph.data.manifest import Features, Source, Study
 from steph.files.atomic import DiskFull, disk_errors, refuse_full_disk
@@ -39,20 +39,19 @@ KEPT = "What has arrived is kept; the same command goes on from there."
 
 @dataclass(frozen=True, eq=False, repr=False)  # the headers hold the user's token
 class Item:
-    """A file of a source. checksum: "md5:...", "sha256:..." or "git:...". path: where it is downloaded to."""
+    """A file of a source. checksum: "md5:...", "sha256:..." or "git:...". path: where it would lie as it is there."""
 
     source: Source
     url: str
     size: int
     checksum: str
-    revision: str
     headers: dict[str, str]
     path: Path
 
     @property
     def target(self) -> Path:
         """The file at the end; of an archive, the folder that it is unpacked to."""
-        return folder_of(self.path) if is_archive(self.path.name) else self.path
+        return folder_of(self.path) or self.path
 
     @property
     def part(self) -> Path:
@@ -106,15 +105,14 @@ def fetch(
 
 def sources(study: Study, kinds: Sequence[str] | None = None) -> list[Source]:
     """The sources of a study that can be fetched. Raises `Refused` for a kind that it has no source of."""
-    usable = [source for source in study.sources if source.provides in KINDS and source.files]
-    chosen = [source for source in usable if source.provides in (kinds or KINDS)]
-    lacking = [kind for kind in kinds or () if kind not in {source.provides for source in chosen}]
+    chosen = [source for source in study.sources if source.provides in KINDS and source.files]
+    lacking = set(kinds or ()) - {source.provides for source in chosen}
     if lacking or not chosen:
         raise Refused(
-            f"the manifest of study {study.name} names no source of {' or '.join(lacking or KINDS)} (`sources`, with "
-            f"`files`); it may name sources of {', '.join(KINDS)}."
+            f"the manifest of study {study.name} names no source of {' or '.join(sorted(lacking or KINDS))} "
+            f"(`sources`, with `files`); it may name sources of {', '.join(KINDS)}."
         )
-    return chosen
+    return [source for source in chosen if source.provides in (kinds or KINDS)]
 
 
 def _items(study: Study, source: Source, names: list[str], root: Path) -> list[Item]:
@@ -130,7 +128,7 @@ def _items(study: Study, source: Source, names: list[str], root: Path) -> list[I
         raise Refused(f"{source.name}: {source.address} is no web address.")
     path = root / source.provides / safe_name(source.files[0], source.name)
     headers = {"user-agent": "steph", "accept-encoding": "identity"}
-    return [Item(source, source.address, source.size_bytes, f"md5:{source.md5}", "", headers, path)]
+    return [Item(source, source.address, source.size_bytes, f"md5:{source.md5}", headers, path)]
 
 
 def _hub_items(study: Study, source: Source, names: list[str], root: Path) -> list[Item]:
@@ -154,22 +152,23 @@ def _hub_items(study: Study, source: Source, names: list[str], root: Path) -> li
             f"{source.name}: {source.address} gave no list of files that can be read ({error!r}). Is the address "
             "right, and does a proxy or a login page stand in between?"
         ) from None
-    items: dict[str, Item] = {}
-    for name in names:
-        for project in study.entry(name).projects:
-            patterns = names_of(source, project, name)
-            files = [file for path, file in listed.items() if is_like(path, patterns)]
-            if not files:
-                raise Refused(
-                    f"{source.name}: nothing there for {project} ({name}): no file like {' or '.join(patterns)}. There "
-                    f"are: {shortened(sorted(listed), 20)}. Correct `files` of this source in the study's manifest."
-                )
-            for file in files:
-                url = hf_hub_url(repo, file.path, repo_type="dataset", revision=revision, endpoint=endpoint)
-                checksum = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
-                path = root / source.provides / safe_name(file.path, source.name)
-                items[file.path] = Item(source, url, file.size, checksum, revision, headers, path)
-    return list(items.values())
+    files: dict[str, RepoFile] = {}
+    for dataset, project in [(name, project) for name in names for project in study.entry(name).projects]:
+        patterns = names_of(source, project, dataset)
+        matching = {path: file for path, file in listed.items() if is_like(path, patterns)}
+        if not matching:
+            raise Refused(
+                f"{source.name}: nothing there for {project} ({dataset}): no file like {' or '.join(patterns)}. There "
+                f"are: {shortened(sorted(listed), 20)}. Correct `files` of this source in the study's manifest."
+            )
+        files |= matching
+    items = []
+    for name, file in files.items():
+        url = hf_hub_url(repo, name, repo_type="dataset", revision=revision, endpoint=endpoint)
+        checksum = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
+        path = root / source.provides / safe_name(name, source.name)
+        items.append(Item(source, url, file.size, checksum, headers, path))
+    return items
 
 
 def names_of(source: Source, project: str, dataset: str) -> list[str]:
@@ -215,8 +214,7 @@ def _get(item: Item, features: Features) -> str:
         archive = item.part
         if item.path.is_file():
             note = f"; {item.path}, which lay there, is not whole or not the source's and was not used"
-    origin = {"source": item.source.address, "revision": item.revision, "checksum": item.checksum}
-    n_files = unpack(archive, target, item.path.name, origin)
+    n_files = unpack(archive, target, item.path.name, {"source": item.url, "checksum": item.checksum})
     item.part.unlink(missing_ok=True)
     slides = find_slides([target])
     problems = problems_message(check_slides(slides, slides, features))
@@ -245,20 +243,21 @@ def _receive(item: Item) -> None:
 
     if _size(item.part) > item.size:
         item.part.unlink()
-    get = partial(http_get, item.url, headers=item.headers, displayed_filename=item.path.name)
     try:
         with item.part.open("ab") as file:
+            get = partial(http_get, item.url, headers=item.headers, displayed_filename=item.path.name)
             get(file, resume_size=_size(item.part), expected_size=item.size)
     except ValueError as error:  # more than 50 GB
         raise Refused(
             f"{item.path.name}: {error} Or get it with the hub's own client (`hf download`) and put it to {item.path}; "
             "then the same command unpacks it."
         ) from None
+    except (HTTPError, OfflineModeIsEnabled):
+        raise
     except OSError as error:
-        if isinstance(error, HTTPError | OfflineModeIsEnabled) or error.errno is not None:
-            raise
-        # of the client itself: another size than expected
-        raise EOFError(f"{_size(item.part)} of {item.size} bytes arrived") from error
+        if error.errno is None:  # of the client itself: another size than expected
+            raise EOFError(f"{_size(item.part)} of {item.size} bytes arrived") from error
+        raise
 
 
 def _patiently(source: Source, attempt: Callable[[], Any]) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 
 from steph import Refused
-from steph.data.archives import is_archive, unpacked
+from steph.data.archives import folder_of, unpacked
 from steph.data.cohort import read_cohort
 from steph.data.dataset import feature_folders
 from steph.data.features import find_slides
@@ -30,7 +30,7 @@ def _row(study: Study, name: str) -> dict[str, str]:
     projects, root, folders = study.entry(name).projects, study.data / "features", feature_folders(study, name)
     sources = [source for source in study.sources if source.provides == "features"]
     names = [PurePosixPath(file) for source in sources for p in projects for file in names_of(source, p, name)]
-    archives = {path for file in names for path in root.glob(str(file)) if is_archive(path.name)}
+    archives = {path for file in names for path in root.glob(str(file)) if folder_of(path)}
     begun = {path for file in names for path in root.glob(str(file.with_name(f".{file.name}.*.part")))}
     counts = {f"{len(archives)}": archives, f"{len(begun)} begun": begun}
     try:

@@ -5,7 +5,7 @@ import tarfile
 import pytest
 
 from steph import Refused
-from steph.data.archives import RECORD, folder_of, is_archive, unpack, unpacked
+from steph.data.archives import RECORD, folder_of, unpack, unpacked
 
 FILES = {"TCGA-SARC/a.h5": os.urandom(9000), "TCGA-SARC/b.h5": os.urandom(4000), "TCGA-SARC/deep/c.h5": b""}
 
@@ -35,7 +35,7 @@ MODES = {"x.tar.gz": "w:gz", "x.tgz": "w:gz", "x.TAR": "w"}
 def test_every_kind_comes_out_as_it_went_in(tmp_path, name):
     archive = tar(tmp_path / name, mode=MODES[name])
     folder = folder_of(archive)
-    assert is_archive(name) and folder.name == "x"
+    assert folder == tmp_path / "x" and folder_of(tmp_path / "x.h5") is None
     assert opened(archive, folder) == 3
     assert {
         str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != RECORD
