@@ -87,7 +87,7 @@ def cohort_from(table: pd.DataFrame, dataset: str, where: str) -> Cohort:
             ~ids["slide_id"].str.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*"),
             "a slide_id that cannot be a file name; letters, digits, '.', '_' and '-' are allowed",
         ),
-        (~np.isfinite(time), "a missing or unreadable time_days; remove the patient or find the time"),
+        (~time.abs().lt(np.inf), "a missing or unreadable time_days; remove the patient or find the time"),
         (time < 0, "a negative time_days"),
         (event.isna(), "an event that is neither 1 (died of the disease) nor 0 (censored)"),
         (
