@@ -7,8 +7,7 @@ control takes one of these away. A synthetic study has one more: its twin, the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -26,13 +25,14 @@ from steph.analysis.performance.estimates import (
     around,
     conclusion,
     interval,
+    mean_of,
     reach_of_mean,
 )
-from steph.analysis.performance.statistics import Comparison, ceiling, compare
+from steph.analysis.performance.statistics import ceiling, compare
 from steph.data.manifest import MANIFESTS, Study, load_study
 from steph.methods.registry import title
 from steph.study.runs import Run, plan
-from steph.study.tables import VALUES, primary_outcome, refuse_repeats
+from steph.study.tables import VALUES, primary_outcome
 
 START_FOLD = 0
 """The fold on which starts are compared."""
@@ -100,9 +100,6 @@ METHODS = list(dict.fromkeys(m for c in CONTROLS for m in (c.second, c.first)))
 TWIN_METHODS = ["vanilla", "hypernetwork_only", "steph_random_sources", "steph"]
 """Those that are run on the twin too."""
 
-TWIN_CONTROLS = [c for c in CONTROLS if {c.first, c.second} <= set(TWIN_METHODS)]
-"""The controls that can be asked in a twin."""
-
 
 # ------------------------------------------------------------------------------------------------- runs
 
@@ -152,52 +149,63 @@ def twin_runs(study: Study, seed: int, precision: str = "fp32") -> list[Run]:
 # ------------------------------------------------------------------------------------ methods compared
 
 
-def control_table(results: pd.DataFrame, controls: Sequence[Control] = CONTROLS) -> pd.DataFrame:
-    """A row per control and kind of patients: id, rival, question, comparison, on (test folds; external patients where
-    the study has some), difference, low, high, conclusion.
-
-    conclusion: as `estimates.conclusion` words it; "no answer: ..." where something is undefined or was not run.
-    """
-    return _asked(controls, results, lambda c, value: compare(results, c.first, c.second, value))
-
-
-def against_twin(results: pd.DataFrame, of_twin: pd.DataFrame) -> pd.DataFrame:
-    """How much larger a difference is in the study than in its twin, in the columns of `control_table`.
-
-    Differences are paired by data set and fold number, on the folds that both have. Folds of one number hold other
-    patients in the two, so their noise adds up, and the interval knows it.
-    """
-    return _asked(TWIN_CONTROLS, results, lambda control, value: compare_gains(results, of_twin, control, value))
-
-
-def compare_gains(results: pd.DataFrame, of_twin: pd.DataFrame, control: Control, value: str) -> Comparison:
-    """A control's difference in a study compared with that in its twin."""
-    parts = [_gains(table, control, value).assign(method=where) for where, table in ((HERE, results), (TWIN, of_twin))]
-    return compare(pd.concat(parts, ignore_index=True), HERE, TWIN, "gain")
-
-
-def _gains(results: pd.DataFrame, control: Control, value: str) -> pd.DataFrame:
-    """dataset, fold, gain of the first method over the second, where both were run."""
-    refuse_repeats(results)
-    cells = results.set_index(["method", "dataset", "fold"])[value].astype(float)
-    first, second = (cells[cells.index.get_level_values(0) == m].droplevel(0) for m in (control.first, control.second))
-    first, second = first.align(second, join="inner")
-    gains = (first - second).rename("gain").reset_index()
-    return gains.assign(folds=results["folds"].iloc[0]) if "folds" in results else gains  # `compare` looks at it
-
-
 HERE, TWIN, APART = "study", "its twin", "study − twin"
 """Where the rows of `side_by_side` belong."""
 
 
 def side_by_side(results: pd.DataFrame, of_twin: pd.DataFrame | None = None) -> pd.DataFrame:
-    """`control_table` of a study; where it has a twin, of that, and `against_twin`; one below the other, told apart by
-    the first column, `where`."""
+    """`control_table` of a study; where it has a twin, of that, and of the study less its twin; one below the other,
+    told apart by the first column, `where`."""
     parts = {HERE: control_table(results)}
     if of_twin is not None:
-        parts |= {TWIN: control_table(of_twin, TWIN_CONTROLS), APART: against_twin(results, of_twin)}
-    table = pd.concat(parts, names=["where", None])
-    return table.reset_index(level="where").reset_index(drop=True)
+        controls = [c for c in CONTROLS if {c.first, c.second} <= set(TWIN_METHODS)]
+        parts |= {TWIN: control_table(of_twin, controls), APART: control_table(results, controls, of_twin)}
+    return pd.concat(parts, names=["where", None]).reset_index("where").reset_index(drop=True)
+
+
+def control_table(
+    results: pd.DataFrame, controls: Sequence[Control] = CONTROLS, of_twin: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """A row per control and kind of patients: id, rival, question, comparison, on (test folds; external patients where
+    the study has some), difference, low, high, conclusion.
+
+    of_twin: results of the study's twin; then difference is how much larger it is in the study (`gains_in_both`).
+    conclusion: as `estimates.conclusion` words it; "no answer: ..." where something is undefined or was not run.
+    """
+    rows = []
+    for control, value in product(controls, VALUES):
+        if value == "c_index" or results[value].notna().any():
+            row = {
+                "id": control.id,
+                "rival": control.id not in CONDITIONS,
+                "question": control.question,
+                "comparison": f"{title(control.first)} − {title(control.second)}",
+                "on": VALUES[value],
+            }
+            compared = results, control.first, control.second, value
+            if of_twin is not None:
+                compared = gains_in_both(results, of_twin, control, value), HERE, TWIN, "gain"
+            try:
+                rows.append(row | _answer(compare(*compared).gain))
+            except Refused as reason:
+                rows.append(row | _answer(Estimate(np.nan), str(reason)))
+    return pd.DataFrame(rows)
+
+
+def gains_in_both(results: pd.DataFrame, of_twin: pd.DataFrame, control: Control, value: str) -> pd.DataFrame:
+    """What a control's first method gains over the second in a study and in its twin, as results of two methods, `HERE`
+    and `TWIN`: dataset, fold, gain, method, where both methods were run.
+
+    So they are paired by data set and fold number, on the folds that both have. Folds of one number hold other patients
+    in the two, so their noise adds up, and the interval knows it.
+    """
+    parts = []
+    for where, table in ((HERE, results), (TWIN, of_twin)):
+        first, second = (table[table["method"] == method] for method in (control.first, control.second))
+        both = first.merge(second[["dataset", "fold", value]], on=["dataset", "fold"], suffixes=("", "_second"))
+        gain = both[value].astype(float) - both[f"{value}_second"].astype(float)
+        parts.append(both.filter(["dataset", "fold", "folds"]).assign(gain=gain, method=where))
+    return pd.concat(parts, ignore_index=True)
 
 
 def ceilings(parts: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
@@ -210,37 +218,10 @@ def ceilings(parts: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataF
     return pd.concat(tables, axis=1).reset_index()
 
 
-def _asked(
-    controls: Sequence[Control], results: pd.DataFrame, comparison: Callable[[Control, str], Comparison]
-) -> pd.DataFrame:
-    """The columns of `control_table`, of what compares a control by one of the C-indices that the results have."""
-    rows = []
-    for control, value in product(controls, VALUES):
-        if value == "c_index" or results[value].notna().any():
-            row = {
-                "id": control.id,
-                "rival": control.id not in CONDITIONS,
-                "question": control.question,
-                "comparison": f"{title(control.first)} − {title(control.second)}",
-                "on": VALUES[value],
-            }
-            rows.append(row | _answer(partial(comparison, control, value)))
-    return pd.DataFrame(rows)
-
-
-def _answer(comparison: Callable[[], Comparison]) -> dict[str, Any]:
-    try:
-        return _estimate(comparison().gain)
-    except Refused as reason:
-        return _no_answer(str(reason))
-
-
-def _no_answer(reason: str) -> dict[str, Any]:
-    return {"difference": np.nan, "low": np.nan, "high": np.nan, "conclusion": f"no answer: {reason}"}
-
-
-def _estimate(gain: Estimate) -> dict[str, Any]:
-    return {"difference": gain.value, "low": gain.low, "high": gain.high, "conclusion": conclusion(gain)}
+def _answer(gain: Estimate, lacking: str = "") -> dict[str, Any]:
+    """Columns of a table that answers. lacking: why there is no gain, where there is none."""
+    text = f"no answer: {lacking}" if np.isnan(gain.value) else conclusion(gain)
+    return {"difference": gain.value, "low": gain.low, "high": gain.high, "conclusion": text}
 
 
 # ------------------------------------------------------------------------------------------------- starts
@@ -257,21 +238,19 @@ def choices(courses: Mapping[str, pd.DataFrame], study: Study) -> pd.DataFrame:
     weights = {target: dynamics.final_weights(course) for target, course in courses.items()}
     rows = []
     for target, w in weights.items():
-        planted = dynamics.planted(study, target)
+        planted, others = dynamics.planted(study, target), [weights[name] for name in weights if name != target]
         for seed in w.columns:
-            other_starts = [(w[seed], w[other]) for other in w.columns.drop(seed)]
-            other_targets = [
-                w[seed].align(other[seed], join="inner")
-                for name, other in weights.items()
-                if name != target and seed in other
-            ]
-            row = {
-                name: pd.Series([dynamics.rank_correlation(*pair) for pair in pairs], dtype=float).mean()
-                for name, pairs in (("other_starts", other_starts), ("other_targets", other_targets))
-            }
-            row["planted"] = np.nan if planted is None else dynamics.rank_correlation(w[seed], planted[w.index])
-            rows.append({"target": target, "seed": seed, **row})
-    return pd.DataFrame(rows)
+            of_starts = [w[other] for other in w.columns.drop(seed)]
+            of_targets = [other[seed] for other in others if seed in other]
+            of_planted = [] if planted is None else [planted]
+            rows.append((target, seed, *(_correlation(w[seed], of) for of in (of_starts, of_targets, of_planted))))
+    return pd.DataFrame(rows, columns=["target", "seed", *FOLLOWS])
+
+
+def _correlation(w: pd.Series, others: Sequence[pd.Series]) -> float:
+    """Rank correlation with others over the sources that both have, the mean of those that are defined."""
+    pairs = (w.align(other, join="inner") for other in others)
+    return pd.Series([dynamics.rank_correlation(*pair) for pair in pairs], dtype=float).mean()
 
 
 FOLLOWS = {
@@ -305,49 +284,37 @@ def sources_over_starts(courses: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     for target, course in courses.items():
         by_source, starts = dynamics.by_source(course), course["seed"].nunique()
         top = by_source.loc[by_source["top"] > 0, "top"].sort_values(ascending=False, kind="stable")
-        rows.append(
-            {
-                "target": target,
-                "starts": starts,
-                "largest": ", ".join(f"{name} ({n})" for name, n in top.items()),
-                "distinct": len(top),
-                "always": int((by_source["used"] == starts).sum()),
-                "never": int((by_source["used"] == 0).sum()),
-                "sources": len(by_source),
-            }
-        )
-    return pd.DataFrame(rows)
+        largest = ", ".join(f"{name} ({n})" for name, n in top.items())
+        always, never = ((by_source["used"] == n).sum() for n in (starts, 0))
+        rows.append((target, starts, largest, len(top), always, never, len(by_source)))
+    return pd.DataFrame(rows, columns=["target", "starts", "largest", "distinct", "always", "never", "sources"])
 
 
 def start_gains(starts: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
-    """What each start gains over the cancer's own model on each target: target, seed, c_index, gain; on the patients
-    with the least noise. starts: STEPH's results from several starts on one fold; own: those of vanilla."""
+    """What each start gains over the cancer's own model on each target: target, seed, on (which patients: those with
+    the least noise), c_index, gain. starts: STEPH's results from several starts on one fold; own: those of vanilla."""
     value = primary_outcome(pd.concat([starts, own], ignore_index=True))
     both = starts.merge(own[["dataset", "fold", value]], on=["dataset", "fold"], how="left", suffixes=("", "_own"))
-    c_index = both[value].astype(float)
-    gain = c_index - both[f"{value}_own"].astype(float)
-    return pd.DataFrame({"target": both["dataset"], "seed": both["seed"], "c_index": c_index, "gain": gain})
+    both["c_index"], both["on"] = both[value].astype(float), VALUES[value]
+    both["gain"] = both["c_index"] - both[f"{value}_own"].astype(float)
+    return both.rename(columns={"dataset": "target"})[["target", "seed", "on", "c_index", "gain"]]
 
 
 def c_index_by_start(gains: pd.DataFrame) -> pd.DataFrame:
     """How the C-index varies over starts, a row per target of `start_gains`: target; of the C-index mean, std, least,
     largest, NaN where a start has none."""
-    wide = gains.pivot(index="target", columns="seed", values="c_index").reindex(gains["target"].unique())
-    columns = {
-        "C-index, mean": wide.mean(axis=1, skipna=False), "C-index, std": wide.std(axis=1, skipna=False),
-        "C-index, least": wide.min(axis=1, skipna=False), "C-index, largest": wide.max(axis=1, skipna=False),
-    }  # fmt: skip
-    return pd.DataFrame(columns).rename_axis("target").reset_index()
+    of_target = gains.groupby("target", sort=False)["c_index"]
+    table = of_target.agg(["mean", "std", "min", "max"]).where(of_target.count() == of_target.size())
+    return table.set_axis([f"C-index, {name}" for name in ("mean", "std", "least", "largest")], axis=1).reset_index()
 
 
-def gain_by_start(starts: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
-    """The mean gain of each start over the cancers' own models: seed, on, difference, low, high, conclusion; see
-    `start_gains`."""
-    value = primary_outcome(pd.concat([starts, own], ignore_index=True))
+def gain_by_start(gains: pd.DataFrame) -> pd.DataFrame:
+    """The mean over targets of what each start gains, of `start_gains`: seed, on, difference, low, high, conclusion."""
     rows = []
-    for seed, of_start in starts.groupby("seed"):
-        both = pd.concat([of_start, own], ignore_index=True)
-        rows.append({"seed": seed, "on": VALUES[value], **_answer(partial(compare, both, "steph", "vanilla", value))})
+    for (seed, on), of_start in gains.groupby(["seed", "on"]):
+        undefined = of_start.loc[of_start["gain"].isna(), "target"]
+        gain = mean_of(of_start["gain"]) if undefined.empty else Estimate(np.nan)
+        rows.append({"seed": seed, "on": on, **_answer(gain, f"undefined for {', '.join(undefined)}")})
     return pd.DataFrame(rows)
 
 
@@ -366,19 +333,20 @@ def conditions(summary: pd.DataFrame, choice: pd.DataFrame) -> pd.DataFrame:
     summary: of `side_by_side`. choice: of `choices`.
     """
     on = next(kind for kind in reversed(VALUES.values()) if kind in set(summary["on"]))
-    answers = summary[summary["on"] == on].set_index(["where", "id"])[["difference", "low", "high", "conclusion"]]
-    by_place = {key: dict(row) for key, row in answers.iterrows()}
-    known = {id: by_place.get((APART, "gain") if id == "twin" else (HERE, id)) for id in CONDITIONS}
+    answers = summary[summary["on"] == on].set_index(["where", "id"])
     of_choice = {
         "starts": mean_over(choice.assign(apart=choice["other_starts"] - choice["other_targets"]), "apart"),
         "planted": mean_over(choice, "planted"),
     }
-    known |= {id: None if np.isnan(mean.value) else _estimate(mean) for id, mean in of_choice.items()}
     rows = []
     for id, condition in CONDITIONS.items():
         row = {"id": id, "control": condition.control, "condition": condition.condition}
-        row["on"] = CORRELATION if id in of_choice else on
-        rows.append(row | (known[id] or _no_answer(condition.lacking)))
+        place = (APART, "gain") if id == "twin" else (HERE, id)
+        if place in answers.index:
+            answer = dict(answers.loc[place, ["difference", "low", "high", "conclusion"]])
+        else:
+            answer = _answer(of_choice.get(id, Estimate(np.nan)), condition.lacking)
+        rows.append(row | {"on": CORRELATION if id in of_choice else on} | answer)
     return pd.DataFrame(rows).replace({"conclusion": {BETTER: HOLDS, WORSE: REVERSED}})
 
 
@@ -398,22 +366,20 @@ def verdicts(summary: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     rows = {(row["where"], row["id"], row["on"]): row for row in summary.to_dict("records")}
     lines = []
     for row in table.to_dict("records"):
-        name = "The gain" if row["id"] == "gain" else row["control"].capitalize()
-        undefined, beside = pd.isna(row["difference"]), ""
-        rival = rows.get((HERE, f"{row['id']}-gain", row["on"]))
-        if rival is not None and rival["conclusion"] == BETTER and not undefined:
+        id, on, answer = row["id"], row["on"], in_words(row)
+        name = "The gain" if id == "gain" else row["control"].capitalize()
+        if pd.isna(row["difference"]):
+            lines.append(f"**{name}**. {answer.replace('no', 'No', 1)}.")
+            continue
+        beside, rival = "", rows.get((HERE, f"{id}-gain", on))
+        if rival is not None and rival["conclusion"] == BETTER:
             # STEPH's gain on the folds of these two: the rival's and STEPH's lead over it.
             whole = rival["difference"] + row["difference"]
             share = f": {rival['difference'] / whole:.0%} of STEPH's gain" if whole > 0 else ""
             beside = f" The control itself gains {in_words(rival)}{share}."
-        if row["id"] == "twin" and (TWIN, "gain", row["on"]) in rows:
-            beside = f" There, STEPH gains {in_words(rows[TWIN, 'gain', row['on']])}."
-        text = (
-            in_words(row).replace("no", "No", 1)
-            if undefined
-            else f"{CONDITIONS[row['id']].difference}: {in_words(row)}"
-        )
-        lines.append(f"**{name}**. {text}.{beside}")
+        if id == "twin":
+            beside = f" There, STEPH gains {in_words(rows[TWIN, 'gain', on])}."
+        lines.append(f"**{name}**. {CONDITIONS[id].difference}: {answer}.{beside}")
     return lines
 
 
@@ -431,11 +397,10 @@ def decision(table: pd.DataFrame) -> str:
     if passed == len(others):
         missing = ", ".join(table.loc[~table["id"].isin(asked.index), "control"])
         return f"There is a gain, and it passes the {passed} controls that could be asked. Not asked: {missing}."
-    undecided = ~others["conclusion"].isin([HOLDS, REVERSED])
-    parts = []
-    for words, rows in (("not passed", others[undecided]), ("reversed", others[others["conclusion"] == REVERSED])):
-        if len(rows):
-            parts.append(f"{words}: {', '.join(rows['control'])}")
+    reversed_ones = others["conclusion"] == REVERSED
+    unshown = (others["conclusion"] != HOLDS) & ~reversed_ones
+    groups = {"not passed": others.loc[unshown, "control"], "reversed": others.loc[reversed_ones, "control"]}
+    parts = [f"{words}: {', '.join(names)}" for words, names in groups.items() if len(names)]
     return (
         f"There is a gain, but it passes {passed} of {len(others)} controls ({'; '.join(parts)}). These records do not "
         "show that it is transfer."

@@ -11,6 +11,7 @@ import pytest
 from steph import Refused
 from steph.analysis.mixing import controls
 from steph.analysis.mixing.controls import APART, CONTROLS, HERE, TWIN
+from steph.analysis.performance.statistics import compare
 from steph.book.notebooks import declared, find
 from steph.data import manifest
 from steph.data.manifest import MANIFESTS, load_study
@@ -30,6 +31,12 @@ def made(gains: dict[str, float], external: bool = True, folds: int = 3, few: in
     return table.assign(external_c_index=table["c_index"]) if external else table
 
 
+def less_twin(own: pd.DataFrame, of_twin: pd.DataFrame) -> pd.DataFrame:
+    """How much larger differences are in a study than in its twin, by id and kind of patients."""
+    table = controls.side_by_side(own, of_twin)
+    return table[table["where"] == APART].set_index(["id", "on"]).drop(columns="where")
+
+
 TRANSFER = {"steph": 0.1, "hypernetwork_only": 0.02, "steph_random_sources": 0.03, "steph_lambda1": 0.01}
 NETWORK = dict.fromkeys(TRANSFER, 0.1)
 
@@ -39,8 +46,7 @@ NETWORK = dict.fromkeys(TRANSFER, 0.1)
 
 def test_controls_have_unique_names_known_methods_and_a_rival_each():
     ids = [control.id for control in CONTROLS]
-    assert len(set(ids)) == len(ids)
-    assert set(controls.METHODS) <= set(METHODS) and set(controls.TWIN_METHODS) <= set(controls.METHODS)
+    assert len(set(ids)) == len(ids) and set(controls.TWIN_METHODS) <= set(controls.METHODS) <= set(METHODS)
     conditions = set(controls.CONDITIONS) - {"twin", "starts", "planted"}
     rivals = {f"{condition}-gain" for condition in conditions - {"gain"}}
     assert set(ids) == conditions | rivals
@@ -63,11 +69,10 @@ def test_a_study_is_its_twins_but_for_sharing():
         found = controls.twin(load_study(name))
         assert found is not None and found.name == f"{name}_twin" and not found.synthetic.sharing
         assert found.address == found.name
-    assert controls.twin(load_study("tcga")) is None
-    assert controls.twin(load_study("demo_twin")) is None
+    for name in ("tcga", "demo_twin"):
+        assert controls.twin(load_study(name)) is None and controls.twin_runs(load_study(name), 42) == []
     runs = controls.twin_runs(load_study("demo"), 42)
     assert {r.method for r in runs} == set(controls.TWIN_METHODS) and {r.fold for r in runs} == {0, 1}
-    assert controls.twin_runs(load_study("tcga"), 42) == []
 
 
 def test_what_differs_in_more_is_no_twin(tmp_path, monkeypatch):
@@ -76,14 +81,12 @@ def test_what_differs_in_more_is_no_twin(tmp_path, monkeypatch):
     for module in (manifest, controls):
         monkeypatch.setattr(module, "MANIFESTS", tmp_path)
     assert controls.twin(load_study("tiny")) is None
-    other = tmp_path / "tiny_twin.yaml"
-    other.write_text("extends: tiny\nname: tiny_twin\ntitle: x\nsynthetic: {sharing: false}\nrecipe: {epochs: 3}\n")
-    with pytest.raises(Refused, match="no twin of study tiny: they differ in recipe"):
-        controls.twin(load_study("tiny"))
-    other.write_text("extends: tiny\nname: tiny_twin\ntitle: x\n")
-    with pytest.raises(Refused, match="they differ in synthetic"):
-        controls.twin(load_study("tiny"))
-    other.write_text("extends: tiny\nname: tiny_twin\ntitle: x\nsynthetic: {sharing: false}\nbook_folds: {steph: 1}\n")
+    other, head = tmp_path / "tiny_twin.yaml", "extends: tiny\nname: tiny_twin\ntitle: x\n"
+    for more, differing in (("synthetic: {sharing: false}\nrecipe: {epochs: 3}\n", "recipe"), ("", "synthetic")):
+        other.write_text(head + more)
+        with pytest.raises(Refused, match=f"no twin of study tiny: they differ in {differing}"):
+            controls.twin(load_study("tiny"))
+    other.write_text(head + "synthetic: {sharing: false}\nbook_folds: {steph: 1}\n")
     assert controls.twin(load_study("tiny")) is not None
 
 
@@ -108,33 +111,33 @@ def test_controls_are_read_with_care():
 def test_a_gain_less_the_twins():
     own, other = made(TRANSFER), made({"steph": 0.03}, folds=2, seed=1)
     other = other[other["method"] != "steph_lambda1"]
-    found = controls.against_twin(own, other).set_index(["id", "on"])
+    found = less_twin(own, other)
     row = found.loc[("gain", "external patients")]
     assert row["difference"] == pytest.approx(0.07, abs=0.002) and row["conclusion"] == "better"
     assert row["low"] < row["difference"] < row["high"]
     assert found.loc[("capacity", "test folds"), "difference"] == pytest.approx(0.05, abs=0.003)
     # The hypernetwork alone gains 0.02 here and nothing there: too little to be read.
     assert found.loc[("capacity-gain", "test folds"), "conclusion"] == "inconclusive"
-    first_two = controls.against_twin(own[own["fold"] < 2], other).set_index(["id", "on"])
+    first_two = less_twin(own[own["fold"] < 2], other)
     pd.testing.assert_frame_equal(found, first_two)  # other folds have no counterpart
     fewer = own[(own["method"] != "steph") | (own["fold"] != 1)]  # so has one that only one of the methods was run on
-    assert controls.against_twin(fewer, other).loc[0, "conclusion"] == "better"
+    assert less_twin(fewer, other).loc[("gain", "test folds"), "conclusion"] == "better"
 
 
 def test_gains_less_the_twins_know_the_folds_of_the_cross_validation():
     """`statistics.compare` corrects by the folds of one cross-validation where results tell them."""
     own, other = made(TRANSFER, folds=2), made({}, folds=2, seed=1)
-    errors = [
-        controls.compare_gains(own.assign(**more), other.assign(**more), CONTROLS[0], "c_index").gains["error"]
-        for more in ({}, {"folds": 5})
-    ]
+    errors = []
+    for more in ({}, {"folds": 5}):
+        gains = controls.gains_in_both(own.assign(**more), other.assign(**more), CONTROLS[0], "c_index")
+        errors.append(compare(gains, HERE, TWIN, "gain").gains["error"])
     assert (errors[0] / errors[1]).tolist() == pytest.approx([np.sqrt((1 / 2 + 1) / (1 / 2 + 1 / 4))] * 13)
 
 
 def test_an_undefined_fold_has_no_answer_and_says_which():
     own, other = made(TRANSFER), made({}, folds=2)
     other.loc[(other["dataset"] == "CESC") & (other["fold"] == 1) & (other["method"] == "steph"), "c_index"] = None
-    found = controls.against_twin(own, other).set_index(["id", "on"])["conclusion"]
+    found = less_twin(own, other)["conclusion"]
     assert found["gain", "test folds"].startswith("no answer: ") and "CESC, fold 1" in found["gain", "test folds"]
     assert found["gain", "external patients"] == "better"
 
@@ -143,7 +146,6 @@ def test_side_by_side():
     table = controls.side_by_side(made(TRANSFER), made({}))
     assert list(table["where"].unique()) == [HERE, TWIN, APART]
     assert not table.loc[table["where"] != HERE, "id"].str.startswith("target").any()  # λ = 1 is not run on the twin
-    assert list(controls.side_by_side(made(TRANSFER))["where"].unique()) == [HERE]
 
 
 def test_ceilings_of_two_studies():
@@ -167,27 +169,17 @@ def courses(of_target: float, of_start: float, targets: tuple[str, ...] = ("A", 
     rng = np.random.default_rng(0)
     by_target = {target: rng.random(len(SOURCES)) for target in targets}
     by_start = {seed: rng.random(len(SOURCES)) for seed in range(starts)}
-    return {
-        target: pd.concat(
-            pd.DataFrame(
-                {
-                    "seed": seed,
-                    "epoch": 1,
-                    "source": SOURCES,
-                    "w": of_target * own + of_start * drawn + 1e-3 * rng.random(len(SOURCES)),
-                    "lambda": 0.5,
-                }
-            )
-            for seed, drawn in by_start.items()
-        )
-        for target, own in by_target.items()
-    }
+    found = {}
+    for target, own in by_target.items():
+        noise = 1e-3 * rng.random(len(SOURCES))
+        w = {seed: of_target * own + of_start * drawn + noise for seed, drawn in by_start.items()}
+        table = pd.DataFrame({"source": SOURCES, "epoch": 1, "lambda": 0.5, **w})
+        found[target] = table.melt(["source", "epoch", "lambda"], var_name="seed", value_name="w")
+    return found
 
 
 def test_choices_tell_what_is_the_targets_from_what_is_the_starts():
-    study = load_study("tcga")
-    target = controls.choices(courses(1, 0), study)
-    start = controls.choices(courses(0, 1), study)
+    target, start = (controls.choices(courses(*shares), load_study("tcga")) for shares in ((1, 0), (0, 1)))
     assert target["other_starts"].min() > 0.9 > 0.6 > abs(target["other_targets"]).max()
     assert start["other_targets"].min() > 0.9 > 0.6 > abs(start["other_starts"]).max()
     assert target["planted"].isna().all() and len(target) == 3 * 4
@@ -195,13 +187,9 @@ def test_choices_tell_what_is_the_targets_from_what_is_the_starts():
     wide = controls.choice_wide(start)
     assert list(wide.columns) == ["same target, other start", "same start, other target"]
     assert wide.loc["Mean"].tolist() == pytest.approx(wide.drop(index="Mean").mean().tolist())
-
-
-def test_choices_are_compared_over_the_sources_that_both_targets_have():
-    found = courses(0, 1, ("S0", "S1"))
+    found = courses(0, 1, ("S0", "S1"))  # each the other's source: compared are the sources that both have
     found = {name: course[course["source"] != name] for name, course in found.items()}
-    table = controls.choices(found, load_study("tcga"))
-    assert table["other_targets"].min() > 0.9
+    assert controls.choices(found, load_study("tcga"))["other_targets"].min() > 0.9
 
 
 def test_what_was_planted_is_found_in_weights_that_follow_it():
@@ -247,11 +235,13 @@ def test_what_each_start_gains():
     assert gains["gain"].tolist() == pytest.approx([0.1, 0.1, 0.0, 0.0, 0.2, 0.2])
     spread = controls.c_index_by_start(gains).set_index("target")
     assert spread.loc["SARC"].tolist() == pytest.approx([0.6, 0.1, 0.5, 0.7])
-    table = controls.gain_by_start(starts, own).set_index("seed")
+    table = controls.gain_by_start(gains).set_index("seed")
     assert table["difference"].tolist() == pytest.approx([0.1, 0.0, 0.2]) and table.loc[1, "conclusion"] == "better"
+    assert set(gains["on"]) == set(table["on"]) == {"test folds"}
     starts.loc[starts["seed"] == 2, "c_index"] = None
-    assert np.isnan(controls.c_index_by_start(controls.start_gains(starts, own))["C-index, mean"]).all()
-    assert controls.gain_by_start(starts, own).loc[1, "conclusion"].startswith("no answer: ")
+    gains = controls.start_gains(starts, own)
+    assert controls.c_index_by_start(gains).drop(columns="target").isna().all(axis=None)
+    assert controls.gain_by_start(gains).loc[1, "conclusion"] == "no answer: undefined for SARC, CESC"
 
 
 # ------------------------------------------------------------------------------------------- what they say
@@ -262,8 +252,7 @@ def asked(gains: dict[str, float], in_twin: dict[str, float] | None, of_target: 
     summary = controls.side_by_side(made(gains), other)
     choice = controls.choices(courses(of_target, 1 - of_target), load_study("tcga"))
     choice["planted"] = 0.8 if of_target else 0.0
-    table = controls.conditions(summary, choice)
-    return summary, table
+    return summary, controls.conditions(summary, choice)
 
 
 def test_transfer_passes_every_control():
