@@ -13,8 +13,8 @@ in which the source has nothing in common with the target:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -58,11 +58,9 @@ def subspace_alignment_ratio(
 
     tau_target, tau_new: (r, c), taken in double precision. alpha, rank_rule: R, see `dominant_rank`. Returns 0 to 1.
 
-    Of itself a matrix has more than alpha under the released rule, at least sqrt(1 - (1 - alpha)^2) under the paper's.
     With R = r, as with one row, it is 1 whatever the matrices are. Where singular values are equal and R cuts through
-    them (the result of Iso-C, under the released rule), which directions are dominant is the SVD routine's choice, and
-    SAR is as arbitrary. Raises `Refused` for other shapes, numbers that are not finite, and a matrix of zeros, which
-    has no directions.
+    them (the result of Iso-C, under the released rule), which directions are dominant is the SVD routine's choice.
+    Raises `Refused` for other shapes, numbers that are not finite, and a matrix of zeros, which has no directions.
     """
     target, new = _checked(tau_target, tau_new)
     left, values = left_singular(new)
@@ -74,19 +72,15 @@ def dominant_rank(singular_values: Tensor, alpha: float = ALPHA, rank_rule: str 
 
     singular_values: (n,), falling. alpha: 0 < alpha <= 1. rank_rule:
 
-    - "released" (the authors' code): the first R whose norm sqrt(sigma_1^2 + ... + sigma_R^2) exceeds
-      alpha of the whole norm: 90 % of the energy at alpha = 0.95. Never exceeded, as with alpha = 1 or nothing but
-      zeros, it gives 1.
+    - "released" (the authors' code): the first R whose norm sqrt(sigma_1^2 + ... + sigma_R^2) exceeds alpha of the
+      whole norm: 90 % of the energy at alpha = 0.95. Where none does (alpha = 1, nothing but zeros), 1.
     - "paper" (Eq. 4, second line): the first R whose left-out energy is at most (1 - alpha)^2 of the whole: 99.75 % are
-      kept at alpha = 0.95, so R is never smaller than the released one. alpha = 1 asks for every value above 0, those
-      that are so by rounding too. Zeros have nothing to leave out: 1.
+      kept at alpha = 0.95, so R is never smaller than the released one. alpha = 1 asks for every value above 0.
 
     At exact equality rounding decides. Raises `Refused` for another alpha or rule.
     """
     if not 0 < alpha <= 1:
-        raise Refused(
-            f"alpha = {alpha}: the share of a matrix that its dominant directions keep; expected 0 < alpha <= 1."
-        )
+        raise Refused(f"alpha = {alpha}: the share that a matrix's dominant directions keep; expected 0 < alpha <= 1.")
     if rank_rule not in RANK_RULES:
         raise Refused(unknown("rank rule", str(rank_rule), list(RANK_RULES), "subspace alignment"))
     values = torch.as_tensor(singular_values, dtype=torch.float64)
@@ -180,42 +174,36 @@ def curves(
     each. Returns target, source, layer, kind (`KINDS`), draw (0 where kind is "source"), and the columns of
     `mixture_curve`.
     """
-    keys = {role: bench.key(run) for role, run in models.items()}
-    inputs: dict[str, Any] = {"runs": keys, "seed": seed, "lambdas": list(lambdas), "draws": draws, "alpha": ALPHA}
 
     def compute() -> pd.DataFrame:
-        null = bench.null_state("abmil")
+        null, parts = bench.null_state("abmil"), []
         states = {role: bench.state(run) for role, run in models.items()}
         tau_target = task_vector(states.pop(TARGET), null)
-        parts = []
         with single_thread():
             for name, state in states.items():
-                for layer, kind, draw, source in _sources(null, name, state, seed, draws):
-                    target_matrix = layer_matrix(tau_target, layer).to(device)
-                    curve = mixture_curve(target_matrix, source.to(device), lambdas)
+                for (layer, kind, draw), source in _sources(null, name, state, seed, draws).items():
+                    target = layer_matrix(tau_target, layer)
+                    curve = mixture_curve(target.to(device), source.to(device), lambdas)
                     parts.append(curve.assign(source=name, layer=layer, kind=kind, draw=draw))
         return pd.concat(parts, ignore_index=True).assign(target=models[TARGET].dataset)
 
-    table = cached_table(bench, "sar", inputs, compute)
-    return table[["target", "source", "layer", "kind", "draw", "lambda", "rule", "sar", "rank", "rows"]]
+    keys = {role: bench.key(run) for role, run in models.items()}
+    return cached_table(bench, "sar", {"runs": keys, "seed": seed, "lambdas": list(lambdas), "draws": draws}, compute)
 
 
 def _sources(
     null: ModelState, name: str, state: ModelState, seed: int, draws: int
-) -> Iterator[tuple[str, str, int, Tensor]]:
-    """A source's own matrices and those of its baselines: layer, kind, draw, matrix (r, c)."""
+) -> dict[tuple[str, str, int], Tensor]:
+    """A source's own matrices (r, c) and those of its baselines, by layer, kind and draw."""
     tau = task_vector(state, null)
-    noise = [
-        task_vector(random_sources(null, {name: state}, int(fingerprint([seed, draw], 8), 16))[name], null)
-        for draw in range(draws)
-    ]
-    for layer in LAYERS:
-        matrix = layer_matrix(tau, layer)
-        yield layer, "source", 0, matrix
-        for draw in range(draws):
-            yield layer, "rotated", draw, turned(matrix, fingerprint([seed, draw, name, layer]))
-        for draw in range(draws):
-            yield layer, "noise", draw, layer_matrix(noise[draw], layer)
+    matrices = {(layer, "source", 0): layer_matrix(tau, layer) for layer in LAYERS}
+    for draw in range(draws):
+        noise = task_vector(random_sources(null, {name: state}, int(fingerprint([seed, draw], 8), 16))[name], null)
+        for layer in LAYERS:
+            key = fingerprint([seed, draw, name, layer])
+            matrices[layer, "rotated", draw] = turned(matrices[layer, "source", 0], key)
+            matrices[layer, "noise", draw] = layer_matrix(noise, layer)
+    return matrices
 
 
 def spectra(bench: Workbench, models: Mapping[str, Run], device: str = "cpu") -> pd.DataFrame:
@@ -225,15 +213,13 @@ def spectra(bench: Workbench, models: Mapping[str, Run], device: str = "cpu") ->
 
     def compute() -> pd.DataFrame:
         null, parts = bench.null_state("abmil"), []
-        for name, run in runs.items():
-            tau = task_vector(bench.state(run), null)
-            for layer in LAYERS:
-                matrix = layer_matrix(tau, layer)
-                with single_thread():
-                    values = left_singular(matrix.to(device))[1].cpu().numpy()
-                norms = np.sqrt(np.cumsum(values**2) / np.sum(values**2))
-                columns = {"direction": np.arange(1, len(values) + 1), "value": values, "kept": norms}
-                parts.append(pd.DataFrame({"model": name, "layer": layer, **columns, "rows": len(matrix)}))
+        with single_thread():
+            for (name, run), layer in product(runs.items(), LAYERS):
+                matrix = layer_matrix(task_vector(bench.state(run), null), layer)
+                values = left_singular(matrix.to(device))[1].cpu()
+                kept = (values.square().cumsum(0) / values.square().sum()).sqrt()
+                part = pd.DataFrame({"direction": range(1, len(values) + 1), "value": values, "kept": kept})
+                parts.append(part.assign(model=name, layer=layer, rows=len(matrix)))
         return pd.concat(parts, ignore_index=True)
 
     return cached_table(bench, "sar_spectra", {name: bench.key(run) for name, run in runs.items()}, compute)
@@ -243,39 +229,32 @@ def ranks(spectrum: pd.DataFrame) -> pd.DataFrame:
     """R of each model's layers by both rules (columns), from `spectra`: index layer, model; and rows (r)."""
     rows = []
     for (layer, model), part in spectrum.groupby(["layer", "model"], sort=False):
-        values = torch.from_numpy(part.sort_values("direction")["value"].to_numpy())
+        values = torch.from_numpy(part["value"].to_numpy())
         by_rule = {rule: dominant_rank(values, rank_rule=rule) for rule in RANK_RULES}
-        rows.append({"layer": layer, "model": model, **by_rule, "rows": int(part["rows"].iloc[0])})
+        rows.append({"layer": layer, "model": model, **by_rule, "rows": part["rows"].iloc[0]})
     return pd.DataFrame(rows).set_index(["layer", "model"])
 
 
-def reading(table: pd.DataFrame, at: float = 0.5) -> pd.DataFrame:
+def reading(table: pd.DataFrame) -> pd.DataFrame:
     """Curves in numbers, a row per target, source, layer and rule.
 
-    at: SAR at the lambda nearest to `at`; zero: at lambda 0, tau_t in the source's own directions; one: at lambda 1, in
-    its own; mean: over lambda. rank, rows: R and r at `at`; chance: sqrt(R / r). rotated, rotated_zero, noise: means
-    of the baselines' draws at `at`, at lambda 0, at `at`; spread: largest less smallest of the rotated draws at `at`.
-    gain, gain_zero: SAR less that of the rotated source.
+    at: SAR at the lambda nearest to 0.5; zero: at lambda 0, tau_t in the source's own directions. rotated,
+    rotated_zero, noise: means of the baselines' draws at the middle, at 0, at the middle. gain, gain_zero: SAR less
+    that of the rotated source. rank, rows: R and r at the middle.
     """
-    rows = []
-    points = np.sort(table["lambda"].unique())
-    middle = points[np.abs(points - at).argmin()]
+    lambdas = table["lambda"].unique()
+    middle = lambdas[np.abs(lambdas - 0.5).argmin()]
     names = ["target", "source", "layer", "rule"]
-    for key, part in table.groupby(names, sort=False):
-        source = part[part["kind"] == "source"].set_index("lambda")
-        rotated, noise = (
-            part[part["kind"] == kind].pivot(index="lambda", columns="draw", values="sar") for kind in KINDS[1:]
-        )
-        sar, rank, r = source["sar"], int(source["rank"][middle]), int(source["rows"][middle])
-        row = {
-            "at": sar[middle], "zero": sar[points[0]], "one": sar[points[-1]], "mean": sar.mean(),
-            "rank": rank, "rows": r, "chance": float(np.sqrt(rank / r)),
-            "rotated": rotated.loc[middle].mean(), "rotated_zero": rotated.loc[points[0]].mean(),
-            "noise": noise.loc[middle].mean(), "spread": float(np.ptp(rotated.loc[middle])),
-        }  # fmt: skip
-        row |= {"gain": row["at"] - row["rotated"], "gain_zero": row["zero"] - row["rotated_zero"]}
-        rows.append({**dict(zip(names, key, strict=True)), **row})
-    return pd.DataFrame(rows)
+    sar = table.pivot_table("sar", names, ["kind", "lambda"], sort=False)  # the mean over draws
+    at, zero = sar.xs(middle, axis=1, level="lambda"), sar.xs(0.0, axis=1, level="lambda")
+    own = table[(table["kind"] == "source") & (table["lambda"] == middle)].set_index(names)
+    columns = {
+        "at": at["source"], "zero": zero["source"],
+        "rotated": at["rotated"], "rotated_zero": zero["rotated"], "noise": at["noise"],
+        "gain": at["source"] - at["rotated"], "gain_zero": zero["source"] - zero["rotated"],
+        "rank": own["rank"], "rows": own["rows"],
+    }  # fmt: skip
+    return pd.DataFrame(columns, index=sar.index).reset_index()
 
 
 def attention_against_embedding(table: pd.DataFrame) -> pd.DataFrame:
@@ -306,22 +285,20 @@ def finished_models(bench: Workbench, fold: int, precision: str = "fp32") -> lis
 def every_pair(
     bench: Workbench, by_target: Sequence[Mapping[str, Run]], seed: int, device: str = "cpu"
 ) -> pd.DataFrame:
-    """`reading` of all pairs of some targets' models, at lambda 0, 0.5 and 1, with one draw of each baseline. Computed
-    once."""
+    """`reading` of all pairs of some targets' models, with one draw of each baseline. Computed once."""
     tables = [curves(bench, models, seed, device, (0.0, 0.5, 1.0), draws=1) for models in by_target]
     return reading(pd.concat(tables, ignore_index=True))
 
 
 def against_planted(table: pd.DataFrame, study: Study) -> pd.DataFrame | None:
     """Rank correlation (Spearman) over pairs of what curves say with what the two cancers were made to share, a row per
-    layer and rule: at, zero, gain, gain_zero, as in `reading`; pairs. None in a study of real patients."""
+    layer and rule: at and zero, as in `reading`; pairs. None in a study of real patients."""
     if study.synthetic is None:
         return None
     similarity, rows = planted_similarity(study), []
     for (layer, rule), part in table.groupby(["layer", "rule"], sort=False):
         shared = pd.Series([similarity.loc[*pair] for pair in zip(part["target"], part["source"], strict=True)])
-        names = ("at", "zero", "gain", "gain_zero")
-        correlations = {name: rank_correlation(part[name].reset_index(drop=True), shared) for name in names}
+        correlations = {name: rank_correlation(part[name], shared) for name in ("at", "zero")}
         rows.append({"layer": layer, "rule": rule, **correlations, "pairs": len(part)})
     return pd.DataFrame(rows)
 

@@ -195,8 +195,8 @@ def test_curves_are_read():
     assert len(read) == 8
     row = read[(read["source"] == "B") & (read["layer"] == sar.ATTENTION) & (read["rule"] == "paper")].iloc[0]
     expected = {
-        "at": 0.9, "zero": 0.5, "one": 0.96, "mean": (0.5 + 0.9 + 0.96) / 3, "chance": 0.5, "rotated": 0.7,
-        "rotated_zero": 0.3, "noise": 0.85, "spread": 0.2, "gain": 0.2, "gain_zero": 0.2,
+        "at": 0.9, "zero": 0.5, "rotated": 0.7, "rotated_zero": 0.3, "noise": 0.85, "gain": 0.2, "gain_zero": 0.2,
+        "rank": 4, "rows": 16,
     }  # fmt: skip
     assert row[list(expected)].astype(float).to_dict() == pytest.approx(expected)
 
