@@ -20,7 +20,7 @@ from steph.data.manifest import Study, expand_user
 from steph.data.packing import pack
 from steph.data.patients import PatientData, Piece
 from steph.data.splits import EXTERNAL, Splits, load_splits
-from steph.data.store import NO_COORDS, Store, describe
+from steph.data.store import Store, describe
 from steph.files.records import fingerprint
 from steph.files.tables import read_csv
 
@@ -35,7 +35,7 @@ class Dataset(PatientData):
 
     splits: `steph.data.splits.EXTERNAL` for an external set. external: patients of the same population whom nothing is
     trained on (synthetic studies). oracle: each patient's true log-risk, higher = worse, where it is known (synthetic
-    studies). seed: the study's; it draws the patches of a bag that is sampled.
+    studies). seed: the study's; it draws the patches of a bag that is sampled. fingerprint: `dataset_fingerprint`.
     """
 
     name: str
@@ -45,17 +45,8 @@ class Dataset(PatientData):
     external: Dataset | None = None
     oracle: pd.Series | None = None
     seed: int = 0
+    fingerprint: str = ""
     _pieces: dict[tuple[str, int | None], list[Piece]] = field(default_factory=dict, init=False)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of labels, splits and features, and of the external set; `dataset_fingerprint` gives the same."""
-        store = self.store
-        if store.provenance.get("source") == synthetic.SOURCE:
-            features = synthetic.made_fingerprint(store.provenance, {**store.description, "dtype": store.dtype.name})
-        else:
-            features = store.fingerprint
-        return _fingerprint(self.cohort, self.splits, features, self.external.fingerprint if self.external else None)
 
     @cached_property
     def _slides(self) -> dict[str, list[str]]:
@@ -86,32 +77,20 @@ class Dataset(PatientData):
     def pieces(self, patient_id: str, max_patches: int | None) -> list[Piece]:
         key = patient_id, max_patches
         if key not in self._pieces:
-            slides = [self.store.rows(slide) for slide in self.slides(patient_id)]
-            n = sum(rows.stop - rows.start for rows in slides)
-            pieces: Sequence[slice | np.ndarray] = slides
-            if max_patches is not None and n > max_patches:
-                drawn = sampled(n, max_patches, self.seed, patient_id)
-                ends = np.cumsum([rows.stop - rows.start for rows in slides])
-                rows_of_bag = np.concatenate([np.arange(rows.start, rows.stop) for rows in slides])
-                pieces = np.split(rows_of_bag[drawn], np.searchsorted(drawn, ends[:-1]))
-            whole = self.store.tensor, self.store.coords
-            of_slides = (Piece(*whole, rows, str(self.store.path)) for rows in pieces)
-            self._pieces[key] = [piece for piece in of_slides if len(piece)]
+            slides, store = self.slides(patient_id), self.store
+            rows: Sequence[slice | np.ndarray] = [store.rows(slide) for slide in slides]
+            sizes = [store.sizes[slide] for slide in slides]
+            if max_patches is not None and sum(sizes) > max_patches:
+                drawn = sampled(sum(sizes), max_patches, self.seed, patient_id)
+                rows = np.split(np.r_[tuple(rows)][drawn], np.searchsorted(drawn, np.cumsum(sizes)[:-1]))
+            named = zip(slides, rows, strict=True)
+            pieces = (Piece(slide, store.tensor, store.coords, r, str(store.path)) for slide, r in named)
+            self._pieces[key] = [piece for piece in pieces if len(piece)]
         return self._pieces[key]
 
     def prefetch(self, patient_ids: Sequence[str]) -> None:
         if self.n_patches(patient_ids).sum() * self.store.dim > PREFETCH_MIN_VALUES:
             self.store.prefetch(slide for patient in patient_ids for slide in self._slides[patient])
-
-    def check_coords(self, patient_ids: Sequence[str], network: str) -> None:
-        slides = [slide for patient in patient_ids for slide in self.slides(patient)]
-        without = [slide for slide in slides if (self.store.coords[self.store.rows(slide)] == NO_COORDS).all()]
-        if without:
-            raise Refused(
-                f"{network} needs patches' coordinates, and {len(without)} of {len(slides)} slides of {self.name} "
-                f"have none (first {without[0]}, in {self.store.path}). Pack feature files that hold coordinates, or "
-                "choose a network that needs none."
-            )
 
     def _refuse_unknown(self, patient_ids: Sequence[str]) -> None:
         unknown = [str(patient) for patient in patient_ids if patient not in self._slides]
@@ -148,7 +127,7 @@ def is_made(study: Study, name: str) -> bool:
 
 
 def dataset_fingerprint(study: Study, name: str) -> str:
-    """`Dataset.fingerprint` of a data set, without making or writing anything.
+    """Hash of a data set's labels, splits and features, and of its external set, without making or writing anything.
 
     Of a synthetic one it follows from the manifest and the code that makes it, and from labels and splits where they
     are there already; of a real one from labels, splits (those that would be drawn, where none are written) and store.
@@ -156,37 +135,28 @@ def dataset_fingerprint(study: Study, name: str) -> str:
     """
     study.entry(name)
     part = _Part(study, name)
-    return part.made_fingerprint() if study.synthetic else part.open(write_splits=False).fingerprint
+    if not study.synthetic:
+        return part.open(write_splits=False).fingerprint
+    cohort = part.cohort()
+    return part.fingerprint(cohort, part.splits(cohort, write=False))
 
 
-@dataclass(frozen=True)
 class _Part:
     """The files of a data set's own patients, or of the external ones that a synthetic study may have."""
 
-    study: Study
-    name: str
-    is_external: bool = False
+    def __init__(self, study: Study, name: str, is_external: bool = False) -> None:
+        self.study, self.name, self.is_external = study, name, is_external
+        self.root = study.data / "external" if is_external else study.data
+        self.labels, self.oracle = (self.root / folder / f"{name}.csv" for folder in ("labels", "oracle"))
+        self.store = self.root / "stores" / f"{name}.h5"
+        has_external = study.synthetic is not None and study.synthetic.external_patients > 0
+        self.external = _Part(study, name, True) if has_external and not is_external else None
 
-    @property
-    def external(self) -> _Part | None:
-        has_external = self.study.synthetic is not None and self.study.synthetic.external_patients > 0
-        return _Part(self.study, self.name, True) if has_external and not self.is_external else None
-
-    @property
-    def root(self) -> Path:
-        return self.study.data / "external" if self.is_external else self.study.data
-
-    @property
-    def labels(self) -> Path:
-        return self.root / "labels" / f"{self.name}.csv"
-
-    @property
-    def store(self) -> Path:
-        return self.root / "stores" / f"{self.name}.h5"
-
-    @property
-    def oracle(self) -> Path:
-        return self.root / "oracle" / f"{self.name}.csv"
+    def cohort(self) -> Cohort:
+        """The cohort, of a synthetic study also before it is made."""
+        if self.study.synthetic and not self.labels.is_file():
+            return synthetic.made_cohort(self.study, self.name, self.is_external)
+        return read_cohort(self.labels, self.name)
 
     def splits(self, cohort: Cohort, write: bool) -> Splits:
         if self.is_external:
@@ -196,13 +166,14 @@ class _Part:
     def provenance(self) -> dict[str, Any]:
         return synthetic.provenance(self.study, self.name, self.is_external)
 
-    def made_fingerprint(self) -> str:
-        study, name, there = self.study, self.name, self.labels.is_file()
-        cohort = read_cohort(self.labels, name) if there else synthetic.made_cohort(study, name, self.is_external)
-        description = {**describe(study.features), "dtype": study.features.precision}
-        features = synthetic.made_fingerprint(self.provenance(), description)
-        external = self.external.made_fingerprint() if self.external else None
-        return _fingerprint(cohort, self.splits(cohort, write=False), features, external)
+    def fingerprint(self, cohort: Cohort, splits: Splits, features: str = "") -> str:
+        """`dataset_fingerprint`. features: the store's; of a synthetic study, what decides it counts instead."""
+        if self.study.synthetic:
+            description = {**describe(self.study.features), "dtype": self.study.features.precision}
+            features = synthetic.made_fingerprint(self.provenance(), description)
+        external = self.external and self.external.fingerprint(self.external.cohort(), EXTERNAL)
+        parts = {"cohort": cohort.fingerprint, "splits": splits.fingerprint, "store": features, "external": external}
+        return fingerprint(parts, 64)
 
     def open(self, write_splits: bool) -> Dataset:
         study, name = self.study, self.name
@@ -218,20 +189,17 @@ class _Part:
                 f"{self.store} was made with other settings than those of study {study.name} now (scale, seed, "
                 f"sharing, size). Delete {study.data} and it is made again, or give the changed study another name."
             )
+        splits = self.splits(cohort, write_splits)
         return Dataset(
             name=name,
             cohort=cohort,
-            splits=self.splits(cohort, write_splits),
+            splits=splits,
             store=store,
-            external=self.external.open(write_splits) if self.external else None,
+            external=None if self.external is None else self.external.open(write_splits),
             oracle=_oracle(self.oracle, cohort) if study.synthetic else None,
             seed=study.seed,
+            fingerprint=self.fingerprint(cohort, splits, store.fingerprint),
         )
-
-
-def _fingerprint(cohort: Cohort, splits: Splits, features: str, external: str | None) -> str:
-    parts = {"cohort": cohort.fingerprint, "splits": splits.fingerprint, "store": features, "external": external}
-    return fingerprint(parts, 64)
 
 
 def _oracle(path: Path, cohort: Cohort) -> pd.Series:

@@ -64,10 +64,6 @@ class JointDataset(PatientData):
         for data, patient in map(self._member, patient_ids):
             data.prefetch([patient])
 
-    def check_coords(self, patient_ids: Sequence[str], network: str) -> None:
-        for data, patient in map(self._member, patient_ids):
-            data.check_coords([patient], network)
-
     def _member(self, patient_id: str) -> tuple[Dataset, str]:
         """The data set of a patient, and the name there."""
         name, _, patient = patient_id.partition("/")

@@ -17,6 +17,7 @@ from torch import Tensor
 from steph import Refused
 from steph.data.bags import RaggedBatch
 from steph.data.resident import resident
+from steph.data.store import NO_COORDS
 
 HUGE_PAGES_MIN_BYTES = 32 << 20
 """Larger batches lie in huge pages: the C library does not keep their memory for reuse."""
@@ -29,6 +30,7 @@ class Piece:
     store: the name under which an accelerator keeps all of the features (`steph.data.resident`); None: it keeps none.
     """
 
+    slide: str
     features: Tensor
     coords: np.ndarray
     rows: slice | np.ndarray
@@ -61,10 +63,6 @@ class PatientData(ABC):
         """A patient's bag, slide by slide, without slides of which it holds no patch. max_patches: a larger bag is
         sampled down to this many (`steph.data.bags.sampled`)."""
 
-    @abstractmethod
-    def check_coords(self, patient_ids: Sequence[str], network: str) -> None:
-        """Raise `Refused` where slides of these patients have no coordinates, which `network` needs."""
-
     def prefetch(self, patient_ids: Sequence[str]) -> None:  # noqa: B027
         """Have these patients' bags read meanwhile, for a `batch` that follows soon. A hint: it may do nothing."""
 
@@ -91,6 +89,17 @@ class PatientData(ABC):
             return RaggedBatch(features, offsets)
         places = torch.from_numpy(np.concatenate([piece.coords[piece.rows] for piece in slides]))
         return RaggedBatch(features, offsets, places, (0, *accumulate(map(len, slides))))
+
+    def check_coords(self, patient_ids: Sequence[str], network: str) -> None:
+        """Raise `Refused` where slides of these patients have no coordinates, which `network` needs."""
+        slides = [piece for patient in patient_ids for piece in self.pieces(patient, None)]
+        without = [piece.slide for piece in slides if (piece.coords[piece.rows] == NO_COORDS).all()]
+        if without:
+            raise Refused(
+                f"{network} needs patches' coordinates, and {len(without)} of {len(slides)} slides of {self.name} have "
+                f"none (first {without[0]}). Take feature files that hold `coords` (h5; a .pt has none), or a network "
+                "that needs none."
+            )
 
 
 def _gathered(pieces: Sequence[Piece], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -125,14 +125,14 @@ class LoadedModel:
         bag = read_bag(paths, self.config, patient_id)
         with single_thread():
             row = self._row(bag).iloc[0]
-            batch = bag_of(network, bag, bag.patient_id, self.compute)
+            batch = bag_of(network, bag, bag.name, self.compute)
             merged = None if network.merging is None else mixture(network, batch, self.config.dataset)
             attention = None if network.pooling_network(batch) is None else attention_of(network, batch)
         survival = row.filter(like="survival_").to_numpy(float)
         ends = self.config.network.bin_width_days * np.arange(1, len(survival) + 1)
         return Prediction(
             model=self,
-            patient_id=bag.patient_id,
+            patient_id=bag.name,
             risk=float(row["risk"]),
             percentile=float(row["percentile"]),
             survival=pd.Series(survival, index=ends, name="survival"),
@@ -167,10 +167,10 @@ class LoadedModel:
 
     def _row(self, bag: PatientBag) -> pd.DataFrame:
         """The study's own prediction, as it stands in its ``predictions.csv``, and the percentile of its risk."""
-        row = predict_patients(self.network, bag, [bag.patient_id], self.compute).drop(columns=["time_days", "event"])
+        row = predict_patients(self.network, bag, [bag.name], self.compute).drop(columns=["time_days", "event"])
         risk = row["risk"].iloc[0]
         if not np.isfinite(risk):
-            raise Refused(f"{bag.patient_id}: the risk is {risk}: features this large are of no use to a model.")
+            raise Refused(f"{bag.name}: the risk is {risk}: features this large are of no use to a model.")
         row.insert(2, "percentile", self.percentile(risk))
         return row
 
@@ -228,12 +228,11 @@ def read_slide(path: Path, inputs: Inputs) -> tuple[np.ndarray, pd.DataFrame, in
 
 @dataclass(frozen=True, eq=False)
 class PatientBag(PatientData):
-    """One patient's slides as a data set of one, for the functions that predict. name: the data set that the model is
-    for. size: patches of all slides. patches: those that are read, as `Prediction` has them. features: theirs, (N, D).
+    """One patient's slides as a data set of one, for the functions that predict. name: the patient's. size: patches of
+    all slides. patches: those that are read, as `Prediction` has them. features: theirs, (N, D).
     """
 
     name: str
-    patient_id: str
     size: int
     patches: pd.DataFrame
     features: np.ndarray
@@ -255,15 +254,9 @@ class PatientBag(PatientData):
         # It was sampled when it was read.
         features = torch.from_numpy(self.features)
         coords = self.patches[["x", "y"]].to_numpy(np.int32, na_value=NO_COORDS)
-        ends = accumulate(self.patches["slide_id"].value_counts(sort=False), initial=0)
-        return [Piece(features, coords, slice(start, stop)) for start, stop in pairwise(ends) if stop > start]
-
-    def check_coords(self, patient_ids: Sequence[str], network: str) -> None:
-        if self.without_coords:
-            raise Refused(
-                f"{network} needs patches' coordinates, and {', '.join(self.without_coords)} has none. Give feature "
-                "files with `coords` (h5; a .pt has none), or use a model that needs none."
-            )
+        slides = self.patches["slide_id"].astype(str)
+        ends = [*slides.drop_duplicates().index, len(slides)]
+        return [Piece(slides[start], features, coords, slice(start, stop)) for start, stop in pairwise(ends)]
 
     def labels(self, patient_ids: Sequence[str]) -> pd.DataFrame:
         """Of a new patient nothing is known."""
@@ -288,4 +281,4 @@ def read_bag(paths: Sequence[Path], config: Config, patient_id: str | None = Non
     if inputs.max_patches is not None and size > inputs.max_patches:
         rows = sampled(size, inputs.max_patches, inputs.sample_seed, patient)
         patches, features = patches.iloc[rows].reset_index(drop=True), features[rows]
-    return PatientBag(config.dataset, patient, size, patches, features, dict(zip(names, edges, strict=True)))
+    return PatientBag(patient, size, patches, features, dict(zip(names, edges, strict=True)))

@@ -22,9 +22,10 @@ from steph import Refused
 from steph.analysis.mixing.dynamics import rank_correlation
 from steph.analysis.performance.estimates import Estimate, mean_of, with_interval
 from steph.data.bags import RaggedBatch, sampled
-from steph.data.dataset import NO_COORDS, Dataset
+from steph.data.dataset import Dataset
 from steph.data.manifest import Study
 from steph.data.patients import PatientData
+from steph.data.store import NO_COORDS
 from steph.data.synthetic import truth
 from steph.files.progress import track
 from steph.merging.steph import STEPH, mixture_coefficients
