@@ -9,12 +9,11 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steph import Refused
 from steph.files.atomic import atomic_path, refuse_taken
@@ -23,7 +22,7 @@ from steph.merging import steph as hypernetwork
 from steph.merging.steph import Hypernetwork
 from steph.merging.task_vectors import check_same_network
 from steph.mil import abmil
-from steph.mil.state import ModelState, load_into, load_state, save_state, state_fingerprint
+from steph.mil.state import ModelState, load_state, origin_of, save_state, shape_difference, state_fingerprint
 
 OURS, THEIRS = (".safetensors",), (".pth", ".pt")
 NAMES = {
@@ -56,7 +55,12 @@ def convert(source: Path, target: Path, null: Path | None = None) -> str:
             check_same_network(state, start)
         state.origin = state_fingerprint(start)
     with atomic_path(target) as temporary:
-        (save_state if target.suffix in OURS else write_released)(state, temporary)
+        if target.suffix in OURS:
+            save_state(state, temporary)
+        else:
+            content = io.BytesIO()  # into a file, torch.save would write its name: the same weights are the same bytes
+            torch.save({theirs: state[ours].clone() for theirs, ours in NAMES[kind].items()}, content)
+            temporary.write_bytes(content.getvalue())
     left_out = f"; {len(others)} other entries left out ({shortened(others, 3)})" if others else ""
     return f"{kind}, {sum(v.numel() for v in state.values()):,} weights{left_out}"
 
@@ -70,66 +74,40 @@ def read_weights(path: Path) -> tuple[ModelState, str, list[str]]:
     """
     if not path.is_file():
         raise Refused(f"there is no file {path}.")
-    if path.suffix in OURS:
-        state, others = load_state(path), []
-        kind = _kind(state, path, theirs=False)
-    else:
-        values = _tensors(path)
-        kind = _kind(values, path, theirs=True)
-        state = ModelState({ours: values[theirs] for theirs, ours in NAMES[kind].items()})
-        others = [name for name in values if name not in NAMES[kind]]
+    ours = path.suffix in OURS
+    values = load_state(path) if ours else _tensors(path)
+    kind = "STEPH" if any(name.startswith(("regulate_layer", "vecmix_layer", "hyper.")) for name in values) else "ABMIL"
+    names = {name: name for name in NAMES[kind].values()} if ours else NAMES[kind]
+    missing = [name for name in names if name not in values]
+    others = [name for name in values if name not in names]
+    if missing or (others and (ours or kind == "ABMIL")):
+        lacks = f"lacks {shortened(missing)}" if missing else f"has {shortened(others)} besides"
+        raise Refused(
+            f"{path} does not hold the weights of {kind}: it {lacks}. The release has ABMIL networks and STEPH with "
+            "two hypernetworks; other networks and methods cannot be carried over."
+        )
+    state = ModelState({names[name]: values[name] for name in names}, origin_of(values))
     for name, value in state.items():
         if value.dim() != (2 if name.endswith("weight") else 1) or not value.is_floating_point():
             shape = tuple(value.shape)
             raise Refused(f"{path}: {name} is {value.dtype} of shape {shape}; no layer of {kind} has that.")
         if not torch.isfinite(value).all():
             raise Refused(f"{path}: {name} holds numbers that are not finite: the file is damaged, or training failed.")
-    try:
-        _fit(state, kind)
-    except Refused as reason:
-        raise Refused(f"{path}: {reason}") from None
+    if difference := shape_difference(dict(_module(state, kind).named_parameters()), state):
+        raise Refused(f"{path}: its layers do not fit each other as those of {kind} do: {difference} in the file.")
     return state, kind, others
 
 
-def write_released(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write our weights as the release does: a dictionary of tensors under its names. The same weights are the same
-    file, byte for byte. Raises `Refused` for another kind of model than `NAMES` has."""
-    kind = _kind(state, path, theirs=False)
-    values = {theirs: state[ours].detach().cpu().clone() for theirs, ours in NAMES[kind].items()}
-    content = io.BytesIO()  # torch.save writes a file's own name into it
-    torch.save(values, content)
-    path.write_bytes(content.getvalue())
-
-
-def _kind(values: Mapping[str, Tensor], path: Path, theirs: bool) -> str:
-    """Which kind's parameters these are. Raises `Refused` where some are missing, or more are there than belong to it;
-    a checkpoint of the release's STEPH may hold more."""
-    kind = "STEPH" if any(name.startswith(("regulate_layer", "vecmix_layer", "hyper.")) for name in values) else "ABMIL"
-    expected = list(NAMES[kind] if theirs else NAMES[kind].values())
-    missing = [name for name in expected if name not in values]
-    others = [name for name in values if name not in expected]
-    if missing or (others and not (theirs and kind == "STEPH")):
-        lacks = f"lacks {shortened(missing)}" if missing else f"has {shortened(others)} besides"
-        raise Refused(
-            f"{path} does not hold the weights of {kind}: it {lacks}. The release has ABMIL networks and STEPH with "
-            "two hypernetworks; other networks and methods cannot be carried over."
-        )
-    return kind
-
-
-def _fit(state: ModelState, kind: str) -> None:
-    """Raise `Refused` where the layers do not fit each other: one is made of the others' dimensions, and compared."""
+def _module(state: ModelState, kind: str) -> nn.Module:
+    """The shapes that the layers of such a model have, by some of its dimensions."""
     with torch.device("meta"):
         if kind == "ABMIL":
             dim_emb, dim_in = state["embed.weight"].shape
-            network = abmil.ABMIL(dim_in, dim_emb, len(state["gate_tanh.weight"]), len(state["head.weight"]))
-            load_into(network, state)
-        else:
-            dim_hidden, dim_in = state["hyper.embed.weight"].shape
-            hyper = Hypernetwork(dim_in, dim_hidden, len(state["hyper.weight_head.3.weight"]), True, True, 0.0, "mlp")
-            head = torch.nn.Linear(state["head.weight"].shape[1], len(state["head.weight"]))
-            for prefix, part in (("hyper.", hyper), ("head.", head)):
-                load_into(part, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+            return abmil.ABMIL(dim_in, dim_emb, len(state["gate_tanh.weight"]), len(state["head.weight"]))
+        dim_hidden, dim_in = state["hyper.embed.weight"].shape
+        hyper = Hypernetwork(dim_in, dim_hidden, len(state["hyper.weight_head.3.weight"]), True, True, 0.0, "mlp")
+        head = nn.Linear(state["head.weight"].shape[1], len(state["head.weight"]))
+        return nn.ModuleDict({"hyper": hyper, "head": head})
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
