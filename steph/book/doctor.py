@@ -33,7 +33,7 @@ from steph.analysis.cost import planning
 from steph.book import build, pages
 from steph.book.notebooks import NOTEBOOKS, declared
 from steph.data.dataset import is_made, open_dataset
-from steph.data.manifest import Study, load_study
+from steph.data.manifest import Study
 from steph.data.store import COORDS, DTYPES
 from steph.files.atomic import free_bytes, in_words
 from steph.files.records import COMPLETION, Record, read_json, read_record
@@ -67,8 +67,7 @@ class Case:
 
     @cached_property
     def bench(self) -> Workbench:
-        """The study's workbench. Raises `Refused` where its manifest cannot be used."""
-        return Workbench(load_study(self.name))
+        return Workbench(self.name)
 
     @property
     def study(self) -> Study:
@@ -146,8 +145,8 @@ def as_text(findings: list[Finding]) -> str:
 def as_json(findings: list[Finding], study: str, device: str) -> str:
     """Findings for programs: ``{"version", "steph", "study", "device", "findings": [{check, status, found, fix}]}``;
     version: of this form, raised when it changes."""
-    head = {"version": 1, "steph": __version__, "study": study, "device": device}
-    return json.dumps({**head, "findings": [finding._asdict() for finding in findings]}, indent=1, ensure_ascii=False)
+    report = {"version": 1, "steph": __version__, "study": study, "device": device}
+    return json.dumps({**report, "findings": [finding._asdict() for finding in findings]}, indent=1, ensure_ascii=False)
 
 
 def packages(_: Case) -> Answers:
@@ -303,11 +302,8 @@ def data(case: Case) -> Answers:
         yield FAIL, f"no label table of {', '.join(without_labels)} in {study.data / 'labels'}", fix
     if usable:
         yield PASS, f"{len(usable)} data sets can be used: {', '.join(usable)} (in {study.data})"
-    if len(made) < len(study.datasets):
-        yield (
-            PASS,
-            f"{len(study.datasets) - len(made)} synthetic data sets are not made yet; their first run makes them",
-        )
+    if unmade := len(study.datasets) - len(made):
+        yield PASS, f"{unmade} synthetic data sets are not made yet; their first run makes them"
 
 
 def disk(case: Case) -> Answers:
@@ -413,8 +409,5 @@ def book(case: Case) -> Answers:
     yield judged(text, (name == study.name and code != now, WARN, f"; now it is {now}", again))
 
 
-MACHINE = (packages, device, threads, kernel, notebooks, manifest)
-"""Checks that need no study, and the manifest's, which comes last: the others need what it reads."""
-
+MACHINE = (packages, device, threads, kernel, notebooks, manifest)  # the manifest's last: the others need what it reads
 STUDY = (build_folder, data, disk, memory, runs, book)
-"""Checks of a study."""

@@ -28,7 +28,6 @@ from steph.deploy.model_folder import Config, Dropped, Inputs, Score, Training, 
 from steph.deploy.predict import sources_in_use
 from steph.files.atomic import refuse_taken
 from steph.files.progress import track
-from steph.files.records import Record
 from steph.files.templates import render
 from steph.merging.steph import keep_sources
 from steph.methods.registry import title
@@ -57,7 +56,13 @@ def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False, dev
     if drop_unused and trained.merging is not trained:
         raise Refused(f"{title(run.method)} weighs no sources that could be dropped: leave out --drop-unused.")
     risk, in_use = _ask(bench, run, compute, architecture, tensors)
-    difference = _difference(record, risk, run)
+    recorded = out_of_fold(bench, [run]).set_index("patient_id")["risk"]
+    difference = float((recorded - risk[recorded.index]).abs().max())
+    if not difference <= TOLERANCE[run.precision]:
+        raise Refused(
+            f"{run}: the model to be exported gives a test patient a risk that is {difference:.3g} from the one in "
+            f"{record.path}; nothing was written. Run it again on this machine, or export it where it was run."
+        )
     if drop_unused:
         sources, before = architecture["sources"], risk
         remaining = [name for name in sources if name in in_use] or sources[:1]
@@ -83,11 +88,7 @@ def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False, dev
         finished=record.info["finished"],
         versions=record.info["versions"],
         endpoint=study.endpoint,
-        inputs=Inputs(
-            **study.features.model_dump(),
-            max_patches=study.recipe.max_patches,
-            sample_seed=data.seed,
-        ),
+        inputs=Inputs(**study.features.model_dump(), max_patches=study.recipe.max_patches, sample_seed=data.seed),
         network=study.network,
         architecture=architecture,
         sources=[name for name in bench.prerequisites(run) if name not in (TARGET, STAGE)],
@@ -120,18 +121,6 @@ def _ask(
     return pd.Series(risk), in_use
 
 
-def _difference(record: Record, risk: pd.Series, run: Run) -> float:
-    """Largest difference from the recorded risks. Raises `Refused` where that is more than rounding."""
-    table = pd.read_csv(record.file("predictions.csv"), dtype={"patient_id": str}, float_precision="round_trip")
-    difference = float((table.set_index("patient_id")["risk"] - risk[table["patient_id"]]).abs().max())
-    if not difference <= TOLERANCE[run.precision]:
-        raise Refused(
-            f"{run}: the model to be exported gives a test patient a risk that is {difference:.3g} from the one in "
-            f"{record.path}; nothing was written. Run it again on this machine, or export it where it was run."
-        )
-    return difference
-
-
 def _training(data: Dataset, fold: int, risk: pd.Series, network: Network) -> Training:
     labels = data.labels(data.splits.train(fold))
     longest = float(labels["time_days"].max())
@@ -152,8 +141,10 @@ def _scores(bench: Workbench, run: Run) -> list[Score]:
     scores = []
     for runs in [[run], finished] if len(finished) > 1 else [[run]]:
         table = out_of_fold(bench, runs)
-        numbers = intervals(resampled(table)).iloc[0][["value", "low", "high"]]
-        value, low, high = (None if np.isnan(number) else float(number) for number in numbers)
+        estimate = intervals(resampled(table)).iloc[0]
+        value, low, high = (
+            None if np.isnan(estimate[name]) else float(estimate[name]) for name in ("value", "low", "high")
+        )
         folds, events = [of_fold.fold for of_fold in runs], int(table["event"].sum())
         scores.append(Score(folds=folds, patients=len(table), events=events, c_index=value, low=low, high=high))
     return scores

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+from pandas import DataFrame
 
 from steph.deploy import figures
 from steph.deploy.predict import Prediction, sources_in_use
@@ -43,9 +43,9 @@ def write_report(prediction: Prediction, out: Path) -> None:
         if prediction.attention is None:
             return
         prediction.patches.to_csv(folder / "attention.csv", index=False)
-        for slide, patches in _slides(prediction):
+        for slide, patches in prediction.patches.groupby("slide_id", observed=True):
             if patches["x"].notna().all():
-                squares = geojson(patches, prediction.edges[slide], len(prediction.patches))
+                squares = geojson(patches, prediction.edges[str(slide)], len(prediction.patches))
                 text = json.dumps(squares, ensure_ascii=False)
                 (folder / f"{slide}.geojson").write_text(text, encoding="utf-8")
 
@@ -90,12 +90,7 @@ def _limits(prediction: Prediction) -> list[str]:
     return [*([SYNTHETIC] if prediction.model.config.synthetic else []), RESEARCH]
 
 
-def _slides(prediction: Prediction) -> list[tuple[str, pd.DataFrame]]:
-    """The patches of each slide, in the slides' order."""
-    return [(str(name), of_slide) for name, of_slide in prediction.patches.groupby("slide_id", observed=True)]
-
-
-def geojson(patches: pd.DataFrame, edge: int, n: int) -> dict[str, Any]:
+def geojson(patches: DataFrame, edge: int, n: int) -> dict[str, Any]:
     """A slide's patches as GeoJSON that QuPath opens: a detection per patch, a square of `edge` level-0 pixels, with
     its class, colour and measurements. n: patches of the whole bag, for attention over an even share."""
     colours = figures.colours(np.array([middle for _, middle, _ in CLASSES]))[:, :3].tolist()
@@ -133,27 +128,23 @@ def html_report(prediction: Prediction) -> str:
         year=figures.YEAR,
         risk_strip=figures.risk_strip(p),
         survival_curve=figures.survival_curve(p),
-        mixture=None if p.mixture is None else _mixture(p.mixture),
-        maps=[] if p.attention is None else [_map(slide, patches, p.edges[slide]) for slide, patches in _slides(p)],
+        in_use=None if p.mixture is None else sources_in_use(p.mixture)["source"].tolist(),
+        maps=[] if p.attention is None else _maps(p),
         ramp=[f"rgb{tuple(colour)}" for colour in figures.colours(np.linspace(0, 1, 9))[:, :3].tolist()],
         top_patches=p.patches.sort_values("rank").head(5),
         slides=[Path(file).name for file in p.files],
     )
 
 
-def _mixture(mixture: pd.DataFrame) -> pd.DataFrame:
-    """What is merged, with what the table draws: in_use, and the length of a bar for the coefficient."""
-    coefficient = mixture["coefficient"]
-    in_use = mixture.index.isin(sources_in_use(mixture).index)
-    in_use[0] = coefficient.iloc[0] > 0
-    largest = max(coefficient.abs().max(), 1e-12)
-    return mixture.assign(in_use=in_use, bar=4 * coefficient.abs() / largest).rename(columns={"lambda": "lam"})
-
-
-def _map(slide: str, patches: pd.DataFrame, edge: int) -> dict[str, Any]:
-    """A slide's map for the page; without a picture where there are no coordinates."""
-    if patches["x"].isna().any():
-        return {"slide": slide, "png": None}
-    image, (rows, columns) = figures.attention_png(patches, edge)
-    png = base64.b64encode(image).decode()
-    return {"slide": slide, "png": png, "rows": rows, "columns": columns, "patches": len(patches), "edge": edge}
+def _maps(prediction: Prediction) -> list[dict[str, Any]]:
+    """The slides' maps for the page; without a picture where a slide has no coordinates."""
+    maps: list[dict[str, Any]] = []
+    for slide, patches in prediction.patches.groupby("slide_id", observed=True):
+        if patches["x"].isna().any():
+            maps.append({"slide": slide, "png": None})
+            continue
+        edge = prediction.edges[str(slide)]
+        image, (rows, columns) = figures.attention_png(patches, edge)
+        shape = {"rows": rows, "columns": columns, "patches": len(patches), "edge": edge}
+        maps.append({"slide": slide, "png": base64.b64encode(image).decode(), **shape})
+    return maps
