@@ -35,6 +35,7 @@ def c_index(results: pd.DataFrame, oracle: pd.DataFrame | None = None, value: st
     rows = list(means["dataset"].unique())
     step, at = 0.8 / len(methods), np.arange(len(rows))
     fig, ax = plt.subplots(figsize=(WIDTH, 0.13 * len(rows) * (len(methods) + 0.6) + 1.0))
+    diamond: Any = {"markersize": 4.2, **PAPERS}
     for k, method in enumerate(methods):
         shift, colour = (k - (len(methods) - 1) / 2) * step, colour_of(method)
         folds = results[results["method"] == method]
@@ -43,15 +44,14 @@ def c_index(results: pd.DataFrame, oracle: pd.DataFrame | None = None, value: st
         style.draw_dots(ax, folds[value].astype(float), heights, colour, mean["mean"], at + shift, step * 0.46)
         for y, reason in zip(at + shift, mean["undefined"], strict=True):
             if reason:
-                text = f"{title(method)}: undefined ({reason})"
-                ax.text(0.99, y, text, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=7)
-        look: Any = {"markersize": 4.2, "markeredgecolor": colour, "markeredgewidth": 1.1, "zorder": 4}
-        ax.plot(mean["paper"].astype(float), at + shift, **PAPERS, **look)
+                style.write_in_row(ax, y, f"{title(method)}: undefined ({reason})")
+        look: Any = {"markeredgecolor": colour, "markeredgewidth": 1.1, "zorder": 4}
+        ax.plot(mean["paper"].astype(float), at + shift, **diamond, **look)
     keys = [key(title(m), color=colour_of(m), linewidth=3) for m in methods]
     keys.append(key("one fold", color=MUTED, marker="o", markersize=3, linestyle=""))
     keys.append(key("mean", color=MUTED, linestyle="", marker="|", markersize=9, markeredgewidth=2.6))
     if means["paper"].notna().any():
-        keys.append(key("the paper's mean (TCGA)", color=MUTED, markersize=4, **PAPERS))
+        keys.append(key("the paper's mean (TCGA)", color=MUTED, **diamond))
     if oracle is not None and len(oracle):
         best = summary(oracle, value).set_index("dataset")["mean"].reindex(rows).to_numpy(float)
         line: Any = {"color": "black", "linewidth": 1, "linestyle": ":"}
@@ -69,11 +69,11 @@ def intervals(table: pd.DataFrame) -> Figure:
     may be NaN). In the grey band differences are too small to be interpreted."""
     fig, ax = plt.subplots(figsize=(WIDTH, 0.29 * len(table) + 1.0))
     style.zero_line(ax)
-    rows, look = np.arange(len(table)), {"markeredgecolor": INK, "markersize": 5, **PAPERS}
-    ax.hlines(rows, table["low"].astype(float), table["high"].astype(float), color=BLUE, linewidth=2)
-    ax.plot(table["difference"].astype(float), rows, "o", color=BLUE, markersize=5)
-    ax.plot(table["paper"].astype(float), rows, **look)
-    style.name_rows(ax, list(table["label"]), ticks=True)
+    rows, look = list(table["label"]), {"markeredgecolor": INK, "markersize": 5, **PAPERS}
+    here: Any = {"": {"color": BLUE, "marker": "o", "markersize": 5}}
+    style.draw_estimates(ax, table.assign(by=""), "difference", "label", rows, "by", here, step=0)
+    ax.plot(table["paper"].astype(float), range(len(rows)), **look)
+    style.name_rows(ax, rows, ticks=True)
     ax.set_xlabel(IN_BAND)
     if table["paper"].notna().any():
         style.legend(fig, [key("the paper's (TCGA)", **look)], 1)
@@ -87,15 +87,15 @@ def gains(tables: Mapping[str, pd.DataFrame], reference: str) -> Figure:
     heights = [len(t) for t in tables.values()]
     size = (WIDTH if len(columns) > 4 else 4.5, 0.25 * sum(heights) + 1.15 * len(tables) + 0.3)
     fig, axes = plt.subplots(len(tables), 1, figsize=size, height_ratios=heights, squeeze=False, sharex=True)
-    largest = 100 * max(0.02, *(np.nanmax(np.abs(t.to_numpy(float))) for t in tables.values()))
+    largest = max(0.02, *(np.nanmax(np.abs(t.to_numpy(float))) for t in tables.values()))
     for ax, (name, table) in zip(axes[:, 0], tables.items(), strict=True):
-        wide = 100 * table.reindex(columns=columns).astype(float)
-        image = style.heat_map(ax, wide, "RdBu", (-largest, largest), "{:+.1f}", size=6.5, rotate=True)
+        wide = table.reindex(columns=columns).astype(float)
+        cells = (100 * wide).map("{:+.1f}".format).where(wide.notna(), "")
+        image = style.heat_map(ax, wide, "RdBu", (-largest, largest), cells, size=6.5, rotate=True)
         ax.set_title("the paper (TCGA)" if name == "paper" else name)
         ax.tick_params(labelbottom=True)
-    bar = style.colour_bar(fig, image, axes[:, 0], shrink=0.5, pad=0.02, aspect=30)
-    bar.set_label(f"C-index − {reference}'s (in the cells: × 100)")
-    bar.ax.yaxis.set_major_formatter(lambda x, _: f"{x / 100:+.2f}")
+    words: Any = {"label": f"C-index − {reference}'s (in the cells: × 100)", "format": "{x:+.2f}"}
+    style.colour_bar(fig, image, axes[:, 0], shrink=0.5, pad=0.02, aspect=30, **words)
     return fig
 
 

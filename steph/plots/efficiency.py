@@ -28,8 +28,7 @@ def performance_and_cost(here: pd.DataFrame, paper: pd.DataFrame, where: str) ->
             marker=marker, facecolors="white" if table is paper else colours,
         )  # fmt: skip
         spread = np.ptp(table["c_index"]) or 0.01
-        ax.set_xscale("log")
-        ax.set_xlim(table["gflops"].min() / 2.2, table["gflops"].max() * 3.2)
+        ax.set(xscale="log", xlim=(table["gflops"].min() / 2.2, table["gflops"].max() * 3.2))
         ax.set_ylim(table["c_index"].min() - 0.16 * spread, table["c_index"].max() + 0.2 * spread)
         ax.set(title=heading, xlabel="GFLOPs of a prediction (10,000 patches)")
         ax.xaxis.set_major_formatter("{x:g}")
@@ -47,16 +46,15 @@ def _label_points(ax: Axes, table: pd.DataFrame) -> None:
     places = style.spread(y, gap)  # only names that would lie on each other are moved
     line: Any = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4}
     for i, (name, n) in enumerate(zip(table["method"], table["networks"], strict=True)):
-        moved = abs(places[i] - y[i]) > gap / 2
         in_the_way = ((x > x[i]) & (x < x[i] + room) & (np.abs(y - places[i]) < gap)).any()
         to_left = x[i] + room > right or (in_the_way and x[i] == x.min())
         if to_left and x[i] - room < left:
             ax.set_xlim(left=10 ** (x[i] - 1.4 * room))
-        ax.annotate(
-            title(name) + (f" ({n} networks)" if n > 2 else ""), xy=(10 ** x[i], y[i]),
-            xytext=(10 ** (x[i] + (-0.16 if to_left else 0.13)), places[i]), va="center",
-            ha="right" if to_left else "left", fontsize=7.5, color=colour_of(name), arrowprops=line if moved else None,
-        )  # fmt: skip
+        text, side = title(name) + (f" ({n} networks)" if n > 2 else ""), "right" if to_left else "left"
+        place = 10 ** (x[i] + (-0.16 if to_left else 0.13)), places[i]
+        look: Any = {"va": "center", "fontsize": 7.5, "color": colour_of(name)}
+        arrow = line if abs(places[i] - y[i]) > gap / 2 else None
+        ax.annotate(text, (10 ** x[i], y[i]), place, ha=side, arrowprops=arrow, **look)
 
 
 def epochs(times: pd.DataFrame) -> Figure:

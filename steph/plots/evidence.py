@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from steph.analysis.performance.estimates import p_text, with_interval
 from steph.methods.registry import title
@@ -128,13 +128,9 @@ def hazard_ratios(table: pd.DataFrame) -> Figure:
     style.draw_estimates(ax, table, "hazard_ratio", "dataset", rows, "method", looks, step=0.34)
     for dataset, method in table.loc[table["problem"] != "", ["dataset", "method"]].to_numpy():
         y = rows.index(dataset) + 0.34 * (methods.index(method) - (len(methods) - 1) / 2)
-        text = f"{title(method)}: undefined"
-        ax.text(0.99, y, text, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=7)
-    ax.set_xscale("log")
-    low, high = ax.get_xlim()
-    ax.set_xticks([t for t in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32) if low <= t <= high])
-    ax.xaxis.set(major_formatter="{x:g}", minor_formatter=NullFormatter())
-    ax.tick_params(axis="x", which="minor", length=0)
+        style.write_in_row(ax, y, f"{title(method)}: undefined")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.set_xlabel("hazard of the high-risk group over the low-risk group's, with 95 % interval")
     style.name_rows(ax, rows, stripes=True)
     style.legend(fig, style.method_keys(methods), 5)

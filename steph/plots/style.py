@@ -126,6 +126,11 @@ def name_rows(ax: Axes, names: Sequence[str], ticks: bool = False, stripes: bool
         ax.axhspan(i - 0.5, i + 0.5, color="#F3F4F6", zorder=0, linewidth=0)
 
 
+def write_in_row(ax: Axes, row: float, text: str) -> None:
+    """A remark at the right end of a row."""
+    ax.text(0.99, row, text, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=7)
+
+
 def zero_line(ax: Axes) -> None:
     """No difference, and in grey the differences that are too small to be interpreted, for a horizontal axis."""
     ax.axvspan(-MIN_DIFFERENCE, MIN_DIFFERENCE, color=BAND, zorder=0, linewidth=0)

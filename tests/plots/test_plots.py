@@ -283,16 +283,29 @@ FIGURES = {
 }
 
 
+WORDS = {
+    "c_index": "the paper's mean",
+    "c_index, undefined": "STEPH: undefined (fold 2)",
+    "hazard ratios": "STEPH: undefined",
+    "risk groups": "HR 0.50 (0.05 to 0.90)",
+    "risk groups, one empty": "no event",
+    "trajectories of starts": "SARC, start 1",
+    "trajectory of one": "SARC → BRCA",
+}
+"""What figures say."""
+
+
 def texts(fig) -> str:
     return "\n".join(text.get_text() for text in fig.findobj(matplotlib.text.Text))
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_fits_the_page_and_is_opaque(name):
+def test_every_figure_fits_the_page_is_opaque_and_says_what_it_must(name):
     fig = FIGURES[name]()
     fig.canvas.draw()
     assert fig.get_size_inches()[0] <= style.WIDTH + 0.01
     assert fig.get_facecolor() == (1, 1, 1, 1)
+    assert WORDS.get(name, "") in texts(fig)
 
 
 @pytest.mark.parametrize(("study", "stamped"), [("tiny", True), ("demo_twin", True), ("tcga", False)])
@@ -301,9 +314,7 @@ def test_the_stamp_is_on_every_synthetic_figure_and_on_no_other(study, stamped):
     style.stamp(fig, load_study(study))
     style.stamp(fig, load_study(study))
     found = [text for text in fig.texts if text.get_gid() == "stamp"]
-    assert len(found) == stamped
-    if stamped:
-        assert "Synthetic demo cohort" in found[0].get_text() and "not TCGA" in found[0].get_text()
+    assert [text.get_text() for text in found] == [f"Synthetic demo cohort ({study}) – not TCGA"] * stamped
 
 
 def test_show_figure_writes_both_kinds_with_the_stamp_and_the_same_each_time(tmp_path):
@@ -339,13 +350,12 @@ def test_wide_tables_are_one_file_in_blocks_that_fit(monkeypatch):
 
 
 def test_cells_of_a_map_are_hundredths_and_a_missing_one_is_blank():
-    fig = plots.gains({"here": gained()}, "Vanilla")
-    cells = [text.get_text() for text in fig.axes[0].texts]
+    cells = [text.get_text() for text in FIGURES["gains"]().axes[0].texts]
     assert cells == ["+10.0", "-20.0", "", "+0.0", "+1.0", "+2.0"]
 
 
 def test_a_sweep_is_drawn_around_its_default_and_leaves_out_what_is_undefined():
-    ax = plots.sweeps({"β": swept()}).axes[0]
+    ax = FIGURES["sweeps"]().axes[0]
     here, paper = ax.lines[-2].get_ydata(), ax.lines[-1].get_ydata()
     assert here[:2].tolist() == [-0.1, 0] and np.isnan(here[2])
     assert paper.tolist() == [-0.02, 0, -0.04]
@@ -353,13 +363,12 @@ def test_a_sweep_is_drawn_around_its_default_and_leaves_out_what_is_undefined():
 
 
 def test_controls_are_drawn_where_they_have_an_answer_and_beside_their_heading():
-    fig = plots.transfer_controls(controlled(), {"study": "here", "its twin": "twin"})
-    ax = fig.axes[0]
+    ax = FIGURES["controls"]().axes[0]
     rows = [label.get_text() for label in ax.get_yticklabels()]
     assert rows == ["If it is transfer, beyond the band:", "A − B", "Gains without any source:", "B − C"]
     drawn = {line.get_label(): pd.DataFrame(line.get_xydata()).dropna() for line in ax.lines}
-    assert drawn["test folds"].to_numpy() == pytest.approx(np.array([[0.05, 0.85]]))
-    assert drawn["external patients"].to_numpy() == pytest.approx(np.array([[0.05, 1.15]]))
+    for patients, height in (("test folds", 0.85), ("external patients", 1.15)):
+        assert drawn[patients].to_numpy() == pytest.approx(np.array([[0.05, height]]))
 
 
 def test_the_mean_gain_of_a_start_is_that_over_all_targets():
@@ -372,9 +381,8 @@ def test_the_mean_gain_of_a_start_is_that_over_all_targets():
 
 def test_tables_are_shown_rounded_and_escaped_and_short_brackets_stay_on_one_line():
     cells = {"method": "<b>", "mean": 1 / 3, "n": 1234, "none": np.nan, "text": "0.66 (± 0.03) (a remark that is long)"}
-    html = display.styled(
-        pd.DataFrame({(name, "x"): [cell] for name, cell in cells.items()}), {"mean": "{:.1f}"}
-    ).to_html()
+    table = pd.DataFrame({(name, "x"): [cell] for name, cell in cells.items()})
+    html = display.styled(table, {"mean": "{:.1f}"}).to_html()
     assert "&lt;b&gt;" in html and ">0.3<" in html and ">1,234<" in html and "nan" not in html
     assert "0.66 (±\u00a00.03) (a remark that is long)" in html
 
@@ -385,22 +393,18 @@ def test_file_names_tell_the_choice_of_parameters():
     assert display.file_name("table1", narrowed) == "table1-SARC-fold1-seed7-fp64"
 
 
-def test_an_undefined_mean_is_written_and_the_papers_means_stand_beside_test_folds_only():
-    assert "STEPH: undefined (fold 2)" in texts(plots.c_index(c_indices(undefined=True)))
-    assert "the paper's mean" in texts(plots.c_index(c_indices()))
-    assert "the paper's mean" not in texts(plots.c_index(c_indices(), value="external_c_index"))
+def test_the_papers_means_stand_beside_test_folds_only():
+    assert "the paper's mean" not in texts(FIGURES["c_index, external"]())
 
 
-def test_groups_of_risk_have_their_patients_at_risk_and_their_test_written():
-    fig = plots.risk_groups(groups(), last_judged("no event in one group"), ["SARC", "LIHC"])
+def test_groups_of_risk_have_their_patients_at_risk_written():
     own = groups().query("dataset == 'SARC' and method == 'steph'")
-    counts = [t.get_text() for t in fig.axes[1].texts if t.get_text().isdigit()]
+    counts = [t.get_text() for t in FIGURES["risk groups"]().axes[1].texts if t.get_text().isdigit()]
     assert counts[0] == str((~own["high"]).sum()) and counts[len(counts) // 2] == str(own["high"].sum())
-    assert "HR 0.50 (0.05 to 0.90)" in texts(fig) and "no event in one group" in texts(fig)
 
 
 def test_a_map_of_transfer_frames_the_own_models_only():
-    frames = [patch for ax in plots.transferability(transferred(1), transferred()).axes[:2] for patch in ax.patches]
+    frames = [patch for ax in FIGURES["transferability to one"]().axes[:2] for patch in ax.patches]
     assert [patch.get_xy() for patch in frames] == [(-0.5, -0.5)] * 2
 
 
@@ -440,10 +444,8 @@ def test_red_arrows_stand_where_mixtures_have_less_loss_than_the_target_and_nowh
     assert sorted(end[1] for end in ends) == pytest.approx([0.32, 0.96])
 
 
-def test_a_trajectory_that_leaves_the_landscape_is_shown_whole_and_told_by_source_or_start():
-    fig = plots.trajectories(paths(2, reach=1.5), {"SARC": plane()}, "BRCA")
-    assert fig.axes[0].get_xlim()[1] > 1.5 and "SARC, start 1" in texts(fig)
-    assert "SARC → BRCA" in texts(plots.trajectories(paths(), {"SARC": plane()}, "BRCA"))
+def test_a_trajectory_that_leaves_the_landscape_is_shown_whole():
+    assert FIGURES["trajectories"]().axes[0].get_xlim()[1] > 1.5
 
 
 @pytest.mark.parametrize("name", ["$\\frac$", "$x$", "$", "a_b^c $"])
