@@ -38,13 +38,14 @@ def transferred(bench: Workbench, targets: Sequence[str], precision: str = "fp32
     Each bag is read once for all models; each target's table is computed once. The models (`source_runs`) must be
     finished; one that is not is refused.
     """
-    table = pd.concat([_on_target(bench, target, precision, device) for target in targets], ignore_index=True)
-    return table.assign(problem=table["problem"].fillna(""))[["source", "target", "c_index", "n", "events", "problem"]]
+    tables = [_on_target(bench, target, precision, device) for target in targets]
+    table = pd.concat(tables, ignore_index=True).fillna({"problem": ""})
+    return table[["source", "target", "c_index", "n", "events", "problem"]]
 
 
 def _on_target(bench: Workbench, target: str, precision: str, device: str) -> pd.DataFrame:
     study, data = bench.study, bench.dataset(target)
-    runs = {name: source_runs(study, precision)[name] for name in study.sources_of(target)}
+    runs = {name: run for name, run in source_runs(study, precision).items() if name in study.sources_of(target)}
     inputs = {
         "models": {name: bench.key(run) for name, run in runs.items()}, "data": data.fingerprint,
         "max_patches": study.recipe.max_patches,
@@ -57,31 +58,25 @@ def _on_target(bench: Workbench, target: str, precision: str, device: str) -> pd
     return cached_table(bench, f"transferred-{target}", inputs, compute).assign(target=target)
 
 
+@torch.no_grad()
 def c_indices(models: Mapping[str, Model], data: Dataset, compute: Compute) -> pd.DataFrame:
     """C-index of each model on all patients of a data set: source (the model's name), c_index, n, events, problem."""
     patients = list(data.cohort.patients["patient_id"])
-    labels, risks = data.labels(patients), risks_of(models, data, patients, compute)
-    rows = []
-    for source in models:
+    together = nn.ModuleList(models.values()).to(compute.device, compute.parameter_dtype).eval()
+    batch_of, risks = loader(together, data, patients, compute), []
+    with single_thread():
+        for patient in patients:
+            bag = batch_of([patient])
+            risks.append([risk_score(torch.sigmoid(model(bag)).double().cpu()).item() for model in together])
+    labels, rows = data.labels(patients), []
+    for source, risk in zip(models, np.transpose(risks), strict=True):
         row = {"source": source, "n": len(labels), "events": int(labels["event"].sum()), "c_index": None, "problem": ""}
         try:
-            row["c_index"] = concordance_index(labels["time_days"], labels["event"], risks[source])
+            row["c_index"] = concordance_index(labels["time_days"], labels["event"], risk)
         except Refused as reason:
             row["problem"] = str(reason)
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-@torch.no_grad()
-def risks_of(models: Mapping[str, Model], data: Dataset, patients: Sequence[str], compute: Compute) -> pd.DataFrame:
-    """Risk of each patient (row) under each model (column). A bag is read once, and one at a time."""
-    together = nn.ModuleList(models.values()).to(compute.device, compute.parameter_dtype).eval()
-    batch_of, rows = loader(together, data, patients, compute), []
-    with single_thread():
-        for patient in patients:
-            bag = batch_of([patient])
-            rows.append([risk_score(torch.sigmoid(model(bag)).double().cpu()).item() for model in together])
-    return pd.DataFrame(rows, index=list(patients), columns=list(models))
 
 
 def matrix(table: pd.DataFrame, own: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
@@ -122,17 +117,18 @@ def goes_with(table: pd.DataFrame, other: pd.DataFrame, n: int = 1999) -> tuple[
     names, targets = list(table.index), [t for t in table.columns if t in other.columns]
     first, second = (_ranked(m.reindex(index=names, columns=targets)) for m in (table, other))
     both = first.any(axis=0) & second.any(axis=0)
-    if not both.any():
-        return float("nan"), float("nan"), 0
-    correlation = float((first * second).sum() / both.sum())
-    if targets != names or not both.all():
-        return correlation, float("nan"), int(both.sum())
+    n_targets = int(both.sum())
+    if n_targets == 0:
+        return np.nan, np.nan, 0
+    correlation = float((first * second).sum() / n_targets)
+    if targets != names or n_targets < len(targets):
+        return correlation, np.nan, n_targets
     rng = np.random.default_rng(0)
     shuffled = (rng.permutation(len(names)) for _ in range(n))
-    drawn = np.array([(first * second[np.ix_(order, order)]).sum() / both.sum() for order in shuffled])
+    drawn = np.array([(first * second[np.ix_(order, order)]).sum() / n_targets for order in shuffled])
     # A hair's breadth, so that the same value from another order of summation counts as reached.
     p = (1 + np.count_nonzero(np.abs(drawn) >= abs(correlation) - 1e-12)) / (1 + n)
-    return correlation, float(p), int(both.sum())
+    return correlation, float(p), n_targets
 
 
 def relations(table: pd.DataFrame, others: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -148,23 +144,21 @@ def relations(table: pd.DataFrame, others: Mapping[str, pd.DataFrame]) -> pd.Dat
 def better_elsewhere(table: pd.DataFrame) -> pd.DataFrame:
     """For each target of a matrix, a row: target, own (C-index of its own model), best (of another cancer's), source
     (whose that is), mean (over the other cancers')."""
-    rows = []
-    for target in table.columns:
-        others = table[target].drop(target).dropna()
-        if len(others):
-            best = str(others.idxmax())
-            rows.append((target, table.loc[target, target], others[best], best, others.mean()))
-    return pd.DataFrame(rows, columns=["target", "own", "best", "source", "mean"])
+    others = table.mask(_diagonal(table)).dropna(axis=1, how="all")
+    own = table.where(_diagonal(table))[others.columns].max()
+    columns = {"own": own, "best": others.max(), "source": others.idxmax(), "mean": others.mean()}
+    return pd.DataFrame(columns).rename_axis("target").reset_index()
 
 
 def _ranked(table: pd.DataFrame) -> np.ndarray:
     """Ranks within each column, without the diagonal, to mean 0 and length 1: the product of two columns is Spearman's
     correlation. A column that is constant or lacks a value is 0 throughout."""
-    ranked = np.zeros(table.shape)
-    for j, target in enumerate(table.columns):
-        others = table.index != target
-        values = table.loc[others, target]
-        if values.notna().all() and np.ptp(values) > 1e-12:
-            ranks = values.rank().to_numpy()
-            ranked[others, j] = (ranks - ranks.mean()) / np.linalg.norm(ranks - ranks.mean())
-    return ranked
+    others = table.mask(_diagonal(table))
+    complete = (table.notna() | _diagonal(table)).all() & (others.max() - others.min() > 1e-12)
+    ranks = others.rank() - others.rank().mean()
+    return (ranks / np.sqrt((ranks**2).sum())).loc[:, complete].reindex(columns=table.columns).fillna(0).to_numpy()
+
+
+def _diagonal(table: pd.DataFrame) -> np.ndarray:
+    """Where a matrix has a cancer's own models."""
+    return np.equal.outer(table.index.to_numpy(), table.columns.to_numpy())

@@ -28,7 +28,7 @@ def test_each_cell_is_the_c_index_of_another_cancers_model(tiny, table, monkeypa
     cell = table[(table["source"] == "LIHC") & (table["target"] == "SARC")].iloc[0]
     assert cell["c_index"] == concordance_index(known["time_days"], known["event"], known["risk"])
     assert (cell["n"], cell["events"]) == (len(known), known["event"].sum())
-    monkeypatch.setattr(transferability, "risks_of", None)  # kept: not computed again
+    monkeypatch.setattr(transferability, "c_indices", None)  # kept: not computed again
     pd.testing.assert_frame_equal(transferability.transferred(tiny, NAMES), table)
 
 
@@ -39,28 +39,26 @@ def test_the_diagonal_is_of_patients_that_the_own_models_were_not_trained_on(tin
     scores = [concordance_index(part["time_days"], part["event"], part["risk"]) for part in folds]
     pairs = [comparable_pairs(part["time_days"].to_numpy(), part["event"].to_numpy(bool)).sum() for part in folds]
     assert matrix.loc["SARC", "SARC"] == pytest.approx(np.average(scores, weights=pairs))
-    row = table.iloc[0]
-    assert matrix.loc[row["source"], row["target"]] == row["c_index"]
+    assert matrix.loc["LIHC", "CESC"] == table.set_index(["source", "target"]).loc[("LIHC", "CESC"), "c_index"]
     one = transferability.matrix(table[table["target"] == "SARC"], own, NAMES)
     assert one.shape == (3, 1) and one["SARC"].tolist() == matrix["SARC"].tolist()
 
 
 def test_an_undefined_cell_keeps_its_reason(tiny, monkeypatch):
-    data = tiny.dataset("SARC")
-    monkeypatch.setattr(type(data), "labels", lambda *_: pd.DataFrame({"time_days": [1.0], "event": [False]}))
-    monkeypatch.setattr(transferability, "risks_of", lambda *_: pd.DataFrame({"LIHC": [0.0]}))
-    found = transferability.c_indices({"LIHC": None}, data, Compute())
-    assert found["c_index"].isna().all() and "no comparable pair" in found["problem"][0]
+    data, model = tiny.dataset("SARC"), tiny.model(Run("LIHC", "vanilla", 0, 42))
+    labels = data.labels(list(data.cohort.patients["patient_id"])).assign(event=False)
+    monkeypatch.setattr(type(data), "labels", lambda *_: labels)
+    row = transferability.c_indices({"LIHC": model}, data, Compute()).iloc[0]
+    assert row["c_index"] is None and "no comparable pair" in row["problem"] and row["events"] == 0
 
 
 def test_cosines_of_task_vectors(tiny):
     cosine = transferability.task_vector_cosine(tiny)
     assert np.allclose(np.diag(cosine), 1) and np.allclose(cosine, cosine.T)
-    null = tiny.null_state("abmil")
+    null, states = tiny.null_state("abmil"), [tiny.state(Run(name, "vanilla", 0, 42)) for name in ("LIHC", "SARC")]
     first, second = (
-        np.concatenate([(state[k] - null[k]).numpy().ravel() for k in null if "head" not in k])
-        for state in (tiny.state(Run(n, "vanilla", 0, 42)) for n in ("LIHC", "SARC"))
-    )  # fmt: skip
+        np.concatenate([(s[k] - null[k]).numpy().ravel() for k in null if "head" not in k]) for s in states
+    )
     expected = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
     assert cosine.loc["LIHC", "SARC"] == pytest.approx(expected, abs=1e-5)
 
@@ -86,8 +84,7 @@ def test_what_goes_together_is_found_and_what_does_not_is_not():
     assert transferability.goes_with(square(values), square(-values))[0] == pytest.approx(-1)
     ps = [transferability.goes_with(square(values), square(rng.random((8, 8))), 199)[1] for _ in range(20)]
     assert min(ps) > 0.005 and max(ps) > 0.5
-    other = square(values.copy())
-    np.fill_diagonal(other.values, 99)
+    other = square(values + 99 * np.eye(8))
     assert transferability.goes_with(square(values), other)[0] == pytest.approx(1)  # the diagonal does not count
 
 
@@ -97,12 +94,10 @@ def test_one_target_or_a_missing_column_has_a_correlation_without_a_p_value():
     assert (seen, n) == (pytest.approx(1), 1) and np.isnan(p)
     gap = table.copy()
     gap.loc["C0", "C1"] = np.nan
-    assert transferability.goes_with(table, gap)[2] == 4
-    seen, p, n = transferability.goes_with(table, table * 0)
-    assert np.isnan(seen) and np.isnan(p) and n == 0
-    related = transferability.relations(table, {"itself": table})
-    assert related.loc[0, ["with", "targets", "problem"]].tolist() == ["itself", 5, ""]
-    assert transferability.relations(table, {"zero": table * 0})["problem"][0].startswith("no target whose sources")
+    related = transferability.relations(table, {"itself": table, "gap": gap, "zero": table * 0}).set_index("with")
+    assert related["targets"].tolist() == [5, 4, 0] and related["p"].isna().tolist() == [False, True, True]
+    assert np.isnan(related.loc["zero", "correlation"]) and (related["problem"] == "").tolist() == [True, True, False]
+    assert related.loc["zero", "problem"].startswith("no target whose sources")
 
 
 def test_better_models_elsewhere():
