@@ -73,14 +73,13 @@ class Record:
 
     def file(self, name: str) -> Path:
         """Path of one of the record's files, its content checked. Raises `Refused` where it is not what was written."""
-        path, expected = self.path / name, self.info["files"].get(name)
-        if expected is None:
-            raise Refused(f"{self.path} has no file {name}; it holds {sorted(self.info['files'])}.")
-        actual = file_sha256(path) if path.is_file() else "no file"
-        if actual != expected:
+        path, hashes = self.path / name, self.info["files"]
+        if name not in hashes:
+            raise Refused(f"{self.path} has no file {name}; it holds {sorted(hashes)}.")
+        if not path.is_file() or file_sha256(path) != hashes[name]:
             raise Refused(
-                f"{path} is not what the run wrote (expected sha256 {expected[:12]}, found {actual[:12]}): it was "
-                f"changed or damaged. Delete {self.path} and run again."
+                f"{path} is not what the run wrote: it was changed or damaged, or is gone. Delete {self.path} and run "
+                "again."
             )
         return path
 
@@ -96,9 +95,8 @@ def write_record(folder: Path, writers: Mapping[str, Callable[[Path], None]], in
         for name, write in writers.items():
             write(new / name)
             hashes[name] = file_sha256(new / name)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        status = {"status": "complete", **info, "files": hashes, "finished": now, "versions": versions()}
-        write_sealed(new / COMPLETION, status)
+        finished = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+        write_sealed(new / COMPLETION, {"status": "complete", **info, "files": hashes, **finished})
     record = read_record(folder)
     assert record is not None
     return record
@@ -110,12 +108,9 @@ def read_record(folder: Path) -> Record | None:
     if not path.is_file():
         return None
     try:
-        info = read_sealed(path)
-        if not isinstance(info["files"], dict):
-            raise ValueError("not a completion record")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Record(folder, read_sealed(path))
+    except (OSError, ValueError) as error:
         raise Refused(f"{path} cannot be read ({error}). Delete {folder} and run again.") from None
-    return Record(folder, info)
 
 
 @cache

@@ -18,8 +18,13 @@ def read_csv(path: Path) -> pd.DataFrame:
     differs from its checksum, where it has one (`write_csv`). A table that a person made has none: a digit that changed
     in it cannot be noticed.
     """
+    seal = _seal(path)
     try:
-        _refuse_changed(path)
+        if seal.is_file() and seal.read_bytes()[:64] != file_sha256(path).encode():
+            raise Refused(
+                f"{path} is not the table that was written, as {seal.name} says: it was damaged or changed. Delete it "
+                f"and make it again; where you changed it on purpose, delete {seal}."
+            )
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise Refused(f"{path} is not a readable CSV table: {error}") from None
@@ -42,19 +47,6 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
 
 def _seal(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
-
-
-def _refuse_changed(path: Path) -> None:
-    seal = _seal(path)
-    if not seal.is_file():
-        return
-    expected, actual = seal.read_bytes()[:64].decode(errors="replace"), file_sha256(path)
-    if actual != expected:
-        raise Refused(
-            f"{path} is not the table that was written (its sha256 is {actual[:12]}, {seal.name} says "
-            f"{expected[:12]!r}): it was damaged or changed. Delete it and make it again; where you changed it on "
-            f"purpose, delete {seal}."
-        )
 
 
 def shortened(items: list[str], most: int = 5) -> str:

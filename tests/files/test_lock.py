@@ -46,10 +46,7 @@ def test_a_killed_process_keeps_nobody_off_and_its_halves_are_removed(tmp_path):
     assert [process.stdout.readline() for _ in range(2)] == ["made\n", "holds\n"]
     (tmp_path / ".r.12345678.tmp" / "r").mkdir(parents=True)
     (tmp_path / ".r.23456789.tmp").touch()
-    with (
-        pytest.raises(Refused, match="busy here"),
-        exclusive(tmp_path / "r", busy="busy here"),
-    ):
+    with pytest.raises(Refused, match="busy here"), exclusive(tmp_path / "r", busy="busy here"):
         raise AssertionError
     process.kill()
     process.communicate()

@@ -16,25 +16,28 @@ from steph.files.tables import read_csv, shortened, write_csv
 def test_cells_stay_text_and_blanks_stay_blank(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a,b\n007,NA\n,1.50\n")
     assert read_csv(tmp_path / "t.csv").to_numpy().tolist() == [["007", "NA"], ["", "1.50"]]
-
-
-@pytest.mark.parametrize("content", [b"", b"\x89HDF\r\n\x1a\n\xff\xfe", b"a,b\n1,2,3,4\n1\n1,2,3,4,5\n"])
-def test_what_is_no_table_is_refused(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_bytes(content)
-    with pytest.raises(Refused, match=r"t\.csv is not a readable CSV table"):
-        read_csv(tmp_path / "t.csv")
-
-
-@pytest.mark.parametrize("content", ["a,b\n1,2,3\n4,5,6\n", "a,b\nrow1,x,2,3\n"])
-def test_cells_without_a_column_are_refused_not_shifted(content: str, tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text(content)
-    with pytest.raises(Refused, match=r"t\.csv: its rows have more cells than its first line has names \(a, b\)"):
-        read_csv(tmp_path / "t.csv")
-
-
-def test_a_table_without_rows_is_one(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a,b\n")
     assert read_csv(tmp_path / "t.csv").empty
+
+
+UNREADABLE = r"t\.csv is not a readable CSV table"
+SHIFTED = r"t\.csv: its rows have more cells than its first line has names \(a, b\)"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", UNREADABLE),
+        (b"\x89HDF\r\n\x1a\n\xff\xfe", UNREADABLE),
+        (b"a,b\n1,2,3,4\n1\n1,2,3,4,5\n", UNREADABLE),
+        (b"a,b\n1,2,3\n4,5,6\n", SHIFTED),
+        (b"a,b\nrow1,x,2,3\n", SHIFTED),
+    ],
+)
+def test_what_is_no_table_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(Refused, match=message):
+        read_csv(tmp_path / "t.csv")
 
 
 def test_a_long_list_is_cut_and_counted() -> None:
