@@ -25,7 +25,7 @@ import steph.methods  # noqa: F401 - with it every class of model is known that 
 from steph import Refused
 from steph.analysis.performance.estimates import with_interval
 from steph.data.manifest import Endpoint, Features, Network, Strict
-from steph.files.atomic import new_folder
+from steph.files.atomic import atomic_folder
 from steph.files.records import CHECKSUM, file_sha256, fingerprint, read_json, write_sealed
 from steph.merging.merged_encoder import Merged
 from steph.mil import Model, rebuild
@@ -169,7 +169,7 @@ def fill(model: Model, tensors: Mapping[str, Tensor]) -> Model:
 def write_model(path: Path, config: Config, tensors: Mapping[str, Tensor], card: str) -> None:
     """Write a model folder, whole or not at all. `config.files` is made here. Raises `Refused` where `path` is
     taken."""
-    with new_folder(path) as folder:
+    with atomic_folder(path) as folder:
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, folder / TENSORS)
         files = {TENSORS: file_sha256(folder / TENSORS)}
         content = {"format": FORMAT, "version": VERSION, **config.model_dump(mode="json"), "files": files}

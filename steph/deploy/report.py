@@ -20,7 +20,7 @@ from pandas import DataFrame
 
 from steph.deploy import figures
 from steph.deploy.predict import Prediction, sources_in_use
-from steph.files.atomic import new_folder
+from steph.files.atomic import atomic_folder
 from steph.files.templates import render
 
 RESEARCH = "Research only. Not a medical device: no decision about a patient may rest on it."
@@ -36,7 +36,7 @@ CLASSES = (
 
 def write_report(prediction: Prediction, out: Path) -> None:
     """Write all files to the new folder `out`, whole or not at all. Raises `Refused` where `out` is taken."""
-    with new_folder(out) as folder:
+    with atomic_folder(out) as folder:
         text = json.dumps(as_data(prediction), indent=1, ensure_ascii=False)
         (folder / "prediction.json").write_text(text + "\n", encoding="utf-8")
         (folder / "report.html").write_text(html_report(prediction), encoding="utf-8")

@@ -40,12 +40,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path, replace: Callable[[], bool]) -> Iterator[Path]:
+def atomic_folder(path: Path, replace: Callable[[], bool] | None = None) -> Iterator[Path]:
     """A temporary folder that takes the place of `path` when the block ends without an error.
 
     replace: asked at the end, where something is at `path`: whether that goes; else it stays and the new folder goes.
-    Raises as `atomic_path` does.
+    None: raises `Refused` where something is there already. Raises as `atomic_path` does.
     """
+    if replace is None:
+        refuse_taken(path)
     holder = _temporary(path)
     # One level deeper than `path` lies: whoever lists the folders of its kind does not come across it.
     folder = holder / path.name
@@ -56,7 +58,7 @@ def atomic_folder(path: Path, replace: Callable[[], bool]) -> Iterator[Path]:
             for file in folder.rglob("*"):
                 if file.is_file():
                     _flush(file)
-            if path.exists() and replace():
+            if replace and path.exists() and replace():
                 path.rename(holder / "replaced")
             try:
                 folder.rename(path)
@@ -65,14 +67,6 @@ def atomic_folder(path: Path, replace: Callable[[], bool]) -> Iterator[Path]:
                     raise  # else what is there stays: it may not go, or another process was faster
         finally:
             shutil.rmtree(holder, ignore_errors=True)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """As `atomic_folder`, where nothing may be at `path` yet. Raises `Refused` where something is."""
-    refuse_taken(path)
-    with atomic_folder(path, replace=lambda: False) as folder:
-        yield folder
 
 
 def refuse_taken(path: Path) -> None:

@@ -10,11 +10,10 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +115,4 @@ def read_record(folder: Path) -> Record | None:
 @cache
 def versions() -> Mapping[str, str]:
     """Versions that a result depends on: steph, Python, the main packages. Read once, as it takes long."""
-    packages = {"steph": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            packages[name] = version(name)
-    return packages
+    return {"steph": __version__, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}}

@@ -33,16 +33,10 @@ def table(tmp_path: Path, text: str = GOOD) -> Path:
 def test_patients_and_their_slides_stand_in_table_order(tmp_path: Path) -> None:
     cohort = read_cohort(table(tmp_path), "KIPAN")
     assert len(cohort) == 3 and cohort.dataset == "KIPAN"
-    assert cohort.patients.to_numpy().tolist() == [
-        ["P2", 30.5, False, 2],
-        ["P1", 900.0, True, 2],
-        ["P3", 0.0, True, 1],
-    ]
-    assert list(cohort.slides_of.items()) == [
-        ("P2", ["P2-DX1", "P2-DX2"]),
-        ("P1", ["P1-DX2", "P1-DX1"]),
-        ("P3", ["P3-DX1.uuid_1"]),
-    ]
+    patients = [["P2", 30.5, False, 2], ["P1", 900.0, True, 2], ["P3", 0.0, True, 1]]
+    assert cohort.patients.to_numpy().tolist() == patients
+    slides = {"P2": ["P2-DX1", "P2-DX2"], "P1": ["P1-DX2", "P1-DX1"], "P3": ["P3-DX1.uuid_1"]}
+    assert list(cohort.slides_of.items()) == list(slides.items())
     assert cohort.slides["event"].dtype == bool and cohort.slides["time_days"].dtype == float
 
 
@@ -61,30 +55,9 @@ def test_events_may_be_written_in_several_ways(zero: str, one: str, tmp_path: Pa
     assert read_cohort(table(tmp_path, text), "KIPAN").slides["event"].tolist() == [False, True, False, True, True]
 
 
-@pytest.mark.parametrize("identifier", ["007", "1e5", "NA", "None"])
-def test_identifiers_stay_what_they_are(identifier: str, tmp_path: Path) -> None:
-    cohort = read_cohort(table(tmp_path, GOOD.replace("P3,P3-DX1.uuid_1", f"{identifier},{identifier}")), "KIPAN")
-    assert cohort.slides_of[identifier] == [identifier]
-
-
-def test_a_written_cohort_reads_back_the_same(tmp_path: Path) -> None:
-    cohort = read_cohort(table(tmp_path), "KIPAN")
-    write_cohort(cohort, tmp_path / "new" / "copy.csv")
-    again = read_cohort(tmp_path / "new" / "copy.csv", "KIPAN")
-    pd.testing.assert_frame_equal(again.slides, cohort.slides)
-    assert again.fingerprint == cohort.fingerprint
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["copy.csv", "copy.csv.sha256"]
-
-
 @pytest.mark.parametrize(
     ("old", "new"),
-    [
-        ("P3,P3-DX1", "P4,P3-DX1"),
-        ("P3-DX1", "P3-DX9"),
-        ("30.5", "30.6"),
-        ("KIRC,0,1", "KIRC,0,0"),
-        ("KIRC,0", "KIRP,0"),
-    ],
+    [("P3,P3-", "P4,P3-"), ("P3-DX1", "P3-DX9"), ("30.5", "30.6"), ("KIRC,0,1", "KIRC,0,0"), ("KIRC,0", "KIRP,0")],
 )
 def test_the_fingerprint_follows_the_content(old: str, new: str, tmp_path: Path) -> None:
     before = read_cohort(table(tmp_path), "KIPAN").fingerprint
@@ -122,12 +95,9 @@ def test_a_bad_table_is_refused_with_its_own_message(case: str, tmp_path: Path) 
     assert str(path) in str(refused.value)
 
 
-def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
+def test_a_missing_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"no label table of SARC at .*absent\.csv"):
         read_cohort(tmp_path / "absent.csv", "SARC")
-    (tmp_path / "binary.csv").write_bytes(b"\x89HDF\r\n\x1a\n\x00\xff\xfe")
-    with pytest.raises(Refused, match="not a readable CSV table"):
-        read_cohort(tmp_path / "binary.csv", "SARC")
 
 
 @pytest.mark.skipif(not TCGA.is_dir(), reason="the real TCGA tables are not there")
@@ -168,13 +138,17 @@ def test_any_table_is_a_cohort_or_refused(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["A", "TCGA-3C-AALI", "patient 1", "Ä 7", "7", "007", "O'Neil", "a,b", 'q"uote', "=1+1"]
+    "name",
+    ["A", "TCGA-3C-AALI", "patient 1", "Ä 7", "7", "007", "1e5", "NA", "None", "O'Neil", "a,b", 'q"uote', "=1+1"],
 )
 def test_a_patient_is_the_same_in_every_table(name: str, tmp_path: Path) -> None:
-    rows = [(patient, f"S{i}", "X", 100.0 * i, i % 2) for i, patient in enumerate([name, *"BCDEFGH"])]
+    slides = [name if name in {"007", "1e5", "NA", "None"} else "S0", *(f"S{i}" for i in range(1, 8))]
+    rows = [(patient, slides[i], "X", 100.5 * i, i % 2) for i, patient in enumerate([name, *"BCDEFGH"])]
     cohort = cohort_from(pd.DataFrame(rows, columns=COLUMNS), "X", "here")
-    write_cohort(cohort, tmp_path / "labels.csv")
-    again = read_cohort(tmp_path / "labels.csv", "X")
+    write_cohort(cohort, tmp_path / "new" / "labels.csv")
+    again = read_cohort(tmp_path / "new" / "labels.csv", "X")
+    pd.testing.assert_frame_equal(again.slides, cohort.slides)
     assert again.fingerprint == cohort.fingerprint and list(again.slides_of) == [name, *"BCDEFGH"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["labels.csv", "labels.csv.sha256"]
     made = load_splits(cohort, tmp_path / "splits", 2, 0)
     assert load_splits(again, tmp_path / "splits", 2, 0).fingerprint == made.fingerprint

@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from steph import Refused
-from steph.files.atomic import DiskFull, atomic_folder, atomic_path, free_bytes, in_words, new_folder, refuse_full_disk
+from steph.files.atomic import DiskFull, atomic_folder, atomic_path, free_bytes, in_words, refuse_full_disk
 
 
 def test_a_file_is_replaced_once_it_is_whole(tmp_path):
@@ -37,7 +37,7 @@ def test_a_new_folder_overwrites_nothing(tmp_path, taken):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(Refused, match=r"is there already and is left as it is"), new_folder(tmp_path / taken):
+    with pytest.raises(Refused, match=r"is there already and is left as it is"), atomic_folder(tmp_path / taken):
         raise AssertionError
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -45,7 +45,7 @@ def test_a_new_folder_overwrites_nothing(tmp_path, taken):
 # ------------------------------------------------------------------------------------------------ what the disk refuses
 
 
-@pytest.mark.parametrize("make", [atomic_path, new_folder])
+@pytest.mark.parametrize("make", [atomic_path, atomic_folder])
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -68,7 +68,7 @@ def test_a_failed_write_leaves_nothing_and_what_the_disk_refuses_is_a_sentence(t
 
 def test_a_place_where_no_folder_can_be_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    for make in (atomic_path, new_folder):
+    for make in (atomic_path, atomic_folder):
         with pytest.raises(Refused, match="cannot write"), make(tmp_path / "file" / "m"):
             raise AssertionError
 
