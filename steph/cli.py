@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -118,12 +118,10 @@ def run_notebook(
 
 def _assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise Refused(f"-p {text!r}: expected name=value, such as -p dataset=SARC.")
-    try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise Refused(f"-p {text!r}: {value!r} is not a readable value.") from None
+    with suppress(yaml.YAMLError):
+        if equals and name.isidentifier():
+            return name, yaml.safe_load(value)
+    raise Refused(f"-p {text!r}: expected name=value, such as -p dataset=SARC, its value readable as YAML.")
 
 
 @study_app.command("run")

@@ -14,16 +14,14 @@ from typer.testing import CliRunner
 from steph import cli
 from steph.cli import app
 
-
-@pytest.fixture
-def call(build_folder):
-    def run(*arguments):
-        return CliRunner().invoke(app, [str(a) for a in arguments])
-
-    return run
+pytestmark = pytest.mark.usefixtures("build_folder")
 
 
-def test_study_run_then_results(call, tiny, tmp_path):
+def call(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_study_run_then_results(tiny, tmp_path):
     done = call("study", "run", "--study", "tiny", "--dataset", "SARC", "--method", "steph", "--workers", 1)
     assert done.exit_code == 0 and "steph" in done.output and "SARC" in done.output
     done = call("results", "--study", "tiny", "--csv", tmp_path / "all.csv")
@@ -32,7 +30,7 @@ def test_study_run_then_results(call, tiny, tmp_path):
     assert set(table["dataset"]) == set(tiny.study.datasets) and table["c_index"].between(0, 1).all()
 
 
-def test_lists_and_plans(call, tiny):
+def test_lists_and_plans(tiny):
     done = call("study", "plan", "--study", "tiny", "--dataset", "SARC", "--method", "steph", "--by-method")
     assert done.exit_code == 0 and "hours for what is missing" in done.output and "STEPH" in done.output
     done = call("data", "list", "--study", "tcga")
@@ -57,13 +55,13 @@ def test_lists_and_plans(call, tiny):
         (["results", "--study", "nosuch"], "unknown study 'nosuch'"),
     ],
 )
-def test_mistakes_end_in_a_sentence(call, arguments, message):
+def test_mistakes_end_in_a_sentence(arguments, message):
     done = call(*arguments)
     assert done.exit_code == 1
     assert message in done.output and "Traceback" not in done.output
 
 
-def test_results_of_nothing_name_the_command(call, tmp_path, monkeypatch):
+def test_results_of_nothing_name_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPH_BUILD", str(tmp_path))
     done = call("results", "--study", "tiny")
     assert done.exit_code == 1 and "steph study run --study tiny" in done.output
@@ -77,13 +75,13 @@ def test_an_interrupted_study_says_so_and_goes_on(tmp_path, tiny, sent):
     # Tests that a shell runs in the background are born deaf to Ctrl-C, and so would this be.
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("tiny/runs/*/*/*/run.json")) and time.monotonic() < deadline:
+    records, deadline = "tiny/runs/*/*/*/run.json", time.monotonic() + 60
+    while not any(tmp_path.glob(records)) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "What is finished is kept" in errors
-    finished = {p: p.stat().st_mtime_ns for p in tmp_path.glob("tiny/runs/*/*/*/run.json")}
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob(records)}
     assert finished
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
@@ -120,7 +118,7 @@ def test_commands_answer_any_name_with_a_sentence(build, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for name in ("../../evil", "a\nb", "$(touch evil)", "<script>", "{x}", "~nobody/x", "-rf", "steph@../x"):
-        done = CliRunner().invoke(app, [*command, name])
+        done = call(*command, name)
         assert done.exit_code in (1, 2), (name, done.output)
         assert done.exception is None or isinstance(done.exception, SystemExit), (name, done.exception)
     assert sorted(tmp_path.rglob("*")) == before

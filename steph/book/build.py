@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import multiprocessing
 import os
 import pkgutil
-import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import yaml
 
@@ -24,7 +20,7 @@ from steph.book import notebooks, pages
 from steph.data.manifest import Study, unknown
 from steph.files.atomic import atomic_path
 from steph.files.records import read_json
-from steph.study.execute import end_with_parent, end_workers, run_all
+from steph.study.execute import run_all, worker_pool
 from steph.study.runs import Run, Workbench, plan, results
 from steph.training.device import precision_for
 
@@ -68,7 +64,7 @@ class Chapter:
         name = _metadata(self.source).get(kind)
         if name is None:
             return []
-        p = notebooks.check(self.parameters, notebooks.declared(self.source), f"notebook {self.notebook}")
+        p = notebooks.check(self.arguments("cpu"), notebooks.declared(self.source), f"notebook {self.notebook}")
         values = {**vars(p), "bench": bench, "fold": p.folds[0], "seeds": p.seeds, "precision": precision}
         function = pkgutil.resolve_name(name)
         return function(**{name: values[name] for name in inspect.signature(function).parameters if name in values})
@@ -88,14 +84,13 @@ def chapters(study: Study) -> list[Chapter]:
     the study has none of a notebook's targets, its first data set takes the chapter."""
     listed = []
     for name in pages.notebooks_in_contents():
-        chapter = Chapter(name, name, {"study": study.address})
-        default = notebooks.declared(chapter.source).get("dataset", "all")
-        if default == "all":
-            listed.append(chapter)
-            continue
-        targets = [each for each in _metadata(chapter.source).get("targets", [default]) if each in study.datasets]
-        for i, dataset in enumerate(targets or [next(iter(study.datasets))]):
-            parameters = {**chapter.parameters, "dataset": dataset}
+        source = notebooks.NOTEBOOKS / f"{name}.ipynb"
+        targets = [notebooks.declared(source).get("dataset", "all")]
+        if targets != ["all"]:
+            targets = [each for each in _metadata(source).get("targets", targets) if each in study.datasets]
+            targets = targets or [next(iter(study.datasets))]
+        for i, dataset in enumerate(targets):
+            parameters = {"study": study.address, "dataset": dataset}
             listed.append(Chapter(name, f"{name}-{dataset}" if i else name, parameters))
     return listed
 
@@ -130,33 +125,26 @@ def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None
 
 def outdated(bench: Workbench, device: str = "cpu") -> list[Chapter]:
     """The chapters whose executed copy is missing, unfinished, or not what a new execution would show."""
-
-    def current(chapter: Chapter) -> bool:
-        executed = executed_path(bench.study, chapter)
-        fresh = notebooks.up_to_date(executed, chapter.source, chapter.arguments(device), bench)
-        return fresh and all((executed.parent / link).is_file() for link in linked_files(executed))
-
-    return [chapter for chapter in chapters(bench.study) if not current(chapter)]
+    return [
+        chapter
+        for chapter in chapters(bench.study)
+        if not notebooks.up_to_date(
+            executed_path(bench.study, chapter), chapter.source, chapter.arguments(device), bench
+        )
+    ]
 
 
 def _execute(study: Study, stale: list[Chapter], device: str, workers: int) -> None:
     """Execute chapters, several at a time, each in a process of its own. The first that fails ends it."""
     progress = workers == 1 and sys.stderr.isatty()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(stale)), mp_context=context, initializer=end_with_parent) as pool:
-        futures = [
-            pool.submit(notebooks.execute, c.source, c.arguments(device), executed_path(study, c), progress)
+    with worker_pool(study, min(workers, len(stale))) as pool:
+        futures = {
+            c.name: pool.submit(notebooks.execute, c.source, c.arguments(device), executed_path(study, c), progress)
             for c in stale
-        ]
-        try:
-            for chapter, future in zip(stale, futures, strict=True):
-                future.result()
-                print(f"{chapter.name}: executed", file=sys.stderr)
-        except KeyboardInterrupt:
-            end_workers()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        }
+        for name, future in futures.items():
+            future.result()
+            print(f"{name}: executed", file=sys.stderr)
 
 
 def executed_path(study: Study, chapter: Chapter) -> Path:
@@ -178,14 +166,11 @@ def shelve(bench: Workbench) -> None:
     for chapter in chapters(bench.study):
         executed = executed_path(bench.study, chapter)
         infos[chapter.name] = notebooks.completion(executed)
-        for link in linked_files(executed):
+        for link in notebooks.linked_files(executed):
             # The builder copies what lies in files/ to the book's root; pages of notebooks lie below build/book/.
             place, linked = Path(os.path.normpath(Path("files/build/book/notebooks", link))), executed.parent / link
             if place.parts[0] != "files":
                 raise Refused(f"{executed} links to {link}, outside the study's folder. Write what it shows into it.")
-            if not linked.is_file():
-                again = f"steph run {chapter.notebook}"
-                raise Refused(f"{executed} links to {linked}, which is not there. Run it again: {again}")
             _write(place, linked.read_bytes())
         _write(f"notebooks/{chapter.name}.ipynb", executed.read_bytes())
         if chapter.name != chapter.notebook:
@@ -198,14 +183,6 @@ def shelve(bench: Workbench) -> None:
     written["_toc.yml"] = pages.contents(copies, reference)
     for name, text in written.items():
         _write(name, text.encode())
-
-
-def linked_files(executed: Path) -> list[str]:
-    """Relative paths, seen from its folder, of the files that an executed notebook's outputs link to
-    (`steph.plots.show_link`)."""
-    outputs = [output for cell in read_json(executed)["cells"] for output in cell.get("outputs", [])]
-    html = "".join("".join(output.get("data", {}).get("text/html", "")) for output in outputs)
-    return [unquote(address) for address in re.findall(r'<p class="to-file"><a href="([^"]+)"', html)]
 
 
 def _write(name: str | Path, content: bytes) -> None:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import ast
 import linecache
 import os
+import re
 import sys
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import NoneType
 from typing import Any
+from urllib.parse import unquote
 
 from steph import PROJECT, Refused
 from steph.data.manifest import MANIFESTS, Study, load_study, unknown
@@ -90,53 +93,42 @@ def check(
         if not isinstance(value, types) or isinstance(value, bool):
             expected = " or ".join("none" if kind is NoneType else kind.__name__ for kind in types)
             raise Refused(f"parameter {name} = {value!r} is of type {type(value).__name__}; expected {expected}.")
-    study, dataset, n_seeds = load_study(values["study"]), values["dataset"], values["n_seeds"]
+    study, dataset = load_study(values["study"]), values["dataset"]
     if dataset != "all":
         study.entry(dataset)
-    seed = study.seed if values["seed"] is None else values["seed"]
-    if seed < 0 or n_seeds < 1:
-        raise Refused(f"seed = {seed}, n_seeds = {n_seeds}; expected seed >= 0 and n_seeds >= 1.")
+    if values["seed"] is None:
+        values["seed"] = study.seed
+    if values["seed"] < 0 or values["n_seeds"] < 1:
+        raise Refused(f"seed = {values['seed']}, n_seeds = {values['n_seeds']}; expected seed >= 0 and n_seeds >= 1.")
     check_device(values["device"])
-    return Parameters(
-        study=study,
-        bench=Workbench(study),
-        dataset=dataset,
-        datasets=list(study.datasets) if dataset == "all" else [dataset],
-        sources=_sources(values["sources"], study, dataset),
-        patients=None if values["patients"] == "auto" else _listed(values["patients"]),
-        folds=_folds(values["folds"], study),
-        seed=seed,
-        n_seeds=n_seeds,
-        device=values["device"],
-        precision=precision_for(values["precision"], values["device"]),
-    )
+    others = list(study.datasets) if dataset == "all" else study.sources_of(dataset)
+    sources = others if values["sources"] == "all" else _names(values["sources"])
+    for name in sources or []:
+        if name not in others:
+            raise Refused(unknown("source", name, others, f"study {study.name}, target {dataset}"))
+    values["sources"], values["patients"] = sources, _names(values["patients"])
+    values["folds"] = list(range(study.n_folds)) if values["folds"] == "all" else _folds(values["folds"], study)
+    values["precision"] = precision_for(values["precision"], values["device"])
+    datasets = list(study.datasets) if dataset == "all" else [dataset]
+    return Parameters(bench=Workbench(study), datasets=datasets, **{**values, "study": study})
 
 
-def _listed(value: str | int | list) -> list[str]:
-    """What a list, a single value, or a text such as "KIPAN,BLCA" names, without repeats."""
+def _names(value: str | int | list) -> list[str] | None:
+    """What a list, a single value, or a text such as "KIPAN,BLCA" names, without repeats; None for "auto"."""
+    if value == "auto":
+        return None
     items = value if isinstance(value, list) else str(value).strip("[] ").split(",")
     return list(dict.fromkeys(str(item).strip() for item in items))
 
 
 def _folds(value: str | int | list, study: Study) -> list[int]:
-    every = range(study.n_folds)
-    numbers = [str(fold) for fold in every] if value == "all" else _listed(value)
-    if not numbers or not all(number.isdecimal() for number in numbers):
-        raise Refused(f"folds = {value!r}; expected all, or folds such as 0,1: its folds are 0 to {every[-1]}.")
+    numbers = _names(value) or [""]
+    if not all(number.isdecimal() for number in numbers):
+        every = f"0 to {study.n_folds - 1}"
+        raise Refused(f"folds = {value!r}; expected all, or folds such as 0,1: its folds are {every}.")
     for number in numbers:
         study.check_fold(int(number))
     return [int(number) for number in numbers]
-
-
-def _sources(value: str | list, study: Study, dataset: str) -> list[str] | None:
-    if value == "auto":
-        return None
-    known = list(study.datasets) if dataset == "all" else study.sources_of(dataset)
-    names = known if value == "all" else _listed(value)
-    for name in names:
-        if name not in known:
-            raise Refused(unknown("source", name, known, f"study {study.name}, target {dataset}"))
-    return names
 
 
 # ---------------------------------------------------------------------------------------------- in a notebook
@@ -305,43 +297,52 @@ def completion_path(executed: Path) -> Path:
 
 
 def completion(executed: Path) -> dict[str, Any]:
-    """The completion record of an executed notebook. Raises `Refused` where it is missing or the notebook is another
-    one than was completed: then it may be half done, whatever it looks like."""
+    """The completion record of an executed notebook. Raises `Refused` where it is missing, where the notebook is
+    another one than was completed (it may be half done, whatever it looks like), or where a file that it links to is
+    gone."""
     path = completion_path(executed)
-    try:
+    reason = f"no readable completion record at {path}"
+    with suppress(OSError, ValueError, KeyError, TypeError):
         info = read_sealed(path)
-        if info["notebook"] == file_sha256(executed):
+        if info["notebook"] != file_sha256(executed):
+            reason = "the notebook is not the one that was completed"
+        elif gone := [link for link in linked_files(executed) if not (executed.parent / link).is_file()]:
+            reason = f"it links to {gone[0]}, which is not there"
+        else:
             return info
-        reason = "the notebook is not the one that was completed"
-    except (OSError, ValueError, KeyError, TypeError):
-        reason = f"no readable completion record at {path}"
     raise Refused(f"{executed}: {reason}. Run it again: steph run {executed.stem.partition('-')[0]}")
+
+
+def linked_files(executed: Path) -> list[str]:
+    """Relative paths, seen from its folder, of the files that an executed notebook's outputs link to
+    (`steph.plots.show_link`)."""
+    outputs = [output for cell in read_json(executed)["cells"] for output in cell.get("outputs", [])]
+    html = "".join("".join(output.get("data", {}).get("text/html", "")) for output in outputs)
+    return [unquote(address) for address in re.findall(r'<p class="to-file"><a href="([^"]+)"', html)]
 
 
 def state(notebook: Path, chosen: Mapping[str, Any], bench: Workbench) -> str:
     """Hash of all that an executed notebook shows: its source and parameters, the library and the packages, the paper's
-    tables; of the study, and of its twin where there is one, manifest, finished runs and data."""
-    cells = [[cell["cell_type"], "".join(cell["source"])] for cell in read_json(notebook)["cells"]]
-    files = [*sorted((PROJECT / "steph").rglob("*.py")), *sorted((MANIFESTS / "paper").glob("*"))]
+    tables; of the study, and of its twin where there is one, the manifest, finished runs (their folders' names hold the
+    keys), labels by content, stores by size and time. Synthetic data follow from the manifest and the library."""
     twin = f"{bench.study.name}_twin"
     studies = [bench.study, *([load_study(twin)] if (MANIFESTS / f"{twin}.yaml").is_file() else [])]
-    shown = [_shown(study) for study in studies]
-    return fingerprint([cells, dict(chosen), [file_sha256(path) for path in files], versions(), shown])
-
-
-def _shown(study: Study) -> list[Any]:
-    """Manifest, folders of finished runs (their names hold the keys), labels by content, stores by size and time. The
-    data of a synthetic study follow from its manifest and the library."""
-    finished = sorted(str(path.relative_to(study.build)) for path in study.build.glob("runs/*/*/*/run.json"))
-    real = study.synthetic is None
-    labels = sorted(study.data.glob("labels/*.csv")) if real else []
-    stores = [(path.name, path.stat()) for path in sorted(study.data.glob("stores/*.h5")) if real]
-    return [
-        study.model_dump(mode="json"),
-        finished,
-        [[path.name, file_sha256(path)] for path in labels],
-        [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stores],
+    files = [*(PROJECT / "steph").rglob("*.py"), *(MANIFESTS / "paper").glob("*")]
+    stores: list[Path] = []
+    for study in studies:
+        if study.synthetic is None:
+            files += study.data.glob("labels/*.csv")
+            stores += study.data.glob("stores/*.h5")
+    shown = [
+        [[cell["cell_type"], "".join(cell["source"])] for cell in read_json(notebook)["cells"]],
+        dict(chosen),
+        versions(),
+        [study.model_dump(mode="json") for study in studies],
+        [sorted(str(p.relative_to(study.build)) for p in study.build.glob("runs/*/*/*/run.json")) for study in studies],
+        sorted([path.name, file_sha256(path)] for path in files),
+        sorted([path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in stores),
     ]
+    return fingerprint(shown)
 
 
 def up_to_date(executed: Path, notebook: Path, chosen: Mapping[str, Any], bench: Workbench) -> bool:

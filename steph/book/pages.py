@@ -30,9 +30,6 @@ from steph.study.tables import VALUES, primary_outcome
 NOTEBOOKS, REFERENCE = "build/book/notebooks", "build/book/reference"
 """Where executed notebooks and pages of the reference lie, as the table of contents names them."""
 
-GROUND = "ground"
-"""The page of the reference for modules that lie in no room."""
-
 RIVALS = {
     "vanilla": "the cancer's own model",
     "roupkt": "ROUPKT, which runs all models",
@@ -48,7 +45,7 @@ RIVALS = {
 
 def notebooks_in_contents() -> list[str]:
     """Names of the notebooks that ``_toc.yml`` lists, in its order."""
-    paths = [PurePosixPath(entry["file"]) for entry in _entries(_toc())]
+    paths = [PurePosixPath(entry["file"]) for entry in _toc()[1]]
     return [path.name for path in paths if path.parent.match(NOTEBOOKS)]
 
 
@@ -58,8 +55,8 @@ def contents(copies: Mapping[str, Sequence[tuple[str, str]]], reference: Iterabl
 
     copies: name of the executed notebook and title, by notebook. reference: names of pages, the index among them.
     """
-    toc = _toc()
-    for entry in _entries(toc):
+    toc, entries = _toc()
+    for entry in entries:
         path = PurePosixPath(entry["file"])
         further = [{"file": f"{NOTEBOOKS}/{name}", "title": title} for name, title in copies.get(path.name, [])]
         if entry["file"] == f"{REFERENCE}/index":
@@ -69,12 +66,10 @@ def contents(copies: Mapping[str, Sequence[tuple[str, str]]], reference: Iterabl
     return yaml.safe_dump(toc, sort_keys=False, allow_unicode=True)
 
 
-def _toc() -> dict[str, Any]:
-    return yaml.safe_load((PROJECT / "_toc.yml").read_text(encoding="utf-8"))
-
-
-def _entries(toc: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [entry for part in toc["parts"] for entry in part["chapters"]]
+def _toc() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The project's ``_toc.yml``, and the entries of all its parts."""
+    toc = yaml.safe_load((PROJECT / "_toc.yml").read_text(encoding="utf-8"))
+    return toc, [entry for part in toc["parts"] for entry in part["chapters"]]
 
 
 # ---------------------------------------------------------------------------------------------- from records
@@ -172,13 +167,13 @@ def _gain(runs: pd.DataFrame, rival: str, value: str) -> dict[str, str]:
 
 
 def rooms() -> dict[str, list[str]]:
-    """The modules of `steph` by room, its folder; those that lie in none under `GROUND`. A package comes before what is
+    """The modules of `steph` by room, its folder; those that lie in none under "steph". A package comes before what is
     in it."""
-    modules: dict[str, list[str]] = {GROUND: []}
+    modules: dict[str, list[str]] = {"steph": []}
     files = (PROJECT / "steph").rglob("*.py")
     for path in sorted(files, key=lambda path: (path.parent, path.name != "__init__.py", path.name)):
         parts = path.relative_to(PROJECT).with_suffix("").parts
-        room = parts[1] if len(parts) > 2 else GROUND
+        room = parts[1] if len(parts) > 2 else "steph"
         modules.setdefault(room, []).append(".".join(parts).removesuffix(".__init__"))
     return modules
 
@@ -186,21 +181,16 @@ def rooms() -> dict[str, list[str]]:
 def reference() -> dict[str, str]:
     """The pages of the library's reference in Markdown, by name: one for each room, the registry of methods, and the
     command. Docstrings are filled in by the builder (autodoc)."""
-    listed = {room: _room(room, modules) for room, modules in rooms().items()}
+    listed = {}
+    for room, modules in rooms().items():
+        purpose = (import_module(modules[0]).__doc__ or "").split("\n\n")[0]
+        listed[room] = {"title": f"`{modules[0]}`", "purpose": " ".join(purpose.split()), "modules": modules}
     return {
         "index": render("steph.book", "reference.md", rooms=listed),
         **{room: render("steph.book", "room.md", **page) for room, page in listed.items()},
         "registry": methods_page(),
         "command": command_page(),
     }
-
-
-def _room(room: str, modules: list[str]) -> dict[str, Any]:
-    """What the templates need of a room; its purpose is the first paragraph of its own docstring."""
-    if room == GROUND:
-        return {"title": "Modules outside the rooms", "purpose": "Modules outside the rooms.", "modules": modules}
-    purpose = " ".join((import_module(modules[0]).__doc__ or "").split("\n\n")[0].split())
-    return {"title": f"`steph.{room}`", "purpose": purpose, "modules": modules}
 
 
 def methods_page() -> str:

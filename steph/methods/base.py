@@ -109,32 +109,27 @@ class Method:
     in_book: bool = True
     only: str | None = None
 
-    def settings_of(self, study: Study, n_patients: int | None = None) -> dict[str, Any]:
+    def settings_of(self, study: Study, n_patients: int | None = None) -> Settings:
         """STEPH's numbers that this method takes from a study, by name: gamma for a data set of so many patients, or,
         where that is None, the numbers of the rule that it follows from."""
         numbers = study.steph.model_dump()
         rule = [numbers[name] for name in ("gamma_large", "gamma_small", "large_above")]
         numbers["gamma"] = rule if n_patients is None else study.steph.gamma(n_patients)
-        return {name: numbers[name] for name in self.settings if name not in self.options}
+        return Settings({name: numbers[name] for name in self.settings if name not in self.options})
 
     def refusal(self, study: Study, dataset: str) -> str:
         """Why a study cannot have it, "" where it can: it has too few other cancers."""
         if not self.needs_sources:
             return ""
         sources = study.sources_of(dataset)
-        has = f"{dataset} has {len(sources)} source cancers"
+        m, pool = len(sources), len(sources) + bool(self.options.get("with_target"))
+        if not sources:
+            return f"{self.title} needs source cancers; study {study.name} has only {dataset}."
         if self.only is not None and self.only not in sources:
             known = ", ".join(sources)
             return f"{self.title}: {self.only} is no source for {dataset} in study {study.name}; those are {known}."
-        if not sources:
-            return f"{self.title} needs source cancers; study {study.name} has only {dataset}."
-        pool = len(sources) + bool(self.options.get("with_target"))
-        asked = max(self.options.get("sources", 0), self.options.get("top_k", 0) if self.sparse else 0)
-        if asked > pool:
-            return f"{self.title} asks for {asked} source cancers, but {has} in study {study.name}."
+        has = f"{dataset} has {m} source cancers in study {study.name}"
         if self.sparse and "top_k" not in self.options and study.steph.top_k > pool:
-            return (
-                f"steph.top_k = {study.steph.top_k} in study {study.name}, but {has}; set steph.top_k to at most "
-                f"{len(sources)} in the manifest."
-            )
-        return ""
+            return f"steph.top_k = {study.steph.top_k}, but {has}; set steph.top_k to at most {m} in the manifest."
+        asked = max(self.options.get("sources", 0), self.options.get("top_k", 0) if self.sparse else 0)
+        return f"{self.title} asks for {asked} source cancers, but {has}." if asked > pool else ""

@@ -91,7 +91,7 @@ def training_free(x: Inputs, way: str) -> Model:
 def _scores(x: Inputs) -> Tensor:
     """Scores (N, 1 + m) of the fold's training patients in double precision, on the CPU."""
     vectors = [task_vector(state, x.null_state) for state in x.pool.values()]
-    exact = replace(x.compute, precision="fp64" if x.compute.precision == "fp64" else "fp32")
+    exact = x.compute.exact
     device, dtype = exact.device, exact.dtype
     network = x.network(x.own_state).to(device, dtype).eval()
     encoder = MergedEncoder(x.network(), x.null_state, vectors).to(device, dtype).eval()
@@ -117,6 +117,9 @@ def _hypernetwork(title: str, description: str, **rest: Any) -> Method:
     return merging_entry(title, description, group="hypernetwork_weights", options=options, settings=settings, **rest)
 
 
+PAIRS = {"ties": "TIES", "iso_c": "Iso-C", "iso_cts": "Iso-CTS"}
+"""Titles of `PAIR_MERGES`; Iso-CTS is in the release and not in the paper."""
+
 METHODS = {
     "model_average": merging_entry(
         "Model Avg.",
@@ -127,40 +130,33 @@ METHODS = {
     "adamerging": merging_entry(
         "AdaMerging", "one trained weight for each task vector, the target's among them, and a new head"
     ),
-    "ties_am": merging_entry(
-        "TIES AM", "AdaMerging of the TIES merges of the target with each source", options={"merge": "ties"}
-    ),
+    **{
+        f"{merge}_am": merging_entry(
+            f"{title} AM", f"AdaMerging of the {title} merges of the target with each source", options={"merge": merge}
+        )
+        for merge, title in PAIRS.items()
+    },
     "surgery_am": merging_entry(
         "Surgery AM",
         "an adapter that moves the AdaMerging model's features towards the target's own",
         build=surgery,
         after="adamerging",
     ),
-    "iso_c_am": merging_entry(
-        "Iso-C AM", "AdaMerging of the Iso-C merges of the target with each source", options={"merge": "iso_c"}
-    ),
-    "iso_cts_am": merging_entry(
-        "Iso-CTS AM",
-        "AdaMerging of the Iso-CTS merges of the target with each source (released, not in the paper)",
-        options={"merge": "iso_cts"},
-    ),
     "adamerging_hyper": _hypernetwork("AdaMerging, hypernet w", "AdaMerging, its weights the hypernetwork's"),
-    "ties_hyper": _hypernetwork(
-        "TIES, hypernet w",
-        "TIES merges of the target with each source, their weights the hypernetwork's",
-        options={"merge": "ties"},
-    ),
     "surgery_hyper": _hypernetwork(
         "Surgery, hypernet w",
         "an adapter that moves the features of AdaMerging with hypernetwork weights towards the target's own",
         build=surgery,
         after="adamerging_hyper",
     ),
-    "iso_c_hyper": _hypernetwork(
-        "Iso-C, hypernet w",
-        "Iso-C merges of the target with each source, their weights the hypernetwork's",
-        options={"merge": "iso_c"},
-    ),
+    **{
+        f"{merge}_hyper": _hypernetwork(
+            f"{PAIRS[merge]}, hypernet w",
+            f"{PAIRS[merge]} merges of the target with each source, their weights the hypernetwork's",
+            options={"merge": merge},
+        )
+        for merge in ("ties", "iso_c")
+    },
     **{
         f"steph_free_{way}": merging_entry(
             f"STEPH without training ({way})",

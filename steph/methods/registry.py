@@ -48,10 +48,9 @@ def method(name: str) -> Method:
         raise Refused(f"method {name!r} names no data set after @; write {base}@CANCER, or {base!r} for all sources.")
     if not entry.needs_sources or entry.after:
         raise Refused(f"method {name!r}: {entry.title} cannot be given one source; write {base!r}.")
-    options = {**entry.options, **({"top_k": 1} if entry.sparse else {})}
-    return replace(
-        entry, title=f"{entry.title}, {source} only", options=options, sweep=None, in_book=False, only=source
-    )
+    options = {**entry.options, "top_k": 1} if entry.sparse else entry.options
+    only = f"{entry.title}, {source} only"
+    return replace(entry, title=only, options=options, sweep=None, in_book=False, only=source)
 
 
 def known_method(name: str) -> bool:

@@ -73,32 +73,28 @@ def _sweep(parameter: str, symbol: str, label: str, values: Sequence[float], **r
     }
 
 
-METHODS = {
-    "steph": _variant("STEPH", "sparse task vector mixup with hypernetworks", group="model_merging"),
-    # Tables 2 and S5
-    "steph_lambda0": _variant("λ = 0", "no mixup: the sources' task vectors alone", options={"mix": 0.0}),
-    "steph_lambda0_with_target": _variant(
+ABLATIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "lambda0": ("λ = 0", "no mixup: the sources' task vectors alone", {"mix": 0.0}),
+    "lambda0_with_target": (
         "λ = 0, τₜ in the pool",
         "no mixup: the target's task vector is one more in the pool",
-        options={"mix": 0.0, "with_target": True},
+        {"mix": 0.0, "with_target": True},
     ),
-    "steph_lambda1": _variant(
-        "λ = 1",
-        "no mixup: the target's task vector alone, its length chosen for each patient",
-        options={"mix": 1.0},
-    ),
-    "steph_param_lambda": _variant(
-        "param. λ", "λ is one trained vector, the same for every patient", options={"mix": "parameter"}
-    ),
+    "lambda1": ("λ = 1", "no mixup: the target's task vector alone, its length chosen for each patient", {"mix": 1.0}),
+    "param_lambda": ("param. λ", "λ is one trained vector, the same for every patient", {"mix": "parameter"}),
+    "param_w": ("param. w", "w is one trained vector, the same for every patient", {"weight": "parameter"}),
+}
+"""Rows of Tables 2 and S5: title, what is changed, and the options that change it."""
+
+METHODS = {
+    "steph": _variant("STEPH", "sparse task vector mixup with hypernetworks", group="model_merging"),
+    **{f"steph_{name}": _variant(title, what, options=options) for name, (title, what, options) in ABLATIONS.items()},
     "steph_dense": _variant(
         "w/o sparsity",
         "all mixtures are merged, not the K of largest weight; the balance term goes with K",
         options={"top_k": None},
         sparse=False,
         sweep=("top_k", 13),  # Table S3's last row: 12 sources cannot be 13, and its average is this one's
-    ),
-    "steph_param_w": _variant(
-        "param. w", "w is one trained vector, the same for every patient", options={"weight": "parameter"}
     ),
     "steph_as_written": _variant(
         "STEPH as written",

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict
 from graphlib import TopologicalSorter
 from multiprocessing import connection
@@ -107,23 +108,9 @@ def _carry_out(bench: Workbench, missing: Sequence[Run], device: str, workers: i
     for dataset in {run.dataset for run in missing}:
         bench.dataset(dataset)
     workers = min(workers, len(missing))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_prepare_worker, initargs=(bench.study, workers)
-    ) as pool:
-        try:
-            for _ in track(_spread(pool, workers, bench, missing, device), label, total=len(missing)):
-                pass
-        except BrokenProcessPool:
-            raise Refused(
-                "a worker process was killed, most likely for want of memory. What is finished is kept; run the same "
-                "command again with fewer workers."
-            ) from None
-        except KeyboardInterrupt:
-            end_workers()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    with worker_pool(bench.study, workers) as pool:
+        for _ in track(_spread(pool, workers, bench, missing, device), label, total=len(missing)):
+            pass
 
 
 def _spread(
@@ -147,13 +134,28 @@ def _spread(
             yield run
 
 
-def end_workers() -> None:
-    """End the processes that this one has started, in the middle of what they do: records are whole or not there."""
-    for worker in multiprocessing.active_children():
-        worker.terminate()
+@contextmanager
+def worker_pool(study: Study, workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that work on a study side by side. An interruption ends them in the middle of what they do: records are
+    whole or not there. Raises `Refused` where one was killed."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _prepare_worker, (study, workers)) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool:
+            raise Refused(
+                "a worker process was killed, most likely for want of memory. What is finished is kept; run the same "
+                "command again with fewer workers."
+            ) from None
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """In a worker process: end as soon as the process that started it has ended, however it did."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -170,7 +172,7 @@ _bench_of_worker: Workbench | None = None
 
 def _prepare_worker(study: Study, workers: int) -> None:
     global _bench_of_worker
-    end_with_parent()
+    _end_with_parent()
     memory.processes = workers
     _bench_of_worker = Workbench(study)
     gc.freeze()  # the hundred thousand objects of imported libraries are not looked through again and again

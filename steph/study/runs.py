@@ -20,7 +20,6 @@ from steph.data.manifest import Study, load_study, unknown
 from steph.data.patients import PatientData
 from steph.files.records import Record, fingerprint, read_record, write_record
 from steph.methods import METHODS, Inputs, Method, known_method, method
-from steph.methods.base import Settings
 from steph.mil import Model, new_network
 from steph.mil.state import ModelState, load_into, load_state, save_state, state_fingerprint, state_of
 from steph.study.keys import method_code
@@ -173,7 +172,7 @@ class Workbench:
             dim=study.features.dim,
             dimensions=study.network,
             recipe=study.recipe,
-            settings=Settings(entry.settings_of(study, len(data.cohort))),
+            settings=entry.settings_of(study, len(data.cohort)),
             null_state=self.null_state(entry.network),
             target_state=states.pop(TARGET, None),
             stage_state=states.pop(STAGE, None),

@@ -1,12 +1,11 @@
 """steph doctor: every check made to fail on purpose; its fixes are commands that exist; nothing is changed by it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import shlex
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import nbformat
 import pytest
@@ -25,8 +24,6 @@ from steph.data.manifest import load_study
 from steph.files.atomic import in_words
 from steph.study.runs import plan
 from tests.helpers.fabricate import fabricate
-
-WORDS = {"check", "status", "found", "fix"}
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +130,9 @@ def test_the_exit_code_tells_and_json_has_its_form(build):
     report = json.loads(done.stdout)
     assert set(report) == {"version", "steph", "study", "device", "findings"} and report["version"] == 1
     for finding in report["findings"]:
-        assert set(finding) == WORDS and all(isinstance(value, str) for value in finding.values())
+        assert set(finding) == {"check", "status", "found", "fix"} and all(
+            isinstance(value, str) for value in finding.values()
+        )
     assert [f["check"] for f in report["findings"] if f["status"] == "FAIL"] == ["runs"]
     assert steph("doctor", "--study", "tiny", "--format", "xml").exit_code == 2
 
@@ -157,10 +156,7 @@ def test_a_check_that_fails_is_a_finding_and_the_others_go_on(build, monkeypatch
 
 
 def test_a_package_that_is_missing_is_a_sentence_for_every_command(build, monkeypatch):
-    def broken(*_):
-        raise ModuleNotFoundError("No module named 'h5py'", name="h5py")
-
-    monkeypatch.setattr(doctor, "examine", broken)
+    monkeypatch.setattr(doctor, "examine", Mock(side_effect=ModuleNotFoundError("no", name="h5py")))
     done = steph("doctor", "--study", "tiny")
     assert done.exit_code == 1 and "h5py is not installed. `make env`" in done.output
 
@@ -185,13 +181,6 @@ def test_packages_are_compared(monkeypatch, name, installed, status, words):
     assert any(words in f.found for f in found("packages", status=status))
 
 
-def no_gpu(monkeypatch, driver, cuda):
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **options: SimpleNamespace(stdout=driver))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-
-
 @pytest.mark.parametrize(
     ("driver", "cuda", "visible", "device", "words"),
     [
@@ -206,7 +195,10 @@ def test_an_absent_gpu_fails_with_the_reason(monkeypatch, driver, cuda, visible,
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    no_gpu(monkeypatch, driver, cuda)
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **options: SimpleNamespace(stdout=driver))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     finding = one("device", "FAIL", device=device)
     assert words in finding.found + finding.fix
     (of_cpu,) = found("device")
@@ -215,11 +207,9 @@ def test_an_absent_gpu_fails_with_the_reason(monkeypatch, driver, cuda, visible,
 
 
 def test_a_gpu_that_does_not_compute_fails(monkeypatch):
-    def broken(*_args, **_kwargs):
-        raise RuntimeError("CUDA error: no kernel image is available\nmore")
-
+    error = RuntimeError("CUDA error: no kernel image is available\nmore")
     monkeypatch.setattr(doctor, "check_device", lambda _: None)
-    monkeypatch.setattr(torch, "ones", broken)
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=error))
     finding = one("device", "FAIL", device="cuda")
     assert "cuda cannot be used: CUDA error: no kernel image is available;" in finding.found
 
@@ -252,10 +242,10 @@ def test_a_kernel_of_another_environment_fails(tmp_path, monkeypatch):
     spec = tmp_path / "kernels" / "python3" / "kernel.json"
     spec.parent.mkdir(parents=True)
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    spec.write_text(json.dumps({"argv": ["/opt/elsewhere/python", "-m", "ipykernel_launcher"], "display_name": "P"}))
-    assert "starts /opt/elsewhere/python" in one("kernel", "FAIL").found
-    spec.write_text(json.dumps({"argv": ["python", "-m", "ipykernel_launcher"], "display_name": "P"}))
-    assert one("kernel", "PASS")
+    for command, status in (("/opt/elsewhere/python", "FAIL"), ("python", "PASS")):
+        spec.write_text(json.dumps({"argv": [command, "-m", "ipykernel_launcher"], "display_name": "P"}))
+        finding = one("kernel", status)
+        assert status == "PASS" or f"starts {command}" in finding.found
 
 
 def test_kept_notebooks_with_outputs_or_without_parameters_are_told(tmp_path, monkeypatch):
@@ -291,7 +281,6 @@ def test_a_broken_manifest_is_the_last_finding(tmp_path, text, words):
     assert [f.check for f in findings if f.status == "FAIL"] == ["manifest"] and findings[-1].check == "manifest"
     assert words in findings[-1].found
     assert_fix_is_real(findings[-1].fix)
-    assert "Did you mean tiny" in one("manifest", "FAIL", "tinny").found
 
 
 # ------------------------------------------------------------------------------------------------ folders
@@ -316,10 +305,18 @@ def test_the_file_system_is_that_of_the_longest_mount(tmp_path, monkeypatch, kin
     assert words in one("build_folder", status).found
 
 
-@pytest.mark.parametrize(("free", "status"), [(1000, "FAIL"), (5 * 10**8, "WARN"), (10**11, "PASS")])
-def test_a_full_disk_is_told(build, monkeypatch, free, status):
-    monkeypatch.setattr(doctor, "free_bytes", lambda _: free)
-    assert in_words(free) in one("disk", status).found
+@pytest.mark.parametrize(
+    ("disk", "memory", "status"),
+    [(1000, 10**6, "FAIL"), (5 * 10**8, 3 * 10**9, "WARN"), (10**11, 10**11, "PASS")],
+)
+def test_a_full_disk_and_little_memory_are_told(build, monkeypatch, disk, memory, status):
+    monkeypatch.setattr(doctor, "free_bytes", lambda _: disk)
+    monkeypatch.setattr(doctor, "available", lambda _: memory)
+    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 16)
+    assert in_words(disk) in one("disk", status).found
+    finding = one("memory", status)
+    assert f"{in_words(memory)} free; a process that trains takes about 1.0 GB" in finding.found
+    assert status != "WARN" or "--workers 2`" in finding.fix
 
 
 def test_stores_that_are_not_packed_count_for_the_disk(tmp_path, monkeypatch):
@@ -330,15 +327,6 @@ def test_stores_that_are_not_packed_count_for_the_disk(tmp_path, monkeypatch):
     needs = float(re.search(r"about ([\d.]+) GB", finding.found)[1])
     patches = sum(e.patients * e.mean_patches for e in load_study("tcga").datasets.values())
     assert needs >= patches * (1536 * 2 + 8) / 1e9 and "STEPH_DATA" in finding.fix
-
-
-def test_memory_is_compared(build, monkeypatch):
-    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 16)
-    for free, status in ((10**6, "FAIL"), (3 * 10**9, "WARN"), (10**11, "PASS")):
-        monkeypatch.setattr(doctor, "available", lambda _, free=free: free)
-        finding = one("memory", status)
-        assert f"{in_words(free)} free; a process that trains takes about 1.0 GB" in finding.found
-        assert status != "WARN" or "--workers 2`" in finding.fix
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -414,10 +402,7 @@ def test_a_damaged_completion_record_fails_with_its_path(build, text):
 )
 def test_a_damaged_file_of_a_record_fails_with_its_path(build, damage, kind, name):
     path = next((build / kind).iterdir()) / name
-    if damage:
-        path.write_bytes(damage(path.read_bytes()))
-    else:
-        path.unlink()
+    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
     finding = one("runs", "FAIL")
     assert str(path) in finding.found and "rm -r" in finding.fix
 
@@ -462,16 +447,14 @@ def test_the_book_is_told_with_its_study_and_code(build, tmp_path, monkeypatch):
     page.parent.mkdir(parents=True)
     page.touch()
 
-    def built(study, code):
+    monkeypatch.setattr(doctor.pages, "code_state", lambda: "commit aaa")
+    for study, code, status, words in (
+        ("tiny", "commit aaa", "PASS", "of the code of commit aaa"),
+        ("tiny", "commit bbb, with changes", "WARN", "commit bbb, with changes; now it is commit aaa"),
+        ("demo", "commit aaa", "PASS", "of study demo"),
+    ):
         text = f"# Status\n\nStudy `{study}`, title. Its data.\nBuilt with the code of {code} on Linux (x86_64).\n"
         (tmp_path / "book" / "status.md").write_text(text)
-
-    monkeypatch.setattr(doctor.pages, "code_state", lambda: "commit aaa")
-    built("tiny", "commit aaa")
-    assert "of the code of commit aaa" in one("book", "PASS").found
-    built("tiny", "commit bbb, with changes that are not committed")
-    assert "commit bbb, with changes that are not committed; now it is commit aaa" in one("book", "WARN").found
-    built("demo", "commit aaa")
-    assert "of study demo" in one("book", "PASS").found
+        assert words in one("book", status).found
     (tmp_path / "book" / "status.md").write_text("nothing")
     assert one("book", "PASS")

@@ -19,13 +19,11 @@ PARAMETERS = '# Parameters\nstudy = "tiny"\ndataset = "all"\nfolds = "all"\nseed
 
 def made(path, *cells, parameters=PARAMETERS):
     """A notebook on disk with a parameters cell, `start`, and the cells given."""
-    notebook = nbformat.v4.new_notebook(
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    )
     first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
-    begin = nbformat.v4.new_code_cell("from steph.book.notebooks import start\np = start(globals())")
-    notebook.cells = [first, begin, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
-    nbformat.write(notebook, path)
+    begin = "from steph.book.notebooks import start\np = start(globals())"
+    others = [nbformat.v4.new_code_cell(cell) for cell in (begin, *cells)]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=[first, *others], metadata={"kernelspec": kernel}), path)
     return path
 
 
@@ -76,7 +74,6 @@ def test_defaults_come_from_the_study():
     checked = check({"study": "tiny", "n_seeds": 2})
     assert checked.seeds == [checked.study.seed, checked.study.seed + 1]
     assert checked.datasets == ["LIHC", "CESC", "SARC"]
-    assert check({"study": "tiny", "dataset": "SARC"}).datasets == ["SARC"]
 
 
 def test_start_refuses_what_papermill_injects_beside_the_declared():
@@ -88,17 +85,15 @@ def test_start_refuses_what_papermill_injects_beside_the_declared():
     assert start({"In": ["", declared_cell, "", later], **names, "dataset": "SARC"}).datasets == ["SARC"]
 
 
-def test_declared_parameters(notebook, tmp_path):
-    assert declared(notebook)["dataset"] == "all"
+def test_a_notebook_without_declared_parameters_is_refused(tmp_path):
     untagged = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("a = 1")])
-    nbformat.write(untagged, tmp_path / "b.ipynb")
-    with pytest.raises(Refused, match="no cell tagged 'parameters'"):
-        declared(tmp_path / "b.ipynb")
-    with pytest.raises(Refused, match="that begins with the line"):
-        declared(made(tmp_path / "c.ipynb", parameters="study = 'tiny'"))
-    (tmp_path / "d.ipynb").write_text("{")
-    with pytest.raises(Refused, match=r"d\.ipynb is not a notebook"):
-        declared(tmp_path / "d.ipynb")
+    nbformat.write(untagged, tmp_path / "a.ipynb")
+    made(tmp_path / "b.ipynb", parameters="study = 'tiny'")
+    (tmp_path / "c.ipynb").write_text("{")
+    messages = ("no cell tagged 'parameters'", "that begins with the line", r"c\.ipynb is not a notebook")
+    for name, message in zip("abc", messages, strict=True):
+        with pytest.raises(Refused, match=message):
+            declared(tmp_path / f"{name}.ipynb")
 
 
 def test_notebooks_are_found_by_name():
@@ -114,14 +109,11 @@ def test_execution_leaves_a_copy_with_its_completion(notebook):
     assert executed.name == "a-SARC.ipynb" and "folds [1] of ['SARC']" in executed.read_text()
     info = completion(executed)
     assert info["parameters"] == {"folds": "1", "dataset": "SARC"} and info["synthetic"] is True
-    bench = check({"study": "tiny"}).bench
-    assert up_to_date(executed, notebook, {"folds": "1", "dataset": "SARC"}, bench)
+    bench = Workbench("tiny")
+    assert up_to_date(executed, notebook, info["parameters"], bench)
     assert not up_to_date(executed, notebook, {"folds": "0", "dataset": "SARC"}, bench)
     made(notebook, "print('changed')")
-    assert not up_to_date(executed, notebook, {"folds": "1", "dataset": "SARC"}, bench)
-    executed.write_text(executed.read_text() + "\n")
-    with pytest.raises(Refused, match="not the one that was completed"):
-        completion(executed)
+    assert not up_to_date(executed, notebook, info["parameters"], bench)
 
 
 def test_unknown_parameters_are_refused_before_a_kernel_starts_and_by_plain_papermill(notebook, tmp_path, monkeypatch):
@@ -135,20 +127,20 @@ def test_unknown_parameters_are_refused_before_a_kernel_starts_and_by_plain_pape
     assert done.returncode != 0 and "unknown parameter 'cancr' in this notebook" in done.stderr
 
 
-def test_an_error_in_a_cell_is_told_and_kept_for_reading(tmp_path, build_folder):
-    broken = made(tmp_path / "broken.ipynb", "1 / 0")
-    with pytest.raises(Refused, match=r"broken\.ipynb stopped: ZeroDivisionError: division by zero\nSee .*failed"):
-        execute(broken, {}, tmp_path / "out.ipynb", progress=False)
-    assert "ZeroDivisionError" in (tmp_path / "out.failed.ipynb").read_text()
-    assert not (tmp_path / "out.ipynb").exists() and not completion_path(tmp_path / "out.ipynb").exists()
-
-
-def test_a_kernel_that_dies_is_an_error_and_its_notebook_is_not_finished(tmp_path, build_folder):
-    dying = made(tmp_path / "dying.ipynb", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(Refused, match=r"the kernel of dying\.ipynb died; most often .* memory"):
-        execute(dying, {}, tmp_path / "out.ipynb", progress=False)
-    with pytest.raises(Refused, match="no readable completion record"):
-        completion(tmp_path / "out.ipynb")
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("1 / 0", r"a\.ipynb stopped: ZeroDivisionError: division by zero\nSee .*out\.failed\.ipynb"),
+        ("import os; os.kill(os.getpid(), 9)", r"the kernel of a\.ipynb died; most often .* memory"),
+    ],
+)
+def test_an_error_in_a_cell_or_of_the_kernel_is_told_and_the_notebook_is_not_finished(notebook, cell, message):
+    executed = notebook.with_name("out.ipynb")
+    with pytest.raises(Refused, match=message):
+        execute(made(notebook, cell), {}, executed, progress=False)
+    assert not executed.exists() and not completion_path(executed).exists()
+    failed = notebook.with_name("out.failed.ipynb")  # what was executed, to be read
+    assert failed.is_file() == ("failed" in message) and (not failed.is_file() or "1 / 0" in failed.read_text())
 
 
 def test_the_projects_notebooks_declare_known_parameters():
@@ -205,10 +197,9 @@ def own_build(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "runs"), [("new_section", 0), ("new_method", 6)])
 def test_templates_run_as_they_stand(own_build, name, runs):
     executed = execute(find(f"templates/{name}"), {}, progress=False)
-    assert executed == own_build / "notebooks" / f"{name}.ipynb"
-    assert (own_build / "tables" / f"{name}.csv").is_file() and (own_build / "figures" / f"{name}.svg").is_file()
-    text = executed.read_text()
-    assert f"../tables/{name}.csv" in text and f"../figures/{name}.svg" in text and "Stands on: 18 finished" in text
+    assert executed == own_build / "notebooks" / f"{name}.ipynb" and "Stands on: 18 finished" in executed.read_text()
+    assert completion(executed), "the files that it links to are there"
+    assert set(notebooks.linked_files(executed)) >= {f"../tables/{name}.csv", f"../figures/{name}.svg"}
     assert len(list(own_build.glob("runs/*/stepped/*/run.json"))) == runs
 
 

@@ -1,7 +1,5 @@
 """Pages that a program writes, and the built book as a reader meets it: every link, and a visit by a browser."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
@@ -39,8 +37,8 @@ def test_every_module_stands_on_the_page_of_its_room_which_says_what_is_in_it():
     files = [path.relative_to(PROJECT).with_suffix("") for path in (PROJECT / "steph").rglob("*.py")]
     modules = sorted(".".join(f.parent.parts if f.name == "__init__" else f.parts) for f in files)
     assert sorted(module for listed in rooms.values() for module in listed) == modules
-    assert rooms[pages.GROUND][0] == "steph" and rooms["data"][0] == "steph.data"
-    assert "steph.analysis.mixing.sar" in rooms["analysis"] and "steph.survival" in rooms[pages.GROUND]
+    assert rooms["steph"][0] == "steph" and rooms["data"][0] == "steph.data"
+    assert "steph.analysis.mixing.sar" in rooms["analysis"] and "steph.survival" in rooms["steph"]
     for room, listed in rooms.items():
         assert f"]({room}.md) | " in written["index"] and f"]({room}.md) |  |" not in written["index"], room
         assert re.findall(r"\.\. automodule:: (\S+)", written[room]) == listed
@@ -70,24 +68,22 @@ def test_findings_are_made_of_records(tiny):
     written = tiny.study.build / "tables" / "scorecard.csv"
     written.parent.mkdir(exist_ok=True)
     pd.DataFrame({"verdict": ["reproduced", "x", "x"], "points": ["open"] * 3}).to_csv(written)
-    try:
-        text = pages.findings(tiny.study, table)
-        assert "**synthetic**" in text and "Of 3 claims of the paper: 2 x, 1 reproduced." in text
-        row = re.search(
-            r"better than the cancer's own model\? \| (0\.\d{3}) \| (0\.\d{3}) \| ([+-]0\.\d{3}) .*\| \+0\.03", text
-        )
-        assert float(row[1]) - float(row[2]) == pytest.approx(float(row[3]), abs=0.0015)
-        lacking = pages.findings(tiny.study, table[table["method"] != "roupkt"])
-        assert "better than ROUPKT, which runs all models? | — | — | — | +0.014 | no answer" in lacking
-    finally:
-        written.unlink()
+    text, lacking = pages.findings(tiny.study, table), pages.findings(tiny.study, table[table["method"] != "roupkt"])
+    written.unlink()
+    assert "**synthetic**" in text and "Of 3 claims of the paper: 2 x, 1 reproduced." in text
+    row = re.search(r"than the cancer's own model\? \| (0\.\d{3}) \| (0\.\d{3}) \| ([+-]0\.\d{3}) .*\| \+0\.03", text)
+    assert float(row[1]) - float(row[2]) == pytest.approx(float(row[3]), abs=0.0015)
+    assert "better than ROUPKT, which runs all models? | — | — | — | +0.014 | no answer" in lacking
 
 
-def test_code_state_names_the_commit_and_whether_it_was_changed(tmp_path):
-    def git(*command):
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *command], cwd=tmp_path, check=True,
-                       capture_output=True)  # fmt: skip
+@pytest.fixture
+def git(tmp_path):
+    """Git in a folder of the test's own."""
+    command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    return lambda *words: subprocess.run([*command, *words], check=True, capture_output=True)
 
+
+def test_code_state_names_the_commit_and_whether_it_was_changed(tmp_path, git):
     assert pages.code_state(tmp_path).endswith("outside a git repository")
     git("init")
     (tmp_path / "a").write_text("1")
@@ -129,10 +125,7 @@ def test_docstrings_are_prose(prose, expected):
         (None, None),
     ],
 )
-def test_colab_opens_only_what_is_on_github(tmp_path, remote, expected):
-    def git(*command):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
-
+def test_colab_opens_only_what_is_on_github(tmp_path, git, remote, expected):
     git("init", "-b", "trunk")
     if remote:
         git("remote", "add", "origin", remote)
@@ -150,10 +143,9 @@ def test_colab_opens_only_what_is_on_github(tmp_path, remote, expected):
 class Page(HTMLParser):
     """What a page offers (ids) and what it points to (attribute, address)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path):
         super().__init__()
-        self.ids: set[str] = set()
-        self.links: list[tuple[str, str]] = []
+        self.ids, self.links = set(), []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
@@ -164,9 +156,7 @@ class Page(HTMLParser):
                 self.links.append((f"{tag} {name}", value))
 
 
-@cache
-def page(path: Path) -> Page:
-    return Page(path)
+page = cache(Page)
 
 
 @pytest.fixture(scope="module")
@@ -174,23 +164,26 @@ def html(tiny_book):
     return tiny_book / "build" / "book" / "_build" / "html"
 
 
+def pages_of(html):
+    """The pages of the built book, without the theme's templates."""
+    return [path for path in sorted(html.rglob("*.html")) if "_static" not in path.relative_to(html).parts]
+
+
 def test_every_link_leads_to_something_in_the_book(html):
-    broken = []
-    for path in html.rglob("*.html"):
-        if "_static" in path.relative_to(html).parts:
-            continue  # the theme's templates
+    broken = set()
+    for path in pages_of(html):
         for kind, address in page(path).links:
             parts = urlsplit(address)
-            if parts.scheme or parts.netloc:
-                if kind != "a href":
-                    broken.append(f"{path.name} loads {address}")
-                continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            if not target.is_file() or not target.is_relative_to(html):
-                broken.append(f"{path.name}: {address}")
-            elif parts.fragment and target.suffix == ".html" and unquote(parts.fragment) not in page(target).ids:
-                broken.append(f"{path.name}: no anchor {address}")
-    assert not broken, "\n".join(sorted(set(broken))[:30])
+            if parts.scheme or parts.netloc:
+                good = kind == "a href"  # nothing is loaded from outside
+            else:
+                good = target.is_file() and target.is_relative_to(html)
+                if good and parts.fragment and target.suffix == ".html":
+                    good = unquote(parts.fragment) in page(target).ids
+            if not good:
+                broken.add(f"{path.name}: {kind} {address}")
+    assert not broken, "\n".join(sorted(broken)[:30])
 
 
 def test_every_notebook_has_its_buttons_and_offers_files_to_take_away(html):
@@ -220,8 +213,8 @@ CONTRAST = Path(__file__).with_name("contrast.js").read_text(encoding="utf-8")
 def visits(browser, html):
     """Every page visited once: formulas, and by kind what is wrong with it; light, dark: text of poor contrast."""
     found = {}
-    for path in sorted(html.rglob("*.html")):
-        if "_static" in path.relative_to(html).parts or (path.name == "index.html" and path.parent == html):
+    for path in pages_of(html):
+        if path == html / "index.html":
             continue
         browser.width(1200)
         browser.visit(path.as_uri())
@@ -244,13 +237,12 @@ def visits(browser, html):
 @pytest.mark.parametrize("fault", ["problems", "outside", "math", "wide", "light", "dark"])
 def test_every_page_works_alone_shows_its_formulas_fits_a_telephone_and_can_be_read(visits, fault):
     assert len(visits) > 30 and visits["book/method.html"]["formulas"] > 10
-    assert {page: visit[fault] for page, visit in visits.items() if visit[fault]} == {}
+    assert {name: visit[fault] for name, visit in visits.items() if visit[fault]} == {}
 
 
 def test_search_finds_what_the_book_is_about(browser, html):
-    word = "SAR" if (PROJECT / "notebooks" / "05_sar.ipynb").is_file() else "STEPH"
     browser.width(1200)
-    browser.visit(f"{(html / 'search.html').as_uri()}?q={word}")
+    browser.visit(f"{(html / 'search.html').as_uri()}?q=SAR")
     browser.wait("document.querySelectorAll('#search-results li').length > 0")
     browser.wait("!/Searching/.test(document.querySelector('#search-results h2').textContent)")
     assert browser.evaluate("document.querySelector('#search-results li a').getAttribute('href')")
@@ -270,8 +262,9 @@ def test_a_citation_shows_its_reference_on_hover_and_on_focus(browser, html):
 def test_a_table_downloads(browser, html, tiny_book, tmp_path):
     browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     browser.visit((html / "build" / "book" / "notebooks" / "01_baselines.html").as_uri())
-    name = browser.evaluate("document.querySelector('p.to-file a[href$=\".csv\"]').getAttribute('href')").split("/")[-1]
-    browser.evaluate("document.querySelector('p.to-file a[href$=\".csv\"]').click()")
+    link = "document.querySelector('p.to-file a[href$=\".csv\"]')"
+    name = browser.evaluate(f"{link}.getAttribute('href')").split("/")[-1]
+    browser.evaluate(f"{link}.click()")
     end = time.monotonic() + 30
     while not (tmp_path / name).is_file():
         assert time.monotonic() < end, f"{name} did not arrive; there is {list(tmp_path.iterdir())}"

@@ -18,7 +18,6 @@ from steph.merging import PAIR_MERGES, STEPH, apply_task_vector, merge_pairs, mo
 from steph.merging.steph import mixture_coefficients
 from steph.merging.ties import trim
 from steph.methods import METHODS, Inputs
-from steph.methods.base import Settings
 from steph.mil import ABMIL, NETWORKS
 from steph.mil.state import load_into, state_of
 from steph.training.device import Compute
@@ -169,7 +168,7 @@ def built(name, turned=False):
         dim=data.dim,
         dimensions=DIMENSIONS,
         recipe=Recipe(),
-        settings=Settings(entry.settings_of(load_study("tiny"), len(data.ids))),
+        settings=entry.settings_of(load_study("tiny"), len(data.ids)),
         null_state=pool.null,
         target_state=pool.target,
         source_states=dict(reversed(sources.items())) if turned else sources,

@@ -31,7 +31,6 @@ from steph.data.manifest import DatasetEntry, Features, Study
 from steph.merging.merged_encoder import MergedEncoder
 from steph.merging.steph import STEPH
 from steph.methods import Inputs, method, title
-from steph.methods.base import Settings
 from steph.mil import Model, new_network
 from steph.mil.gated_attention import layer_by_layer
 from steph.mil.state import ModelState
@@ -79,7 +78,7 @@ def built(name: str, study: Study | None = None, device: str = "meta") -> Model:
             dim=study.features.dim,
             dimensions=study.network,
             recipe=study.recipe,
-            settings=Settings(entry.settings_of(study, 0)),
+            settings=entry.settings_of(study, 0),
             null_state=null_state,
             target_state=alike,
             source_states=dict.fromkeys(sources, alike),
