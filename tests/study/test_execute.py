@@ -135,7 +135,7 @@ def test_runs_that_cannot_be_are_refused_before_any_work(tiny, change, message):
 
 def test_more_kept_sources_than_there_are_is_refused_before_any_work(tiny):
     study = tiny.study.model_copy(update={"steph": tiny.study.steph.model_copy(update={"top_k": 5})})
-    with pytest.raises(Refused, match=r"steph\.top_k = 5 in study tiny, but SARC has 2 source cancers"):
+    with pytest.raises(Refused, match=r"steph\.top_k = 5, but SARC has 2 source cancers in study tiny"):
         run_all(study, [SARC])
 
 
