@@ -17,7 +17,7 @@ import yaml
 from steph import PROJECT, Refused
 from steph.analysis.mixing import controls
 from steph.book import notebooks, pages
-from steph.data.manifest import Study, unknown
+from steph.data.manifest import Study, refuse_unknown
 from steph.files.atomic import atomic_path
 from steph.files.records import read_json
 from steph.study.execute import run_all, worker_pool
@@ -73,9 +73,7 @@ class Chapter:
 def _metadata(notebook: Path) -> dict[str, Any]:
     """What a notebook says of itself as a chapter; see `Chapter`."""
     entries, known = read_json(notebook)["metadata"].get("steph", {}), ["targets", "runs", "further_runs", "twin_runs"]
-    for name in entries:
-        if name not in known:
-            raise Refused(unknown("entry", name, known, f"the metadata of {notebook}, under steph"))
+    refuse_unknown("entry", entries, known, f"the metadata of {notebook}, under steph")
     return entries
 
 

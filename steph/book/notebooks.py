@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from steph import PROJECT, Refused
-from steph.data.manifest import MANIFESTS, Study, load_study, unknown
+from steph.data.manifest import MANIFESTS, Study, load_study, refuse_unknown, unknown
 from steph.files.atomic import atomic_path
 from steph.files.records import file_sha256, fingerprint, read_json, read_sealed, versions, write_sealed
 from steph.study.runs import Workbench
@@ -83,10 +83,8 @@ def check(
     that there is. where: whose they are, for messages. Raises `Refused` for the first that cannot be used.
     """
     takes = {name: default for name, (default, _) in PARAMETERS.items()} if takes is None else takes
-    for names, known, owner in ((chosen, takes, where), (takes, PARAMETERS, "the parameters of notebooks")):
-        for name in names:
-            if name not in known:
-                raise Refused(unknown("parameter", name, list(known), owner))
+    refuse_unknown("parameter", chosen, takes, where)
+    refuse_unknown("parameter", takes, PARAMETERS, "the parameters of notebooks")
     values = {name: chosen.get(name, takes.get(name, default)) for name, (default, _) in PARAMETERS.items()}
     for name, value in values.items():
         types = PARAMETERS[name][1]
@@ -103,9 +101,7 @@ def check(
     check_device(values["device"])
     others = list(study.datasets) if dataset == "all" else study.sources_of(dataset)
     sources = others if values["sources"] == "all" else _names(values["sources"])
-    for name in sources or []:
-        if name not in others:
-            raise Refused(unknown("source", name, others, f"study {study.name}, target {dataset}"))
+    refuse_unknown("source", sources or [], others, f"study {study.name}, target {dataset}")
     values["sources"], values["patients"] = sources, _names(values["patients"])
     values["folds"] = list(range(study.n_folds)) if values["folds"] == "all" else _folds(values["folds"], study)
     values["precision"] = precision_for(values["precision"], values["device"])

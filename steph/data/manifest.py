@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -199,8 +200,7 @@ class Study(Strict):
 
     def entry(self, dataset: str) -> DatasetEntry:
         """A data set by name. Raises `Refused`, with the nearest names, for an unknown one."""
-        if dataset not in self.datasets:
-            raise Refused(unknown("data set", dataset, list(self.datasets), f"study {self.name}"))
+        refuse_unknown("data set", [dataset], self.datasets, f"study {self.name}")
         return self.datasets[dataset]
 
     def sources_of(self, dataset: str) -> list[str]:
@@ -222,6 +222,13 @@ def unknown(what: str, name: str, known: list[str], where: str) -> str:
     near = [name for name in known if name.lower() in near]
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"unknown {what} {name!r} in {where}.{hint} It has: {', '.join(known)}."
+
+
+def refuse_unknown(what: str, names: Iterable[str], known: Collection[str], where: str) -> None:
+    """Raise `Refused` for the first name that is not known, with the message of `unknown`."""
+    for name in names:
+        if name not in known:
+            raise Refused(unknown(what, name, list(known), where))
 
 
 def load_study(name: str | Path) -> Study:

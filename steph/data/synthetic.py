@@ -29,7 +29,7 @@ import pandas as pd
 
 from steph import Refused
 from steph.data.cohort import Cohort, cohort_from, write_cohort
-from steph.data.manifest import Study, Synthetic, unknown
+from steph.data.manifest import Study, Synthetic, refuse_unknown
 from steph.data.packing import write_store
 from steph.files.records import fingerprint
 from steph.files.tables import write_csv
@@ -345,8 +345,7 @@ def _synthetic(study: Study) -> Synthetic:
 def _sizes(study: Study, dataset: str) -> tuple[int, dict[str, Any]]:
     """Patients of the cohort, and the manifest's `SIZES`. Raises `Refused` where no cohort can be made from them."""
     sizes, scale = study.entry(dataset).model_dump(include=set(SIZES)), _synthetic(study).scale
-    if dataset not in MEMBERSHIPS:
-        raise Refused(unknown("cancer", dataset, list(MEMBERSHIPS), "the synthetic cohort"))
+    refuse_unknown("cancer", [dataset], MEMBERSHIPS, "the synthetic cohort")
     missing = [name for name in SIZES if sizes[name] is None]
     if missing:
         raise Refused(f"data set {dataset}: a synthetic cohort needs {', '.join(missing)}; give them in the manifest.")

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from steph import Refused
-from steph.data.manifest import unknown
+from steph.data.manifest import refuse_unknown
 from steph.methods.base import Method
 
 FIRST = (
@@ -39,8 +39,7 @@ def method(name: str) -> Method:
     Raises `Refused`, with the nearest names, for an unknown one, and for a source given to a method without sources.
     """
     base, at, source = name.partition("@")
-    if base not in METHODS:
-        raise Refused(unknown("method", base, list(METHODS), "the registry steph.methods.METHODS"))
+    refuse_unknown("method", [base], METHODS, "the registry steph.methods.METHODS")
     entry = METHODS[base]
     if not at:
         return entry

@@ -16,7 +16,7 @@ import pandas as pd
 from steph import Refused
 from steph.data.dataset import Dataset, dataset_fingerprint, open_dataset
 from steph.data.joint import JointDataset
-from steph.data.manifest import Study, load_study, unknown
+from steph.data.manifest import Study, load_study, refuse_unknown
 from steph.data.patients import PatientData
 from steph.files.records import Record, fingerprint, read_record, write_record
 from steph.methods import METHODS, Inputs, Method, known_method, method
@@ -207,10 +207,8 @@ def plan(
 
     Raises `Refused` for a name or fold that the study does not have.
     """
-    kinds = {m.group for m in METHODS.values()} | set(METHODS)
-    for kind in study.book_folds:
-        if kind not in kinds:
-            raise Refused(unknown("group or method", kind, sorted(kinds), f"book_folds of study {study.name}"))
+    kinds = sorted({m.group for m in METHODS.values()} | set(METHODS))
+    refuse_unknown("group or method", study.book_folds, kinds, f"book_folds of study {study.name}")
     if methods is None:
         some = next(iter(study.datasets))
         methods = [n for n, m in METHODS.items() if m.in_book and not (m.group == "sweep" and m.refusal(study, some))]

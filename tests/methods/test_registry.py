@@ -10,13 +10,13 @@ import torch
 from steph import PROJECT, Refused
 from steph.data.dataset import Dataset
 from steph.data.manifest import load_study
-from steph.methods import METHODS, Inputs, Method
+from steph.methods import METHODS, Method
 from steph.methods.cancer_specific import vanilla
 from steph.methods.merging import steph
 from steph.mil.state import state_of
 from steph.study import Run, execute, plan, results, run, run_all
 from steph.study.paper import paper_labels, tables_of_methods
-from steph.study.runs import SOURCE_FOLD, TARGET
+from steph.study.runs import SOURCE_FOLD, TARGET, Workbench
 from steph.training.device import single_thread
 from steph.training.engine import predict
 from tests.helpers.spy import spied
@@ -26,6 +26,13 @@ SARC = Run("SARC", "steph", 1, 42)
 
 EVERY = [name for name, m in METHODS.items() if "nearest" not in name and not m.refusal(load_study("tiny"), "SARC")]
 FREE = ("steph_free_cosine", "steph_free_concordance", "steph_free_scores")
+
+
+def inputs(name):
+    """What the study `tiny` gives the builder of a method."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, name, replace(METHODS[name], build=lambda x, **options: x))
+        return Workbench("tiny").untrained(replace(SARC, method=name))
 
 
 # ------------------------------------------------------------------------------------------------ complete
@@ -56,7 +63,7 @@ def test_a_sweep_changes_one_setting_of_steph(name):
 
 
 def test_options_reach_the_models(tiny):
-    x, settings = inputs(tiny, "steph"), tiny.study.steph
+    x, settings = inputs("steph"), tiny.study.steph
 
     def built(name):
         return METHODS[name].build(x, **METHODS[name].options)
@@ -133,7 +140,7 @@ def test_the_releases_table_of_nearest_sources_needs_its_source(tiny):
 
 def test_models_of_another_network_are_refused(tiny):
     """A network's models are merged onto its own M_0 and with no other's."""
-    x = inputs(tiny, "steph")
+    x = inputs("steph")
     other = replace(x, target_state=tiny.state(replace(SARC, method="ilra", fold=0)))
     for name in ("steph", "adamerging", "ties_am", "model_average"):
         with pytest.raises(Refused, match="different networks cannot be merged"):
@@ -147,26 +154,8 @@ def test_models_of_another_network_are_refused(tiny):
 # ------------------------------------------------------------------------------------------------ who was looked at
 
 
-def inputs(bench, name, fold=1):
-    this = replace(SARC, method=name, fold=fold)
-    states = {role: bench.state(needed) for role, needed in bench.prerequisites(this).items()}
-    study, data, entry = bench.study, bench.dataset("SARC"), METHODS[name]
-    return Inputs(
-        data=data,
-        patients=data.splits.train(fold),
-        network_name=entry.network,
-        dim=study.features.dim,
-        dimensions=study.network,
-        recipe=study.recipe,
-        settings=entry.settings_of(study, len(data.cohort)),
-        null_state=bench.null_state(entry.network),
-        target_state=states.pop(TARGET, None),
-        source_states=states,
-    )
-
-
 def test_a_setting_that_a_method_does_not_declare_is_refused(tiny):
-    x = inputs(tiny, "vanilla")
+    x = inputs("vanilla")
     with pytest.raises(Refused, match=r"steph\.beta of the study and does not declare it"):
         x.settings["beta"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from steph import Refused
 from steph.data.dataset import Dataset
-from steph.data.manifest import Study, unknown
+from steph.data.manifest import Study, refuse_unknown
 from steph.study.runs import TARGET, Run, Workbench
 
 
@@ -15,10 +15,7 @@ def check_sources(study: Study, target: str, sources: Sequence[str], fold: int) 
     target's, repeated or missing."""
     study.entry(target)
     study.check_fold(fold)
-    known = study.sources_of(target)
-    for name in sources:
-        if name not in known:
-            raise Refused(unknown("source", name, known, f"study {study.name}, target {target}"))
+    refuse_unknown("source", sources, study.sources_of(target), f"study {study.name}, target {target}")
     if not sources or len(set(sources)) < len(sources):
         raise Refused(f"sources {list(sources)} of {target}: give at least one, and each once.")
 

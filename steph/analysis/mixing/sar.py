@@ -24,7 +24,7 @@ from torch import Tensor
 from steph import Refused
 from steph.analysis.mixing import pairs
 from steph.analysis.mixing.dynamics import rank_correlation
-from steph.data.manifest import Study, unknown
+from steph.data.manifest import Study, refuse_unknown
 from steph.data.synthetic import planted_similarity
 from steph.files.records import fingerprint
 from steph.merging.random_sources import random_sources
@@ -81,8 +81,7 @@ def dominant_rank(singular_values: Tensor, alpha: float = ALPHA, rank_rule: str 
     """
     if not 0 < alpha <= 1:
         raise Refused(f"alpha = {alpha}: the share that a matrix's dominant directions keep; expected 0 < alpha <= 1.")
-    if rank_rule not in RANK_RULES:
-        raise Refused(unknown("rank rule", str(rank_rule), list(RANK_RULES), "subspace alignment"))
+    refuse_unknown("rank rule", [rank_rule], RANK_RULES, "subspace alignment")
     values = torch.as_tensor(singular_values, dtype=torch.float64)
     energy = (values / values[0]) ** 2 if values[0] > 0 else values
     if rank_rule == "released":
