@@ -76,7 +76,9 @@ def layer_by_layer() -> Iterator[None]:
         _one_by_one.reset(token)
 
 
-layers_called_one_by_one = _one_by_one.get
+def layers_called_one_by_one() -> bool:
+    """Whether this is inside `layer_by_layer`."""
+    return _one_by_one.get()
 
 
 @dataclass
