@@ -40,6 +40,13 @@ RELEASED_NAMES = {
 """Layers of the release's STEPH and the same layers here."""
 
 
+EXPORTED = (
+    "top_k", "mix", "weight", "dim_hidden", "hyper_head", "bounded_lambda", "clamp_weights", "merge_head",
+    "sample_patches", "sample_seed",
+)  # fmt: skip
+"""Options that a model folder must know: they decide which parameters there are, or what is predicted."""
+
+
 class Mixtures(NamedTuple):
     """What is merged for each of B bags: w (B, m) and lambda (B, m) of the sources, in the order of
     `STEPH.source_names`, and which of them are selected, (B, K), by falling w."""
@@ -100,6 +107,7 @@ class STEPH(BagEncoder):
         self.sample_patches, self.sample_seed = sample_patches, sample_seed
         self.source_names = list(source_states)
         self.top_k, self.mix, self.weight = top_k, mix, weight
+        self.dim_hidden, self.hyper_head, self.merge_head = dim_hidden, hyper_head, merge_head
         self.bounded_lambda, self.clamp_weights = bounded_lambda, clamp_weights
         self.beta, self.gamma, self.balance_term = beta, gamma, balance_term
 
@@ -108,15 +116,16 @@ class STEPH(BagEncoder):
         start = null_state if base == "null" else target_state
         self.encoder = MergedEncoder(network, start, vectors)
         self.head = _head(network, None if fresh_head else target_state)
-        self.merged_head = MergedHead(start, vectors) if merge_head else None
+        self.merged_head = None
         if merge_head:
             self.head.requires_grad_(False)
+            merged = {name: value for name, value in start.items() if name.startswith("head.")}
+            self.merged_head = Merged(Layout.of(merged), start, vectors)
         self.hyper = Hypernetwork(
             _dim_in(network), dim_hidden, m, weight == "hypernetwork", mix == "hypernetwork", dropout, hyper_head
         )
         self.weight_vector = nn.Parameter(torch.full((m,), 1 / m)) if weight == "parameter" else None
         self.ratio_vector = nn.Parameter(torch.zeros(m)) if mix == "parameter" else None
-        self.hyper_head = hyper_head
         self.monitored = [f"{number}_{name}" for number in ("w", "lambda") for name in self.source_names]
 
     def forward_pass(self, bags: Bags | None, frozen: Tensor | None = None) -> ForwardPass:
@@ -128,7 +137,8 @@ class STEPH(BagEncoder):
         if self.merged_head is None:
             logits = self.head(features)
         else:
-            logits = self.merged_head(coefficients.expand(len(features), -1), features)
+            head = self.merged_head.weights(coefficients)  # one for each bag, or one for all
+            logits = (head["head.weight"] @ features.unsqueeze(2)).squeeze(2) + head["head.bias"]
         monitored = torch.cat([mixtures.w.detach().mean(0), mixtures.lam.detach().mean(0)])
         return ForwardPass(logits, self.auxiliary_loss(mixtures), monitored)
 
@@ -171,13 +181,9 @@ class STEPH(BagEncoder):
         """w (m,), lambda (m,) and the selected sources (K,) of one bag (N, D)."""
         return Mixtures(*(values[0] for values in self.batch_coefficients(one_bag(bag))))
 
-    def merged_state(self, bag: Tensor) -> dict[str, Tensor]:
+    def merged_state(self, bag: Tensor | RaggedBatch) -> dict[str, Tensor]:
         """The parameters of the network that this bag (N, D) is seen through."""
-        return self._state(self.batch_coefficients([bag]))
-
-    def _state(self, mixtures: Mixtures) -> dict[str, Tensor]:
-        """The parameters of the network that is merged for the first bag."""
-        coefficients = mixture_coefficients(*mixtures)[0]
+        coefficients = mixture_coefficients(*self.batch_coefficients(one_bag(bag)))[0]
         plain_head: dict[str, Tensor] = {f"head.{name}": value for name, value in self.head.named_parameters()}
         head = plain_head if self.merged_head is None else self.merged_head.state(coefficients)
         return {**self.encoder.state(coefficients), **head}
@@ -215,28 +221,16 @@ class STEPH(BagEncoder):
     def _network(self, batch: RaggedBatch) -> MIL:
         """The network that is merged for one bag."""
         network = deepcopy(self.encoder.network)
-        load_into(network, self._state(self.batch_coefficients(batch)))
+        load_into(network, self.merged_state(batch))
         return network
 
     def architecture(self) -> dict[str, Any]:
-        options = {
-            "top_k": self.top_k,
-            "mix": self.mix,
-            "weight": self.weight,
-            "dim_hidden": self.hyper.embed.out_features if self.hyper.embed is not None else 1,
-            "hyper_head": self.hyper_head,
-            "bounded_lambda": self.bounded_lambda,
-            "clamp_weights": self.clamp_weights,
-            "merge_head": self.merged_head is not None,
-            "sample_patches": self.sample_patches,
-            "sample_seed": self.sample_seed,
-        }
         return {
             "kind": self.kind,
             "network": self.encoder.network.architecture(),
             "sources": self.source_names,
             "order": list(self.encoder.layout.shapes),  # in memory too: libraries round by where a number lies
-            "options": options,
+            "options": {name: getattr(self, name) for name in EXPORTED},
         }
 
     @classmethod
@@ -294,19 +288,6 @@ class Hypernetwork(nn.Module):
             None if self.weight_head is None else self.weight_head(mean),
             None if self.mix_head is None else self.mix_head(mean),
         )
-
-
-class MergedHead(Merged):
-    """The prediction head under merged weights, like `MergedEncoder` (the paper's reading of Eq. 5)."""
-
-    def __init__(self, base: State, vectors: Sequence[State]) -> None:
-        super().__init__(Layout.of({k: v for k, v in base.items() if k.startswith("head.")}), base, vectors)
-
-    def forward(self, coefficients: Tensor, features: Tensor) -> Tensor:
-        weights = self.weights(coefficients)
-        return torch.baddbmm(
-            weights["head.bias"].unsqueeze(2), weights["head.weight"], features.unsqueeze(2)
-        ).squeeze(2)  # fmt: skip
 
 
 def mixture_coefficients(w: Tensor, lam: Tensor, selected: Tensor) -> Tensor:

@@ -33,8 +33,15 @@ class ForwardPass(NamedTuple):
     monitored: Tensor | None = None
 
 
+def _undefined(kind: type[Model], method: str, so: str = "") -> Refused:
+    """A method that only some classes of model need is asked of one that lacks it."""
+    return Refused(f"the class {kind.__name__} {so}does not define `{method}` (see steph.mil.base).")
+
+
 class Model(nn.Module, ABC):
     """Whatever is trained, or predicts. What requires a gradient is what is trained.
+
+    Raises `Refused` where a method is asked for that a class says it has (or, to be exported, needs) and lacks.
 
     supervised: the likelihood trains the model; False where the auxiliary loss alone does.
     has_frozen_features: a part of it is not trained; `frozen_features` computes that part once per patient, not in
@@ -72,7 +79,7 @@ class Model(nn.Module, ABC):
 
     def frozen_features(self, bags: Bags) -> Tensor:
         """What the parts that are not trained make of B bags, (B, ...)."""
-        raise NotImplementedError(f"{type(self).__name__} has no frozen features")
+        raise _undefined(type(self), "frozen_features")
 
     @property
     def networks_per_bag(self) -> int:
@@ -92,19 +99,14 @@ class Model(nn.Module, ABC):
         return self
 
     def architecture(self) -> dict[str, Any]:
-        """What `rebuild` needs to make a model of the same form, as plain data; "kind" names the class.
-
-        Raises `Refused` where a class does not say how it is made again: a model folder cannot hold it.
-        """
-        raise Refused(
-            f"a model of the class {type(self).__name__} cannot be exported: the class does not define "
-            "`architecture` and `rebuild` (see steph.mil.base.Model)."
-        )
+        """What `rebuild` needs to make a model of the same form, as plain data; "kind" names the class. Without it, a
+        model folder cannot hold the model."""
+        raise _undefined(type(self), "architecture", "cannot be exported: it ")
 
     @classmethod
     def rebuild(cls, architecture: Mapping[str, Any], part: Callable[[Mapping[str, Any]], Any]) -> Model:
         """A model of this form, its numbers still to be filled in. part: makes a part from its own architecture."""
-        raise NotImplementedError(f"{cls.__name__}.rebuild")
+        raise _undefined(cls, "rebuild", "cannot be exported: it ")
 
     @property
     def kind(self) -> str:
@@ -165,11 +167,11 @@ class MIL(BagEncoder):
     ) -> tuple[Tensor, Any]:
         """Bag features (G, H) of G padded bags (G, n, D), bag g under the weights ``weights[name][g]``, and what
         `encode_each_backward` needs. absent: (G, n) True where there is no patch, None where all bags are full."""
-        raise NotImplementedError(f"{type(self).__name__} does not declare encodes_each")
+        raise _undefined(type(self), "encode_each")
 
     def encode_each_backward(self, saved: Any, grad: Tensor, out: Mapping[str, Tensor]) -> None:
         """Gradient of each bag's weights, written to ``out[name]`` (G, ...), from that of the features (G, H)."""
-        raise NotImplementedError(f"{type(self).__name__} does not declare encodes_each")
+        raise _undefined(type(self), "encode_each_backward")
 
     def pooling_network(self, batch: RaggedBatch) -> MIL | None:
         return self if self.pools_by_attention else None

@@ -45,7 +45,8 @@ class MeanMIL(MIL):
 def mean_of_embedded(batch: RaggedBatch, embed: nn.Linear) -> Tensor:
     """Mean over each bag's patches of ReLU(embed(patch)): (B, H), in float32 for patches in half precision.
 
-    By hand, because of all that it computes for a patch the way back needs one bit per number: was it above 0?
+    By hand, because of all that it computes for a patch the way back needs one bit per number: was it above 0? By
+    autograd, an update at the paper's width takes 1.12 times as long (STEPH: 1.03), and 6 KB a patch in place of 0.7.
     """
     if layers_called_one_by_one():
         return batch.mean(F.relu(embed(batch.features)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,32 +24,23 @@ class ROUPKT(Model):
     feature of model i. Their weighted sum goes through a new prediction head.
 
     router: a new network; its head is replaced. models: finished ones by name, the target's own first (as in the
-    release), then the sources. expert: "identity" leaves features as they are. Raises `Refused` for a K outside 1..n.
+    release), then the sources. Raises `Refused` for a K outside 1..n.
     """
 
     has_frozen_features = True
     runs_on_shapes = False  # which experts take part depends on numbers
 
-    def __init__(
-        self,
-        router: BagEncoder,
-        models: Mapping[str, BagEncoder],
-        top_k: int = 5,
-        expert: Literal["mlp", "identity"] = "mlp",
-    ) -> None:
+    def __init__(self, router: BagEncoder, models: Mapping[str, BagEncoder], top_k: int = 5) -> None:
         super().__init__()
         n = len(models)
         if not 1 <= top_k <= n:
             raise Refused(f"top_k = {top_k} of {n} experts; choose 1 to {n}.")
-        if expert not in ("mlp", "identity"):
-            raise Refused(f"expert = {expert!r}; expected 'mlp' or 'identity'.")
-        self.names, self.top_k, self.expert = list(models), top_k, expert
+        self.names, self.top_k = list(models), top_k
         self.models = nn.ModuleList([Frozen(model) for model in models.values()])
         dim, bins, dtype = router.head.in_features, router.head.out_features, router.head.weight.dtype
         self.router = router
         self.router.head = nn.Linear(dim, n, bias=False).to(dtype)
-        mlp = expert == "mlp"
-        self.experts = nn.ModuleList([nn.Linear(dim, dim).to(dtype) if mlp else nn.Identity() for _ in range(n)])
+        self.experts = nn.ModuleList([nn.Linear(dim, dim).to(dtype) for _ in range(n)])
         self.head = nn.Linear(dim, bins).to(dtype)
         self.monitored = [f"p_{name}" for name in self.names]
 
@@ -75,10 +66,8 @@ class ROUPKT(Model):
         # An expert that no bag chose takes no part, so that it gets no gradient and the optimizer leaves it alone.
         chosen = torch.unique(selected).tolist()
         values = features[:, chosen].transpose(0, 1)  # (n, B, H)
-        if self.expert == "mlp":
-            layers, biases = zip(*((self.experts[i].weight, self.experts[i].bias) for i in chosen), strict=True)
-            layer = torch.stack(layers).transpose(1, 2)
-            values = F.relu(torch.baddbmm(torch.stack(biases).unsqueeze(1), values, layer))
+        layers, biases = zip(*((self.experts[i].weight, self.experts[i].bias) for i in chosen), strict=True)
+        values = F.relu(torch.baddbmm(torch.stack(biases).unsqueeze(1), values, torch.stack(layers).transpose(1, 2)))
         return (values * weights[:, chosen].T.unsqueeze(2)).sum(0)
 
     @property
@@ -91,11 +80,10 @@ class ROUPKT(Model):
 
     def architecture(self) -> dict[str, Any]:
         network = self._frozen_models[0].network.architecture()
-        options = {"top_k": self.top_k, "expert": self.expert}
-        return {"kind": self.kind, "network": network, "models": self.names, "options": options}
+        return {"kind": self.kind, "network": network, "models": self.names, "options": {"top_k": self.top_k}}
 
     @classmethod
     def rebuild(cls, architecture: Mapping[str, Any], part: Callable[[Mapping[str, Any]], Any]) -> ROUPKT:
         router = part(architecture["network"])
         models = {name: part(architecture["network"]) for name in architecture["models"]}
-        return cls(router, models, **architecture["options"])
+        return cls(router, models, architecture["options"]["top_k"])

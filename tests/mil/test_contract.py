@@ -141,7 +141,7 @@ def test_frozen_features_are_those_of_each_bag_and_get_no_gradient(model, bags):
     batch = packed(model, bags)
     if not model.has_frozen_features:
         assert model.reads_patches
-        with pytest.raises(NotImplementedError):
+        with pytest.raises(Refused, match="does not define `frozen_features`"):
             model.frozen_features(batch)
         return
     frozen = model.train().frozen_features(batch)

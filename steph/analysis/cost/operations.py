@@ -34,7 +34,6 @@ from steph.methods import Inputs, method, title
 from steph.mil import Model, new_network
 from steph.mil.gated_attention import layer_by_layer
 from steph.mil.state import ModelState
-from steph.mil.transmil import PositionEncoding
 from steph.study.cache import cached_table
 from steph.study.paper import methods_beyond, paper_table, table_methods
 from steph.study.runs import Workbench
@@ -107,8 +106,7 @@ def trained_numbers(model: nn.Module) -> int:
 def by_layers(model: Model, patches: RaggedBatch) -> int:
     """Operations of a forward pass in linear layers, convolutions and attention modules, as hooks on them count.
 
-    What this library computes at once, outside of layers, is counted as its layers: a merged encoder as its network,
-    TransMIL's position encoding as its convolutions.
+    A merged encoder, which computes outside of layers, is counted as its network.
     """
     operations: list[int] = []
 
@@ -140,17 +138,11 @@ def _of_merged_encoder(encoder: Any, inputs: tuple[Any, ...], out: Any) -> int:
     return 0
 
 
-def _of_position_encoding(encoding: Any, inputs: tuple[Any, ...], out: Any) -> int:
-    tokens, squares = inputs
-    return 2 * tokens[squares.bags :].numel() * sum(prod(layer.weight.shape[1:]) for layer in encoding.convolutions)
-
-
 COST_OF_LAYERS: dict[type[nn.Module], Callable[..., int]] = {
     nn.Linear: _of_weights,
     nn.modules.conv._ConvNd: _of_weights,
     nn.MultiheadAttention: _of_attention,
     MergedEncoder: _of_merged_encoder,
-    PositionEncoding: _of_position_encoding,
 }
 
 

@@ -55,7 +55,7 @@ def test_layers_are_counted_as_table_s4_counts_them():
     assert ratio["STEPH"] < 0.985
     true = table["GFLOPs in all"]
     assert true.round(1).to_dict() == {
-        "Vanilla": 23.6, "TransMIL": 115.6, "ILRA": 55.1, "R2T-MIL": 44.4, "Patch-GCN": 33.4, "STEPH": 39.4
+        "Vanilla": 23.6, "TransMIL": 115.9, "ILRA": 55.1, "R2T-MIL": 44.4, "Patch-GCN": 33.4, "STEPH": 39.4
     }  # fmt: skip
 
 
