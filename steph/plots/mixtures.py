@@ -19,7 +19,7 @@ from steph.plots.style import BLUE, DASHED, GREEN, GREY, MUTED, ORANGE, PURPLE, 
 
 COLOURS = {EMBEDDING: BLUE, ATTENTION: ORANGE, "attention, tanh": PURPLE, "attention, sigmoid": GREEN}
 RULES: dict[str, Any] = {"released": "-", "paper": DASHED}
-LINES = {"released rule": RULES["released"], "paper's rule": RULES["paper"], "rotated source, released rule": ":"}
+RULE_NAMES = {"released": "released rule", "paper": "paper's rule"}
 NAMES = {
     EMBEDDING: r"$f_{emb}$", ATTENTION: r"$f_{attn}$", "attention, tanh": "tanh", "attention, sigmoid": "sigmoid"
 }  # fmt: skip
@@ -56,7 +56,8 @@ def alignment(curves: pd.DataFrame, layers: tuple[str, ...] = (EMBEDDING, ATTENT
     low = curves.loc[curves["layer"].isin(layers) & (curves["kind"] != "noise"), "sar"].min()
     axes[0].set_ylim(np.floor(low * 10) / 10, 1.02)
     keys = [style.key(NAMES[layer], color=COLOURS[layer]) for layer in layers]
-    keys += [style.key(name, color=MUTED, linestyle=line) for name, line in LINES.items()]
+    keys += [style.key(RULE_NAMES[rule], color=MUTED, linestyle=line) for rule, line in RULES.items()]
+    keys.append(style.key("rotated source, released rule", color=MUTED, linestyle=":"))
     if len(sources) == 1:
         legend(fig, keys, 1, loc="outside right center")
     else:
@@ -75,12 +76,11 @@ def dominant_directions(spectra: pd.DataFrame) -> Figure:
             part = spectra[(spectra["model"] == model) & (spectra["layer"] == layer)]
             look = {"linewidth": 2.6 if model == models[0] else 1.2, **style.line_of_dataset(model)}
             ax.plot(part["direction"] / part["rows"], part["kept"], label=model, **look)
-        levels = (ALPHA, np.sqrt(1 - (1 - ALPHA) ** 2))
-        places = (((-2, -2), "top"), ((-2, 1), "bottom"))
-        for (name, line), level, (offset, side) in zip(LINES.items(), levels, places, strict=False):
-            ax.axhline(level, color=MUTED, linewidth=0.9, linestyle=line)
-            text: Any = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": side, "fontsize": 7.5}
-            ax.annotate(name, (1, level), offset, textcoords="offset points", color=MUTED, **text)
+        levels = {"released": (ALPHA, "top"), "paper": (np.sqrt(1 - (1 - ALPHA) ** 2), "bottom")}
+        for rule, (level, side) in levels.items():
+            ax.axhline(level, color=MUTED, linewidth=0.9, linestyle=RULES[rule])
+            place: Any = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": side, "fontsize": 7.5}
+            ax.text(0.99, level, RULE_NAMES[rule], color=MUTED, **place)
         ax.set(xlim=(0, 1), ylim=(None, 1.03), xlabel="share of directions", title=f"{layer} ({NAMES[layer]})")
     axes[0].set_ylabel("share of the norm kept")
     legend(fig, axes[0].get_legend_handles_labels()[0][::-1], 1, loc="outside right center")
@@ -129,15 +129,18 @@ def tested_mixtures(summary: pd.DataFrame, c_index: bool = False) -> Figure:
     """Test loss (or C-index) on the target over the length of training, a panel per lambda: the mixture, the two
     trainings that it stands for, and the target's own model."""
     value = "c_index" if c_index else "nll"
+    curves: dict[tuple[str, str, str], Any] = {
+        (vicinal.TARGET_ALONE, vicinal.LOSSES, value): (ORANGE, "s", r"$M_t$"),
+        (vicinal.MIXTURE, vicinal.LOSSES, value): (BLUE, "o", r"$M_0+\tau_{mix}$"),
+        (vicinal.MIXTURE, vicinal.LOSSES, f"{value}_reference"): (SKY, "D", vicinal.LOSSES),
+        (vicinal.MIXTURE, vicinal.FEATURES, f"{value}_reference"): (PURPLE, "v", vicinal.FEATURES),
+    }
     groups = summary.groupby("lambda")
     fig, axes = plt.subplots(1, len(groups), figsize=(WIDTH, 2.9), sharey=True, squeeze=False)
     for ax, (share, part) in zip(axes[0], groups, strict=True):
-        of = part.groupby(["candidate", "reference"]).get_group
-        losses, features = (of((vicinal.MIXTURE, name)) for name in (vicinal.LOSSES, vicinal.FEATURES))
-        _draw_steps(ax, of((vicinal.TARGET_ALONE, vicinal.LOSSES)), value, ORANGE, "s", r"$M_t$")
-        _draw_steps(ax, losses, value, BLUE, "o", r"$M_0+\tau_{mix}$")
-        _draw_steps(ax, losses, f"{value}_reference", SKY, "D", vicinal.LOSSES)
-        _draw_steps(ax, features, f"{value}_reference", PURPLE, "v", vicinal.FEATURES)
+        for (candidate, reference, column), look in curves.items():
+            chosen = (part["candidate"] == candidate) & (part["reference"] == reference)
+            _draw_steps(ax, part[chosen], column, *look)
         ax.set(xscale="log", xlabel="steps of training", title=f"λ = {share:g}")
     axes[0, 0].set_ylabel("C-index on the target" if c_index else "test loss on the target")
     if not c_index:

@@ -147,7 +147,7 @@ def transferred(columns: int = 13) -> pd.DataFrame:
     return pd.DataFrame(values, index=DATASETS, columns=DATASETS[:columns])
 
 
-def aligned(sources: list[str], kinds: tuple[str, ...] = sar.KINDS) -> pd.DataFrame:
+def aligned(sources: list[str], kinds: tuple[str, ...] = ("source", "rotated", "noise")) -> pd.DataFrame:
     """Curves of subspace alignment as `steph.analysis.mixing.sar.curves` gives them, made up."""
     axes = {"source": sources, "layer": sar.LAYERS, "kind": kinds, "draw": (0, 1), "lambda": (0, 0.5, 1)}
     table = crossed(**axes, rule=sar.RANK_RULES).query("kind != 'source' or draw == 0")

@@ -9,7 +9,7 @@ evaluation reports, with alpha = 0. All numbers are of the landscape as computed
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -79,13 +79,12 @@ def _losses(bench: Workbench, run: Run, device: str, head: Head, points: np.ndar
 
 def _mean_loss(plane: Plane, data: Dataset, patients: Sequence[str], study: Study, compute: Compute) -> np.ndarray:
     """Mean loss of patients at each of the plane's points, (G,). As many are loaded at a time as an update takes."""
-    n, together = study.network, study.recipe.bags_per_step
-    labels = targets(data.labels(patients), n.n_bins, n.bin_width_days, compute.device)
-    batch_of, groups = loader(plane, data, patients, compute.exact), groups_of(patients, together)
+    n, batch_of = study.network, loader(plane, data, patients, compute.exact)
     total = torch.zeros(len(plane.points), dtype=torch.float64, device=compute.device)
-    for group, *of_group in zip(groups, *(values.split(together) for values in labels), strict=True):
+    for group in groups_of(patients, study.recipe.bags_per_step):
         hazards = torch.sigmoid(plane(batch_of(group))).double()  # (G, B, T)
-        bins, event = (values.expand(len(hazards), -1).flatten() for values in of_group)
+        labels = targets(data.labels(group), n.n_bins, n.bin_width_days, compute.device)
+        bins, event = (values.repeat(len(hazards)) for values in labels)
         loss = nll_loss(hazards.flatten(0, 1), bins, event, alpha=0.0, reduction="none")
         total += loss.view(hazards.shape[:2]).sum(1)
     return (total / len(patients)).cpu().numpy()
@@ -199,8 +198,8 @@ def lower_range(line: pd.DataFrame, column: str) -> tuple[float, float] | None:
     return float(line["lambda"][start]), float(line["lambda"][stop])
 
 
-def summary(table: pd.DataFrame) -> dict[str, float]:
-    """A landscape in numbers. For training, test and external patients:
+def summaries(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Landscapes of several sources in numbers, a row each. source; and for training, test and external patients:
 
     target_...: the loss of M_t (lambda = 1). lambda_..., best_...: the best lambda on the line and its loss. gain_...:
     how much less that is than M_t's; never negative, as the lambda is chosen on these very patients. ray_...: the
@@ -209,30 +208,24 @@ def summary(table: pd.DataFrame) -> dict[str, float]:
     what one would really get; tested_external, that of the lambda that is best on test patients; both_low, both_high,
     the least and largest lambda with less loss than M_t on training and on test patients alike (NaN: there is none).
     """
-    line, rays = lambda_line(table), best_magnitude(table)
-    numbers: dict[str, float] = {}
-    for column in loss_columns(table):
-        name, loss = column.removeprefix("loss_"), line[column]
-        numbers |= {
-            f"target_{name}": float(loss.iloc[-1]),
-            f"lambda_{name}": float(line["lambda"][loss.argmin()]),
-            f"best_{name}": float(loss.min()),
-            f"gain_{name}": float(loss.iloc[-1] - loss.min()),
-            f"ray_{name}": float(rays[column].min()),
-            f"plane_{name}": float(table[column].min()),
-        }
-    for key, chosen_on in (("moved_test", "train"), ("moved_external", "train"), ("tested_external", "test")):
-        column = f"loss_{key.partition('_')[2]}"
-        if column in line:
-            numbers[key] = float(line[column].iloc[-1] - line[column][line[f"loss_{chosen_on}"].argmin()])
-    both = line[["loss_train", "loss_test"]]
-    lower = line["lambda"][(both < both.iloc[-1]).all(axis=1)]
+    return pd.DataFrame([{"source": source, **_summary(table)} for source, table in tables.items()])
+
+
+def _summary(table: pd.DataFrame) -> dict[str, Any]:
+    line, rays = lambda_line(table).set_index("lambda"), best_magnitude(table)
+    gain = line.iloc[-1] - line
+    numbers: dict[str, Any] = {}
+    for column in line.columns:
+        name, best = column.removeprefix("loss_"), line[column].idxmin()
+        numbers |= {f"target_{name}": line[column].iloc[-1], f"lambda_{name}": best, f"best_{name}": line[column][best]}
+        numbers |= {f"gain_{name}": gain[column][best], f"ray_{name}": rays[column].min()}
+        numbers[f"plane_{name}"] = table[column].min()
+        if name != "train":
+            numbers[f"moved_{name}"] = gain[column][numbers["lambda_train"]]
+    if "loss_external" in line:
+        numbers["tested_external"] = gain["loss_external"][numbers["lambda_test"]]
+    lower = line.index[(gain[["loss_train", "loss_test"]] > 0).all(axis=1)]
     return {**numbers, "both_low": lower.min(), "both_high": lower.max()}
-
-
-def summaries(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """`summary` of the landscapes of several sources: a row each, with the column source."""
-    return pd.DataFrame([{"source": source, **summary(table)} for source, table in tables.items()])
 
 
 def summaries_wide(table: pd.DataFrame) -> pd.DataFrame:

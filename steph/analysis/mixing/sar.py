@@ -48,7 +48,6 @@ LAYERS = {
 """The matrices of ABMIL's layers. The gated attention has two, and the paper does not say which its f_attn is. Here
 they stand side by side, (dim_attn, 2 dim_emb): row k of both belongs to attention unit k, the product of their outputs,
 so they share the space of left singular vectors. Each alone is there too."""
-KINDS = ("source", "rotated", "noise")
 
 
 def subspace_alignment_ratio(
@@ -170,8 +169,8 @@ def curves(
     """`mixture_curve` of a target with each source, for every one of `LAYERS`, with baselines. Computed once.
 
     models: finished runs (`steph.analysis.mixing.pairs.models`). seed: of the baselines, of which there are `draws`
-    each. Returns target, source, layer, kind (`KINDS`), draw (0 where kind is "source"), and the columns of
-    `mixture_curve`.
+    each. Returns target, source, layer, kind ("source", "rotated", "noise"), draw (0 where kind is "source"), and the
+    columns of `mixture_curve`.
     """
 
     def compute() -> pd.DataFrame:

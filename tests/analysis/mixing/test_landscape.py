@@ -22,9 +22,8 @@ from steph.analysis.mixing.landscape import (
     square,
     summaries,
     summaries_wide,
-    summary,
 )
-from steph.analysis.mixing.pairs import pair
+from steph.analysis.mixing.pairs import pair, patient_sets
 from steph.merging.task_vectors import apply_task_vector, task_vector
 from steph.mil import new_network
 from steph.mil.state import load_into
@@ -47,11 +46,7 @@ def bench(tmp_path_factory):
 
 def plainly(bench: Workbench, run: Run, at: np.ndarray, which: str, head: str) -> float:
     """Mean loss at one point, in double precision: one merged network, patient by patient."""
-    study, data = bench.study, bench.dataset(run.dataset)
-    patients = data.splits.train(run.fold) if which == "train" else data.splits.test(run.fold)
-    if which == "external":
-        data = data.external
-        patients = list(data.cohort.patients["patient_id"])
+    study, (data, patients) = bench.study, patient_sets(bench, run)[which]
     null = {k: v.double() for k, v in bench.null_state("abmil").items()}
     states = {role: bench.state(model) for role, model in bench.prerequisites(run).items()}
     tau_s, tau_t = (task_vector(states[role], null) for role in ("LIHC", TARGET))
@@ -76,10 +71,9 @@ def test_every_point_is_the_merged_model_tested_patient_by_patient(bench, head):
     found = landscape(bench, run, head=head, points=SOME)
     assert list(found.columns) == ["c_s", "c_t", "loss_train", "loss_test", "loss_external"]
     assert (found[["c_s", "c_t"]].to_numpy() == SOME).all()
-    for row in range(len(SOME)):
-        for which in ("train", "test", "external"):
-            expected = plainly(bench, run, SOME[row], which, head)
-            assert found[f"loss_{which}"][row] == pytest.approx(expected, abs=1e-10), (which, SOME[row])
+    for which in ("train", "test", "external"):
+        expected = [plainly(bench, run, point, which, head) for point in SOME]
+        assert found[f"loss_{which}"].tolist() == pytest.approx(expected, abs=1e-10)
 
 
 def test_bags_are_taken_in_pieces_and_sampled_as_in_training(bench, monkeypatch):
@@ -148,13 +142,9 @@ def bowl(s: float, t: float):
     return lambda c_s, c_t: 1 + (c_s - s) ** 2 + (c_t - t) ** 2
 
 
-def test_the_grid_is_the_papers():
-    points = grid()
-    assert points.shape == (676, 2) and points.min() == 0 and points.max() == 1
-    np.testing.assert_allclose(np.unique(points[:, 0]), 0.04 * np.arange(26), atol=1e-15)
-
-
-def test_the_line_of_mixtures_is_on_the_grid():
+def test_the_line_of_mixtures_is_on_the_papers_grid():
+    assert grid().shape == (676, 2)
+    np.testing.assert_allclose(np.unique(grid(), axis=0)[::27], 0.04 * np.arange(26)[:, None] * [1, 1], atol=1e-15)
     line = lambda_line(made(bowl(0.2, 0.8), lambda c_s, c_t: 10 * c_s + c_t))
     np.testing.assert_allclose(line["lambda"], np.arange(26) / 25, atol=0)
     np.testing.assert_allclose(line["loss_test"], 10 * (1 - line["lambda"]) + line["lambda"], atol=1e-12)
@@ -191,7 +181,8 @@ def test_the_range_of_lower_loss(values, expected):
 
 def test_a_landscape_in_numbers():
     train, test = bowl(0.2, 0.8), bowl(0.4, 0.8)
-    found = summary(made(train, test).assign(loss_external=made(train, bowl(0, 1))["loss_test"]))
+    table = made(train, test).assign(loss_external=made(train, bowl(0, 1))["loss_test"])
+    found = summaries({"LIHC": table}).iloc[0]
     assert (found["lambda_train"], found["best_train"]) == (0.8, pytest.approx(1))
     assert found["lambda_test"] == pytest.approx(0.7, abs=0.021)  # between two points of the grid
     assert found["target_test"] == pytest.approx(test(0, 1))

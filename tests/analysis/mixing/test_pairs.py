@@ -45,3 +45,10 @@ def test_pairs_that_cannot_be_are_refused(target, sources, fold, message):
 def test_targets_that_cannot_be_followed_are_refused(dataset, fold, message):
     with pytest.raises(Refused, match=message):
         dynamics.runs(load_study("tiny"), dataset, fold, [1])
+
+
+def test_patients_are_those_of_the_fold_and_all_external_ones(tiny):
+    sets = pairs.patient_sets(tiny, Run("SARC", "steph", 1, 42))
+    data = tiny.dataset("SARC")
+    assert [patients for _, patients in sets.values()][:2] == [data.splits.train(1), data.splits.test(1)]
+    assert sets["external"][0] is data.external and len(sets["external"][1]) == len(data.external.cohort)
