@@ -66,22 +66,6 @@ def test_brier_score_is_scikit_survivals(data):
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
-def test_without_censoring_they_are_what_everybody_knows():
-    from scipy.stats import mannwhitneyu
-
-    rng = np.random.default_rng(0)
-    time, event, risk = rng.integers(1, 20, 50).astype(float), np.ones(50, bool), rng.normal(size=50)
-    followed = td.censoring(time, event)
-    right, possible = td.auc_parts(time, event, risk, followed, 8)
-    early = time <= 8
-    auc = mannwhitneyu(risk[early], risk[~early]).statistic / (early.sum() * (~early).sum())
-    assert right / possible == pytest.approx(auc)
-    survival = rng.random((50, 1))
-    assert td.brier_parts(time, event, survival, followed, [8]).mean() == pytest.approx(
-        ((survival[:, 0] - (time > 8)) ** 2).mean()
-    )
-
-
 def test_a_patient_followed_for_a_whole_year_lives_past_it():
     end = td.end_of_year([1, 2])
     assert (end < [365, 730]).all() and (end > [364.999, 729.999]).all()
