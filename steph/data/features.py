@@ -27,10 +27,11 @@ import torch
 
 from steph import Refused
 from steph.data.manifest import Features
+from steph.files.tables import shortened
 
 SUFFIXES = (".h5", ".pt")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What a tensor of features may hold; PyTorch has smaller formats, which nothing else can read."""
+"""What a tensor of features may hold."""
 BLOCK_BYTES = 32 << 20
 """About how much of a slide is read at a time."""
 ENCODER_KEYS = ("encoder", "encoder_name", "patch_encoder", "patch_encoder_name")
@@ -56,10 +57,10 @@ def find_slides(folders: Iterable[Path]) -> dict[str, Path]:
         if path.suffix != other.suffix and len(outputs) == 1:
             slides[path.stem] = path if path.suffix == ".h5" else other
         else:
-            twice.append(f"  {path.stem}: {other} and {path}")
+            twice.append(f"{path.stem} ({other} and {path})")
     if twice:
         raise Refused(
-            f"{_listed(twice, 10)}\n{len(twice)} slide(s) lie in two places. Features of two sources are never mixed: "
+            f"{len(twice)} slide(s) lie in two places: {shortened(twice)}. Features of two sources are never mixed: "
             "name only one feature set's folder in the study's `features.folders`, or remove the copy."
         )
     return slides
@@ -105,16 +106,14 @@ class SlideFile:
             features = self.features[(0, rows) if self.features.ndim == 3 else rows]
             coords = None if self.coords is None else self.coords[(0, rows) if self.coords.ndim == 3 else rows]
         except (OSError, RuntimeError) as error:
-            raise _unreadable(self.path, error) from None
-        if isinstance(features, torch.Tensor):
-            features = (features.float() if features.dtype == torch.bfloat16 else features).numpy()
+            raise _unreadable(self.path, error, "not readable") from None
         return features, coords
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """The file, once, in pieces of about `BLOCK_BYTES` (whole chunks of it), as `read` gives them."""
         chunks = getattr(self.features, "chunks", None)
         chunk = chunks[-2] if chunks else 1
-        step = max(BLOCK_BYTES // (max(self.dim, 1) * 4) // chunk, 1) * chunk
+        step = max(BLOCK_BYTES // (max(self.dim, 1) * 4 * chunk), 1) * chunk
         return (self.read(slice(start, start + step)) for start in range(0, self.n_patches, step))
 
 
@@ -131,17 +130,14 @@ def open_slide(path: Path) -> Iterator[SlideFile]:
     try:
         # Files are only read, and network file systems often cannot lock.
         file = h5py.File(path, "r", locking=False)
-    except OSError as error:
+        slide = _hdf5(path, file)
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # A damaged header raises any.
         raise _unreadable(path, error, "truncated or not an HDF5 file") from None
     with file:
-        try:
-            slide = _hdf5(path, file)
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # A damaged header raises any.
-            raise _unreadable(path, error) from None
         yield slide
 
 
-def _unreadable(path: Path, error: Exception, problem: str = "not readable") -> Refused:
+def _unreadable(path: Path, error: Exception, problem: str) -> Refused:
     line = (str(error) or type(error).__name__).splitlines()[0][:200]
     return Refused(f"{path}: {problem} ({line}); download or extract it again")
 
@@ -152,17 +148,18 @@ def _hdf5(path: Path, file: h5py.File) -> SlideFile:
         content = ", ".join(sorted(map(str, file))) or "nothing"
         raise Refused(f"{path}: no dataset 'features'; the file holds: {content}")
     _refuse_form(path, features.shape, "features", features.dtype.kind == "f", features.dtype)
-    datasets = [features] if coords is None else [features, coords]
+    datasets, attributes = [features], {}
     if coords is not None:
         n_patches = features.shape[-2]
         if not isinstance(coords, h5py.Dataset) or coords.dtype.kind not in "iu":
             raise Refused(f"{path}: 'coords' are {getattr(coords, 'dtype', 'a group')}, expected integers")
         if coords.shape not in {(n_patches, 2), (1, n_patches, 2)}:
             raise Refused(f"{path}: coords of shape {coords.shape} do not fit features of {n_patches} patches")
+        datasets.append(coords)
+        attributes = {name: _plain(value) for name, value in coords.attrs.items()}
     for dataset in datasets:
         if not _is_written(dataset):
             raise Refused(f"{path}: '{dataset.name[1:]}' was never fully written; extract it again")
-    attributes = {} if coords is None else {name: _plain(value) for name, value in coords.attrs.items()}
     names = [_plain(part.attrs.get(key)) for part in (file, *datasets) for key in ENCODER_KEYS]
     attributes["encoder"] = next((name for name in names if name and isinstance(name, str)), None)
     return SlideFile(path, features, coords, attributes)
@@ -178,7 +175,7 @@ def _is_written(dataset: h5py.Dataset) -> bool:
     return dataset.id.get_num_chunks() >= prod(chunks)
 
 
-def _tensor(path: Path) -> torch.Tensor:
+def _tensor(path: Path) -> np.ndarray:
     """The tensor of a ``.pt`` file, mapped where its format allows; `weights_only` runs no code of the file."""
     try:
         with path.open("rb") as file:
@@ -199,7 +196,7 @@ def _tensor(path: Path) -> torch.Tensor:
     if value.layout != torch.strided or value.device.type != "cpu":
         raise Refused(f"{path}: the tensor is sparse or without values; expected a plain one")
     _refuse_form(path, tuple(value.shape), "the tensor", value.dtype in FLOATS, value.dtype)
-    return value.detach()
+    return (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
 
 
 def _refuse_form(path: Path, shape: tuple[int, ...], what: str, floating: bool, dtype: Any) -> None:
@@ -211,7 +208,7 @@ def _refuse_form(path: Path, shape: tuple[int, ...], what: str, floating: bool, 
 
 def _plain(value: Any) -> Any:
     """An HDF5 attribute as plain Python; TRIDENT writes None as 'None'."""
-    value = value.tolist() if hasattr(value, "tolist") else value
+    value = np.asarray(value).tolist()
     value = value.decode(errors="replace") if isinstance(value, bytes) else value
     return None if value == "None" else value
 
@@ -222,21 +219,21 @@ def check_slides(slide_ids: Iterable[str], files: dict[str, Path], features: Fea
     Only headers are read. Encoder, patch size and magnification are compared where the file states them.
     """
     rows: list[tuple[str, str | None, int | None, str]] = []
-    taken: dict[Path, str] = {}
+    owners: dict[Path, str] = {}
     for slide, paths in match_slides(slide_ids, files).items():
         if len(paths) != 1:
             problem = f"may mean any of: {', '.join(map(str, paths))}" if paths else "missing"
             rows.append((slide, None, None, problem))
             continue
         path, n_patches = paths[0], None
-        owner = taken.setdefault(path, slide)
-        try:
-            with open_slide(path) as file:
-                n_patches, problem = file.n_patches, _difference(file, features)
-        except Refused as error:
-            problem = str(error).removeprefix(f"{path}: ")
-        if owner != slide:
-            problem = f"the file is also that of slide {owner}"
+        if owners.setdefault(path, slide) != slide:
+            problem = f"the file is also that of slide {owners[path]}"
+        else:
+            try:
+                with open_slide(path) as file:
+                    n_patches, problem = file.n_patches, _difference(file, features)
+            except Refused as error:
+                problem = str(error).removeprefix(f"{path}: ")
         rows.append((slide, str(path), n_patches, problem))
     return pd.DataFrame(rows, columns=["slide_id", "path", "n_patches", "problem"])
 
@@ -269,10 +266,6 @@ def problems_message(table: pd.DataFrame) -> str:
     for problem, group in bad.groupby("problem", sort=False):
         named = zip(group["slide_id"], group["path"], strict=True)
         names = [f"    {slide} ({path})" if path else f"    {slide}" for slide, path in named]
-        lines += [f"  {problem}: {len(group)} slide(s)", _listed(names, 20)]
+        more = [f"    ... and {len(names) - 20} more"] if len(names) > 20 else []
+        lines += [f"  {problem}: {len(group)} slide(s)", *names[:20], *more]
     return "\n".join(lines)
-
-
-def _listed(lines: list[str], most: int) -> str:
-    more = [f"    ... and {len(lines) - most} more"] if len(lines) > most else []
-    return "\n".join(lines[:most] + more)

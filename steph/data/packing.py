@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
-import pandas as pd
 
 from steph import Refused
 from steph.data.cohort import Cohort
@@ -99,8 +98,8 @@ def pack(path: Path, cohort: Cohort, files: dict[str, Path], features: Features,
     provenance = {
         "files": {slide: name_and_size(source) for slide, source in sources.items()},
         "left_out": [
-            {"slide_id": slide, "reason": reason, "file": None if pd.isna(source) else name_and_size(Path(source))}
-            for slide, reason, source in zip(left_out.index, left_out["problem"], left_out["path"], strict=True)
+            {"slide_id": slide, "reason": reason, "file": source and name_and_size(Path(source))}
+            for slide, source, _, reason in left_out.itertuples(index=False)
         ],
     }
     busy = f"another process is packing {path}; wait for it, or stop it, and start again."
@@ -120,13 +119,13 @@ def pack(path: Path, cohort: Cohort, files: dict[str, Path], features: Features,
 
 def _partial(path: Path, features: Features, sizes: dict[str, int], provenance: dict[str, Any]) -> Path:
     """The partial file of a store: that of an interrupted packing where its plan was the same, else a new one."""
-    partial, same = _partial_of(path), False
+    partial, plan = _partial_of(path), None
     with suppress(OSError), h5py.File(partial, "r", locking=False) as layout:
-        same = layout.attrs.get("plan") == _plan(features, sizes, provenance)
-    if not same:
+        plan = layout.attrs.get("plan")
+    if plan != _plan(features, sizes, provenance):
         partial.unlink(missing_ok=True)
     _refuse_full_disk(path, features, sizes)
-    if not same:
+    if not partial.is_file():
         with atomic_path(partial) as temporary:
             _lay_out(temporary, features, sizes, provenance)
     return partial
@@ -154,19 +153,10 @@ def _refuse_full_disk(path: Path, features: Features, sizes: dict[str, int]) -> 
 
 def _lay_out(path: Path, features: Features, sizes: dict[str, int], provenance: dict[str, Any]) -> None:
     """Make the HDF5 file with all arrays at their final size; features, coords and hashes are filled later."""
-    n_patches = sum(sizes.values())
     # Early: the arrays' places in the file are fixed now. Never: their pages are not written twice.
-    dcpl = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    dcpl.set_layout(h5py.h5d.CONTIGUOUS)
-    dcpl.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    dcpl.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    dcpl.set_obj_track_times(False)  # The same content is the same file, byte for byte.
-    arrays = {
-        "sha256": ((len(sizes), 32), np.dtype("u1")),
-        "content_sha256": ((), np.dtype("S64")),
-        "coords": ((n_patches, 2), COORDS),
-        "features": ((n_patches, features.dim), DTYPES[features.precision]),
-    }
+    early, n_patches = h5py.h5p.create(h5py.h5p.DATASET_CREATE), sum(sizes.values())
+    early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     # Alignment also keeps a map's values at addresses that processors and PyTorch can read as numbers.
     with h5py.File(path, "w", locking=False, alignment_threshold=1, alignment_interval=4096) as file:
         # Text of a fixed length: for any other, HDF5 follows pointers through the file, and in a damaged one for ever.
@@ -176,9 +166,10 @@ def _lay_out(path: Path, features: Features, sizes: dict[str, int], provenance: 
         file["offsets"] = np.array([0, *accumulate(sizes.values())], dtype="<i8")
         file["slide_ids"] = np.array([slide.encode() for slide in sizes], dtype=SLIDE_ID)
         file["provenance"] = np.bytes_(json.dumps(provenance, sort_keys=True, allow_nan=False).encode())
-        for name, (shape, dtype) in arrays.items():
-            space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
-            h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(dtype, logical=True), space, dcpl)
+        file["content_sha256"] = np.bytes_(b"-" * 64)  # `_Writer.finish` knows it.
+        file.create_dataset("sha256", (len(sizes), 32), "u1", dcpl=early)
+        file.create_dataset("coords", (n_patches, 2), COORDS, dcpl=early)
+        file.create_dataset("features", (n_patches, features.dim), DTYPES[features.precision], dcpl=early)
 
 
 class _Writer:

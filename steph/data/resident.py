@@ -21,11 +21,11 @@ def resident(name: str, features: Tensor, device: torch.device) -> Tensor | None
     """
     key = (name, str(device))
     if key not in _held and key not in _refused:
-        if not _make_room(features.nbytes, device):
-            _refuse(key, f"{features.nbytes / 1e9:.1f} GB do not fit beside what a step needs")
-            return None
         try:
-            _held[key] = features.to(device)
+            if _make_room(features.nbytes, device):
+                _held[key] = features.to(device)
+            else:
+                _refuse(key, f"{features.nbytes / 1e9:.1f} GB do not fit beside what a step needs")
         except torch.OutOfMemoryError:
             _refuse(key, "the device ran out of memory")
     return _held.get(key)
@@ -39,8 +39,7 @@ def release(device: torch.device | str, refuse: bool = False) -> bool:
         del _held[key]
         if refuse:
             _refuse(key, "a training step ran out of memory")
-    if keys and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # Without a GPU it does nothing.
     return bool(keys)
 
 
@@ -55,8 +54,7 @@ def _make_room(needed: int, device: torch.device) -> bool:
         if oldest is None:
             return False
         del _held[oldest]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     return True
 
 

@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,12 @@ AGAIN = "Delete it; `steph data pack` makes it again, or, in a synthetic study, 
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """A store. sizes: patches of each slide, in file order. offsets: (S + 1,). features, coords: (N, D) and (N, 2),
-    read-only maps of the file. fingerprint: SHA-256 of the content, the same whatever files it was packed from.
-    description: encoder, dim, patch size, magnification."""
+    """A store. sizes: patches of each slide, in file order. features, coords: (N, D) and (N, 2), read-only maps of the
+    file. hashes: (S, 32). fingerprint: SHA-256 of the content, the same whatever files it was packed from. description:
+    encoder, dim, patch size, magnification."""
 
     path: Path
     sizes: dict[str, int]
-    offsets: np.ndarray
     features: np.memmap
     coords: np.memmap
     description: dict[str, Any]
@@ -93,7 +93,6 @@ class Store:
             return cls(
                 path=path,
                 sizes=dict(zip(slide_ids, np.diff(offsets).tolist(), strict=True)),
-                offsets=offsets,
                 features=np.memmap(path, features.dtype, "r", features.id.get_offset(), features.shape),
                 coords=np.memmap(path, COORDS, "r", coords.id.get_offset(), coords.shape),
                 description={
@@ -127,8 +126,9 @@ class Store:
     @cached_property
     def places(self) -> dict[str, tuple[int, slice]]:
         """Number and rows of each slide."""
-        starts = self.offsets.tolist()
-        return {slide: (i, slice(starts[i], starts[i + 1])) for i, slide in enumerate(self.sizes)}
+        ends = accumulate(self.sizes.values())
+        slides = zip(self.sizes.items(), ends, strict=True)
+        return {slide: (i, slice(end - n, end)) for i, ((slide, n), end) in enumerate(slides)}
 
     def rows(self, slide_id: str) -> slice:
         """A slide's rows of `features` and `coords`. Raises `Refused` where they are not what was packed: they are

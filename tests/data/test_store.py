@@ -139,7 +139,7 @@ def test_a_store_whose_lists_were_altered_is_refused(tmp_path, name):
 def test_verify_names_the_slide_whose_bytes_changed(tmp_path, array):
     store = packed(tmp_path)
     with h5py.File(store.path, "r+") as file:
-        row = store.offsets[3]
+        row = store.places[list(store.sizes)[3]][1].start
         file[array][row] = file[array][row] + 1
     with pytest.raises(Refused, match=rf"1 slide\(s\) are not what was packed: {list(store.sizes)[3]}\."):
         Store.open(store.path).verify()
@@ -173,7 +173,7 @@ def test_a_slide_is_compared_with_its_hash_when_it_is_first_asked_for(tmp_path, 
     store.path.chmod(0o644)
     first, second, *_ = store.sizes
     with store.path.open("rb+") as file:
-        file.seek(store.features.offset + int(store.offsets[1]) * store.dim * store.dtype.itemsize)
+        file.seek(store.features.offset + store.sizes[first] * store.dim * store.dtype.itemsize)
         byte = file.read(1)
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 4]))
