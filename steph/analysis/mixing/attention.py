@@ -21,6 +21,7 @@ from torch import nn
 from steph import Refused
 from steph.analysis.mixing.dynamics import rank_correlation
 from steph.analysis.performance.estimates import Estimate, mean_of, with_interval
+from steph.analysis.performance.predictions import out_of_fold
 from steph.data.bags import RaggedBatch, sampled
 from steph.data.dataset import Dataset
 from steph.data.manifest import Study
@@ -194,10 +195,9 @@ def runs(
 def finished_runs(bench: Workbench, folds: Sequence[int], seed: int, precision: str = "fp32") -> list[Run]:
     """`runs` on every data set of a synthetic study where M_t and STEPH are finished on these folds. None in a real
     study, where it is not known what they should look at."""
-    if not bench.study.synthetic:
-        return []
-    by_dataset = {name: runs(bench, [name], folds, seed, precision) for name in bench.study.datasets}
-    finished = [name for name, of_dataset in by_dataset.items() if all(bench.record(run) for run in of_dataset)]
+    names = bench.study.datasets if bench.study.synthetic else ()
+    of_names = {name: runs(bench, [name], folds, seed, precision) for name in names}
+    finished = [name for name, of_name in of_names.items() if all(bench.record(run) for run in of_name)]
     return runs(bench, finished, folds, seed, precision) if finished else []
 
 
@@ -208,24 +208,20 @@ def patients_to_show(bench: Workbench, runs: Sequence[Run], names: Sequence[str]
     names: which, each in the fold that tests it; None takes two of the first fold, STEPH's highest and lowest risk.
     Raises `Refused` for a name that none of the folds tests, and for runs that are not finished.
     """
-    data, by_cell, tables = bench.dataset(runs[0].dataset), {(run.fold, run.method): run for run in runs}, {}
-    for fold in dict.fromkeys(run.fold for run in runs):
-        files = (bench.finished(by_cell[fold, method]).file("predictions.csv") for method in (OWN, MERGED))
-        own, merged = (pd.read_csv(file, dtype={"patient_id": str}) for file in files)
-        table = own[["patient_id", "time_days", "event", "risk"]].merge(
-            merged[["patient_id", "risk"]], on="patient_id", suffixes=(f"_{OWN}", f"_{MERGED}")
-        )
-        table = table.sort_values(f"risk_{MERGED}", ascending=False, kind="stable")
-        table.insert(0, "fold", fold)
-        tables[fold] = table.assign(place=np.arange(1, len(table) + 1), of=len(table))
-    tested = pd.concat(tables).set_index("patient_id", drop=False)
+    data, folds = bench.dataset(runs[0].dataset), dict.fromkeys(run.fold for run in runs)
+    predicted = out_of_fold(bench, [run for run in runs if run.method in (OWN, MERGED)]).astype({"event": int})
+    table = predicted.pivot(index=["fold", "patient_id", "time_days", "event"], columns="method", values="risk")
+    table = table[[OWN, MERGED]].add_prefix("risk_").rename_axis(columns=None).reset_index()
+    risk = table.groupby("fold")[f"risk_{MERGED}"]
+    table["place"], table["of"] = risk.rank(method="first", ascending=False).astype(int), risk.transform("size")
+    tested = table.sort_values(["fold", "place"]).drop_duplicates("patient_id").set_index("patient_id", drop=False)
     if names is None:
-        names = list(tables[runs[0].fold].iloc[[0, -1]]["patient_id"].unique())
+        names = list(tested[tested["fold"] == runs[0].fold].iloc[[0, -1]]["patient_id"].unique())
     for name in names:
         if name not in tested.index:
             other = next((i for i in range(data.splits.n_folds) if name in data.splits.test(i)), None)
             raise Refused(
-                f"patient {name} is not tested in fold(s) {', '.join(map(str, tables))}: "
+                f"patient {name} is not tested in fold(s) {', '.join(map(str, folds))}: "
                 + (f"{data.name} has no such patient" if other is None else f"give folds = [{other}], which tests it")
                 + f". One that is: {tested.index[0]}."
             )
