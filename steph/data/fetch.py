@@ -1,8 +1,7 @@
 """Getting a study's data from the sources that its manifest names: labels, the authors' splits, patch features.
 
 What arrives is compared with the source's own size and checksum before anything is made of it. A download that was
-interrupted goes on where it stopped, which `hf_hub_download` does not; what is there and whole is not downloaded again.
-Archives are unpacked below ``features/`` and then removed (`steph.data.archives`).
+interrupted goes on where it stopped, which `hf_hub_download` does not. Archives are unpacked and then removed.
 """
 
 from __future__ import annotations
@@ -75,11 +74,9 @@ def fetch(
     if study.synthetic:
         raise Refused(f"study {study.name} is synthetic: its data are made when it is run, there is nothing to fetch.")
     root = (out or study.data).expanduser().resolve()
-    names = list(datasets or study.datasets)
-    for name in names:
-        study.entry(name)
+    projects = [(name, p) for name in datasets or study.datasets for p in study.entry(name).projects]
     with exclusive(root / "fetch", busy=f"another process is fetching to {root}; wait for it, or stop it."):
-        items = [item for source in sources(study, kinds) for item in _items(study, source, names, root)]
+        items = [item for source in sources(study, kinds) for item in _items(source, projects, root)]
         notes = {item.target: _present(item) for item in items}
         missing = [item for item in items if notes[item.target] is None]
         # Archives are there one at a time, unpacked ones all; numbers like these hardly shrink when packed.
@@ -115,10 +112,10 @@ def sources(study: Study, kinds: Sequence[str] | None = None) -> list[Source]:
     return [source for source in chosen if source.provides in (kinds or KINDS)]
 
 
-def _items(study: Study, source: Source, names: list[str], root: Path) -> list[Item]:
-    """What a source has for some data sets of a study: the one file of an ordinary address, or files of the hub."""
+def _items(source: Source, projects: list[tuple[str, str]], root: Path) -> list[Item]:
+    """What a source has for projects (data set, project): the one file of an ordinary address, or files of the hub."""
     if source.address.startswith(HUB):
-        return _hub_items(study, source, names, root)
+        return _hub_items(source, projects, root)
     if len(source.files) != 1 or source.md5 is None or source.size_bytes is None:
         raise Refused(
             f"{source.name}: the manifest must give one file name (`files`), `size_bytes` and `md5`; without them a "
@@ -131,7 +128,7 @@ def _items(study: Study, source: Source, names: list[str], root: Path) -> list[I
     return [Item(source, source.address, source.size_bytes, f"md5:{source.md5}", headers, path)]
 
 
-def _hub_items(study: Study, source: Source, names: list[str], root: Path) -> list[Item]:
+def _hub_items(source: Source, projects: list[tuple[str, str]], root: Path) -> list[Item]:
     from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.hf_api import RepoFile
     from huggingface_hub.utils import build_hf_headers
@@ -153,7 +150,7 @@ def _hub_items(study: Study, source: Source, names: list[str], root: Path) -> li
             "right, and does a proxy or a login page stand in between?"
         ) from None
     files: dict[str, RepoFile] = {}
-    for dataset, project in [(name, project) for name in names for project in study.entry(name).projects]:
+    for dataset, project in projects:
         patterns = names_of(source, project, dataset)
         matching = {path: file for path, file in listed.items() if is_like(path, patterns)}
         if not matching:
@@ -208,12 +205,12 @@ def _get(item: Item, features: Features) -> str:
         _download(item)
         item.part.replace(target)
         return f"fetched, {item.size / 1e6:.1f} MB, checksum right"
-    note, archive = "", item.path
-    if not _matches(item.path, item):  # else a person put it there: it stays
+    archive, note = item.path, ""  # that a person put there: it stays
+    if not _matches(archive, item):
+        if archive.is_file():
+            note = f"; {archive}, which lay there, is not whole or not the source's and was not used"
         _download(item)
         archive = item.part
-        if item.path.is_file():
-            note = f"; {item.path}, which lay there, is not whole or not the source's and was not used"
     n_files = unpack(archive, target, item.path.name, {"source": item.url, "checksum": item.checksum})
     item.part.unlink(missing_ok=True)
     slides = find_slides([target])
@@ -281,7 +278,6 @@ def _in_a_sentence(source: Source, error: Exception) -> Refused:
 
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", 0)
-    kind: type[Refused] = Unavailable
     if isinstance(error, errors.GatedRepoError):
         reason = "the token that was sent has no access" if get_token() else "no token was sent"
         fault = (
@@ -294,10 +290,10 @@ def _in_a_sentence(source: Source, error: Exception) -> Refused:
         reason = "Is there a network, a proxy (HTTPS_PROXY), a mirror (HF_ENDPOINT)?"
         fault = f" cannot be reached, or breaks off: {error}. {reason} {KEPT}"
     elif status == 404:  # the only one that does not keep other files from being fetched
-        fault, kind = f": not there any more (404): {response.url}.", Refused
+        return Refused(f"{source.name} ({source.address}): not there any more (404): {response.url}.")
     else:
         fault = f": the server {'has a fault of its own' if status >= 500 else 'refuses'} ({status}). {KEPT}"
-    return kind(f"{source.name} ({source.address}){fault}")
+    return Unavailable(f"{source.name} ({source.address}){fault}")
 
 
 def _size(path: Path) -> int:

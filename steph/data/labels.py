@@ -1,8 +1,7 @@
 """Labels: the outcomes of TCGA-CDR joined to a list of slides, one cohort table per data set of a study.
 
 TCGA-CDR (Liu et al., Cell 2018;173:400-416) has one row per patient: ``bcr_patient_barcode``, ``type`` (the project)
-and, for each endpoint (DSS, OS, PFI, DFI), 1 = event, 0 = censored, and the time in days. The first 12 characters of a
-slide's barcode are its patient.
+and, for each endpoint (DSS, OS, PFI, DFI), 1 = event, 0 = censored, and the time in days.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ def build_labels(study: Study, cdr: Path, slides: Path, out: Path) -> pd.DataFra
     dropped = matched["dropped"] != ""
     reasons = matched.loc[dropped, "dropped"].value_counts().to_dict()
     if dropped.all():
+        counts = "; ".join(f"{reason}: {n}" for reason, n in reasons.items())
         raise Refused(
-            f"none of the {len(matched)} slides of {slides} gets a label from {cdr} in study {study.name}: "
-            f"{'; '.join(f'{reason}: {n}' for reason, n in reasons.items())}. "
+            f"none of the {len(matched)} slides of {slides} gets a label from {cdr} in study {study.name}: {counts}. "
             "Are the slide list and the study's projects those of the same cancers?"
         )
     # All data sets are checked before the first is written, so a refusal leaves no half of the labels behind.
@@ -78,6 +77,7 @@ def label_slides(study: Study, cdr: Path, slides: Path) -> pd.DataFrame:
     """
     outcomes = read_outcomes(cdr, study.endpoint.name)
     table = read_slides(slides).rename(columns={"project": "listed"})
+    # The first 12 characters of a slide's barcode are its patient.
     table = table.assign(patient_id=table["slide_id"].str[:12], dropped="").join(outcomes, on="patient_id")
     groups = {project: name for name, entry in study.datasets.items() for project in entry.projects}
     # Feature archives say BRCA_IDC or TCGA-BRCA for BRCA; the name of a data set (KIPAN) stands for its projects.

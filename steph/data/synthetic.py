@@ -9,9 +9,8 @@ where the unit vectors beta_c and gamma_c belong to the cancer c: with sharing, 
 the twin without sharing, no cancer can learn from another. Survival times follow eta; patches show p and u through
 noise. ``book/demo_cohort.md`` explains it, with the constants' reasons and with what such a cohort cannot show.
 
-Every random number comes from a stream named after its purpose (seed, data set, group of patients, quantity). So data
-sets do not depend on one another, nor on the order in which they are made; external patients do not change the cohort;
-and the twin has the very slides of the demo, with other outcomes.
+Every random number comes from a stream named after its purpose, so data sets do not depend on one another, external
+patients do not change the cohort, and the twin has the very slides of the demo, with other outcomes.
 """
 
 from __future__ import annotations
@@ -85,12 +84,11 @@ def make_dataset(study: Study, dataset: str) -> None:
     """Make one data set of a synthetic study, below ``study.data``: ``labels/<D>.csv``, ``oracle/<D>.csv`` (patient_id,
     log_risk) and ``stores/<D>.h5`` of the cohort, and the same below ``external/`` for patients never trained on.
 
-    Each file is whole or not there; the same study and data set give the same content, bit for bit. Raises `Refused`
-    for a study that is not synthetic, a data set without planted factors, or sizes that cannot be made.
+    The same study and data set give the same content, bit for bit. Raises `Refused` for a study that is not synthetic,
+    a data set without planted factors, or sizes that cannot be made.
     """
-    for external, folder in ((True, study.data / "external"), (False, study.data)):
-        if external and not _synthetic(study).external_patients:
-            continue
+    for external in (True, False) if _synthetic(study).external_patients else (False,):
+        folder = study.data / "external" if external else study.data
         drawn = draw(study, dataset, external)
         write_cohort(made_cohort(study, dataset, external), folder / "labels" / f"{dataset}.csv")
         write_csv(drawn.patients[["patient_id", "log_risk"]], folder / "oracle" / f"{dataset}.csv")
@@ -107,8 +105,8 @@ def made_cohort(study: Study, dataset: str, external: bool) -> Cohort:
 
 
 def made_fingerprint(provenance: dict[str, Any], features: dict[str, Any]) -> str:
-    """Hash of what decides a made store's content: its `provenance`, what it says of its features
-    (`steph.data.store.describe`, with the precision), and this module's code, whose comments do not count."""
+    """Hash of what decides a made store's content: its `provenance`, its description with the precision, and this
+    module's code, whose comments do not count."""
     code = ast.dump(ast.parse(Path(__file__).read_text(encoding="utf-8")))
     return fingerprint({"provenance": provenance, "features": features, "code": code}, 64)
 
@@ -346,8 +344,7 @@ def _sizes(study: Study, dataset: str) -> tuple[int, dict[str, Any]]:
     """Patients of the cohort, and the manifest's `SIZES`. Raises `Refused` where no cohort can be made from them."""
     sizes, scale = study.entry(dataset).model_dump(include=set(SIZES)), _synthetic(study).scale
     refuse_unknown("cancer", [dataset], MEMBERSHIPS, "the synthetic cohort")
-    missing = [name for name in SIZES if sizes[name] is None]
-    if missing:
+    if missing := [name for name in SIZES if sizes[name] is None]:
         raise Refused(f"data set {dataset}: a synthetic cohort needs {', '.join(missing)}; give them in the manifest.")
     patients, slides = sizes["patients"], sizes["slides"]
     if not patients <= slides <= 4 * patients:

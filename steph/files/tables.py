@@ -18,7 +18,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     differs from its checksum, where it has one (`write_csv`). A table that a person made has none: a digit that changed
     in it cannot be noticed.
     """
-    seal = _seal(path)
+    seal = path.with_name(f"{path.name}.sha256")
     try:
         if seal.is_file() and seal.read_bytes()[:64] != file_sha256(path).encode():
             raise Refused(
@@ -41,12 +41,8 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False)
         # The checksum comes first: killed in between, no table is left that nothing vouches for.
-        with atomic_path(_seal(path)) as seal:
+        with atomic_path(path.with_name(f"{path.name}.sha256")) as seal:
             seal.write_text(f"{file_sha256(temporary)}  {path.name}\n", encoding="utf-8")
-
-
-def _seal(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
 
 
 def shortened(items: list[str], most: int = 5) -> str:

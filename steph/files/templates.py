@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -14,12 +13,7 @@ def render(package: str, name: str, **values: Any) -> str:
     Values are escaped in templates whose name ends in ``.html`` or ``.svg``. A value that a template asks for and does
     not get raises `jinja2.UndefinedError`.
     """
-    return _environment(package).get_template(name).render(values)
-
-
-@cache
-def _environment(package: str) -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader(package),
         autoescape=select_autoescape(["html", "svg"]),
         undefined=StrictUndefined,
@@ -27,3 +21,4 @@ def _environment(package: str) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    return environment.get_template(name).render(values)

@@ -14,9 +14,7 @@ def render(monkeypatch):
     text = "{% if value %}\nA {{ value }}\n{% endif %}\n"
     loader = DictLoader({"a.html": text, "a.svg": text, "a.md": text})
     monkeypatch.setattr(templates, "PackageLoader", lambda package: loader)
-    templates._environment.cache_clear()
-    yield lambda name, **values: templates.render("steph.book", name, **values)
-    templates._environment.cache_clear()
+    return lambda name, **values: templates.render("steph.book", name, **values)
 
 
 def test_values_are_escaped_where_the_text_is_markup(render):
