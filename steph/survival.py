@@ -53,13 +53,13 @@ def _numbers(values: Any, what: str) -> np.ndarray:
 
 
 def survival_curve(hazards: Tensor) -> Tensor:
-    """Survival probability at the end of each interval, (B, T) from hazards (B, T)."""
-    return torch.cumprod(1 - hazards, dim=1)
+    """Survival probability at the end of each interval, (..., T) from hazards (..., T)."""
+    return torch.cumprod(1 - hazards, dim=-1)
 
 
 def risk_score(hazards: Tensor) -> Tensor:
-    """Risk (B,) from hazards (B, T): minus the sum of the survival curve. Higher = worse prognosis."""
-    return -survival_curve(hazards).sum(dim=1)
+    """Risk (...,) from hazards (..., T): minus the sum of the survival curve. Higher = worse prognosis."""
+    return -survival_curve(hazards).sum(dim=-1)
 
 
 EPS = 1e-7
@@ -79,15 +79,15 @@ def nll_loss(
     A patient with an event in interval y costs ``-log S(y-1) - log h(y)``; a censored one ``-(1-alpha) log S(y)``.
     Every logarithm's argument is clamped at `eps` from below.
 
-    hazards: (B, T) in [0, 1]. bin_index: (B,) int64 in 0..T-1. event: (B,) 1 = event seen, 0 = censored.
-    alpha: how much less a censored patient counts; 0.5 in training, 0 when a loss is reported.
-    Returns a scalar (reduction "mean" or "sum") or (B,) ("none").
+    hazards: (B, T) in [0, 1], or (G, B, T), of G models. bin_index: (B,) int64 in 0..T-1. event: (B,) 1 = event seen,
+    0 = censored. alpha: how much less a censored patient counts; 0.5 in training, 0 when a loss is reported.
+    Returns a scalar (reduction "mean" or "sum") or (B,) or (G, B) ("none").
     """
-    survival = torch.cat([torch.ones_like(hazards[:, :1]), survival_curve(hazards)], dim=1)
-    y = bin_index.view(-1, 1)
+    survival = torch.cat([torch.ones_like(hazards[..., :1]), survival_curve(hazards)], dim=-1)
+    y = bin_index.view(-1, 1).expand(*hazards.shape[:-1], 1)
     before, at, after = (
-        x.squeeze(1).clamp(min=eps).log()
-        for x in (survival.gather(1, y), hazards.gather(1, y), survival.gather(1, y + 1))
+        x.squeeze(-1).clamp(min=eps).log()
+        for x in (survival.gather(-1, y), hazards.gather(-1, y), survival.gather(-1, y + 1))
     )
     event = event.to(hazards.dtype)
     loss = -event * (before + at) - (1 - alpha) * (1 - event) * after

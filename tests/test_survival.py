@@ -141,6 +141,8 @@ def test_losses_and_risks_of_any_hazards_are_finite(hazards, chance, alpha):
     each = nll_loss(given_hazards, where, event, alpha, reduction="none")
     assert each.shape == (n,) and torch.isfinite(each).all() and (each >= -1e-9).all()
     assert nll_loss(given_hazards, where, event, alpha).item() == pytest.approx(each.mean().item())
+    of_models = nll_loss(torch.stack([given_hazards / 2, given_hazards]), where, event, alpha, reduction="none")
+    assert of_models.shape == (2, n) and torch.equal(of_models[1], each)
     curve, risk = survival_curve(given_hazards), risk_score(given_hazards)
     assert (curve >= 0).all() and (curve <= 1).all() and (curve[:, 1:] <= curve[:, :-1]).all()
     assert (risk <= 0).all() and (risk >= -bins).all()

@@ -83,10 +83,8 @@ def _mean_loss(plane: Plane, data: Dataset, patients: Sequence[str], study: Stud
     total = torch.zeros(len(plane.points), dtype=torch.float64, device=compute.device)
     for group in groups_of(patients, study.recipe.bags_per_step):
         hazards = torch.sigmoid(plane(batch_of(group))).double()  # (G, B, T)
-        labels = targets(data.labels(group), n.n_bins, n.bin_width_days, compute.device)
-        bins, event = (values.repeat(len(hazards)) for values in labels)
-        loss = nll_loss(hazards.flatten(0, 1), bins, event, alpha=0.0, reduction="none")
-        total += loss.view(hazards.shape[:2]).sum(1)
+        bins, event = targets(data.labels(group), n.n_bins, n.bin_width_days, compute.device)
+        total += nll_loss(hazards, bins, event, alpha=0.0, reduction="none").sum(1)
     return (total / len(patients)).cpu().numpy()
 
 

@@ -128,9 +128,7 @@ def gradients(
 
 def _nll(logits: Tensor, bins: Tensor, event: Tensor, alpha: float) -> Tensor:
     """Mean loss (G,) from logits (G, B, T) of B patients."""
-    g, b, _ = logits.shape
-    hazards = torch.sigmoid(logits).flatten(0, 1)
-    return nll_loss(hazards, bins.repeat(g), event.repeat(g), alpha, reduction="none").view(g, b).mean(1)
+    return nll_loss(torch.sigmoid(logits), bins, event, alpha, reduction="none").mean(1)
 
 
 def train(problem: Problem, trainings: Sequence[Training], lengths: Sequence[int], seed: int) -> dict[int, Tensor]:
@@ -167,8 +165,8 @@ def evaluate(problem: Problem, flat: Tensor) -> tuple[np.ndarray, np.ndarray]:
     test = problem.test
     with torch.no_grad():
         logits = problem.logits(flat, test.bags)
-    event = test.event.cpu().numpy()
-    scores = [concordance_index(test.time_days, event, risk_score(torch.sigmoid(z)).cpu().numpy()) for z in logits]
+    event, risks = test.event.cpu().numpy(), risk_score(torch.sigmoid(logits)).cpu().numpy()
+    scores = [concordance_index(test.time_days, event, risk) for risk in risks]
     return _nll(logits, test.bins, test.event, alpha=0.0).cpu().numpy(), np.array(scores)
 
 
