@@ -11,9 +11,7 @@ import pandas as pd
 import pytest
 
 from steph import Refused
-from steph.deploy import load_model
-from steph.deploy.figures import COLOURS, attention_png, risk_strip, survival_curve
-from steph.deploy.report import RESEARCH, SYNTHETIC, as_data, geojson, html_report, summary, write_report
+from steph.deploy import load_model, report
 from tests.helpers.devtools import Browser, find_browser
 from tests.helpers.made_model import made_folder, patches, write_slide
 
@@ -49,23 +47,23 @@ class Page(HTMLParser):
 
 
 def test_all_files_and_what_is_in_them(prediction, tmp_path):
-    write_report(prediction, tmp_path / "out")
+    report.write_report(prediction, tmp_path / "out")
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {"report.html", "prediction.json", "attention.csv", "P1-DX1.geojson", "P1-DX2.geojson"}
     content = json.loads((tmp_path / "out" / "prediction.json").read_text())
-    assert content == json.loads(json.dumps(as_data(prediction))) and content["risk"] == prediction.risk
+    assert content == json.loads(json.dumps(report.as_data(prediction))) and content["risk"] == prediction.risk
     assert content["survival"][0] == {"end": 365.0, "probability": prediction.survival.iloc[0]}
-    assert RESEARCH in content["notes"] and content["unit"] == "days" and len(content["mixture"]) == 5
+    assert report.RESEARCH in content["notes"] and content["unit"] == "days" and len(content["mixture"]) == 5
     table = pd.read_csv(tmp_path / "out" / "attention.csv", float_precision="round_trip")
     np.testing.assert_array_equal(table["attention"], prediction.attention)
     assert table["x"].isna().sum() == 5 and table["attention"].sum() == pytest.approx(1)
     with pytest.raises(Refused, match="is there already"):
-        write_report(prediction, tmp_path / "out")
+        report.write_report(prediction, tmp_path / "out")
 
 
 def test_the_map_is_a_square_for_each_patch(prediction):
     patches = prediction.patches[prediction.patches["slide_id"] == "P1-DX2"]
-    collection = json.loads(json.dumps(geojson(patches, 512, len(prediction.patches))))
+    collection = json.loads(json.dumps(report.geojson(patches, 512, len(prediction.patches))))
     assert collection["type"] == "FeatureCollection" and len(collection["features"]) == 40
     for feature, row in zip(collection["features"], patches.itertuples(), strict=True):
         (ring,), properties = feature["geometry"]["coordinates"], feature["properties"]
@@ -84,7 +82,7 @@ def test_a_pixel_of_the_map_lies_where_its_patch_does():
     from matplotlib.image import imread
 
     table = pd.DataFrame({"x": [1000, 1512, 1000], "y": [2000, 2000, 3024], "percentile": [0.0, 1.0, 0.5]})
-    data, shape = attention_png(table, 512)
+    data, shape = report.attention_png(table, 512)
     pixels = imread(io.BytesIO(data))
     assert shape == (3, 2) and pixels.shape == (3, 2, 4)
     assert (pixels[..., 3] > 0).tolist() == [[True, True], [False, False], [True, False]]
@@ -93,30 +91,30 @@ def test_a_pixel_of_the_map_lies_where_its_patch_does():
 
 def test_patches_far_apart_make_no_endless_picture():
     table = pd.DataFrame({"x": [0, 10**9], "y": [0, 10**9], "percentile": [0.1, 0.9]})
-    _, (rows, columns) = attention_png(table, 1)
+    _, (rows, columns) = report.attention_png(table, 1)
     assert 1000 <= rows <= 1501 and 1000 <= columns <= 1501
 
 
 def test_the_page_needs_nothing_and_says_what_it_must(prediction):
-    page = Page(text := html_report(prediction))
+    page = Page(text := report.html_report(prediction))
     assert not {"script", "link", "iframe", "object", "form", "base"} & set(page.tags)
     assert "default-src 'none'" in text and text.count("<svg") == 2
     assert len([a for a in page.addresses if a.startswith("data:image/png;base64,")]) == 2
     assert all(a.startswith(("data:image/png;base64,", "#")) for a in page.addresses)
     assert len(page.labels) == 4 and all("patient" in name or "P1-DX" in name for name in page.labels)
     for shown in (
-        RESEARCH, "P1", f"this patient, {prediction.risk:.3f}", "S3", "P1-DX3: its file has no coordinates",
+        report.RESEARCH, "P1", f"this patient, {prediction.risk:.3f}", "S3", "P1-DX3: its file has no coordinates",
         "0.610 (0.400 to 0.800)", f"{prediction.percentile:.0f} %", f"{prediction.survival.iloc[2]:.1%}",
     ):  # fmt: skip
         assert shown in page.text
-    assert "prefers-color-scheme: dark" in page.text and SYNTHETIC not in page.text
+    assert "prefers-color-scheme: dark" in page.text and report.SYNTHETIC not in page.text
 
 
 def test_figures_take_the_pages_colours_and_show_every_training_patient(prediction):
-    for figure in (risk_strip(prediction), survival_curve(prediction)):
-        assert not any(colour in figure for colour in COLOURS.values())
+    for figure in (report.risk_strip(prediction), report.survival_curve(prediction)):
+        assert not any(colour in figure for colour in report.COLOURS.values())
         assert "var(--patient)" in figure and "var(--muted)" in figure
-    lines = re.findall(r'<path d="M (\S+) \S+ \nL (\S+) \S+ ?\n"', risk_strip(prediction))
+    lines = re.findall(r'<path d="M (\S+) \S+ \nL (\S+) \S+ ?\n"', report.risk_strip(prediction))
     assert len(lines) == 5 and all(start == stop for start, stop in lines)
     ordered = [float(start) for start, _ in lines[:4]]
     assert ordered == sorted(ordered)
@@ -124,8 +122,8 @@ def test_figures_take_the_pages_colours_and_show_every_training_patient(predicti
 
 def test_a_synthetic_model_is_stamped_everywhere(prediction, tmp_path):
     synthetic = replace(prediction, model=load_model(made_folder(tmp_path / "s", synthetic=True)))
-    assert SYNTHETIC in Page(html_report(synthetic)).text
-    assert SYNTHETIC in as_data(synthetic)["notes"] and SYNTHETIC in summary(synthetic)
+    assert report.SYNTHETIC in Page(report.html_report(synthetic)).text
+    assert report.SYNTHETIC in report.as_data(synthetic)["notes"] and report.SYNTHETIC in report.summary(synthetic)
 
 
 def test_names_are_text_never_markup(tmp_path):
@@ -133,8 +131,8 @@ def test_names_are_text_never_markup(tmp_path):
     model.network.source_names = [NASTY, "\0<b>", "S2", "S3"]
     slides = [write_slide(tmp_path / f"{name}.h5", patches()) for name in ("<img src=x onerror=alert(1)>", "..", "~")]
     before = set(tmp_path.iterdir())
-    write_report(prediction := model.predict(slides, patient_id=NASTY), tmp_path / "out")
-    assert "nan" not in summary(prediction)  # where a source bears the target's name
+    report.write_report(prediction := model.predict(slides, patient_id=NASTY), tmp_path / "out")
+    assert "nan" not in report.summary(prediction)  # where a source bears the target's name
     assert set(tmp_path.iterdir()) == {*before, tmp_path / "out"} and len(list((tmp_path / "out").iterdir())) == 6
     page = Page(text := (tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
     assert "script" not in page.tags and page.tags.count("img") == 3 and "b" not in page.tags
@@ -144,19 +142,19 @@ def test_names_are_text_never_markup(tmp_path):
 def test_one_patch_and_one_training_patient_are_enough(tmp_path):
     training = {"patients": 1, "events": 0, "longest_follow_up_days": 10, "risks": [-3.0], "observed": []}
     model = load_model(made_folder(tmp_path / "m", training=training))
-    write_report(model.predict([write_slide(tmp_path / "a.h5", patches(1))]), tmp_path / "out")
+    report.write_report(model.predict([write_slide(tmp_path / "a.h5", patches(1))]), tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.geojson"))) == 1
 
 
 def test_the_summary_is_short(prediction):
-    lines = summary(prediction).splitlines()
-    assert len(lines) == 6 and lines[0].startswith("P1: 3 slide(s), 85 patches") and lines[-1] == RESEARCH
+    lines = report.summary(prediction).splitlines()
+    assert len(lines) == 6 and lines[0].startswith("P1: 3 slide(s), 85 patches") and lines[-1] == report.RESEARCH
     assert f"risk {prediction.risk:.4f} (higher is worse)" in lines[1] and "365: " in lines[2]
 
 
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium here")
 def test_a_browser_shows_it_without_a_network(prediction, tmp_path):
-    write_report(prediction, tmp_path / "out")
+    report.write_report(prediction, tmp_path / "out")
     browser = Browser(find_browser(), tmp_path / "profile")
     try:
         for width in (400, 1000):
