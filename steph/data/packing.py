@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
+import pandas as pd
 
 from steph import Refused
 from steph.data.cohort import Cohort
@@ -98,7 +99,7 @@ def pack(path: Path, cohort: Cohort, files: dict[str, Path], features: Features,
     provenance = {
         "files": {slide: name_and_size(source) for slide, source in sources.items()},
         "left_out": [
-            {"slide_id": slide, "reason": reason, "file": source and name_and_size(Path(source))}
+            {"slide_id": slide, "reason": reason, "file": name_and_size(Path(source)) if pd.notna(source) else None}
             for slide, source, _, reason in left_out.itertuples(index=False)
         ],
     }

@@ -19,10 +19,7 @@ def test_bags_come_out_as_they_went_in(bags):
     assert len(batch) == 3 and batch.sizes == [4, 1, 9] and batch.offsets == (0, 4, 5, 14)
     assert all(torch.equal(batch.bag(i), bag) for i, bag in enumerate(bags))
     assert as_batch(batch) is batch and torch.equal(as_batch(bags).features, batch.features)
-
-
-def test_a_single_bag_is_not_copied(bags):
-    assert RaggedBatch.from_bags(bags[:1]).features.data_ptr() == bags[0].data_ptr()
+    assert as_batch(bags[:1]).features.data_ptr() == bags[0].data_ptr(), "a single bag is not copied"
 
 
 def test_mean_and_softmax_are_those_of_each_bag(bags):
@@ -53,24 +50,14 @@ def test_to_changes_precision_and_keeps_the_rest(bags):
     assert (half.offsets, half.slide_offsets) == (batch.offsets, batch.slide_offsets)
 
 
-@pytest.mark.parametrize("offsets", [(0, 4, 5), (1, 5, 14), (0, 14, 20)])
-def test_offsets_that_do_not_fit_are_refused(bags, offsets):
-    with pytest.raises(Refused, match="do not fit offsets"):
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [*[(offsets, "do not fit offsets") for offsets in ((0, 4, 5), (1, 5, 14), (0, 14, 20))],
+     ((0, 4, 4, 14), "bag 1 has no patches")],
+)  # fmt: skip
+def test_offsets_that_do_not_fit_and_empty_bags_are_refused(bags, offsets, message):
+    with pytest.raises(Refused, match=message):
         RaggedBatch(torch.cat(bags), offsets)
-
-
-def test_an_empty_bag_is_refused_by_number(bags):
-    with pytest.raises(Refused, match="bag 1 has no patches"):
-        RaggedBatch(torch.cat(bags), (0, 4, 4, 14))
-
-
-def test_a_bag_alone_keeps_its_coordinates_and_slides(bags):
-    coords = torch.arange(28).view(14, 2)
-    alone = RaggedBatch(torch.cat(bags), (0, 4, 5, 14), coords, (0, 4, 5, 8, 14)).single(2)
-    assert alone.offsets == (0, 9) and alone.slide_offsets == (0, 3, 9)
-    assert torch.equal(alone.features, bags[2]) and torch.equal(alone.coords, coords[5:])
-    plain = as_batch(bags).single(0)
-    assert plain.coords is None and plain.slide_offsets is None
 
 
 def test_larger_bags_are_sampled_and_smaller_ones_are_whole(bags):
@@ -99,6 +86,11 @@ def test_some_bags_of_a_batch_are_a_batch_with_their_places_and_slides(bags):
     assert found.offsets == (0, 1, 10) and found.slide_offsets == (0, 1, 4, 10)
     assert torch.equal(found.features, batch.features[4:]) and torch.equal(found.coords, coords[4:])
     assert found.features.data_ptr() == batch.features[4:].data_ptr()
+    alone = batch.single(2)
+    assert torch.equal(alone.features, bags[2]) and torch.equal(alone.coords, coords[5:])
+    assert alone.offsets == (0, 9) and alone.slide_offsets == (0, 3, 9)
+    plain = as_batch(bags).single(0)
+    assert plain.coords is None and plain.slide_offsets is None
 
 
 @pytest.mark.parametrize(

@@ -138,11 +138,8 @@ def test_sampling_takes_the_same_patches_in_order_each_time(study, dataset):
         slide = np.searchsorted(whole.slide_offsets, kept, side="right")
         assert part.slide_offsets == (0, *np.cumsum(np.unique(slide, return_counts=True)[1]).tolist())
     assert 0 < cut < len(everyone)
-
-
-def test_a_slide_of_which_no_patch_was_drawn_is_no_slide(dataset):
-    batch = dataset.batch(list(dataset.cohort.slides_of), coords=True, max_patches=1)
-    assert batch.sizes == [1] * 12 and batch.slide_offsets == batch.offsets
+    single = dataset.batch(everyone, coords=True, max_patches=1)
+    assert single.sizes == [1] * 12 and single.slide_offsets == single.offsets, "a slide without a patch is none"
 
 
 def test_what_is_sampled_depends_on_seed_and_patient_alone():
@@ -194,9 +191,6 @@ def test_missing_files_are_named_with_the_command_that_makes_them(study, tmp_pat
     assert str(tmp_path / "labels/BLCA.csv") in str(refused.value)
     with pytest.raises(Refused, match="Did you mean LUNG"):
         open_dataset(study, "LUNGS")
-
-
-def test_no_feature_files_at_all_is_said_as_such(study, tmp_path):
     write_cohort(cohort_of(3, name="BLCA", project="BLCA"), tmp_path / "labels/BLCA.csv")
     for ask in (pack_dataset, check_dataset):
         with pytest.raises(Refused, match=r"no slide feature files of BLCA.*TCGA-\{project\}"):

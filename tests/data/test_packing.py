@@ -77,20 +77,18 @@ def test_missing_and_empty_slides_are_left_out_on_request_and_recorded(tmp_path)
         store.matches(HALF, cohort, find_slides([tmp_path / "f"]))
 
 
-def test_a_patient_without_any_slide_is_never_left_out(tmp_path):
+def test_damaged_slides_and_patients_without_any_are_refused_even_where_missing_ones_are_allowed(tmp_path):
     cohort = cohort_of(3, 2)
-    for slide, path in fabricate(cohort, tmp_path / "f", "trident", DIM, 30).items():
-        if slide.startswith("P1"):
-            path.unlink()
-    with pytest.raises(Refused, match=r"1 patient\(s\) have no slide with features: P1\b"):
-        pack(tmp_path / "S.h5", cohort, find_slides([tmp_path / "f"]), HALF, allow_missing=True)
-
-
-def test_damaged_slides_are_refused_even_where_missing_ones_are_allowed(tmp_path):
-    cohort = cohort_of(2, 2)
-    path = list(fabricate(cohort, tmp_path / "f", "trident", DIM, 30).values())[1]
-    path.write_bytes(path.read_bytes()[:-10])
+    files = fabricate(cohort, tmp_path / "f", "trident", DIM, 30)
+    damaged, *of_p1 = (files[slide] for slide in ("P0-DX1.AB-01", "P1-DX0.AB-10", "P1-DX1.AB-11"))
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-10])
     with pytest.raises(Refused, match="truncated"):
+        pack(tmp_path / "S.h5", cohort, find_slides([tmp_path / "f"]), HALF, allow_missing=True)
+    damaged.write_bytes(whole)
+    for path in of_p1:
+        path.unlink()
+    with pytest.raises(Refused, match=r"1 patient\(s\) have no slide with features: P1\b"):
         pack(tmp_path / "S.h5", cohort, find_slides([tmp_path / "f"]), HALF, allow_missing=True)
 
 
