@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from steph.data.bags import RaggedBatch, as_batch
-from steph.merging.task_vectors import Layout, State
+from steph.merging.task_vectors import Layout, State, encoder_part
 from steph.mil.base import MIL, Bags, Encoder
 from steph.mil.gated_attention import to_save
 
@@ -66,10 +66,10 @@ def _with_base(coefficients: Tensor) -> Tensor:
 
 
 class MergedEncoder(Merged):
-    """The encoder of `network` under merged weights. `without` is the prefix of parameters left out."""
+    """The encoder of `network` under merged weights."""
 
-    def __init__(self, network: MIL, base: State, vectors: Sequence[State], without: str = "head.") -> None:
-        super().__init__(Layout.of(base, without), base, vectors)
+    def __init__(self, network: MIL, base: State, vectors: Sequence[State]) -> None:
+        super().__init__(Layout.of(encoder_part(base)), base, vectors)
         self.network = network.requires_grad_(False)
         self.calls = 0
         self._workspace: dict[str, Tensor] = {}

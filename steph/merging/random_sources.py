@@ -19,15 +19,12 @@ def random_sources(null_state: State, source_states: Mapping[str, State], seed: 
     What a source learnt is gone, how far it moved each parameter stays. The noise is drawn from `seed`, the source's
     name and the parameter's: the same in every fold, whatever other sources there are and in whatever order.
     """
-    origin = origin_of(null_state)
-    return {
-        name: ModelState(apply_task_vector(null_state, _noise(task_vector(state, null_state), name, seed)), origin)
-        for name, state in source_states.items()
-    }
-
-
-def _noise(tau: State, source: str, seed: int) -> dict[str, Tensor]:
-    return {name: _like(value, fingerprint([seed, source, name])) for name, value in tau.items()}
+    pool = {}
+    for source, state in source_states.items():
+        tau = task_vector(state, null_state)
+        noise = {name: _like(value, fingerprint([seed, source, name])) for name, value in tau.items()}
+        pool[source] = ModelState(apply_task_vector(null_state, noise), origin_of(null_state))
+    return pool
 
 
 def _like(value: Tensor, key: str) -> Tensor:

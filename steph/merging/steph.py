@@ -121,9 +121,9 @@ class STEPH(BagEncoder):
             self.head.requires_grad_(False)
             merged = {name: value for name, value in start.items() if name.startswith("head.")}
             self.merged_head = Merged(Layout.of(merged), start, vectors)
-        self.hyper = Hypernetwork(
-            _dim_in(network), dim_hidden, m, weight == "hypernetwork", mix == "hypernetwork", dropout, hyper_head
-        )
+        first = next(module for module in network.modules() if isinstance(module, nn.Linear))
+        weights, ratios = weight == "hypernetwork", mix == "hypernetwork"
+        self.hyper = Hypernetwork(first.in_features, dim_hidden, m, weights, ratios, dropout, hyper_head)
         self.weight_vector = nn.Parameter(torch.full((m,), 1 / m)) if weight == "parameter" else None
         self.ratio_vector = nn.Parameter(torch.zeros(m)) if mix == "parameter" else None
         self.monitored = [f"{number}_{name}" for number in ("w", "lambda") for name in self.source_names]
@@ -133,7 +133,8 @@ class STEPH(BagEncoder):
         assert bags is not None
         batch = as_batch(bags)
         mixtures = self.batch_coefficients(batch)
-        coefficients, features = self._merge_and_encode(batch, mixtures)
+        coefficients = self._coefficients(mixtures)
+        features = self.encoder(coefficients, batch)
         if self.merged_head is None:
             logits = self.head(features)
         else:
@@ -145,12 +146,11 @@ class STEPH(BagEncoder):
     def encode(self, bags: Bags) -> Tensor:
         """Bag features (B, H), each bag's under its own merged encoder."""
         batch = as_batch(bags)
-        return self._merge_and_encode(batch, self.batch_coefficients(batch))[1]
+        return self.encoder(self._coefficients(self.batch_coefficients(batch)), batch)
 
-    def _merge_and_encode(self, batch: RaggedBatch, mixtures: Mixtures) -> tuple[Tensor, Tensor]:
-        rows = 1 if self.same_for_all_bags else len(batch)
-        coefficients = mixture_coefficients(*(values[:rows] for values in mixtures))
-        return coefficients, self.encoder(coefficients, batch)
+    def _coefficients(self, mixtures: Mixtures) -> Tensor:
+        """Coefficients of task vectors, a row for each bag, or one for all."""
+        return mixture_coefficients(*(values[:1] if self.same_for_all_bags else values for values in mixtures))
 
     @property
     def same_for_all_bags(self) -> bool:
@@ -336,8 +336,3 @@ def _head(network: MIL, target_state: State | None) -> nn.Linear:
         head.load_state_dict({"weight": target_state["head.weight"], "bias": target_state["head.bias"]})
         head.requires_grad_(False)
     return head
-
-
-def _dim_in(network: MIL) -> int:
-    """The width of the patch features that a network's first layer takes."""
-    return next(module for module in network.modules() if isinstance(module, nn.Linear)).in_features

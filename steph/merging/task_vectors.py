@@ -61,9 +61,9 @@ class Layout:
     shapes: dict[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, state: State, without: str = "") -> Layout:
-        """The layout of a state's parameters, those under the prefix `without` left out."""
-        return cls({k: tuple(v.shape) for k, v in state.items() if not without or not k.startswith(without)})
+    def of(cls, state: State) -> Layout:
+        """The layout of a state's parameters."""
+        return cls({name: tuple(value.shape) for name, value in state.items()})
 
     @cached_property
     def sizes(self) -> list[int]:

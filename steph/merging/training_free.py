@@ -47,7 +47,7 @@ def by_cosine(null_state: State, target_state: State, source_states: Sequence[St
     shows as a positive cosine, while random parts are orthogonal in many dimensions. A source at a right angle gets
     w = 0; one that is the target's twin counts as much as the target.
     """
-    layout = Layout.of(null_state, "head.")
+    layout = Layout.of(encoder_part(null_state))
     target, *sources = (layout.flatten(task_vector(s, null_state)).double() for s in (target_state, *source_states))
     cosines = torch.cosine_similarity(torch.stack(sources), target, dim=1)
     return by_worth(1.0, cosines.clamp(min=0), top_k)

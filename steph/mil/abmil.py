@@ -81,13 +81,13 @@ class ABMIL(MIL):
         """`MIL.encode_each`; where there is no patch, anything finite may stand."""
         if len(bags) == 1:
             return attend({name: value[0] for name, value in weights.items()}, as_batch([bags[0]]), self._dropout, save)
-        embedded = _linear(bags, weights, "embed").relu_()  # (G, n, dim_emb)
-        tanh = _linear(embedded, weights, "gate_tanh").tanh_()  # (G, n, dim_attn)
-        sigmoid = _linear(embedded, weights, "gate_sigmoid").sigmoid_()
+        embedded = linear_each(bags, weights, "embed").relu_()  # (G, n, dim_emb)
+        tanh = linear_each(embedded, weights, "gate_tanh").tanh_()  # (G, n, dim_attn)
+        sigmoid = linear_each(embedded, weights, "gate_sigmoid").sigmoid_()
         gated, scale = tanh * sigmoid, self._scale(tanh)
         if scale is not None:
             gated.mul_(scale)
-        scores = _linear(gated, weights, "score").squeeze(2)
+        scores = linear_each(gated, weights, "score").squeeze(2)
         if absent is not None:
             scores.masked_fill_(absent, -torch.inf)
         attention = torch.softmax(scores, dim=1)  # (G, n)
@@ -133,8 +133,8 @@ class ABMIL(MIL):
         return dropout_mask(tuple(values.shape), keep, values.device).to(values.dtype).div_(keep)
 
 
-def _linear(x: Tensor, weights: Mapping[str, Tensor], layer: str) -> Tensor:
-    """x (G, n, i) through a layer of its own per bag: (G, n, o)."""
+def linear_each(x: Tensor, weights: Mapping[str, Tensor], layer: str) -> Tensor:
+    """x (G, n, i) through a layer of its own for each of G bags: (G, n, o)."""
     return torch.baddbmm(weights[f"{layer}.bias"].unsqueeze(1), x, weights[f"{layer}.weight"].transpose(1, 2))
 
 

@@ -67,9 +67,7 @@ class AdamW:
 
     def __init__(self, groups: list[dict]) -> None:
         self.parameters = [p for group in groups for p in group["params"]]
-        self._groups = [
-            (group["weight_decay"], [_with_moments(p) for p in group["params"]]) for group in groups if group["params"]
-        ]
+        self._groups = [(group["weight_decay"], [_with_moments(p) for p in group["params"]]) for group in groups]
 
     def zero_grad(self) -> None:
         for p in self.parameters:
@@ -173,7 +171,11 @@ def fit(
     memory.check(model, dataset, patients, recipe.bags_per_step, compute, trains=True)
     bins, event = targets(labels, network.n_bins, network.bin_width_days, device)
     batch_of = loader(model, dataset, patients, compute)
-    features = frozen_features(model, patients, batch_of, recipe.bags_per_step) if model.has_frozen_features else None
+    features = None
+    if model.has_frozen_features:
+        groups = groups_of(patients, recipe.bags_per_step)
+        with torch.no_grad():
+            features = torch.cat([model.frozen_features(batch_of(group)) for group in groups])
     trainer = Trainer(model, recipe, steps)
     shuffler, history = np.random.default_rng(seed), []
     for epoch in range(1, recipe.epochs + 1):
@@ -211,8 +213,7 @@ def fit(
 def loader(
     model: nn.Module, dataset: PatientData, patients: Sequence[str], compute: Compute
 ) -> Callable[[Sequence[str]], RaggedBatch]:
-    """A function that gives a model its batches of these patients. Raises `Refused` where it needs coordinates and the
-    data set has none."""
+    """A function that gives a model its batches of these patients. Raises `Refused` where coordinates are lacking."""
     network = network_needing_coords(model)
     if network is not None:
         dataset.check_coords(patients, network)
@@ -248,14 +249,6 @@ def _with_memory(
                 "recipe.max_patches or a smaller recipe.bags_per_step in the study manifest, or use a larger device."
             ) from None
     return step(batch, *rest)
-
-
-@torch.no_grad()
-def frozen_features(
-    model: Model, patients: Sequence[str], batch_of: Callable[[Sequence[str]], RaggedBatch], together: int
-) -> Tensor:
-    """The model's `frozen_features` of each patient's bag, (N, ...) in the order given; `together` bags at once."""
-    return torch.cat([model.frozen_features(batch_of(group)) for group in groups_of(patients, together)])
 
 
 def groups_of(items: Sequence[Any], together: int) -> list[Sequence[Any]]:

@@ -48,16 +48,13 @@ def grid_search(
     rows = []
     for fold in range(INNER_FOLDS):
         train, judge = ([p for p in patients if (fold_of[p] == fold) == judged] for judged in (False, True))
-
-        def trained(model: Model, train: list[str] = train) -> Model:
-            fit(model, dataset, train, recipe, network, seed, compute)
-            return model
-
         seed_everything(seed)
-        target_state = state_of(trained(target()))
+        own = target()
+        fit(own, dataset, train, recipe, network, seed, compute)
         for value in values:
             seed_everything(seed)
-            model = trained(merged(target_state, value))
+            model = merged(state_of(own), value)
+            fit(model, dataset, train, recipe, network, seed, compute)
             table = predict(model, dataset, judge, compute)
             c_index = concordance_index(table["time_days"], table["event"], table["risk"])
             rows.append({"value": value, "fold": fold, "c_index": c_index})

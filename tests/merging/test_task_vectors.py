@@ -48,4 +48,3 @@ def test_layout_views_are_views():
     assert_states_close({k: v[0] for k, v in views.items()}, dict(state))
     views["head.bias"].zero_()
     assert (flat[:, 6:] == 0).all()
-    assert Layout.of(state, without="head.").size == 6

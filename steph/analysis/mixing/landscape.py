@@ -24,6 +24,7 @@ from steph.data.manifest import Study
 from steph.files.records import fingerprint
 from steph.merging.merged_encoder import Merged
 from steph.merging.task_vectors import Layout, State, task_vector
+from steph.mil.abmil import linear_each
 from steph.study.cache import cached_table
 from steph.study.runs import TARGET, Run, Workbench
 from steph.survival import nll_loss, targets
@@ -114,7 +115,7 @@ class Plane(Merged):
         products with the bag serve all points. Through `ABMIL.encode_each`, which multiplies the bag at every point, a
         landscape of the demo takes 1.4 times as long, and one at the paper's width of features about three times."""
         layers = self.stacked()
-        first = _linear(bag.expand(3, -1, -1), layers, "embed")  # (3, n, H): of M_0, tau_s, tau_t
+        first = linear_each(bag.expand(3, -1, -1), layers, "embed")  # (3, n, H): of M_0, tau_s, tau_t
         width = first.shape[2] + 2 * layers["score.weight"].shape[2]
         together = max(1, NUMBERS // (len(bag) * width + self.layout.size))
         return torch.cat([self._at(first, points) for points in self.points.split(together)])
@@ -122,15 +123,10 @@ class Plane(Merged):
     def _at(self, first: Tensor, points: Tensor) -> Tensor:
         weights = self.weights(points)
         embedded = torch.addmm(first[:1].flatten(1), points, first[1:].flatten(1)).relu_().view(-1, *first.shape[1:])
-        gated = _linear(embedded, weights, "gate_tanh").tanh_()
-        gated *= _linear(embedded, weights, "gate_sigmoid").sigmoid_()
-        attention = torch.softmax(_linear(gated, weights, "score"), dim=1)  # (G, n, 1)
-        return _linear(attention.transpose(1, 2) @ embedded, weights, "head").squeeze(1)
-
-
-def _linear(x: Tensor, weights: Mapping[str, Tensor], layer: str) -> Tensor:
-    """x (G, n, i) through a layer of its own per point: (G, n, o)."""
-    return torch.baddbmm(weights[f"{layer}.bias"].unsqueeze(1), x, weights[f"{layer}.weight"].transpose(1, 2))
+        gated = linear_each(embedded, weights, "gate_tanh").tanh_()
+        gated *= linear_each(embedded, weights, "gate_sigmoid").sigmoid_()
+        attention = torch.softmax(linear_each(gated, weights, "score"), dim=1)  # (G, n, 1)
+        return linear_each(attention.transpose(1, 2) @ embedded, weights, "head").squeeze(1)
 
 
 # ------------------------------------------------------------------------------------- what is read from it

@@ -17,7 +17,7 @@ from steph.analysis.mixing import dynamics
 from steph.analysis.performance import discrimination
 from steph.data.dataset import Dataset
 from steph.data.manifest import Study
-from steph.merging.task_vectors import Layout, task_vector
+from steph.merging.task_vectors import Layout, encoder_part, task_vector
 from steph.mil.base import Model
 from steph.study.cache import cached_table
 from steph.study.runs import SOURCE_FOLD, Run, Workbench
@@ -93,7 +93,7 @@ def matrix(table: pd.DataFrame, own: pd.DataFrame, names: Sequence[str]) -> pd.D
 def task_vector_cosine(bench: Workbench, precision: str = "fp32") -> pd.DataFrame:
     """Cosine of the angle between the task vectors of each two cancers' encoders, of the models of `source_runs`."""
     null, names = bench.null_state("abmil"), list(bench.study.datasets)
-    layout = Layout.of(null, without="head.")
+    layout = Layout.of(encoder_part(null))
     states = [bench.state(run) for run in source_runs(bench.study, precision).values()]
     vectors = torch.stack([layout.flatten(task_vector(state, null)).double() for state in states])
     vectors /= vectors.norm(dim=1, keepdim=True)
