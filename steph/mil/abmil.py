@@ -73,7 +73,7 @@ class ABMIL(MIL):
         return torch.softmax(saved.scores, dim=0)
 
     # Each bag under encoder weights of its own, for hypernetworks. Written by hand, as autograd would save and copy a
-    # full set of weights for every bag; `tests/mil/test_abmil.py` compares its gradient with autograd's.
+    # full set of weights for every bag; `tests/merging/test_merged_encoder.py` compares its gradient with autograd's.
 
     def encode_each(
         self, weights: Mapping[str, Tensor], bags: Tensor, absent: Tensor | None, save: Save

@@ -4,6 +4,7 @@ import torch
 
 from steph.merging import task_vector
 from steph.merging.steph import STEPH
+from steph.mil import convert_released
 from steph.mil.state import ModelState, state_fingerprint, state_of
 
 
@@ -36,6 +37,13 @@ class Pool:
         other = object.__new__(Pool)
         vars(other).update(vars(self), **states)
         return other
+
+
+def released_pool(numbers):
+    """M_0, the target's model and the sources' of a file of reference numbers, under our names."""
+    names = ["theta0", "theta_t", *(f"theta_s{i}" for i in range(5))]
+    first, target, *sources = (convert_released(numbers.state(name)) for name in names)
+    return first, target, {f"s{i}": source for i, source in enumerate(sources)}
 
 
 def moved(null, vectors, coefficients):

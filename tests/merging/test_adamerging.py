@@ -7,15 +7,10 @@ from steph.merging import iso_c, merge_pairs, task_vector, ties
 from steph.mil import convert_released
 from steph.mil.state import load_into, state_of
 from tests.conftest import assert_states_close
-from tests.helpers.made_pool import adamerging, encoder, moved
+from tests.helpers.made_pool import adamerging, encoder, moved, released_pool
 from tests.merging.test_steph import Problem
 
 MERGES = {"plain": None, "ties_merging": ties, "iso_c": iso_c}
-
-
-def states(numbers):
-    null, target = (convert_released(numbers.state(name)) for name in ("theta0", "theta_t"))
-    return null, target, {f"s{i}": convert_released(numbers.state(f"theta_s{i}")) for i in range(5)}
 
 
 @pytest.mark.parametrize("merge", MERGES)
@@ -23,7 +18,7 @@ def states(numbers):
 @pytest.mark.parametrize("pool", ["excl", "incl"])
 def test_merged_model_is_the_releases(reference, float64, pool, clamp, merge):
     numbers = reference("f_adamerging")
-    null, target, sources = states(numbers)
+    null, target, sources = released_pool(numbers)
     members = {"target": target, **sources} if pool == "incl" else sources
     if MERGES[merge]:
         members = merge_pairs(null, target, members, MERGES[merge])
@@ -53,7 +48,7 @@ def test_hypernetwork_driven_weights_merge_the_whole_pool(reference, float64):
 
 
 def test_clamped_weights_stay_between_0_and_1(reference, float64):
-    null, target, sources = states(reference("f_adamerging"))
+    null, target, sources = released_pool(reference("f_adamerging"))
     weights = torch.tensor([-0.5, 0.0, 0.3, 1.0, 2.0])
     for clamp, expected in ((True, [0, 0, 0.3, 1, 1]), (False, weights.tolist())):
         model = adamerging(null, target, sources, clamp_weights=clamp)

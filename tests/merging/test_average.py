@@ -7,6 +7,7 @@ from steph.merging import model_average
 from steph.mil import ABMIL, convert_released
 from steph.mil.state import load_into
 from tests.conftest import assert_states_close
+from tests.helpers.made_pool import released_pool
 
 READINGS = list(itertools.product(["incl", "excl"], ["null", "target"], ["enc", "all"]))
 
@@ -14,9 +15,7 @@ READINGS = list(itertools.product(["incl", "excl"], ["null", "target"], ["enc", 
 @pytest.mark.parametrize(("pool", "base", "part"), READINGS)
 def test_all_eight_readings_are_the_releases(reference, float64, pool, base, part):
     numbers = reference("f_model_avg")
-    null, target = (convert_released(numbers.state(name)) for name in ("theta0", "theta_t"))
-    sources = {f"s{i}": convert_released(numbers.state(f"theta_s{i}")) for i in range(5)}
-    found = model_average(null, target, sources, include_target=pool == "incl", base=base, merge_head=part == "all")
+    found = model_average(*released_pool(numbers), include_target=pool == "incl", base=base, merge_head=part == "all")
     tag = f"avg_{pool}_{base}_{part}"
     assert_states_close(found, convert_released(numbers.state(f"exact_{tag}")), rtol=1e-12)
     network = ABMIL(24, 16, 12, 8).eval()

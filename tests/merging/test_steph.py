@@ -8,7 +8,7 @@ from steph.mil import MeanMIL
 from steph.mil import convert_released as convert_network
 from steph.mil.state import load_into, state_of
 from steph.survival import nll_loss
-from tests.helpers.made_pool import encoder, moved
+from tests.helpers.made_pool import encoder, moved, released_pool
 
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
 
@@ -18,8 +18,7 @@ class Problem:
 
     def __init__(self, numbers):
         self.numbers = numbers
-        self.null, self.target = (convert_network(numbers.state(name)) for name in ("theta0", "theta_t"))
-        self.sources = {f"s{i}": convert_network(numbers.state(f"theta_s{i}")) for i in range(5)}
+        self.null, self.target, self.sources = released_pool(numbers)
         self.trained = convert_released({**numbers.state("hyper"), **numbers.state("head")})
 
     def model(self, **options):
@@ -136,10 +135,8 @@ def test_means_of_w_and_lambda_are_monitored(problem):
 
 
 def test_lambda_and_w_stay_in_their_ranges(problem):
-    model = problem.model()
-    for seed in range(5):
-        w, lam, _ = model.coefficients(torch.randn(7, 24, generator=torch.Generator().manual_seed(seed)) * 20)
-        assert (w >= 0).all() and (lam > 0).all() and (lam <= 1).all()
+    w, lam, _ = problem.model().batch_coefficients([20 * torch.randn(7, 24) for _ in range(5)])
+    assert (w >= 0).all() and (lam > 0).all() and (lam <= 1).all()
 
 
 @pytest.mark.parametrize(

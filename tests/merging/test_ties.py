@@ -58,13 +58,6 @@ def test_all_of_a_vector_can_be_kept():
     assert torch.equal(ties({"x": x}, {"x": x}, keep=1.0, merge="mean")["x"], x)
 
 
-def test_inputs_stay_as_they_are():
-    x, y = torch.randn(2, 9)
-    before = x.clone(), y.clone()
-    ties({"x": x}, {"x": y})
-    assert torch.equal(x, before[0]) and torch.equal(y, before[1])
-
-
 @pytest.mark.parametrize("keep", [0, -0.1, 1.1])
 def test_a_share_that_cannot_be_is_refused(keep):
     with pytest.raises(Refused, match="keep = "):

@@ -1,8 +1,6 @@
 import torch
 
-from steph.data.bags import as_batch
 from steph.mil import ABMIL, convert_released, to_released
-from steph.mil.base import Encoder
 from steph.mil.state import load_into
 from tests.conftest import assert_states_close
 
@@ -35,11 +33,6 @@ def test_names_go_there_and_back(reference):
     assert_states_close(to_released(convert_released(state)), state)
 
 
-def test_parameters_at_the_papers_size():
-    network = ABMIL()
-    assert sum(p.numel() for n, p in network.named_parameters() if not n.startswith("head.")) == 1_181_313
-
-
 def test_dropout_sits_on_the_gate_alone():
     torch.manual_seed(0)
     network = ABMIL(6, 5, 4, 3, dropout=0.5).train()
@@ -48,25 +41,3 @@ def test_dropout_sits_on_the_gate_alone():
     assert not torch.equal(network.attention(bag), network.attention(bag))
     one = torch.randn(1, 6)  # one patch has attention 1 whatever is dropped
     torch.testing.assert_close(network([one]), network([one]))
-
-
-def test_each_bag_under_its_own_weights(float64):
-    """`encode_each` and its hand-written gradient are those of autograd, padding and all."""
-    torch.manual_seed(0)
-    sizes, network = [3, 7, 5], ABMIL(6, 5, 4, 3).eval()
-    names = [n for n, _ in network.named_parameters() if not n.startswith("head.")]
-    weights = {n: torch.randn(3, *network.get_parameter(n).shape, requires_grad=True) for n in names}
-    bags = [torch.randn(n, 6) for n in sizes]
-    weighting = torch.randn(3, 5)
-    rows = [{f"network.{n}": v[i] for n, v in weights.items()} for i in range(3)]
-    alone = zip(rows, map(as_batch, ([bag] for bag in bags)), strict=True)
-    expected = torch.cat([torch.func.functional_call(Encoder(network), row, (batch,)) for row, batch in alone])
-    (expected * weighting).sum().backward()
-    padded = torch.nn.utils.rnn.pad_sequence(bags, batch_first=True)
-    absent = torch.arange(7) >= torch.tensor(sizes).view(-1, 1)
-    with torch.no_grad():
-        features, saved = network.encode_each({n: v.detach() for n, v in weights.items()}, padded, absent, "everything")
-        out = {n: torch.full_like(v, torch.nan) for n, v in weights.items()}
-        network.encode_each_backward(saved, weighting, out)
-    torch.testing.assert_close(features, expected.detach(), rtol=1e-12, atol=1e-14)
-    assert_states_close(out, {n: v.grad for n, v in weights.items()}, rtol=1e-10)

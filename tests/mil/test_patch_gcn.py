@@ -1,25 +1,18 @@
 """steph.mil.patch_gcn: the paper's numbers, the graph, and training on a data set with and without coordinates."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
 
 from steph import Refused
 from steph.data import RaggedBatch
-from steph.data.cohort import write_cohort
-from steph.data.dataset import feature_folders, open_dataset, pack_dataset
-from steph.data.features import find_slides
-from steph.data.manifest import Network, Study
+from steph.data.manifest import Network, Recipe
 from steph.mil import NETWORKS, patch_gcn
 from steph.mil.patch_gcn import PatchGCN, graph_of, neighbours
 from steph.training.device import Compute
 from steph.training.engine import fit, predict, seed_everything
-from tests.data.test_features import DIM, cohort_of, write_h5
-from tests.helpers.fabricate import fabricate, read
-
-PAPER = Network()
+from tests.training.test_engine import Patients
 
 
 def grid(n, width=10):
@@ -115,54 +108,28 @@ def test_agrees_with_a_straight_line_computation(network):
 # ------------------------------------------------------------------------------------------------ training
 
 
-@pytest.fixture
-def study(tmp_path, monkeypatch):
-    """A real study in miniature: 12 patients of one data set, two slides each."""
-    monkeypatch.setenv("STEPH_DATA", str(tmp_path))
-    cohort = cohort_of(12, 2)
-    write_cohort(cohort, tmp_path / "labels/LUNG.csv")
-    fabricate(cohort, tmp_path / "features", "trident", DIM, 20)
-    return Study.model_validate(
-        {
-            "name": "mini",
-            "title": "in miniature",
-            "folds": 2,
-            "features": {"encoder": "UNI2-h", "dim": DIM, "folders": ["features"]},
-            "datasets": {"LUNG": {"projects": ["LUAD"]}},
-            "network": {"dim_emb": 16, "n_bins": 4},
-            "recipe": {"epochs": 2, "bags_per_step": 4, "lr": 0.01, "max_patches": 25},
-        }
-    )
-
-
-def trained(study, network):
-    dataset = open_dataset(study, "LUNG")
-    everyone = list(dataset.cohort.slides_of)
+def test_trains_with_coordinates_and_on_sampled_bags(tiny):
+    data, study = tiny.dataset("SARC"), tiny.study
+    patients = list(data.cohort.slides_of)
+    limit = int(data.n_patches(patients).max()) - 1
     seed_everything(0)
-    model = NETWORKS[network](DIM, study.network)
-    fit(model, dataset, everyone, study.recipe, study.network, seed=0)
-    return model, predict(model, dataset, everyone, Compute(max_patches=study.recipe.max_patches))
-
-
-def test_trains_on_a_data_set_with_coordinates_and_sampled_bags(study):
-    pack_dataset(study, "LUNG")
-    model, predictions = trained(study, "patch_gcn")
-    dataset = open_dataset(study, "LUNG")
-    assert dataset.n_patches(predictions["patient_id"]).max() > 25
-    batch = dataset.batch(predictions["patient_id"], coords=True, max_patches=25)
+    model = NETWORKS["patch_gcn"](data.dim, study.network)
+    recipe = study.recipe.model_copy(update={"epochs": 1, "max_patches": limit})
+    fit(model, data, patients, recipe, study.network, seed=0)
+    predictions = predict(model, data, patients, Compute(max_patches=limit))
     with torch.no_grad():
-        survival = torch.cumprod(1 - torch.sigmoid(model(batch).double()), dim=1)
+        logits = model(data.batch(patients, coords=True, max_patches=limit)).double()
+    survival = torch.cumprod(1 - torch.sigmoid(logits), dim=1)
     np.testing.assert_allclose(predictions["risk"], -survival.sum(1), rtol=1e-5)
-    again, repeated = trained(study, "patch_gcn")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    pd.testing.assert_frame_equal(repeated, predictions)
 
 
-def test_a_data_set_without_coordinates_is_refused_before_training(study):
-    for path in find_slides(feature_folders(study, "LUNG")).values():
-        features, _ = read(path)
-        write_h5(path, features=features, coords=None)
-    pack_dataset(study, "LUNG")
-    with pytest.raises(Refused, match=r"PatchGCN needs patches' coordinates, and 24 of 24 slides of LUNG have none"):
-        trained(study, "patch_gcn")
-    assert len(trained(study, "ilra")[1]) == 12
+def test_a_data_set_without_coordinates_is_refused_before_training():
+    data = Patients()
+
+    def refuse(patients, network):
+        raise Refused(f"{network} needs the coordinates of {len(patients)} patients")
+
+    data.check_coords = refuse
+    with pytest.raises(Refused, match="PatchGCN needs the coordinates of 40 patients"):
+        fit(PatchGCN(5, 12, 8, 8), data, data.ids, Recipe(epochs=1), Network(n_bins=8), 0)
+    assert not data.asked

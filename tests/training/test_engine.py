@@ -14,7 +14,7 @@ from steph.data.manifest import Network, Recipe
 from steph.merging.steph import RELEASED_NAMES as STEPH_NAMES
 from steph.merging.steph import STEPH
 from steph.merging.steph import convert_released as convert_steph
-from steph.mil import ABMIL, ROUPKT, FineTuned, Model, convert_released
+from steph.mil import ABMIL, FineTuned, Model, convert_released
 from steph.mil.abmil import RELEASED_NAMES
 from steph.mil.state import load_into, state_of
 from steph.study.execute import run_all
@@ -33,7 +33,8 @@ from steph.training.engine import (
     seed_everything,
 )
 from tests.conftest import assert_states_close
-from tests.helpers.made_pool import adamerging
+from tests.helpers.made_pool import adamerging, released_pool
+from tests.mil.test_roupkt import small
 
 
 @pytest.mark.parametrize(
@@ -92,18 +93,17 @@ def test_weight_decay_groups_are_the_releases(reference):
 @pytest.mark.parametrize("name", ["abmil", "steph", "adamerging"])
 def test_five_updates_land_on_the_releases_weights(reference, float64, name):
     numbers = reference("k_train_steps")
-    states = {k: convert_released(numbers.state(k)) for k in ("theta0", "theta_t", *(f"theta_s{i}" for i in range(5)))}
-    pool = {f"s{i}": states[f"theta_s{i}"] for i in range(5)}
+    null, target, pool = released_pool(numbers)
     if name == "abmil":
         model, convert = ABMIL(24, 16, 12, 8, dropout=0.0), convert_released
     elif name == "steph":
         model = STEPH(
-            states["theta0"], states["theta_t"], pool, top_k=int(numbers["K"]), dim_hidden=16, dropout=0.0,
+            null, target, pool, top_k=int(numbers["K"]), dim_hidden=16, dropout=0.0,
             beta=float(numbers["beta"]), gamma=float(numbers["gamma"]),
         )  # fmt: skip
         convert = convert_steph
     else:
-        model = adamerging(states["theta0"], states["theta_t"], {"target": states["theta_t"], **pool})
+        model = adamerging(null, target, {"target": target, **pool})
 
         def convert(state):
             layers = {k: v for k, v in state.items() if k != "merge_weight"}
@@ -354,11 +354,7 @@ class Recomputing(Model):
         return self.model.forward_pass(bags)
 
 
-def small_roupkt():
-    return ROUPKT(ABMIL(5, 8, 4, 8), {name: ABMIL(5, 8, 4, 8) for name in ("own", "a", "b")}, top_k=2)
-
-
-@pytest.mark.parametrize("make", [small_roupkt, lambda: FineTuned(ABMIL(5, 8, 4, 8), fresh_head=False)])
+@pytest.mark.parametrize("make", [lambda: small(2), lambda: FineTuned(ABMIL(5, 8, 4, 8), fresh_head=False)])
 def test_frozen_features_are_computed_once_and_give_the_same_training(make):
     states, histories = [], []
     for wrapped in (False, True):
