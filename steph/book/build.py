@@ -34,14 +34,10 @@ BUILDER = "from jupyter_book.cli.main import main; main()"  # the package cannot
 class Chapter:
     """One notebook of the book, the name of its executed copy, and the parameters it is published with.
 
-    A notebook says under ``steph`` in its metadata what else the book needs to know; each entry is optional:
-
-    - targets: the cancers of the paper's figures, for a chapter about one; the first takes the chapter, each other a
-      copy of it;
-    - runs: "module:function" that lists runs the chapter shows, beyond the study's plan, so that they are made together
-      and in parallel. The function gets what it takes of study, bench, dataset, fold, seed, seeds, precision;
-    - further_runs: the same, for runs that follow from results of others, so they come second;
-    - twin_runs: the same, for runs of the study's twin.
+    A notebook says under ``steph`` in its metadata what else the book needs to know (book/editing.md). targets: the
+    cancers that a chapter about one is published for. runs: "module:function" that lists runs the chapter shows beyond
+    the study's plan; it gets what it takes of study, bench, dataset, fold, seed, seeds, precision. further_runs: the
+    same, for runs that follow from results of others; twin_runs: for runs of the study's twin.
     """
 
     notebook: str
@@ -85,7 +81,7 @@ def chapters(study: Study) -> list[Chapter]:
         source = notebooks.NOTEBOOKS / f"{name}.ipynb"
         targets = [notebooks.declared(source).get("dataset", "all")]
         if targets != ["all"]:
-            targets = [each for each in _metadata(source).get("targets", targets) if each in study.datasets]
+            targets = [target for target in _metadata(source).get("targets", targets) if target in study.datasets]
             targets = targets or [next(iter(study.datasets))]
         for i, dataset in enumerate(targets):
             parameters = {"study": study.address, "dataset": dataset}
@@ -123,13 +119,12 @@ def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None
 
 def outdated(bench: Workbench, device: str = "cpu") -> list[Chapter]:
     """The chapters whose executed copy is missing, unfinished, or not what a new execution would show."""
-    return [
-        chapter
-        for chapter in chapters(bench.study)
-        if not notebooks.up_to_date(
-            executed_path(bench.study, chapter), chapter.source, chapter.arguments(device), bench
-        )
-    ]
+
+    def current(chapter: Chapter) -> bool:
+        executed = executed_path(bench.study, chapter)
+        return notebooks.up_to_date(executed, chapter.source, chapter.arguments(device), bench)
+
+    return [chapter for chapter in chapters(bench.study) if not current(chapter)]
 
 
 def _execute(study: Study, stale: list[Chapter], device: str, workers: int) -> None:

@@ -109,11 +109,11 @@ def status(bench: Workbench, infos: Mapping[str, Mapping[str, Any]], runs: pd.Da
 
 def code_state(project: Path = PROJECT) -> str:
     """The commit of the code, and whether it was changed since; the version where the project is no git repository."""
-    top, commit = git(project, "rev-parse", "--show-toplevel"), git(project, "rev-parse", "--short=12", "HEAD")
-    if not commit or Path(top).resolve() != project.resolve():
+    changed = "--dirty=, with changes that are not committed"
+    commit = git(project, "describe", "--always", "--exclude=*", "--abbrev=12", changed)
+    if not commit or Path(git(project, "rev-parse", "--show-toplevel")).resolve() != project.resolve():
         return f"version {__version__}, outside a git repository"
-    changed = git(project, "status", "--porcelain", "--untracked-files=no")
-    return f"commit {commit}" + (", with changes that are not committed" if changed else "")
+    return f"commit {commit}"
 
 
 def git(project: Path, *command: str) -> str:
@@ -170,8 +170,7 @@ def rooms() -> dict[str, list[str]]:
     """The modules of `steph` by room, its folder; those that lie in none under "steph". A package comes before what is
     in it."""
     modules: dict[str, list[str]] = {"steph": []}
-    files = (PROJECT / "steph").rglob("*.py")
-    for path in sorted(files, key=lambda path: (path.parent, path.name != "__init__.py", path.name)):
+    for path in sorted((PROJECT / "steph").rglob("*.py")):
         parts = path.relative_to(PROJECT).with_suffix("").parts
         room = parts[1] if len(parts) > 2 else "steph"
         modules.setdefault(room, []).append(".".join(parts).removesuffix(".__init__"))

@@ -49,10 +49,10 @@ def adamerging(x: Inputs, merge: str | None = None, **options: Any) -> STEPH:
     pool: Mapping[str, ModelState] = x.pool
     if merge is not None:
         pool = merge_pairs(x.null_state, x.own_state, x.source_states, PAIR_MERGES[merge])
-    form: dict[str, Any] = {"weight": "parameter", "mix": 0.0, "top_k": None, "beta": 0.0}
-    if options.get("weight") != "hypernetwork":
+    form: dict[str, Any] = {"weight": "parameter", "mix": 0.0, "top_k": None, "beta": 0.0, **options}
+    if form["weight"] == "parameter":
         form["gamma"] = 0.0
-    return steph(replace(x, source_states=pool), **{**form, **options})
+    return steph(replace(x, source_states=pool), **form)
 
 
 def surgery(x: Inputs, **options: Any) -> Surgery:

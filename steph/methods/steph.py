@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from steph.merging.random_sources import random_sources
@@ -52,10 +53,8 @@ def steph_subsampled(x: Inputs, **options: Any) -> Model:
     return steph(x, sample_seed=x.study_seed, **options)
 
 
-def _variant(title: str, description: str, **rest: Any) -> Method:
-    """STEPH with something about it changed."""
-    defaults = {"build": steph, "group": "ablation", "sparse": True, "settings": SETTINGS}
-    return merging_entry(title, description, **{**defaults, **rest})
+_variant = partial(merging_entry, build=steph, group="ablation", sparse=True, settings=SETTINGS)
+"""An entry of STEPH with something about it changed."""
 
 
 def _sweep(parameter: str, symbol: str, label: str, values: Sequence[float], **rest: Any) -> dict[str, Method]:

@@ -3,7 +3,6 @@ import os
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
 
 import nbformat
 import pytest
@@ -154,33 +153,21 @@ def test_the_projects_notebooks_declare_known_parameters():
         assert any("start(globals())" in "".join(cell["source"]) for cell in cells), path.name
 
 
-def test_the_state_of_a_notebook_follows_runs_of_the_study_and_of_its_twin(notebook, tiny, tmp_path, monkeypatch):
+def test_the_state_of_a_notebook_follows_what_it_shows(notebook, tiny, tmp_path, monkeypatch):
+    """Finished runs of the study and of its twin, the paper's tables, labels and stores of real patients."""
     monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "build"))
-    states = [state(notebook, {}, tiny)]
-    for study in ("tiny", "tiny_twin"):
-        for name in ("a", "b"):
-            record = tmp_path / "build" / study / "runs" / "SARC" / "steph" / name / "run.json"
-            record.parent.mkdir(parents=True)
-            states.append(state(notebook, {}, tiny))  # a folder without a record is nothing
-            record.touch()
-            states.append(state(notebook, {}, tiny))
-    assert [a == b for a, b in pairwise(states)] == [True, False] * 4
-
-
-def test_the_state_follows_the_papers_tables_and_the_labels_of_real_patients(notebook, tiny, tmp_path, monkeypatch):
     monkeypatch.delenv("STEPH_DATA", raising=False)
-    before = state(notebook, {}, tiny)
+    bench = Workbench(tiny.study.model_copy(update={"synthetic": None, "data_root": str(tmp_path)}))
+    before = state(notebook, {}, bench)
     shutil.copytree(notebooks.MANIFESTS, tmp_path / "manifests")
     monkeypatch.setattr(notebooks, "MANIFESTS", tmp_path / "manifests")
-    assert state(notebook, {}, tiny) == before
-    with (tmp_path / "manifests" / "paper" / "table1_baselines.csv").open("a") as file:
-        file.write("\n")
-    assert state(notebook, {}, tiny) != before
-    real = tiny.study.model_copy(update={"synthetic": None, "data_root": str(tmp_path)})
-    (real.data / "labels").mkdir()
-    empty = state(notebook, {}, Workbench(real))
-    (real.data / "labels" / "SARC.csv").write_text("patient_id")
-    assert state(notebook, {}, Workbench(real)) != empty
+    records = [f"build/{study}/runs/SARC/steph/{name}/run.json" for study in ("tiny", "tiny_twin") for name in "ab"]
+    for file in (*records, "manifests/paper/table1_baselines.csv", "labels/SARC.csv", "stores/SARC.h5"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        assert state(notebook, {}, bench) == before, "a folder is nothing"
+        (tmp_path / file).write_text("new")
+        assert state(notebook, {}, bench) != before, file
+        before = state(notebook, {}, bench)
 
 
 # ------------------------------------------------------------------------------------------- to edit and to extend
