@@ -10,7 +10,7 @@ import pandas as pd
 
 from steph import Refused
 from steph.analysis.cost.operations import built, trained_numbers
-from steph.analysis.performance.estimates import MIN_DIFFERENCE, interval
+from steph.analysis.performance.estimates import BETTER, MIN_DIFFERENCE, conclusion, interval
 from steph.analysis.performance.statistics import Comparison, compare
 from steph.methods.registry import METHODS, title
 from steph.scorecard.rules import POINTS, Evidence, Finding, Rule, all_of, judge_gain, judge_wins
@@ -150,7 +150,7 @@ def _smaller_beta_on_blca(evidence: Evidence) -> Finding:
     smaller = [name for name, beta in paper_labels("table4").items() if float(beta) < 0.05]
     gains = {m: compare(results, m, "steph").gain for m in smaller}
     ours = "; ".join(f"{title(m)}: {gain.value:+.4f}, {interval(gain)}" for m, gain in gains.items())
-    if any(gain.low > 0 and gain.value >= MIN_DIFFERENCE for gain in gains.values()):
+    if any(conclusion(gain) == BETTER for gain in gains.values()):
         return Finding(ours, "agrees", "one of them is better by at least the margin, its interval above 0")
     if all(gain.high < MIN_DIFFERENCE for gain in gains.values()):
         return Finding(ours, "disagrees", "none of them can be better by the margin")

@@ -62,19 +62,19 @@ def split_table(datasets: Iterable[Dataset]) -> pd.DataFrame:
     rows = []
     for data in datasets:
         tests = [data.labels(data.splits.test(fold)) for fold in range(data.splits.n_folds)]
-        sizes: dict[str, Sequence[float]] = {
-            "test patients": [len(t) for t in tests],
-            "test events": [int(t["event"].sum()) for t in tests],
-            "median follow-up (years)": [float(t["time_days"].median()) / 365.25 for t in tests],
+        row = {
+            "data set": data.name,
+            "folds": len(tests),
+            "test patients": _range([len(t) for t in tests], "d"),
+            "test events": _range([t["event"].sum() for t in tests], "d"),
+            "median follow-up (years)": _range([t["time_days"].median() / 365.25 for t in tests], ".1f"),
+            "splits": "the authors' files" if data.splits.origin == "authors" else "made here, stratified",
         }
-        row = {name: _range(values) for name, values in sizes.items()}
-        origin = "the authors' files" if data.splits.origin == "authors" else "made here, stratified"
-        rows.append({"data set": data.name, "folds": len(tests), **row, "splits": origin})
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _range(values: Sequence[float]) -> str:
-    form = "d" if all(isinstance(v, int) for v in values) else ".1f"
+def _range(values: Sequence[float], form: str) -> str:
     least, most = (f"{v:{form}}" for v in (min(values), max(values)))
     return least if least == most else f"{least} to {most}"
 

@@ -99,19 +99,13 @@ def gains(samples: pd.DataFrame, first: str, others: Sequence[str]) -> pd.DataFr
 def intervals(samples: pd.DataFrame) -> pd.DataFrame:
     """Of `resampled`, or of differences of its rows: value, low, high (95 %, percentiles of the resamples) and problem
     (why there is no value or interval; "" where there is), with the index of what was given."""
-    seen, drawn = samples["seen"], samples.drop(columns="seen").to_numpy(float)
-    undefined = np.isnan(drawn).mean(axis=1)
-    problem = [
-        "no comparable pair" if np.isnan(value)
-        else f"{share:.0%} of the resamples have no comparable pair" if share > MOST_UNDEFINED
-        else ""
-        for value, share in zip(seen, undefined, strict=True)
-    ]  # fmt: skip
-    good = np.array(problem) == ""
-    low, high = np.full((2, len(samples)), np.nan)
-    if good.any():
-        low[good], high[good] = np.nanpercentile(drawn[good], [2.5, 97.5], axis=1)
-    return pd.DataFrame({"value": seen, "low": low, "high": high, "problem": problem})
+    seen, drawn = samples["seen"], samples.drop(columns="seen")
+    share = drawn.isna().mean(axis=1)
+    often = share.map("{:.0%} of the resamples have no comparable pair".format)
+    problem = np.select([seen.isna(), share > MOST_UNDEFINED], ["no comparable pair", often], "")
+    ends = drawn.quantile([0.025, 0.975], axis=1).T.set_axis(["low", "high"], axis=1)
+    ends[problem != ""] = np.nan
+    return ends.assign(value=seen, problem=problem)[["value", "low", "high", "problem"]]
 
 
 def wide(table: pd.DataFrame, value: str, by: str, form: str) -> pd.DataFrame:
