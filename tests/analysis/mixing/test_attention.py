@@ -17,12 +17,14 @@ from tests.helpers.fabricate import fabricate
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.collections import LineCollection, PolyCollection
 
 from steph import Refused, plots
 from steph.analysis.mixing import attention
 from steph.data.bags import RaggedBatch
 from steph.data.cohort import COLUMNS, cohort_from, write_cohort
 from steph.data.dataset import pack_dataset
+from steph.data.manifest import load_study
 from steph.data.synthetic import truth
 from steph.merging.steph import STEPH
 from steph.mil.abmil import ABMIL
@@ -192,12 +194,7 @@ def test_the_tumour_is_the_one_that_was_planted(tiny):
     moved = table.assign(x=table["x"] + 1)
     with pytest.raises(Refused, match="do not lie where they were drawn"):
         attention.with_planted(moved, known)
-
-
-def test_a_real_study_knows_no_tumour():
-    from steph.data.manifest import load_study
-
-    assert attention.planted(load_study("tcga"), "COADREAD") == {}
+    assert attention.planted(load_study("tcga"), "COADREAD") == {}  # nobody has drawn the tumours of real patients
 
 
 # ------------------------------------------------------------------------------------------------ numbers
@@ -353,45 +350,33 @@ def test_maps_of_patients(tiny):
 
 
 @pytest.fixture
-def real(rehearsal, monkeypatch):
-    """The workbench of `rehearsal`."""
-    monkeypatch.setenv("STEPH_BUILD", str(rehearsal / "build"))
-    monkeypatch.delenv("STEPH_DATA", raising=False)
-    return Workbench(rehearsal / "rehearsal.yaml")
-
-
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
+def real(tmp_path, monkeypatch):
     """A study of real layout: SARC with coordinates, LIHC from bare tensors without, large bags sampled."""
-    folder = tmp_path_factory.mktemp("real")
     manifest = {
-        "extends": "tcga", "name": "rehearsal", "data_root": str(folder / "data"), "folds": 2,
+        "extends": "tcga", "name": "rehearsal", "data_root": str(tmp_path / "data"), "folds": 2,
         "features": {"dim": 12, "folders": ["features/{dataset}"]}, "network": {"dim_emb": 8, "dim_attn": 6},
         "recipe": {"epochs": 1, "max_patches": 40}, "steph": {"dim_hidden": 8, "top_k": 1},
         "datasets": {name: {"projects": [name]} for name in ("SARC", "LIHC")},
     }  # fmt: skip
-    (folder / "rehearsal.yaml").write_text(yaml.safe_dump(manifest))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEPH_BUILD", str(folder / "build"))
-        patch.delenv("STEPH_DATA", raising=False)
-        bench = Workbench(folder / "rehearsal.yaml")
-        rng = np.random.default_rng(0)
-        for name in ("SARC", "LIHC"):
-            rows = [
-                [f"TCGA-{name}-{i:02}", f"TCGA-{name}-{i:02}-DX{k}", name, int(rng.integers(30, 3000)), i % 2]
-                for i in range(40)
-                for k in range(1 + i % 2)
-            ]
-            table = pd.DataFrame(rows, columns=COLUMNS)
-            first = table.groupby("patient_id")["time_days"].transform("first")
-            cohort = cohort_from(table.assign(time_days=first), name, "made")
-            write_cohort(cohort, folder / "data" / "labels" / f"{name}.csv")
-            files = fabricate(cohort, folder / "data" / "features" / name, "clam", dim=12, mean_patches=40, seed=1)
-            for path in files.values() if name == "LIHC" else []:
-                path.unlink()
-            pack_dataset(bench.study, name)
-        run_all(bench, attention.runs(bench, ["SARC", "LIHC"], [0], 42), workers=1)
-    return folder
+    (tmp_path / "rehearsal.yaml").write_text(yaml.safe_dump(manifest))
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "build"))
+    monkeypatch.delenv("STEPH_DATA", raising=False)
+    bench, rng = Workbench(tmp_path / "rehearsal.yaml"), np.random.default_rng(0)
+    for name in ("SARC", "LIHC"):
+        days = rng.integers(30, 3000, 40)
+        rows = [
+            [f"TCGA-{name}-{i:02}", f"TCGA-{name}-{i:02}-DX{k}", name, int(days[i]), i % 2]
+            for i in range(40)
+            for k in range(1 + i % 2)
+        ]
+        cohort = cohort_from(pd.DataFrame(rows, columns=COLUMNS), name, "made")
+        write_cohort(cohort, tmp_path / "data" / "labels" / f"{name}.csv")
+        files = fabricate(cohort, tmp_path / "data" / "features" / name, "clam", dim=12, mean_patches=40, seed=1)
+        for path in files.values() if name == "LIHC" else []:
+            path.unlink()
+        pack_dataset(bench.study, name)
+    run_all(bench, attention.runs(bench, ["SARC", "LIHC"], [0], 42), workers=1)
+    return bench
 
 
 def test_maps_of_packed_slides(real):
@@ -438,8 +423,6 @@ def drawn(tiny):
 
 
 def test_patches_are_drawn_where_they_lie_in_their_size_and_colour(drawn):
-    from matplotlib.collections import PolyCollection
-
     panels = [ax for ax in drawn.fig.axes if any(isinstance(c, PolyCollection) for c in ax.collections)][:6]
     columns = ["percentile_vanilla", "percentile_steph", "difference"]
     for i, slide in enumerate(drawn.slides):
@@ -456,11 +439,8 @@ def test_patches_are_drawn_where_they_lie_in_their_size_and_colour(drawn):
 
 def test_the_map_names_its_patient_rings_the_top_and_outlines_the_tumour(drawn):
     words = [text.get_text() for text in drawn.fig.findobj(matplotlib.text.Text)]
-    for rank in "12345":
-        assert words.count(rank) == 2  # once under each model
+    assert all(words.count(rank) == 2 for rank in "12345")  # once under each model
     assert any("slide 2 of 2" in word for word in words) and any("px" in word for word in words)
-    from matplotlib.collections import LineCollection
-
     lines = next(c for c in drawn.fig.axes[0].collections if isinstance(c, LineCollection) and len(c.get_segments()))
     part = drawn.table[(drawn.table["slide_id"] == drawn.slides[0]) & drawn.table["tumour"]]
     cells = {(int(x), int(y)) for x, y in part[["x", "y"]].to_numpy(int)}
