@@ -147,10 +147,10 @@ def transferred(columns: int = 13) -> pd.DataFrame:
     return pd.DataFrame(values, index=DATASETS, columns=DATASETS[:columns])
 
 
-def aligned(sources: list[str], kinds: tuple[str, ...] = ("source", "rotated", "noise")) -> pd.DataFrame:
+def aligned(sources: list[str]) -> pd.DataFrame:
     """Curves of subspace alignment as `steph.analysis.mixing.sar.curves` gives them, made up."""
-    axes = {"source": sources, "layer": sar.LAYERS, "kind": kinds, "draw": (0, 1), "lambda": (0, 0.5, 1)}
-    table = crossed(**axes, rule=sar.RANK_RULES).query("kind != 'source' or draw == 0")
+    axes = {"source": sources, "layer": sar.LAYERS, "draw": (0, 1), "lambda": (0, 0.5, 1), "rule": sar.RANK_RULES}
+    table = crossed(**axes, kind=("source", "rotated", "noise")).query("kind != 'source' or draw == 0")
     noise = 0.1 * np.random.default_rng(0).random(len(table))
     return table.assign(target="BRCA", sar=0.5 + 0.4 * table["lambda"] + noise, rank=4, rows=16)
 
@@ -229,7 +229,7 @@ FIGURES = {
     "trajectory of one": lambda: plots.trajectories(paths(), {"SARC": plane()}, "BRCA"),
     "alignment": lambda: plots.alignment(aligned(DATASETS[1:6])),
     "alignment of one pair, gates": lambda: plots.alignment(aligned(["SARC"]), tuple(sar.LAYERS)[2:]),
-    "alignment, no baseline": lambda: plots.alignment(aligned(["SARC", "LIHC"], ("source",))),
+    "alignment of two pairs": lambda: plots.alignment(aligned(["SARC", "LIHC"])),
     "against rotated": lambda: plots.against_rotated(sar.reading(aligned(DATASETS[1:]))),
     "dominant directions": lambda: plots.dominant_directions(spectra(DATASETS[:7])),
     "nearness": lambda: plots.nearness(mixed_training()),
