@@ -33,8 +33,7 @@ class Cohort:
     def patients(self) -> pd.DataFrame:
         """One row per patient in order of first appearance: patient_id, time_days, event, n_slides."""
         grouped = self.slides.groupby("patient_id", sort=False)
-        first = grouped[["time_days", "event"]].first()
-        return first.assign(n_slides=grouped.size()).reset_index()
+        return grouped[["time_days", "event"]].first().assign(n_slides=grouped.size()).reset_index()
 
     @cached_property
     def slides_of(self) -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from functools import partial
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -21,17 +22,14 @@ def track(iterable: Iterable[Item], label: str, total: int | None = None) -> Ite
 
         yield from tqdm(iterable, desc=label, total=total, file=sys.stderr)
         return
+    say = partial(print, file=sys.stderr, flush=True)
     began = reported = time.monotonic()
     count, of = 0, "" if total is None else f"/{total}"
-    _say(f"{label}: 0{of}")
+    say(f"{label}: 0{of}")
     for count, item in enumerate(iterable, start=1):
         yield item
         now = time.monotonic()
         if now - reported >= LINE_EVERY_SECONDS and count != total:
             reported = now
-            _say(f"{label}: {count}{of}, {now - began:.0f} s")
-    _say(f"{label}: {count}{of}, done in {time.monotonic() - began:.1f} s")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+            say(f"{label}: {count}{of}, {now - began:.0f} s")
+    say(f"{label}: {count}{of}, done in {time.monotonic() - began:.1f} s")
