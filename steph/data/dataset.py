@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -243,13 +244,12 @@ def pack_dataset(study: Study, name: str, allow_missing: bool = False) -> Store:
         raise Refused(f"study {study.name} is synthetic: its stores are made when it is run, there is nothing to pack.")
     part = _Part(study, name)
     cohort = read_cohort(part.labels, name)
-    if part.store.is_file():
-        try:
-            store = Store.open(part.store)
-            store.matches(study.features, cohort, find_slides(feature_folders(study, name)))
-            return store
-        except Refused:
-            pass  # Made from something else, or damaged: made anew below, and replaced when that is whole.
+    with suppress(
+        Refused
+    ):  # Missing, made from something else, or damaged: made anew, and replaced when that is whole.
+        store = Store.open(part.store)
+        store.matches(study.features, cohort, find_slides(feature_folders(study, name)))
+        return store
     return pack(part.store, cohort, _required_slide_files(study, name), study.features, allow_missing)
 
 

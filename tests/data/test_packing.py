@@ -277,11 +277,16 @@ def test_memory_is_bounded_by_the_block_not_by_the_slide(tmp_path, monkeypatch):
     assert one_block.fingerprint == store.fingerprint, "the size of the blocks is no part of the content"
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_or_that_holds_no_such_folder_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 100, 100))
     with pytest.raises(Refused, match=r"no space for .*S.h5 .* are needed, .* kB too little"):
         packed(tmp_path)
     assert not list(tmp_path.glob("*S.h5*")) and not list(tmp_path.glob(".*"))
+    (tmp_path / "file").touch()
+    with pytest.raises(Refused, match="cannot write"):
+        packed(tmp_path, name="file/S.h5")
 
 
 def test_a_disk_that_fills_up_meanwhile_is_refused_and_gone_on_with(tmp_path, monkeypatch):
@@ -338,9 +343,3 @@ def test_on_a_real_disk_that_fills_up_it_says_so_then_how_much_is_missing_and_go
     assert pack(small_disk / "S.h5", *arguments).fingerprint == whole.fingerprint
     assert 0 < len(read_now) < 8, "slides that were packed before the disk was full are not read again"
     assert [path.name for path in small_disk.iterdir()] == ["S.h5"]
-
-
-def test_a_place_where_no_folder_can_be_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(Refused, match="cannot write"):
-        packed(tmp_path, name="file/S.h5")
