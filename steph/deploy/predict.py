@@ -176,8 +176,8 @@ class LoadedModel:
 
     def _notes(self, bag: PatientBag, attention: np.ndarray | None) -> list[str]:
         notes, config, compute = [], self.config, self.compute
-        if bag.without_coords:
-            notes.append(f"No map can be drawn: {', '.join(bag.without_coords)} has no coordinates.")
+        if without := list(bag.patches.loc[bag.patches["x"].isna(), "slide_id"].astype(str).unique()):
+            notes.append(f"No map can be drawn: {', '.join(without)} has no coordinates.")
         if attention is None:
             notes.append(f"{config.title} does not pool patches by an attention of its own: there is none to show.")
         if len(bag.patches) < bag.size:
@@ -241,11 +241,6 @@ class PatientBag(PatientData):
     @property
     def dim(self) -> int:
         return int(self.features.shape[1])
-
-    @property
-    def without_coords(self) -> list[str]:
-        """The slides whose files have no coordinates."""
-        return list(self.patches.loc[self.patches["x"].isna(), "slide_id"].astype(str).unique())
 
     def n_patches(self, patient_ids: Sequence[str]) -> np.ndarray:
         return np.full(len(patient_ids), len(self.patches))

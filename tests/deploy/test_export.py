@@ -89,9 +89,9 @@ def test_attention_and_mixture_are_the_studys(tiny, patients, folder):
 def test_the_folder_stands_alone(patients, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "nowhere"))
     monkeypatch.setattr("steph.data.manifest.MANIFESTS", tmp_path)
-    shutil.copytree(folder, tmp_path / "copy")
+    copy = shutil.copytree(folder, tmp_path / "copy")
     patient, files = next(iter(patients.items()))
-    assert load_model(tmp_path / "copy").predict(files).risk == load_model(folder).predict(files, patient).risk
+    assert load_model(copy).predict(files).risk == load_model(folder).predict(files, patient).risk
     assert sorted(file.name for file in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
@@ -172,12 +172,11 @@ def test_a_model_that_says_something_else_is_not_written(tiny, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_overwritten(tiny, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes").write_text("x")
+def test_nothing_is_overwritten(tiny, folder):
+    before = {file: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(Refused, match="is there already"):
-        export.export(tiny, run_of("vanilla"), tmp_path / "mine")
-    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes"]
+        export.export(tiny, run_of("vanilla"), folder)
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
 
 # ------------------------------------------------------------------------------------------------ commands and the page
