@@ -101,7 +101,14 @@ class STEPH(BagEncoder):
     ) -> None:
         super().__init__()
         m = len(source_states)
-        _check_options(m, top_k, mix, weight)
+        if m == 0:
+            raise Refused("STEPH needs at least one source model; the pool is empty.")
+        if top_k is not None and not 1 <= top_k <= m:
+            raise Refused(f"top_k = {top_k} of a pool of {m} source models; choose 1 to {m}, or None to keep all.")
+        if mix not in ("hypernetwork", "parameter") and not (isinstance(mix, float | int) and 0 <= mix <= 1):
+            raise Refused(f"mix = {mix!r}; expected 'hypernetwork', 'parameter' or a constant lambda from 0 to 1.")
+        if weight not in ("hypernetwork", "parameter"):
+            raise Refused(f"weight = {weight!r}; expected 'hypernetwork' or 'parameter'.")
         if sample_patches is not None and sample_patches < 1:
             raise Refused(f"sample_patches = {sample_patches}; expected at least 1 patch per bag, or None for all.")
         self.sample_patches, self.sample_seed = sample_patches, sample_seed
@@ -305,17 +312,6 @@ def selection_mask(w: Tensor, selected: Tensor) -> Tensor:
 def convert_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Trainable parameters of the release's STEPH under our names."""
     return renamed(state, RELEASED_NAMES)
-
-
-def _check_options(m: int, top_k: int | None, mix: object, weight: str) -> None:
-    if m == 0:
-        raise Refused("STEPH needs at least one source model; the pool is empty.")
-    if top_k is not None and not 1 <= top_k <= m:
-        raise Refused(f"top_k = {top_k} of a pool of {m} source models; choose 1 to {m}, or None to keep all.")
-    if mix not in ("hypernetwork", "parameter") and not (isinstance(mix, float | int) and 0 <= mix <= 1):
-        raise Refused(f"mix = {mix!r}; expected 'hypernetwork', 'parameter' or a constant lambda from 0 to 1.")
-    if weight not in ("hypernetwork", "parameter"):
-        raise Refused(f"weight = {weight!r}; expected 'hypernetwork' or 'parameter'.")
 
 
 def _abmil_of(state: State, dropout: float) -> ABMIL:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from steph import Refused
 from steph.mil.abmil import ABMIL, convert_released, to_released
-from steph.mil.base import MIL, BagEncoder, ForwardPass, Frozen, Model, network_needing_coords
+from steph.mil.base import MIL, ForwardPass, Frozen, Model, network_needing_coords
 from steph.mil.fine_tuned import FineTuned
 from steph.mil.ilra import ILRA
 from steph.mil.mean_mil import MeanMIL
@@ -65,7 +65,6 @@ __all__ = [
     "NETWORKS",
     "R2TMIL",
     "ROUPKT",
-    "BagEncoder",
     "FineTuned",
     "ForwardPass",
     "Frozen",
