@@ -1,5 +1,6 @@
 """Model merging: task vectors and what is made of them. Nothing here knows the layers of any network."""
 
+# ruff: noqa: F401
 from steph.merging.average import model_average
 from steph.merging.iso import iso_c, iso_cts
 from steph.merging.merged_encoder import MergedEncoder
@@ -8,17 +9,3 @@ from steph.merging.steph import STEPH
 from steph.merging.surgery import Surgery
 from steph.merging.task_vectors import apply_task_vector, task_vector
 from steph.merging.ties import ties
-
-__all__ = [
-    "PAIR_MERGES",
-    "STEPH",
-    "MergedEncoder",
-    "Surgery",
-    "apply_task_vector",
-    "iso_c",
-    "iso_cts",
-    "merge_pairs",
-    "model_average",
-    "task_vector",
-    "ties",
-]

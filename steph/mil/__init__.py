@@ -4,6 +4,7 @@
 those of the paper's Tables S2 and S4, parameter for parameter.
 """
 
+# ruff: noqa: F401
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -56,25 +57,3 @@ def rebuild(architecture: Mapping[str, Any], dim_in: int, dimensions: Network) -
             "your own, put its file into steph/methods."
         )
     return Model.KINDS[kind].rebuild(architecture, lambda part: rebuild(part, dim_in, dimensions))
-
-
-__all__ = [
-    "ABMIL",
-    "ILRA",
-    "MIL",
-    "NETWORKS",
-    "R2TMIL",
-    "ROUPKT",
-    "FineTuned",
-    "ForwardPass",
-    "Frozen",
-    "MeanMIL",
-    "Model",
-    "PatchGCN",
-    "TransMIL",
-    "convert_released",
-    "network_needing_coords",
-    "new_network",
-    "rebuild",
-    "to_released",
-]
