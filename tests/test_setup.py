@@ -159,8 +159,8 @@ def test_one_version_everywhere():
 
 def test_readme_names_targets_that_exist():
     targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.M))
-    for name in ("README.md", "CONTRIBUTING.md", *(f"book/{path.name}" for path in (PROJECT / "book").glob("*.md"))):
-        named = set(re.findall(r"\bmake ([a-z]+)\b(?=[^\n]*`|\s*(?:#|$))", "\n".join(code_of(read(name))), re.M))
+    for name, text in texts().items():
+        named = set(re.findall(r"\bmake ([a-z]+)\b(?=[^\n]*`|\s*(?:#|$))", "\n".join(code_of(text)), re.M))
         assert named <= targets, f"{name} names {sorted(named - targets)}"
 
 
@@ -251,15 +251,15 @@ def test_commands_in_the_text_exist():
     from steph.cli import app
 
     checked = 0
-    for path in [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *(PROJECT / "book").glob("*.md")]:
-        text = "\n".join(code_of(path.read_text(encoding="utf-8"))).replace("\\\n", " ")
+    for page, written in texts().items():
+        text = "\n".join(code_of(written)).replace("\\\n", " ")
         for line in re.findall(r"^\s*(?:\.venv/bin/)?steph ([^#`\n]*)", text, re.M):
             words, command = shlex.split(line), typer.main.get_command(app)
             while words and hasattr(command, "commands") and words[0] in command.commands:
                 command = command.commands[words.pop(0)]
-            assert not hasattr(command, "commands") or line.split()[0] == "...", f"{path.name}: no `steph {line}`"
+            assert not hasattr(command, "commands") or line.split()[0] == "...", f"{page}: no `steph {line}`"
             known = {name for parameter in command.params for name in parameter.opts}
             unknown = {word for word in words if word.startswith("-")} - known
-            assert not unknown, f"{path.name}: `steph {line}` has no option {sorted(unknown)}"
+            assert not unknown, f"{page}: `steph {line}` has no option {sorted(unknown)}"
             checked += 1
     assert checked > 5

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from steph.cli import _assignment
 from steph.files.records import COMPLETION, read_record
 from steph.study.execute import run_all
 from steph.study.runs import Run, Workbench, plan
+from tests.helpers.waiting import until
 
 WORKFLOW = PROJECT / "workflow"
 SNAKEMAKE = shutil.which("snakemake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
@@ -153,7 +153,8 @@ def test_told_to_stop_by_a_scheduler_it_leaves_no_half_record(tiny, copy, tmp_pa
     command += ["--method", "vanilla", "--workers", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    until(lambda: any(list(copy.folder(run).parent.glob(f"*{copy.folder(run).name}*")) for run in runs), process)
+    folders = [copy.folder(run) for run in runs]
+    until(lambda: any(list(folder.parent.glob(f"*{folder.name}*")) for folder in folders), "a file", seconds=120)
     os.killpg(process.pid, signal.SIGTERM)
     _, output = process.communicate(timeout=60)
     assert process.returncode in {1, 130} and "What is finished is kept" in output and "Traceback" not in output
@@ -161,13 +162,6 @@ def test_told_to_stop_by_a_scheduler_it_leaves_no_half_record(tiny, copy, tmp_pa
     assert all(record is None or [record.file(name) for name in record.info["files"]] for record in records)
     run_all(copy, runs, workers=1)
     assert_same(tiny, tmp_path, runs)
-
-
-def until(condition, process=None, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end and (process is None or process.poll() is None), "it did not come to that"
-        time.sleep(0.02)
 
 
 def assert_same(tiny, build, runs):
@@ -228,7 +222,7 @@ def test_snakemake_killed_failing_and_called_again_ends_with_the_same_numbers(ti
     process = subprocess.Popen(
         command(), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    until(lambda: len(finished()) > len(before), process)
+    until(lambda: len(finished()) > len(before), "a run to be finished", seconds=120)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     killed = finished()

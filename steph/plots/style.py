@@ -57,7 +57,7 @@ def colour_of(method: str) -> str:
 
 def line_of_dataset(dataset: str) -> dict[str, Any]:
     """Colour and line style of a data set, one of 14 pairs; the first seven of Table S1 have solid lines."""
-    known = list(paper_table("table_s1_datasets")["dataset"])
+    known = list(paper_table("table_s1")["dataset"])
     number = known.index(dataset) if dataset in known else zlib.crc32(dataset.encode())
     n = len(_PALETTE)
     return {"color": _PALETTE[number % n], "linestyle": DASHED if number // n % 2 else "-"}

@@ -198,7 +198,7 @@ def _cohort(evidence: Evidence) -> Finding:
     """Table S1, number by number."""
     table = evidence.analysis("cohort", "the cohort was not counted.").dropna(subset="paper_patients")
     same = sum(int((table[c] == table[f"paper_{c}"]).sum()) for c in ("patients", "slides", "survival_rate_pct"))
-    total = 3 * len(paper_table("table_s1_datasets"))
+    total = 3 * len(paper_table("table_s1"))
     ours = f"{same} of {total} numbers; {table['patients'].sum():,} patients, {table['slides'].sum():,} slides"
     if evidence.study.synthetic:
         scale = evidence.study.synthetic.scale
@@ -208,7 +208,7 @@ def _cohort(evidence: Evidence) -> Finding:
 
 
 def _paper_cohort() -> str:
-    table = paper_table("table_s1_datasets")
+    table = paper_table("table_s1")
     return f"{3 * len(table)} numbers; {table['patients'].sum():,} patients, {table['wsis'].sum():,} slides"
 
 

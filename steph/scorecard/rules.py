@@ -58,7 +58,7 @@ class Evidence:
         """Why these records cannot decide a claim about the paper's experiment; "" where they can."""
         if self.study.synthetic:
             return "synthetic cohort"
-        lacking = sorted(set(paper_table("table_s1_datasets")["dataset"]) - set(self.study.datasets))
+        lacking = sorted(set(paper_table("table_s1")["dataset"]) - set(self.study.datasets))
         if lacking:
             return f"{len(lacking)} of the paper's 13 data sets are not in this study"
         if self.study.endpoint.name != "DSS" or self.study.folds != PAPER_FOLDS:

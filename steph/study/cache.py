@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from steph.files.lock import exclusive
-from steph.files.records import Record, fingerprint, read_record, write_record
+from steph.files.records import fingerprint, read_record, write_record
 from steph.study.keys import code_fingerprint
 from steph.study.runs import Workbench
 
@@ -27,14 +26,11 @@ def cached_table(bench: Workbench, name: str, inputs: Any, compute: Callable[[],
     record = read_record(folder)
     if record is None:
         with exclusive(folder):
-            info = {"analysis": name, "key": key, "inputs": inputs}
-            record = read_record(folder) or _make(folder, info, compute)
+            record = read_record(folder)  # another process may have made it meanwhile
+            if record is None:
+                started, table = time.perf_counter(), compute()
+                seconds = round(time.perf_counter() - started, 2)
+                info = {"analysis": name, "key": key, "inputs": inputs, "seconds": seconds}
+                record = write_record(folder, {"table.csv": lambda path: table.to_csv(path, index=False)}, info)
     # Read back in any case: what is shown the first time is what is shown ever after.
     return pd.read_csv(record.file("table.csv"), float_precision="round_trip")
-
-
-def _make(folder: Path, info: dict[str, Any], compute: Callable[[], pd.DataFrame]) -> Record:
-    started = time.perf_counter()
-    table = compute()
-    info["seconds"] = round(time.perf_counter() - started, 2)
-    return write_record(folder, {"table.csv": lambda path: table.to_csv(path, index=False)}, info)

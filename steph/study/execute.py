@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from steph import Refused
 from steph.data.manifest import Study
@@ -78,17 +77,16 @@ def run_all(
     missing = [run for run in stages(bench, runs) if bench.record(run) is None]
     if missing:
         _carry_out(bench, missing, device, workers)
-    return pd.DataFrame([{**row_of(bench.finished(run)), "folds": bench.study.folds} for run in runs])
+    return pd.DataFrame([row_of(bench, bench.finished(run)) for run in runs])
 
 
 def _check(study: Study, run: Run, device: str) -> None:
     """Refuse a run that cannot be, before anything is done."""
     study.entry(run.dataset)
-    refusal = run.entry.refusal(study, run.dataset)
     study.check_fold(run.fold)
     if precision_for(run.precision, device) != run.precision:
         raise Refused(f"{run}: a run has one precision; say which, or ask `steph.training.device.precision_for`.")
-    if refusal:
+    if refusal := run.entry.refusal(study, run.dataset):
         raise Refused(refusal)
     check_device(device)
 
@@ -98,7 +96,8 @@ def _carry_out(bench: Workbench, missing: Sequence[Run], device: str, workers: i
     names = list(dict.fromkeys(run.method for run in missing))
     others = f" and {len(names) - 3} other methods" if len(names) > 4 else ""
     label = f"{bench.study.name}: {', '.join(names[:3] if others else names)}{others}"
-    if min(workers, len(missing)) <= 1:
+    workers = min(workers, len(missing))
+    if workers <= 1:
         for run in track(missing, label):
             _execute(bench, run, device)
         return
@@ -107,7 +106,6 @@ def _carry_out(bench: Workbench, missing: Sequence[Run], device: str, workers: i
         bench.null_state(network)
     for dataset in {run.dataset for run in missing}:
         bench.dataset(dataset)
-    workers = min(workers, len(missing))
     with worker_pool(bench.study, workers) as pool:
         for _ in track(_spread(pool, workers, bench, missing, device), label, total=len(missing)):
             pass
@@ -200,20 +198,28 @@ def _build_train_record(bench: Workbench, run: Run, device: str) -> None:
     started, study = time.perf_counter(), bench.study
     data, compute = bench.dataset(run.dataset), bench.compute(run, device)
     model, history = bench.untrained(run, device), pd.DataFrame()
-    trains = any(p.requires_grad for p in model.parameters())
-    if trains:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if trained:
         history = fit(model, *bench.training_set(run), study.recipe, study.network, run.seed, compute)
     patients = data.splits.test(run.fold)
     hazards = predict_hazards(model, data, patients, compute)
-    tables = {"history.csv": history, "predictions.csv": prediction_table(data, patients, hazards)}
-    metrics = _metrics(tables["predictions.csv"], hazards, study)
+    predictions = prediction_table(data, patients, hazards)
+    bins, event = targets(predictions, study.network.n_bins, study.network.bin_width_days)
+    metrics = {
+        **c_index(predictions),
+        "loss": nll_loss(hazards, bins, event, alpha=0.0).item(),  # as the release reports it
+        "n_test": len(predictions),
+        "events_test": int(event.sum()),
+        "external_c_index": None,
+    }
+    tables = {"history.csv": history, "predictions.csv": predictions}
     if data.external is not None:
         everyone = list(data.external.cohort.patients["patient_id"])
         external = predict(model, data.external, everyone, compute, together=study.recipe.bags_per_step)
         tables["predictions_external.csv"] = external
         metrics["external_c_index"] = c_index(external)["c_index"]
     origin = bench.null_state(run.entry.network).origin
-    state = state_of(model, origin, trainable_only=trains)
+    state = state_of(model, origin, trainable_only=trained > 0)
     writers = {"model.safetensors": lambda path: save_state(state, path)}
     for name, table in tables.items():
         writers[name] = lambda path, table=table: table.to_csv(path, index=False)  # type: ignore[misc]
@@ -227,24 +233,12 @@ def _build_train_record(bench: Workbench, run: Run, device: str) -> None:
         "prerequisites": {name: bench.key(needed) for name, needed in bench.prerequisites(run).items()},
         "null_model": origin,
         "facts": model.facts,
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trained_parameters": trained,
         "configuration": study.model_dump(include={"features", "network", "recipe", "steph", "endpoint"}, mode="json"),
         "device": device_name(device),
         "seconds": round(time.perf_counter() - started, 3),
     }
     write_record(bench.folder(run), writers, info)
-
-
-def _metrics(predictions: pd.DataFrame, hazards: torch.Tensor, study: Study) -> dict[str, Any]:
-    """C-index (or why there is none) and loss (alpha = 0, as the release reports it) of a test fold."""
-    bins, event = targets(predictions, study.network.n_bins, study.network.bin_width_days)
-    return {
-        **c_index(predictions),
-        "loss": nll_loss(hazards, bins, event, alpha=0.0).item(),
-        "n_test": len(predictions),
-        "events_test": int(event.sum()),
-        "external_c_index": None,
-    }
 
 
 def c_index(predictions: pd.DataFrame) -> dict[str, Any]:

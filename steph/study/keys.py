@@ -122,9 +122,8 @@ def _functions(item: Any) -> Iterator[Any]:
     elif inspect.isclass(item):
         for value in vars(item).values():
             function = value.fget if isinstance(value, property) else inspect.unwrap(getattr(value, "__func__", value))
-            written = (
-                inspect.isfunction(function) and function.__code__.co_filename != "<string>"
-            )  # not a dataclass' own
+            # Functions that `dataclass` makes have no file.
+            written = inspect.isfunction(function) and function.__code__.co_filename != "<string>"
             if written and function.__module__ == item.__module__:
                 yield function
 

@@ -7,6 +7,7 @@ method's name: the value of a setting, or a part of an ablation.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pandas as pd
 
@@ -20,14 +21,17 @@ TABLES = ("table1", "table_s2", "table_s5", "table2", "table3", "table4", "table
 """The paper's tables of C-indices; those with a number for each data set first."""
 
 
-def paper_table(name: str) -> pd.DataFrame:
-    """A table of the paper as tidy data, by its file ("table1_baselines") or its number ("table1", "table_s2").
-    Raises `Refused` for one that is not there."""
-    path = PAPER / f"{name}.csv"
-    numbered = list(PAPER.glob(f"{name}_*.csv"))
-    if not path.is_file() and len(numbered) != 1:
-        raise Refused(unknown("table", name, sorted(p.stem for p in PAPER.glob("*.csv")), str(PAPER)))
-    return pd.read_csv(path if path.is_file() else numbered[0], dtype={"label": str})
+def paper_table(number: str) -> pd.DataFrame:
+    """A table of the paper as tidy data, by its number. Raises `Refused` for one that is not there."""
+    files = _files()
+    if number not in files:
+        raise Refused(unknown("table", number, sorted(files), str(PAPER)))
+    return pd.read_csv(files[number], dtype={"label": str})
+
+
+def _files() -> dict[str, Path]:
+    """The files of the paper's tables by number."""
+    return {re.sub(r"(\d)_.*", r"\1", path.stem): path for path in sorted(PAPER.glob("*.csv"))}
 
 
 def paper_values(table: str) -> pd.DataFrame:
@@ -50,9 +54,9 @@ def paper_labels(table: str) -> dict[str, str]:
 def tables_of_methods() -> dict[str, list[str]]:
     """In which of the paper's tables each method stands: by name, the tables' numbers."""
     found: dict[str, list[str]] = {}
-    for path in sorted(PAPER.glob("*.csv")):
-        for name in pd.read_csv(path).get("method", pd.Series(dtype=str)).unique():
-            found.setdefault(name, []).append(re.match(r"table(\d+|_s\d+)", path.stem)[0])  # type: ignore[index]
+    for number in _files():
+        for name in paper_table(number).get("method", pd.Series(dtype=str)).unique():
+            found.setdefault(name, []).append(number)
     return found
 
 

@@ -243,11 +243,10 @@ def stages(bench: Workbench, runs: Iterable[Run]) -> dict[Run, int]:
     return stage_of
 
 
-def results(study: Study | str | Path | Workbench, current_only: bool = True) -> pd.DataFrame:
+def results(study: Study | str | Path | Workbench) -> pd.DataFrame:
     """Every finished run of a study, a row each: dataset, method, fold, seed, precision, c_index, problem, loss,
-    n_test, events_test, external_c_index, seconds, device, key, path, folds (of each cross-validation), current.
-
-    current: the key is the one that today's data, code and configuration give; runs of other keys are left out.
+    n_test, events_test, external_c_index, seconds, device, key, path, folds (of each cross-validation). Runs of other
+    data, code or configuration than today's, by their keys, are left out.
     """
     bench = study if isinstance(study, Workbench) else Workbench(study)
     rows = []
@@ -256,19 +255,18 @@ def results(study: Study | str | Path | Workbench, current_only: bool = True) ->
         if record is None:  # deleted meanwhile
             continue
         try:
-            row = {**row_of(record), "folds": bench.study.folds}
-            run = Run(**{k: row[k] for k in Run.__dataclass_fields__})
+            run, row = Run(**record.info["run"]), row_of(bench, record)
             hash(run)  # what is no plain value has none
             known = run.dataset in bench.study.datasets and known_method(run.method)
         except (KeyError, TypeError, AttributeError) as error:
             raise Refused(f"{path} is no record of a run ({error!r}). Delete {path.parent} and run again.") from None
-        row["current"] = known and bench.key(run) == row["key"]
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    return table[table["current"]].reset_index(drop=True) if current_only and len(table) else table
+        if known and bench.key(run) == row["key"]:
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def row_of(record: Record) -> dict[str, Any]:
+def row_of(bench: Workbench, record: Record) -> dict[str, Any]:
     """A record as a row of `results`."""
-    info, columns = record.info, ("seconds", "device", "key")
-    return {**info["run"], **info["metrics"], **{name: info[name] for name in columns}, "path": str(record.path)}
+    info = record.info
+    told = {name: info[name] for name in ("seconds", "device", "key")}
+    return {**info["run"], **info["metrics"], **told, "path": str(record.path), "folds": bench.study.folds}

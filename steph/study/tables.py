@@ -1,6 +1,6 @@
 """Results: tables made of records, with the paper's numbers beside them.
 
-Tables are tidy and hold numbers; `c_index_table`, `fold_table` and `beside_paper_wide` make text of them. A test fold
+Tables are tidy and hold numbers; `c_index_table`, `fold_table` and `as_the_paper` make text of them. A test fold
 without a C-index keeps its reason: it is never averaged away, and neither is what stands on it.
 """
 
@@ -166,12 +166,11 @@ def _choose(results: pd.DataFrame, methods: Sequence[str] | None) -> pd.DataFram
     """The rows of a choice of methods, in its order. Raises `Refused` for one without results."""
     if methods is None:
         return results
-    position = {name: i for i, name in enumerate(methods)}
     present = set(results["method"]) if len(results) else set()
     if lacking := [name for name in methods if name not in present]:
         raise Refused(f"no results of method {', '.join(lacking)}; there are some of {sorted(present)}. Run them.")
-    chosen = results[results["method"].isin(position)]
-    return chosen.sort_values("method", key=lambda names: names.map(position), kind="stable")
+    chosen = results[results["method"].isin(methods)]
+    return chosen.sort_values("method", key=lambda names: names.map(list(methods).index), kind="stable")
 
 
 def refuse_repeats(results: pd.DataFrame) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import websocket
+
+from tests.helpers.waiting import until
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -32,7 +33,7 @@ class Browser:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         port = folder / "DevToolsActivePort"
-        self._until(lambda: port.is_file() and len(port.read_text().splitlines()) == 2, "the browser to start")
+        until(lambda: port.is_file() and len(port.read_text().splitlines()) == 2, "the browser to start")
         number, path = port.read_text().splitlines()
         address = f"ws://127.0.0.1:{number}"
         self.events: list[dict[str, Any]] = []
@@ -75,7 +76,7 @@ class Browser:
 
     def wait(self, expression: str) -> None:
         """Wait until a JavaScript expression is true."""
-        self._until(lambda: self.evaluate(expression), expression)
+        until(lambda: self.evaluate(expression), expression)
 
     def width(self, pixels: int, height: int = 900) -> None:
         """Make the page so wide."""
@@ -101,10 +102,3 @@ class Browser:
         self.socket.close()
         self.process.terminate()
         self.process.wait(timeout=30)
-
-    @staticmethod
-    def _until(condition, what: str, seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, f"waited {seconds} s for {what}"
-            time.sleep(0.02)

@@ -1,15 +1,10 @@
 """Makes slide feature files in the layouts that tools really write, for a given cohort.
 
-In tests it makes miniature data sets; as a script a full-size one, to run the real-data path without any real slide:
-
-    python tests/fabricate.py --labels build/tcga/data/labels/KIPAN.csv --layout mahmoodlab --out DIR
-
 The features are random; they are a stand-in for real ones in form and size, never in meaning.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,27 +13,17 @@ import h5py
 import numpy as np
 import torch
 
-from steph.data.cohort import Cohort, read_cohort
+from steph.data.cohort import Cohort
 from steph.data.features import open_slide
-from steph.files.progress import track
 
 PATCH = 256
 
 
-def fabricate(
-    cohort: Cohort,
-    folder: Path,
-    layout: str = "mahmoodlab",
-    dim: int = 1536,
-    mean_patches: int = 300,
-    seed: int = 0,
-    signal: float = 1.0,
-    progress: bool = False,
-) -> dict[str, Path]:
+def fabricate(cohort: Cohort, folder: Path, layout: str, dim: int, mean_patches: int, seed: int = 0) -> dict[str, Path]:
     """Write a feature file per slide of `cohort` under `folder` and return them by slide id.
 
     layout: "mahmoodlab", "trident" or "clam". Patch counts are log-normal with mean `mean_patches`. In a tenth to a
-    half of a slide's patches, `signal` times the patient's standardised risk is added along one fixed direction.
+    half of a slide's patches, the patient's standardised risk is added along one fixed direction.
     The same cohort and seed give the same features and coordinates in every layout.
     """
     write = LAYOUTS[layout]
@@ -46,10 +31,8 @@ def fabricate(
     direction = _generator(seed, "direction").standard_normal(dim)
     direction /= np.linalg.norm(direction)
     written = {}
-    for row in (
-        track(list(cohort.slides.itertuples()), f"fabricate {layout}") if progress else cohort.slides.itertuples()
-    ):
-        features, coords = _slide(row.slide_id, signal * risk[row.patient_id] * direction, mean_patches, seed)
+    for row in cohort.slides.itertuples():
+        features, coords = _slide(row.slide_id, risk[row.patient_id] * direction, mean_patches, seed)
         written[row.slide_id] = write(folder, row.slide_id, row.project, features, coords)
     return written
 
@@ -109,16 +92,9 @@ def _trident(folder: Path, slide_id: str, project: str, features: np.ndarray, co
     with h5py.File(path, "w") as file:
         file.create_dataset("features", data=features, chunks=(min(len(features), 128), features.shape[1]))
         file.create_dataset("coords", data=coords.astype(np.int64)).attrs.update(
-            {
-                "patch_size": PATCH,
-                "patch_size_level0": PATCH * 2,
-                "level0_magnification": 40,
-                "target_magnification": 20,
-                "overlap": 0,
-                "name": slide_id,
-                "savetodir": "None",
-            }
-        )
+            patch_size=PATCH, patch_size_level0=PATCH * 2, level0_magnification=40, target_magnification=20, overlap=0,
+            name=slide_id, savetodir="None",
+        )  # fmt: skip
     path.with_suffix(".h5.lock").touch()  # Left behind by a killed run, as happens.
     return path
 
@@ -139,25 +115,3 @@ LAYOUTS: dict[str, Callable[[Path, str, str, np.ndarray, np.ndarray], Path]] = {
     "trident": _trident,
     "clam": _clam,
 }
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--labels", type=Path, required=True, help="the cohort's table, CSV")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layout", choices=LAYOUTS, default="mahmoodlab")
-    parser.add_argument("--dim", type=int, default=1536)
-    parser.add_argument("--mean-patches", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--signal", type=float, default=1.0)
-    given = parser.parse_args()
-    cohort = read_cohort(given.labels, given.labels.stem)
-    files = fabricate(
-        cohort, given.out, given.layout, given.dim, given.mean_patches, given.seed, given.signal, progress=True
-    )
-    print(f"{len(files)} slides of {len(cohort)} patients under {given.out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ import pandas as pd
 
 from steph.study.paper import paper_table
 
-DATASETS = list(paper_table("table_s1_datasets")["dataset"])
+DATASETS = list(paper_table("table_s1")["dataset"])
 
 
 def frame(values: dict[tuple[str, str], list[float | None]], **more: object) -> pd.DataFrame:

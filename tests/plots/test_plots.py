@@ -26,7 +26,7 @@ from steph.methods.registry import METHODS
 from steph.plots import display, style
 from steph.study.paper import paper_table
 
-DATASETS = list(paper_table("table_s1_datasets")["dataset"])
+DATASETS = list(paper_table("table_s1")["dataset"])
 
 
 @pytest.fixture(autouse=True)

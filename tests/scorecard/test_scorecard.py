@@ -169,7 +169,7 @@ def test_an_undefined_fold_decides_nothing_and_says_so():
 
 
 def test_the_cohort_claim_compares_all_39_numbers():
-    printed = paper.paper_table("table_s1_datasets").set_index("dataset").rename(columns={"wsis": "slides"})
+    printed = paper.paper_table("table_s1").set_index("dataset").rename(columns={"wsis": "slides"})
     counted = printed[["patients", "slides"]].assign(survival_rate_pct=(100 * printed["survival_rate"]).round(1))
     table = counted.join(counted.add_prefix("paper_"))
     assert check("cohort", cohort=table).answer == "agrees"

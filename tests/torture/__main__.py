@@ -38,23 +38,14 @@ def main() -> int:
     return bool(failed)
 
 
-def _kills(folder: Path, chosen: argparse.Namespace) -> None:
-    done = kills.torture(folder, chosen.kills, chosen.seed)
-    print(f"  {', '.join(f'{n} {way}' for way, n in done.items())}")
-
-
-def _fault(part: Callable[[Path], None]) -> Callable[[Path, argparse.Namespace], None]:
-    return lambda folder, _: part(folder)
-
-
-PARTS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
-    "kills": _kills,
+PARTS: dict[str, Callable[[Path, argparse.Namespace], object]] = {
+    "kills": lambda folder, chosen: kills.torture(folder, chosen.kills, chosen.seed),
     "together": lambda folder, chosen: kills.two_at_once(folder, chosen.seed),
-    "kernels": _fault(faults.kernels),
-    "full-disk": _fault(faults.full_disk),
-    "read-only": _fault(faults.read_only),
-    "clock": _fault(faults.clock),
-    "manifest": _fault(faults.changed_manifest),
+    "kernels": lambda folder, _: faults.kernels(folder),
+    "full-disk": lambda folder, _: faults.full_disk(folder),
+    "read-only": lambda folder, _: faults.read_only(folder),
+    "clock": lambda folder, _: faults.clock(folder),
+    "manifest": lambda folder, _: faults.changed_manifest(folder),
 }
 
 if __name__ == "__main__":

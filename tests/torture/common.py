@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +14,7 @@ import psutil
 
 from steph import PROJECT
 from steph.files.records import read_record
+from tests.helpers.waiting import until
 
 MANIFEST = """\
 extends: tiny
@@ -89,11 +89,8 @@ def workers(leader: int) -> list[psutil.Process]:
 
 
 def wait_until_gone(group: int, seconds: float = 30) -> None:
-    """Raise `Failed` where a process group outlives its leader for longer than that."""
-    deadline = time.monotonic() + seconds
-    while left := members(group):
-        expect(time.monotonic() < deadline, f"{len(left)} process(es) outlived the study's: {left}")
-        time.sleep(0.05)
+    """Fail where a process group outlives its leader for longer than that."""
+    until(lambda: not members(group), f"the end of the processes {members(group)} of a study", seconds)
 
 
 def outcome(build: Path) -> dict[str, str]:

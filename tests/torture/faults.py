@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -16,12 +15,14 @@ from pathlib import Path
 from unittest.mock import patch
 
 import nbformat
+import psutil
 
 from steph import Refused
 from steph.book.notebooks import completion, completion_path
 from steph.files import atomic, records
 from steph.study.execute import run_all
 from steph.study.runs import Run, Workbench, results
+from tests.helpers.waiting import until
 
 from .common import MANIFEST, STUDY, expect, manifest, outcome, same, started, steph, wait_until_gone
 
@@ -48,7 +49,7 @@ if Path({flag!r}).exists():
 def kernels(folder: Path, say: Callable[[str], object] = print) -> None:
     """A kernel that dies, and a command that is killed while its kernel works: no completion record; then it works."""
     study = manifest(folder)
-    flag, target = folder / "flag", folder / "out" / "executed.ipynb"
+    flag, pid, target = folder / "flag", folder / "pid", folder / "out" / "executed.ipynb"
     for name, code in (("dying", DYING), ("waiting", WAITING)):
         cells = [
             nbformat.v4.new_code_cell(f"# Parameters\nstudy = {str(study)!r}", metadata={"tags": ["parameters"]}),
@@ -66,11 +67,11 @@ def kernels(folder: Path, say: Callable[[str], object] = print) -> None:
             expect(code == 1 and "the kernel of dying.ipynb died" in said and "Traceback" not in said, said)
         else:
             process = started(folder / "build", *command)
-            kernel = _pid(folder / "pid")
+            until(lambda: pid.exists() and pid.read_text(), "the kernel to start", 120)
             process.send_signal(signal.SIGKILL)
             process.communicate()
             wait_until_gone(process.pid)
-            expect(not _alive(kernel), "the kernel outlived its killed command")
+            until(lambda: not _alive(int(pid.read_text())), "the end of a kernel whose command was killed", 30)
         expect(not completion_path(target).exists(), f"{name}: a completion record of what was not completed")
         flag.unlink()
         code, said = steph(folder / "build", *command)
@@ -78,22 +79,8 @@ def kernels(folder: Path, say: Callable[[str], object] = print) -> None:
     say("  a kernel died, a command was killed with its kernel at work: told, nothing counted as finished, then it ran")
 
 
-def _pid(path: Path) -> int:
-    deadline = time.monotonic() + 120
-    while not (path.exists() and path.read_text()):
-        expect(time.monotonic() < deadline, "the kernel did not start")
-        time.sleep(0.05)
-    return int(path.read_text())
-
-
 def _alive(pid: int) -> bool:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        state = Path(f"/proc/{pid}/stat")
-        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
-            return False
-        time.sleep(0.1)
-    return True
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 # ------------------------------------------------------------------------------------------------ disks

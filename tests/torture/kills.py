@@ -35,14 +35,15 @@ def torture(folder: Path, kills: int, seed: int, say=print) -> Counter[str]:
             if way is None:
                 break
             done[way] += 1
-            part_of(_whole(build), expected, f"after kill {done.total()} ({way}) a record is not what it should be")
+            part_of(outcome(build), expected, f"after kill {done.total()} ({way}) a record is not what it should be")
             say(f"  kill {done.total()}/{kills} in study {studies}: {way}")
         code, said = steph(build, *command)
         expect(code == 0, f"study {studies} does not end after its kills: {said}")
         same(outcome(build), expected, f"study {studies} ended otherwise than the undisturbed one")
         left = [path for path in build.rglob(".*") if "runs" in path.parts]
         expect(not left, f"study {studies} left behind {left[:5]}")
-    say(f"  {done.total()} kills over {studies} studies, each with the results of the undisturbed one")
+    ways = ", ".join(f"{n} {way}" for way, n in done.items())
+    say(f"  {done.total()} kills ({ways}) over {studies} studies, each with the results of the undisturbed one")
     return done
 
 
@@ -55,14 +56,10 @@ def _one(build: Path, command: list[str], lasts: float, rng: random.Random) -> s
     else:
         _wait_for_writes(process, build, rng.randint(1, 40), lasts)
     if process.poll() is None and way == "SIGKILL to a worker":
-        pool = workers(process.pid)
-        if not pool:
+        try:
+            rng.choice(workers(process.pid)).kill()
+        except (IndexError, psutil.NoSuchProcess):  # there is none yet, or none any more
             way = "SIGKILL"
-        else:
-            try:
-                rng.choice(pool).kill()
-            except psutil.NoSuchProcess:
-                way = "SIGKILL"
     if process.poll() is not None:
         _ended(process, {0}, "it was not touched")
         return None
@@ -103,11 +100,6 @@ def _wait_for_writes(process: subprocess.Popen[str], build: Path, count: int, la
         changes += len(now ^ seen)
         seen = now
         time.sleep(0.001)
-
-
-def _whole(build: Path) -> dict[str, str]:
-    """What counts as finished; tables may still be without their checksums."""
-    return outcome(build) if build.exists() else {}
 
 
 def two_at_once(folder: Path, seed: int, say=print) -> None:

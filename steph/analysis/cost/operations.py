@@ -11,7 +11,7 @@ Both run through the models on the device "meta", where tensors have shapes and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from math import prod
@@ -46,7 +46,7 @@ PATCHES = 10_000
 
 def paper_study() -> Study:
     """A study of the paper's dimensions: 13 data sets, 1,536 features a patch, networks and STEPH at their defaults."""
-    names = paper_table("table_s1_datasets")["dataset"]
+    names = paper_table("table_s1")["dataset"]
     return Study(
         name="paper",
         title="The paper's dimensions",
@@ -221,19 +221,16 @@ def of_sample(study: Study, n: int, sample: int) -> int:
     return by_products(model, random_bags([n], study.features.dim))
 
 
-def of_methods(names: Sequence[str] | None = None, study: Study | None = None, n: int = PATCHES) -> pd.DataFrame:
+def of_methods(names: Iterable[str], study: Study | None = None, n: int = PATCHES) -> pd.DataFrame:
     """What a prediction on a bag of n patches takes, a row per method: method, layers and products (operations, by the
     two ways to count), memory (bytes), networks (that the bag goes through), trained and held (numbers, the other
     cancers' models or task vectors among them).
 
-    names: None takes, where a study can have them, the methods of Tables S4 and 1 and those of the book beyond the
-    paper. study: its dimensions; None, the paper's. memory: the most that is alive at one time during the pass, beyond
-    the model and the bag, in single precision.
+    study: its dimensions; None, the paper's. memory: the most that is alive at one time during the pass, beyond the
+    model and the bag, in single precision.
     """
-    study = study or paper_study()
-    everything = [*table_methods("table_s4", study), *table_methods("table1", study), *methods_beyond(study)]
-    rows = []
-    for name in dict.fromkeys(everything) if names is None else names:
+    study, rows = study or paper_study(), []
+    for name in names:
         model = deployed(name, study)
         rows.append({
             "method": name,
@@ -248,11 +245,13 @@ def of_methods(names: Sequence[str] | None = None, study: Study | None = None, n
 
 
 def counted(bench: Workbench, paper: bool = True) -> pd.DataFrame:
-    """`of_methods` at the paper's dimensions or at those of the workbench's study, cached."""
+    """`of_methods` at the paper's dimensions or at those of the workbench's study, cached: where the study can have
+    them, the methods of Tables S4 and 1 and those of the book beyond the paper."""
     study = paper_study() if paper else bench.study
+    names = [*table_methods("table_s4", study), *table_methods("table1", study), *methods_beyond(study)]
     dimensions = study.model_dump(include={"features", "network", "steph", "datasets"}, mode="json")
     inputs = {"dimensions": dimensions, "patches": PATCHES, "torch": torch.__version__}
-    return cached_table(bench, "operations", inputs, lambda: of_methods(None, study))
+    return cached_table(bench, "operations", inputs, lambda: of_methods(dict.fromkeys(names), study))
 
 
 def training_operations(names: Sequence[str], study: Study | None = None, n: int = PATCHES) -> dict[str, int]:

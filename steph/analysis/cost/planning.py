@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,18 +29,17 @@ from steph.analysis.cost.operations import (
     trained_numbers,
     training_operations,
 )
-from steph.analysis.cost.timing import machine
+from steph.analysis.cost.timing import machine, measured
 from steph.data.bags import RaggedBatch
 from steph.data.dataset import open_dataset
 from steph.data.manifest import Study
 from steph.data.store import DTYPES
 from steph.files.atomic import free_bytes, in_words
 from steph.files.progress import track
-from steph.methods.registry import Method, method, title
+from steph.methods.registry import method, title
 from steph.mil.base import Model
-from steph.study.cache import cached_table
 from steph.study.runs import Run, Workbench, stages
-from steph.training.device import Compute, device_name, single_thread
+from steph.training.device import Compute, device_name
 from steph.training.engine import Trainer
 from steph.training.memory import available, largest_batch, needed, random_bags
 
@@ -83,8 +82,9 @@ def patients(bench: Workbench, dataset: str) -> Patients:
     return Patients(patches, external, known)
 
 
-def kind_of(entry: Method) -> str:
+def kind_of(name: str) -> str:
     """Methods of one kind cost the same: those with the same builder on the same network, trained alike."""
+    entry = method(name)
     trained = [entry.options[what] for what in ("weight", "mix") if isinstance(entry.options.get(what), str)]
     return "/".join([entry.build.__name__, entry.network, *trained])
 
@@ -101,14 +101,14 @@ class Cost(NamedTuple):
 
 def cost_of(name: str, study: Study, n: int) -> Cost:
     """What a method costs at a study's dimensions, on bags of n patches."""
+
+    def of_frozen_features(model: Model, patches: RaggedBatch) -> int:
+        return products_of(lambda: model.frozen_features(patches))
+
     model = built(name, study)
-    once = on_bag(_of_frozen_features, partial(built, name, study), study, n) if model.has_frozen_features else 0
+    once = on_bag(of_frozen_features, partial(built, name, study), study, n) if model.has_frozen_features else 0
     update, prediction = training_operations([name], study, n)[name], prediction_products(name, study, n)
     return Cost(update / n, once / n, prediction / n, trained_numbers(model) > 0)
-
-
-def _of_frozen_features(model: Model, patches: RaggedBatch) -> int:
-    return products_of(lambda: model.frozen_features(patches))
 
 
 def work(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
@@ -124,13 +124,13 @@ def work(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
     sizes = {name: patients(bench, name) for name in (study.datasets if joint else {r.dataset for r in stage_of})}
     everyone = np.concatenate([size.patches for size in sizes.values()])
     known = all(size.known for size in sizes.values())  # a key needs the data
-    one_of_each = {kind_of(run.entry): run.method for run in stage_of}
+    one_of_each = {kind_of(run.method): run.method for run in stage_of}
     costs = {kind: cost_of(name, study, round(everyone.mean())) for kind, name in one_of_each.items()}
     forward = cost_of("vanilla", study, round(everyone.mean())).prediction
     width = study.features.dim * DTYPES[study.features.precision].itemsize
     rows = []
     for run, stage in stage_of.items():
-        size, entry, cost = sizes[run.dataset], run.entry, costs[kind_of(run.entry)]
+        size, entry, cost = sizes[run.dataset], run.entry, costs[kind_of(run.method)]
         record = bench.record(run) if known else None
         training, mean = round(len(size.patches) * (1 - 1 / study.folds)), float(size.patches.mean())
         tested = len(size.patches) - training
@@ -155,48 +155,45 @@ def work(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
 
 def seconds(bench: Workbench, table: pd.DataFrame, device: str, precision: str) -> pd.Series:
     """Predicted seconds of each row of `work`, finished or not: its operations at the pace of its kind of method."""
-    kinds = table["method"].map(lambda name: kind_of(method(name)))
+    kinds = table["method"].map(kind_of)
     finished = table[table["device"] == device_name(device)].groupby(kinds)[["took", "operations"]].sum()
     paces = {str(kind): took / operations for kind, took, operations in finished.itertuples()}
     others = {kind: name for kind, name in zip(kinds, table["method"], strict=True) if kind not in paces}
     if others:
-        paces |= measured_paces(bench, others, device, precision, round(table["mean"].mean()))
+        paces |= measured_paces(bench, others, Compute(device, precision), round(table["mean"].mean()))
     return table["operations"] * kinds.map(paces)
 
 
 def error_of_pace(done: pd.DataFrame) -> float:
     """By what share the pace of the other finished runs of its kind misses a run's seconds, the median over finished
     runs (rows of `work`); NaN where no kind has two."""
-    kinds = done["method"].map(lambda name: kind_of(method(name)))
-    others = done.groupby(kinds)[["took", "operations"]].transform("sum") - done[["took", "operations"]]
+    others = (
+        done.groupby(done["method"].map(kind_of))[["took", "operations"]].transform("sum")
+        - done[["took", "operations"]]
+    )
     predicted = done["operations"] * others["took"] / others["operations"].where(others["operations"] > 0)
     errors = (predicted / done["took"] - 1).abs().dropna()
     return float(errors.median()) if len(errors) else np.nan
 
 
-def measured_paces(
-    bench: Workbench, methods: Mapping[str, str], device: str, precision: str, mean: int
-) -> dict[str, float]:
+def measured_paces(bench: Workbench, methods: Mapping[str, str], compute: Compute, mean: int) -> dict[str, float]:
     """Seconds per operation by kind, measured on this machine and cached. methods: one of each kind. mean: patches of
     the study's bags."""
-    study, n = bench.study, min(mean, MEASURED_ON[torch.device(device).type])
+    study, device = bench.study, compute.device
+    n = min(mean, MEASURED_ON[torch.device(device).type])
     inputs = {
         "methods": dict(sorted(methods.items())),
         "dimensions": study.model_dump(include={"features", "network", "steph", "recipe"}, mode="json"),
         "cancers": len(study.datasets),
         "patches": n,
-        "machine": machine(device),
-        "precision": precision,
-        "torch": torch.__version__,
+        "precision": compute.precision,
     }
 
-    def measure() -> pd.DataFrame:
+    def measure() -> list[dict[str, Any]]:
         kinds = track(sorted(methods.items()), f"{study.name}: measuring {machine(device)}")
-        with single_thread():
-            paces = [(kind, _pace(study, name, Compute(device, precision), n)) for kind, name in kinds]
-        return pd.DataFrame(paces, columns=["kind", "pace"])
+        return [{"kind": kind, "pace": _pace(study, name, compute, n)} for kind, name in kinds]
 
-    table = cached_table(bench, "paces", inputs, measure)
+    table = measured(bench, "paces", device, inputs, measure)
     return dict(zip(table["kind"], table["pace"], strict=True))
 
 
@@ -204,9 +201,7 @@ def _pace(study: Study, name: str, compute: Compute, n: int) -> float:
     """Seconds per operation of an update on bags of n patches, with what is computed once for them; of a prediction on
     one bag by a method that trains nothing."""
     cost, device, together = cost_of(name, study, n), compute.device, study.recipe.bags_per_step
-    stored = random_bags([n] * together, study.features.dim, device)
-    if study.features.precision == "float16":
-        stored = stored.to(device, torch.float16)
+    stored = random_bags([n] * together, study.features.dim, device, getattr(torch, study.features.precision))
     if not cost.trains:
         predictor, bag = deployed(name, study, device).to(device, compute.parameter_dtype), stored.between(0, 1)
         predict = torch.no_grad()(lambda: predictor(bag.to(device, compute.dtype)))
@@ -257,7 +252,7 @@ def memory(study: Study, sizes: Mapping[str, Patients], names: Iterable[str], co
     largest = {name: largest_batch(size.patches, study.recipe.bags_per_step) for name, size in sizes.items()}
     dataset = max(largest, key=lambda name: sum(largest[name]))
     rows = []
-    for name in {kind_of(method(name)): name for name in names}.values():
+    for name in {kind_of(name): name for name in names}.values():
         model = built(name, study).to(compute.parameter_dtype)
         model_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         batch = largest[dataset] if trained_numbers(model) else [max(largest[dataset])]
@@ -270,11 +265,10 @@ def record_bytes(study: Study, sizes: Mapping[str, Patients], runs: Iterable[tup
     """Bytes that the records of runs, (data set, method) each, will take: what was trained, and tables of predictions.
     sizes: patients by data set; others are left out."""
     runs = [(dataset, name) for dataset, name in runs if dataset in sizes]
-    kinds = {name: kind_of(method(name)) for _, name in runs}
-    one_of_each = {kind: name for name, kind in kinds.items()}
+    one_of_each = {kind_of(name): name for _, name in runs}
     numbers = {kind: trained_numbers(built(name, study)) for kind, name in one_of_each.items()}
     tested = {dataset: len(size.patches) / study.folds + len(size.external) for dataset, size in sizes.items()}
-    return round(sum(4 * numbers[kinds[name]] + BYTES_PER_PATIENT * tested[dataset] for dataset, name in runs))
+    return round(sum(4 * numbers[kind_of(name)] + BYTES_PER_PATIENT * tested[dataset] for dataset, name in runs))
 
 
 def totals(table: pd.DataFrame, taken: pd.Series, by: str) -> pd.DataFrame:

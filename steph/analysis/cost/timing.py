@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
@@ -58,9 +59,10 @@ def brief(study: Study) -> float:
 Row = dict[str, Any]
 
 
-def _cached(bench: Workbench, name: str, device: str, inputs: Row, measure: Callable[[], list[Row]]) -> pd.DataFrame:
-    """The table of a measurement on this machine, made once."""
+def measured(bench: Workbench, name: str, device: str, inputs: Row, measure: Callable[[], list[Row]]) -> pd.DataFrame:
+    """The table of a measurement on this machine, made once (`cached_table`), and the device in words."""
 
+    @wraps(measure)
     def table() -> pd.DataFrame:
         with single_thread():
             return pd.DataFrame(measure()).assign(device=machine(device))
@@ -69,12 +71,10 @@ def _cached(bench: Workbench, name: str, device: str, inputs: Row, measure: Call
     return cached_table(bench, name, {**inputs, "machine": machine(device), "torch": torch.__version__}, table)
 
 
-def _in_rounds(
-    bench: Workbench, jobs: Sequence[Any], do: Callable[[Any], Row], warm_up: Callable[[Any], Any]
-) -> list[Row]:
-    """Rows that each job gives in each round, after a warm-up that gives none."""
+def _in_rounds(bench: Workbench, jobs: Sequence[Any], do: Callable[[Any], Row]) -> list[Row]:
+    """Rows that each job gives in each round, after a first round that gives none."""
     for job in jobs:
-        warm_up(job)
+        do(job)
     started, last, rows, budget = time.perf_counter(), 0.0, [], BUDGET * brief(bench.study)
     for i in range(MOST):
         begun = time.perf_counter()
@@ -127,11 +127,11 @@ def epoch_times(bench: Workbench, runs: Sequence[Run], device: str = "cpu") -> p
             history = fit(models[run], *bench.training_set(run), recipe, study.network, *how)
             return {"method": run.method, "seconds": float(history["seconds"].iloc[0])}
 
-        rows = _in_rounds(bench, trained, epoch, warm_up=epoch)
+        rows = _in_rounds(bench, trained, epoch)
         idle, rounds = [run.method for run in runs if run not in trained], {row["round"] for row in rows}
         return rows + [{"method": name, "round": i, "seconds": 0.0} for name in idle for i in rounds]
 
-    return _cached(bench, "epoch_times", device, {"runs": [bench.key(run) for run in runs]}, measure)
+    return measured(bench, "epoch_times", device, {"runs": [bench.key(run) for run in runs]}, measure)
 
 
 def of_both_stages(times: pd.DataFrame) -> pd.DataFrame:
@@ -189,48 +189,42 @@ CPU_PATCHES = 1000
 """Patches of the bag whose prediction is timed where a processor does it, so that it takes seconds."""
 
 
-def prediction_times(
-    bench: Workbench, names: Sequence[str] | None = None, device: str = "cpu", precision: str = "fp32"
-) -> pd.DataFrame:
+def prediction_times(bench: Workbench, device: str = "cpu", precision: str = "fp32") -> pd.DataFrame:
     """Seconds of a prediction on one bag of `PATCHES` (on a processor `CPU_PATCHES`) at the paper's dimensions, a row
     per method and round: method, patches, round, seconds, memory, device. Features and models are random; STEPH and
     ROUPKT stand on 13 models; a study that is there for tests has fewer patches (`brief`).
 
-    names: None takes the methods whose predictions differ in cost: one that merges once predicts with Vanilla's
-    network. precision: of the patches; bf16 leaves parameters in single precision, as in training.
-    memory: bytes at most, beyond the model and the bag; measured on a graphics card, counted (`live_bytes`) for a
-    processor. Measured in rounds like `epoch_times`, and cached.
+    Methods are those whose predictions differ in cost: one that merges once predicts with Vanilla's network. precision:
+    of the patches; bf16 leaves parameters in single precision, as in training. memory: bytes at most, beyond the model
+    and the bag; measured on a graphics card, counted (`live_bytes`) for a processor. Measured in rounds like
+    `epoch_times`, and cached.
     """
-    if names is None:
-        names = counted(bench).drop_duplicates(["networks", "products"])["method"].tolist()
+    names = counted(bench).drop_duplicates(["networks", "products"])["method"].tolist()
     study, n = paper_study(), round((CPU_PATCHES if device == "cpu" else PATCHES) * brief(bench.study))
 
     def measure() -> list[Row]:
         models = {name: deployed(name, study, device).to(parameter_dtype(precision)) for name in names}
         patches = random_bags([n], study.features.dim, device, PRECISIONS[precision])
         coords, shifts = cast(Tensor, patches.coords), count(1)
-        memory: dict[str, int] = {}
 
-        def predict(name: str) -> Row:
+        def seconds(name: str) -> float:
             # At new places: a graph of patches belongs to a prediction, and a model saves the last one.
             moved = RaggedBatch(patches.features, patches.offsets, coords + next(shifts))
-            seconds = _seconds_of(models[name], moved)
-            return {"method": name, "patches": n, "seconds": seconds, "memory": memory.get(name)}
+            return _seconds_of(models[name], moved)
 
-        def warm_up(name: str) -> None:
+        def memory(name: str) -> int:
             if device == "cpu":
-                _seconds_of(models[name], patches)
-                memory[name] = prediction_memory(name, study, n, precision)
-                return
+                return prediction_memory(name, study, n, precision)
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            predict(name)
-            memory[name] = torch.cuda.max_memory_allocated(device) - before
+            seconds(name)
+            return torch.cuda.max_memory_allocated(device) - before
 
-        return _in_rounds(bench, names, predict, warm_up)
+        facts = {name: {"method": name, "patches": n, "memory": memory(name)} for name in names}
+        return _in_rounds(bench, names, lambda name: {**facts[name], "seconds": seconds(name)})
 
-    inputs = {"methods": list(names), "patches": n, "precision": precision}
-    return _cached(bench, "prediction_times", device, inputs, measure)
+    inputs = {"methods": names, "patches": n, "precision": precision}
+    return measured(bench, "prediction_times", device, inputs, measure)
 
 
 SAMPLES = (256, 1024)
@@ -258,9 +252,9 @@ def sampling_times(bench: Workbench, device: str = "cpu", precision: str = "fp32
             seconds = _seconds_of(merging if reads else plain, bags[n])
             return {"patches": n, "reads": reads, "seconds": seconds, "products": products[job]}
 
-        return _in_rounds(bench, jobs, predict, warm_up=predict)
+        return _in_rounds(bench, jobs, predict)
 
-    return _cached(bench, "sampling_times", device, {"patches": sizes, "precision": precision}, measure)
+    return measured(bench, "sampling_times", device, {"patches": sizes, "precision": precision}, measure)
 
 
 def prediction_table(times: pd.DataFrame, counted: pd.DataFrame) -> pd.DataFrame:

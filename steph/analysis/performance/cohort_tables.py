@@ -20,7 +20,7 @@ def cohort_numbers(datasets: Iterable[Dataset]) -> pd.DataFrame:
     Table S1 does not say whether its patches are a slide's or a patient's. Its numbers for the data sets with several
     slides a patient (SARC, GBMLGG) read like a patient's.
     """
-    printed = paper_table("table_s1_datasets").set_index("dataset")
+    printed = paper_table("table_s1").set_index("dataset")
     printed = printed.rename(columns={"wsis": "slides", "patches_mean": "mean_patches", "patches_max": "max_patches"})
     printed["survival_rate_pct"] = (100 * printed.pop("survival_rate")).round(1)
     rows = {}

@@ -66,9 +66,11 @@ def test_a_hypernetwork_that_reads_a_sample_saves_its_half():
 
 
 def test_what_is_merged_once_predicts_as_one_network_and_roupkt_as_fourteen():
-    table = operations.of_methods(study=operations.paper_study(), n=100).set_index("method")
+    merged_once = ["model_average", "adamerging", "ties_am", "iso_c_am", "joint"]
+    names = ["vanilla", "surgery_am", "steph", "roupkt", *merged_once]
+    table = operations.of_methods(names, n=100).set_index("method")
     plain = table.loc["vanilla", ["layers", "products", "networks", "held"]].tolist()
-    for name in ("model_average", "adamerging", "ties_am", "iso_c_am", "joint"):
+    for name in merged_once:
         assert table.loc[name, ["layers", "products", "networks", "held"]].tolist() == plain
     assert table.loc["surgery_am", "products"] == plain[1] + 2 * 2 * H * 16
     assert table["networks"].loc[["steph", "roupkt"]].tolist() == [2, M + 2]
@@ -78,7 +80,8 @@ def test_what_is_merged_once_predicts_as_one_network_and_roupkt_as_fourteen():
 
 def test_shapes_alone_give_the_counts_of_real_numbers(tiny):
     study, n = tiny.study, 70
-    for row in operations.of_methods(None, study, n).itertuples():
+    names = operations.counted(tiny, paper=False)["method"]
+    for row in operations.of_methods(names, study, n).itertuples():
         model = operations.deployed(row.method, study, "cpu")
         patches, fresh = (random_bags([n], study.features.dim, "cpu") for _ in range(2))
         assert operations.by_layers(model, patches) == row.layers, row.method

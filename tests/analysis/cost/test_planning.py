@@ -12,7 +12,7 @@ from steph import Refused
 from steph.analysis.cost import planning
 from steph.analysis.cost.planning import hours, patients, report, seconds, work
 from steph.data.manifest import load_study
-from steph.methods.registry import METHODS, method
+from steph.methods.registry import METHODS
 from steph.study.runs import Run, Workbench, plan
 from steph.training.device import Compute
 from steph.training.engine import fit
@@ -146,7 +146,7 @@ def test_every_method_of_the_book_can_be_planned(tiny):
     assert (table["operations"] > 0).all() and (table["bytes"] > 0).all()
     sizes = {name: patients(tiny, name) for name in tiny.study.datasets}
     need = planning.memory(tiny.study, sizes, table["method"].unique(), Compute())
-    assert len(need) == table["method"].map(lambda name: planning.kind_of(method(name))).nunique()
+    assert len(need) == table["method"].map(planning.kind_of).nunique()
     records = planning.record_bytes(tiny.study, sizes, [("SARC", "vanilla"), ("unknown", "steph")])
     folder = tiny.folder(Run("SARC", "vanilla", 0, tiny.study.seed))
     assert records == pytest.approx(sum(file.stat().st_size for file in folder.iterdir()), rel=0.4)
@@ -163,6 +163,5 @@ def test_more_memory_than_is_free_is_said_before(tiny, monkeypatch):
 
 
 def test_methods_of_one_kind_differ_in_numbers_alone():
-    names = ("steph", "steph_beta0", "vanilla", "adamerging", "adamerging_hyper")
-    kinds = [planning.kind_of(method(name)) for name in names]
+    kinds = list(map(planning.kind_of, ("steph", "steph_beta0", "vanilla", "adamerging", "adamerging_hyper")))
     assert kinds[0] == kinds[1] and len(set(kinds)) == 4

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
-import torch
 
 from steph import Refused
 from steph.analysis.cost import operations, timing
 from steph.study.runs import Run
+from steph.training.device import PRECISIONS
 
 
 def test_epochs_are_timed_in_rounds_and_kept(tiny):
@@ -58,33 +58,28 @@ def test_the_papers_ratios_stand_beside_ours():
     assert by_sources["× STEPH, m = 6 (paper)"].tolist() == [1, pytest.approx(76.69 / 72.91)]
 
 
-def test_predictions_are_timed_at_the_papers_dimensions_and_kept(tiny):
-    names = ["vanilla", "patch_gcn", "steph", "roupkt"]
-    times = timing.prediction_times(tiny, names)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_predictions_are_timed_at_the_papers_dimensions_and_kept(tiny, monkeypatch, precision):
+    counted = operations.of_methods(["vanilla", "transmil", "patch_gcn", "roupkt"], n=100)
+    monkeypatch.setattr(timing, "counted", lambda bench: counted)
+    formats, random_bags = set(), timing.random_bags
+    monkeypatch.setattr(timing, "random_bags", lambda *a: formats.add(a[-1]) or random_bags(*a))
+    times = timing.prediction_times(tiny, precision=precision)
+    assert formats == {PRECISIONS[precision]}
     assert times.groupby("method")["round"].nunique().ge(timing.LEAST).all() and (times["seconds"] > 0).all()
     memory = times.drop_duplicates("method").set_index("method")["memory"]
-    assert memory["vanilla"] == operations.prediction_memory("vanilla", operations.paper_study(), 100)
-    assert timing.prediction_times(tiny, names).equals(times)
-    shown = timing.prediction_table(times, operations.of_methods(names, n=100)).set_index("method")
+    assert memory["vanilla"] == operations.prediction_memory("vanilla", operations.paper_study(), 100, precision)
+    assert timing.prediction_times(tiny, precision=precision).equals(times)
+    shown = timing.prediction_table(times, counted).set_index("method")
     assert shown.loc["Vanilla", ["× Vanilla", "× Vanilla (operations)"]].tolist() == [1, 1]
     assert shown.loc["ROUPKT", "× Vanilla (operations)"] > 13
 
 
-def test_half_precision_is_that_of_the_patches(tiny, monkeypatch):
-    formats = []
-    real = timing.random_bags
-    monkeypatch.setattr(timing, "random_bags", lambda *a: formats.append(a[-1]) or real(*a))
-    times = timing.prediction_times(tiny, ["vanilla", "transmil"], precision="bf16")
-    assert set(formats) == {torch.bfloat16} and (times["seconds"] > 0).all()
-
-
 def test_methods_that_predict_alike_are_timed_once(tiny, monkeypatch):
-    monkeypatch.setattr(timing, "_cached", lambda bench, name, device, inputs, measure: inputs["methods"])
+    monkeypatch.setattr(timing, "measured", lambda bench, name, device, inputs, measure: set(inputs["methods"]))
     names = timing.prediction_times(tiny)
-    assert {"vanilla", "transmil", "patch_gcn", "roupkt", "steph", "steph_subsampled", "hypernetwork_only"} <= set(
-        names
-    )
-    assert not {"model_average", "adamerging", "joint"} & set(names)
+    assert {"vanilla", "transmil", "patch_gcn", "roupkt", "steph", "steph_subsampled", "hypernetwork_only"} <= names
+    assert not {"model_average", "adamerging", "joint"} & names
 
 
 def test_samples_are_timed_and_counted_beside_the_whole(tiny, monkeypatch):
