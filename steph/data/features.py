@@ -30,8 +30,6 @@ from steph.data.manifest import Features
 from steph.files.tables import shortened
 
 SUFFIXES = (".h5", ".pt")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What a tensor of features may hold."""
 BLOCK_BYTES = 32 << 20
 """About how much of a slide is read at a time."""
 ENCODER_KEYS = ("encoder", "encoder_name", "patch_encoder", "patch_encoder_name")
@@ -49,7 +47,9 @@ def find_slides(folders: Iterable[Path]) -> dict[str, Path]:
     """
     slides: dict[str, Path] = {}
     twice = []
-    for path in sorted(_files(folders)):
+    for path in sorted(files_in(folders)):
+        if path.suffix not in SUFFIXES or path.name.startswith("."):
+            continue
         other = slides.setdefault(path.stem, path)
         if other.resolve() == path.resolve():
             continue
@@ -66,14 +66,15 @@ def find_slides(folders: Iterable[Path]) -> dict[str, Path]:
     return slides
 
 
-def _files(folders: Iterable[Path]) -> Iterator[Path]:
+def files_in(folders: Iterable[Path]) -> Iterator[Path]:
+    """All files in folders and their subfolders, links to folders followed, but not in hidden ones."""
     visited = set()
     for root in folders:
         for folder, subfolders, names in os.walk(root, followlinks=True):
             real = os.path.realpath(folder)
             subfolders[:] = [name for name in subfolders if real not in visited and not name.startswith(".")]
             visited.add(real)
-            yield from (Path(folder, name) for name in names if name.endswith(SUFFIXES) and not name.startswith("."))
+            yield from (Path(folder, name) for name in names)
 
 
 def match_slides(slide_ids: Iterable[str], files: dict[str, Path]) -> dict[str, list[Path]]:
@@ -128,8 +129,7 @@ def open_slide(path: Path) -> Iterator[SlideFile]:
         yield SlideFile(path, _tensor(path), None, {})
         return
     try:
-        # Files are only read, and network file systems often cannot lock.
-        file = h5py.File(path, "r", locking=False)
+        file = h5py.File(path, "r", locking=False)  # Network file systems often cannot lock.
         slide = _hdf5(path, file)
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # A damaged header raises any.
         raise _unreadable(path, error, "truncated or not an HDF5 file") from None
@@ -148,18 +148,16 @@ def _hdf5(path: Path, file: h5py.File) -> SlideFile:
         content = ", ".join(sorted(map(str, file))) or "nothing"
         raise Refused(f"{path}: no dataset 'features'; the file holds: {content}")
     _refuse_form(path, features.shape, "features", features.dtype.kind == "f", features.dtype)
-    datasets, attributes = [features], {}
+    datasets, attributes, n_patches = [features], {}, features.shape[-2]
     if coords is not None:
-        n_patches = features.shape[-2]
         if not isinstance(coords, h5py.Dataset) or coords.dtype.kind not in "iu":
             raise Refused(f"{path}: 'coords' are {getattr(coords, 'dtype', 'a group')}, expected integers")
         if coords.shape not in {(n_patches, 2), (1, n_patches, 2)}:
             raise Refused(f"{path}: coords of shape {coords.shape} do not fit features of {n_patches} patches")
         datasets.append(coords)
         attributes = {name: _plain(value) for name, value in coords.attrs.items()}
-    for dataset in datasets:
-        if not _is_written(dataset):
-            raise Refused(f"{path}: '{dataset.name[1:]}' was never fully written; extract it again")
+    if not all(map(_is_written, datasets)):
+        raise Refused(f"{path}: it was never fully written; extract it again")
     names = [_plain(part.attrs.get(key)) for part in (file, *datasets) for key in ENCODER_KEYS]
     attributes["encoder"] = next((name for name in names if name and isinstance(name, str)), None)
     return SlideFile(path, features, coords, attributes)
@@ -195,7 +193,8 @@ def _tensor(path: Path) -> np.ndarray:
         )
     if value.layout != torch.strided or value.device.type != "cpu":
         raise Refused(f"{path}: the tensor is sparse or without values; expected a plain one")
-    _refuse_form(path, tuple(value.shape), "the tensor", value.dtype in FLOATS, value.dtype)
+    floating = value.is_floating_point() and value.element_size() > 1
+    _refuse_form(path, tuple(value.shape), "the tensor", floating, value.dtype)
     return (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
 
 

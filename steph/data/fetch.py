@@ -36,7 +36,7 @@ LOG_IN = (
 KEPT = "What has arrived is kept; the same command goes on from there."
 
 
-@dataclass(frozen=True, eq=False, repr=False)  # the headers hold the user's token
+@dataclass(frozen=True, repr=False)  # the headers hold the user's token
 class Item:
     """A file of a source. checksum: "md5:...", "sha256:..." or "git:...". path: where it would lie as it is there."""
 
@@ -149,23 +149,21 @@ def _hub_items(source: Source, projects: list[tuple[str, str]], root: Path) -> l
             f"{source.name}: {source.address} gave no list of files that can be read ({error!r}). Is the address "
             "right, and does a proxy or a login page stand in between?"
         ) from None
-    files: dict[str, RepoFile] = {}
+    items: dict[str, Item] = {}
     for dataset, project in projects:
         patterns = names_of(source, project, dataset)
-        matching = {path: file for path, file in listed.items() if is_like(path, patterns)}
+        matching = [name for name in listed if is_like(name, patterns)]
         if not matching:
             raise Refused(
                 f"{source.name}: nothing there for {project} ({dataset}): no file like {' or '.join(patterns)}. There "
                 f"are: {shortened(sorted(listed), 20)}. Correct `files` of this source in the study's manifest."
             )
-        files |= matching
-    items = []
-    for name, file in files.items():
-        url = hf_hub_url(repo, name, repo_type="dataset", revision=revision, endpoint=endpoint)
-        checksum = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
-        path = root / source.provides / safe_name(name, source.name)
-        items.append(Item(source, url, file.size, checksum, headers, path))
-    return items
+        for name in matching:
+            file, path = listed[name], root / source.provides / safe_name(name, source.name)
+            url = hf_hub_url(repo, name, repo_type="dataset", revision=revision, endpoint=endpoint)
+            checksum = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
+            items[name] = Item(source, url, file.size, checksum, headers, path)
+    return list(items.values())
 
 
 def names_of(source: Source, project: str, dataset: str) -> list[str]:
@@ -200,10 +198,9 @@ def _present(item: Item) -> str | None:
 
 def _get(item: Item, features: Features) -> str:
     """Fetch one file and put it, or what is in it, to its place."""
-    target = item.target
-    if target == item.path:
+    if item.target == item.path:
         _download(item)
-        item.part.replace(target)
+        item.part.replace(item.path)
         return f"fetched, {item.size / 1e6:.1f} MB, checksum right"
     archive, note = item.path, ""  # that a person put there: it stays
     if not _matches(archive, item):
@@ -211,9 +208,9 @@ def _get(item: Item, features: Features) -> str:
             note = f"; {archive}, which lay there, is not whole or not the source's and was not used"
         _download(item)
         archive = item.part
-    n_files = unpack(archive, target, item.path.name, {"source": item.url, "checksum": item.checksum})
+    n_files = unpack(archive, item.target, item.path.name, {"source": item.url, "checksum": item.checksum})
     item.part.unlink(missing_ok=True)
-    slides = find_slides([target])
+    slides = find_slides([item.target])
     problems = problems_message(check_slides(slides, slides, features))
     return f"{n_files} files{note}" + (f"\n{problems}" if problems else "")
 

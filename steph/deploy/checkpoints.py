@@ -24,7 +24,7 @@ from steph.merging.task_vectors import check_same_network
 from steph.mil import abmil
 from steph.mil.state import ModelState, load_state, origin_of, save_state, shape_difference, state_fingerprint
 
-OURS, THEIRS = (".safetensors",), (".pth", ".pt")
+OURS, THEIRS = ".safetensors", (".pth", ".pt")
 NAMES = {
     kind: {f"{theirs}.{part}": f"{ours}.{part}" for theirs, ours in layers.items() for part in ("weight", "bias")}
     for kind, layers in {
@@ -43,8 +43,8 @@ def convert(source: Path, target: Path, null: Path | None = None) -> str:
     Raises `Refused` as `read_weights` does, for other endings, and where `target` is there already.
     """
     for path in (source, target):
-        if path.suffix not in OURS + THEIRS:
-            raise Refused(f"{path}: expected a file that ends in {', '.join(OURS + THEIRS)}.")
+        if path.suffix not in (OURS, *THEIRS):
+            raise Refused(f"{path}: expected a file that ends in {', '.join((OURS, *THEIRS))}.")
     refuse_taken(target)
     state, kind, others = read_weights(source)
     if null is not None:
@@ -55,7 +55,7 @@ def convert(source: Path, target: Path, null: Path | None = None) -> str:
             check_same_network(state, start)
         state.origin = state_fingerprint(start)
     with atomic_path(target) as temporary:
-        if target.suffix in OURS:
+        if target.suffix == OURS:
             save_state(state, temporary)
         else:
             content = io.BytesIO()  # into a file, torch.save would write its name: the same weights are the same bytes
@@ -74,7 +74,7 @@ def read_weights(path: Path) -> tuple[ModelState, str, list[str]]:
     """
     if not path.is_file():
         raise Refused(f"there is no file {path}.")
-    ours = path.suffix in OURS
+    ours = path.suffix == OURS
     values = load_state(path) if ours else _tensors(path)
     kind = "STEPH" if any(name.startswith(("regulate_layer", "vecmix_layer", "hyper.")) for name in values) else "ABMIL"
     names = {name: name for name in NAMES[kind].values()} if ours else NAMES[kind]
@@ -89,8 +89,8 @@ def read_weights(path: Path) -> tuple[ModelState, str, list[str]]:
     state = ModelState({names[name]: values[name] for name in names}, origin_of(values))
     for name, value in state.items():
         if value.dim() != (2 if name.endswith("weight") else 1) or not value.is_floating_point():
-            shape = tuple(value.shape)
-            raise Refused(f"{path}: {name} is {value.dtype} of shape {shape}; no layer of {kind} has that.")
+            form = f"{value.dtype} of shape {tuple(value.shape)}"
+            raise Refused(f"{path}: {name} is {form}; no layer of {kind} has that.")
         if not torch.isfinite(value).all():
             raise Refused(f"{path}: {name} holds numbers that are not finite: the file is damaged, or training failed.")
     if difference := shape_difference(dict(_module(state, kind).named_parameters()), state):
@@ -141,17 +141,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _are_tensors(values: Any) -> bool:
-    """Whether this is a dictionary of tensors by name, with at least one."""
-    return (
-        isinstance(values, dict)
-        and len(values) > 0
-        and all(isinstance(name, str) and _is_plain(value) for name, value in values.items())
-    )
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether this is a tensor whose numbers lie one after another; of others, a few bytes could stand for more numbers
-    than the memory holds."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+    """Whether this is a dictionary of tensors by name, with at least one, whose numbers lie one after another; of
+    others, a few bytes could stand for more numbers than the memory holds."""
+    if not isinstance(values, dict) or not values or not all(isinstance(name, str) for name in values):
         return False
-    return value.device.type == "cpu" and value.is_contiguous()
+    if not all(isinstance(v, Tensor) and v.layout == torch.strided and not v.is_quantized for v in values.values()):
+        return False
+    return all(value.device.type == "cpu" and value.is_contiguous() for value in values.values())

@@ -26,6 +26,7 @@ from pandas import DataFrame
 
 from steph.deploy.predict import Prediction, sources_in_use
 from steph.files.atomic import atomic_folder
+from steph.files.records import write_json
 from steph.files.templates import render
 
 RESEARCH = "Research only. Not a medical device: no decision about a patient may rest on it."
@@ -48,8 +49,7 @@ YEAR = 365
 def write_report(prediction: Prediction, out: Path) -> None:
     """Write all files to the new folder `out`, whole or not at all. Raises `Refused` where `out` is taken."""
     with atomic_folder(out) as folder:
-        text = json.dumps(as_data(prediction), indent=1, ensure_ascii=False)
-        (folder / "prediction.json").write_text(text + "\n", encoding="utf-8")
+        write_json(folder / "prediction.json", as_data(prediction))
         (folder / "report.html").write_text(html_report(prediction), encoding="utf-8")
         if prediction.attention is None:
             return
@@ -57,8 +57,7 @@ def write_report(prediction: Prediction, out: Path) -> None:
         for slide, patches in prediction.patches.groupby("slide_id", observed=True):
             if patches["x"].notna().all():
                 squares = geojson(patches, prediction.edges[str(slide)], len(prediction.patches))
-                text = json.dumps(squares, ensure_ascii=False)
-                (folder / f"{slide}.geojson").write_text(text, encoding="utf-8")
+                (folder / f"{slide}.geojson").write_text(json.dumps(squares, ensure_ascii=False), encoding="utf-8")
 
 
 def summary(prediction: Prediction) -> str:
@@ -151,13 +150,10 @@ def _maps(prediction: Prediction) -> list[dict[str, Any]]:
     """The slides' maps for the page; without a picture where a slide has no coordinates."""
     maps: list[dict[str, Any]] = []
     for slide, patches in prediction.patches.groupby("slide_id", observed=True):
-        if patches["x"].isna().any():
-            maps.append({"slide": slide, "png": None})
-            continue
-        edge = prediction.edges[str(slide)]
-        image, (rows, columns) = attention_png(patches, edge)
-        shape = {"rows": rows, "columns": columns, "patches": len(patches), "edge": edge}
-        maps.append({"slide": slide, "png": base64.b64encode(image).decode(), **shape})
+        maps.append({"slide": slide, "png": None, "patches": len(patches), "edge": prediction.edges[str(slide)]})
+        if patches["x"].notna().all():
+            image, (rows, columns) = attention_png(patches, maps[-1]["edge"])
+            maps[-1] |= {"png": base64.b64encode(image).decode(), "rows": rows, "columns": columns}
     return maps
 
 
@@ -166,17 +162,16 @@ def _maps(prediction: Prediction) -> list[dict[str, Any]]:
 
 def colours(values: np.ndarray) -> np.ndarray:
     """Colours (..., 4) of 8 bits for values from 0 to 1, dark to light."""
-    return mpl.colormaps["viridis"](np.asarray(values, float), bytes=True)
+    return mpl.colormaps["viridis"](values, bytes=True)
 
 
 def risk_strip(prediction: Prediction) -> str:
     """The patient's risk among those of the training patients, a thin line each."""
-    ax = _axes(height=0.75)
+    ax = Figure(figsize=(6, 0.75), layout="constrained").subplots()
     risks, risk = prediction.model.config.training.risks, prediction.risk
     ax.vlines(risks, 0.3, 0.7, color=COLOURS["muted"], linewidth=0.8, alpha=0.6)
     ax.vlines(risk, 0.15, 0.85, color=COLOURS["patient"], linewidth=2.5)
-    middle = (min(*risks, risk) + max(*risks, risk)) / 2
-    side = "left" if risk < middle else "right"
+    side = "left" if 2 * risk < min(*risks, risk) + max(*risks, risk) else "right"
     ax.text(risk, 0.95, f"this patient, {risk:.3f}", color=COLOURS["patient"], ha=side)
     ax.text(0, 0, "lower risk", color=COLOURS["muted"], transform=ax.transAxes, ha="left")
     ax.text(1, 0, "higher risk", color=COLOURS["muted"], transform=ax.transAxes, ha="right")
@@ -187,7 +182,7 @@ def risk_strip(prediction: Prediction) -> str:
 
 def survival_curve(prediction: Prediction) -> str:
     """The patient's survival curve, as far as somebody was followed, and the training cohort's."""
-    ax, config = _axes(height=3), prediction.model.config
+    ax, config = Figure(figsize=(6, 3), layout="constrained").subplots(), prediction.model.config
     predicted, observed = [1.0, *prediction.followed], [1.0, *config.training.observed]
     years = np.array([0.0, *prediction.followed.index]) / YEAR
     ax.plot(years, predicted, "o-", color=COLOURS["patient"], linewidth=2, markersize=4, clip_on=False, zorder=3)
@@ -218,10 +213,6 @@ def attention_png(patches: DataFrame, edge: int) -> tuple[bytes, tuple[int, int]
     file = BytesIO()
     imsave(file, pixels, format="png")
     return file.getvalue(), (int(rows), int(columns))
-
-
-def _axes(height: float) -> Axes:
-    return Figure(figsize=(6, height), layout="constrained").subplots()
 
 
 def _svg(ax: Axes) -> str:

@@ -509,14 +509,15 @@ def test_fetch_then_list(study, server, tmp_path):
     assert done.exit_code == 0 and "3 slides" in done.output and "gated; licence: test" in done.output
 
 
-def test_what_is_there_is_counted(study, server):
+def test_what_is_there_is_counted_whatever_the_case_of_its_letters(study, server):
     fetch.fetch(study)
     next(study.data.rglob("*SR01*.h5")).unlink()
-    (study.data / "features/TCGA/TCGA-BRCA_IDC.tar.gz").write_bytes(b"")
+    (study.data / "features/TCGA/TCGA-brca_idc.TAR.GZ").write_bytes(b"")
+    (study.data / "features/TCGA/.tcga-BRCA.tar.gz.0123456789ab.part").write_bytes(b"")
     (study.data / "labels/SARC.csv").write_text(
         "patient_id,slide_id,project,time_days,event\nP1,S1,SARC,10,1\nP1,S2,SARC,10,1\nP2,S3,SARC,20,0\n"
     )
     (study.data / "labels/BRCA.csv").write_text("nonsense")
     table = inventory(study).set_index("dataset")
     assert table.loc["SARC", ["labels", "archives", "features"]].tolist() == ["2 patients", "-", "2 slides, 1 lost"]
-    assert table.loc["BRCA", ["labels", "archives", "features"]].tolist() == ["unusable", "1", "3 slides"]
+    assert table.loc["BRCA", ["labels", "archives", "features"]].tolist() == ["unusable", "1, 1 begun", "3 slides"]
