@@ -19,6 +19,7 @@ from torch import Tensor
 from steph import PROJECT
 
 torch.set_num_threads(1)
+mpl.use("agg")
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 REFERENCE = Path(__file__).parent / "reference"

@@ -16,12 +16,6 @@ def test_bins_are_the_releases(reference, case):
     np.testing.assert_array_equal(bin_index(numbers[f"t_{case}"]), numbers[label])
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0, "x"])
-def test_a_time_that_cannot_be_is_refused(bad):
-    with pytest.raises(Refused, match="expected numbers" if bad == "x" else "missing, infinite or negative"):
-        bin_index([10.0, bad])
-
-
 @pytest.mark.parametrize(("tag", "alpha"), [("alpha05", 0.5), ("alpha0", 0.0), ("alpha015", 0.15)])
 def test_likelihood_and_gradient_are_the_releases(reference, tag, alpha):
     numbers = reference("b_survmle")
@@ -36,12 +30,8 @@ def test_likelihood_and_gradient_are_the_releases(reference, tag, alpha):
     for loss in (nll_loss(hazards, bins, event, alpha=alpha), of_logits):
         [gradient] = torch.autograd.grad(3 * loss, logits)
         torch.testing.assert_close(gradient, 3 * numbers.tensor(f"grad_logits_mean_{tag}"), rtol=1e-10, atol=1e-14)
-
-
-def test_likelihood_clamps_as_the_release(reference):
-    numbers = reference("b_survmle")
-    hazards, bins, event = (numbers.tensor(f"clamp_{name}") for name in ("hazards", "t_bin", "event"))
-    for tag, alpha in [("alpha05", 0.5), ("alpha0", 0.0)]:
+    if alpha != 0.15:  # hazards of 0 and 1 are clamped as there
+        hazards, bins, event = (numbers.tensor(f"clamp_{name}") for name in ("hazards", "t_bin", "event"))
         found = nll_loss(hazards, bins, event, alpha=alpha, eps=float(numbers["eps"]), reduction="none")
         torch.testing.assert_close(found, numbers.tensor(f"clamp_loss_per_sample_{tag}"), rtol=1e-12, atol=1e-14)
 
@@ -111,9 +101,13 @@ def test_concordance_refuses_what_is_no_number(time, risk, message):
 
 @given(st.lists(st.floats(), max_size=20), st.integers(1, 40), st.floats(1, 1e6))
 @example([0.0, 5e-324, 1.7e308], 32, 365.0)
+@example([10.0, np.nan], 32, 365.0)
+@example([10.0, np.inf], 32, 365.0)
+@example([10.0, -1.0], 32, 365.0)
+@example([10.0, "x"], 32, 365.0)
 def test_every_time_has_one_interval_or_is_refused(days, n_bins, width):
-    if not all(np.isfinite(day) and day >= 0 for day in days):
-        with pytest.raises(Refused, match="missing, infinite or negative"):
+    if "x" in days or not all(np.isfinite(day) and day >= 0 for day in days):
+        with pytest.raises(Refused, match="expected numbers" if "x" in days else "missing, infinite or negative"):
             bin_index(days, n_bins, width)
         return
     bins = bin_index(days, n_bins, width)

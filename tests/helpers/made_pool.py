@@ -32,12 +32,6 @@ class Pool:
         """The encoder's task vector."""
         return encoder(task_vector(state, self.null))
 
-    def changed(self, **states):
-        """The same pool with other models in it (null, target, sources)."""
-        other = object.__new__(Pool)
-        vars(other).update(vars(self), **states)
-        return other
-
 
 def released_pool(numbers):
     """M_0, the target's model and the sources' of a file of reference numbers, under our names."""

@@ -25,14 +25,8 @@ def test_pairs_are_the_releases(reference, pair):
     target, sources = encoder_vectors(numbers)
     found = convert_released(ties(target, sources[pair]))
     expected = convert_released(numbers.state(f"merged_pair{pair}"))
-    assert set(found) == set(expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-15)
-
-
-@pytest.mark.parametrize("pair", range(5))
-def test_trimming_is_global_and_keeps_one_more(reference, pair):
-    numbers = reference("f_ties")
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+    # Trimming is global and keeps one more.
     for row, name in enumerate(("flat_tau_t", f"flat_tau_s{pair}")):
         kept = trim(numbers.tensor(name), 0.2) != 0
         np.testing.assert_array_equal(kept.numpy(), numbers[f"trim_mask_pair{pair}"][row] == 1)

@@ -22,18 +22,9 @@ from steph.study.runs import Run
 from steph.survival import concordance_index
 from steph.training import engine, memory
 from steph.training.device import Compute, single_thread
-from steph.training.engine import (
-    AdamW,
-    Trainer,
-    fit,
-    learning_rate_factor,
-    parameter_groups,
-    predict,
-    prefetched,
-    seed_everything,
-)
+from steph.training.engine import Trainer, fit, predict, seed_everything
 from tests.conftest import assert_states_close
-from tests.helpers.made_pool import adamerging, released_pool
+from tests.helpers.made_pool import Pool, adamerging, released_pool
 from tests.mil.test_roupkt import small
 
 
@@ -44,7 +35,7 @@ def test_schedule_is_the_releases(reference, case, steps, warmup):
     numbers = reference("i_lr_groups")
     expected = numbers[f"lr_{case}"]
     recipe = Recipe(epochs=int(numbers["epochs"]), warmup_epochs=warmup)
-    found = [learning_rate_factor(update, steps, recipe) for update in range(len(expected) + 1)]
+    found = [engine.learning_rate_factor(update, steps, recipe) for update in range(len(expected) + 1)]
     np.testing.assert_allclose(np.array(found[:-1]) * float(numbers["base_lr"]), expected, rtol=1e-12, atol=1e-20)
     assert found[-1] == pytest.approx(0, abs=1e-15)
 
@@ -52,12 +43,6 @@ def test_schedule_is_the_releases(reference, case, steps, warmup):
 def test_steps_per_epoch_drop_the_remainder(reference):
     numbers = reference("i_lr_groups")
     np.testing.assert_array_equal(numbers["n_train"] // Recipe().bags_per_step, numbers["steps_per_epoch"])
-
-
-def groups_of(model):
-    names = {id(p): n for n, p in model.named_parameters()}
-    plain, decayed = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 1e-5))
-    return plain, decayed
 
 
 def released_names(numbers, which, table):
@@ -84,10 +69,11 @@ def test_weight_decay_groups_are_the_releases(reference):
     merging = {**STEPH_NAMES, "vecmix_layer": "ratio_vector", "merge_weight": "weight_vector"}
     for name, model in models.items():
         table = {} if name == "abmil" else merging
-        plain, decayed = groups_of(model)
-        assert plain == released_names(numbers, f"group_nodecay__{name}", table), name
-        assert decayed == released_names(numbers, f"group_decay__{name}", table), name
-        assert [g["weight_decay"] for g in parameter_groups(model, 1e-5)] == numbers[f"group_wd__{name}"].tolist()
+        groups, names = engine.parameter_groups(model, 1e-5), {id(p): n for n, p in model.named_parameters()}
+        for group, kind in zip(groups, ("nodecay", "decay"), strict=True):
+            expected = released_names(numbers, f"group_{kind}__{name}", table)
+            assert {names[id(p)] for p in group["params"]} == expected, (name, kind)
+        assert [group["weight_decay"] for group in groups] == numbers[f"group_wd__{name}"].tolist()
 
 
 @pytest.mark.parametrize("name", ["abmil", "steph", "adamerging"])
@@ -129,7 +115,7 @@ def test_the_optimizer_is_pytorchs_bit_for_bit_and_leaves_alone_what_has_no_grad
     ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, 77, dtype=dtype).view(7, 11).clone()) for _ in range(3)]
                     + [nn.Parameter(torch.ones(5, dtype=dtype))] for _ in range(2))  # fmt: skip
     groups = [[{"params": p[3:], "weight_decay": 0.0}, {"params": p[:3], "weight_decay": 0.1}] for p in (ours, theirs)]
-    optimizer, reference = AdamW(groups[0]), torch.optim.AdamW(groups[1], lr=0.0, fused=True)
+    optimizer, reference = engine.AdamW(groups[0]), torch.optim.AdamW(groups[1], lr=0.0, fused=True)
     generator = torch.Generator().manual_seed(0)
     for update in range(6):
         rate = 0.01 * update
@@ -210,12 +196,15 @@ def test_same_seed_same_bits_and_another_seed_others():
     assert not all(torch.equal(one[k], different[k]) for k in one)
 
 
-def test_predictions_are_aligned_by_patient_whatever_the_order():
+def test_predictions_are_aligned_by_patient_whatever_the_order_and_who_is_predicted_together():
     data = Patients()
     model, _ = trained(data, epochs=1)
     straight = predict(model, data, data.ids).set_index("patient_id")
     turned = predict(model, data, data.ids[::-1]).set_index("patient_id")
     pd.testing.assert_frame_equal(turned.loc[data.ids], straight)
+    for together in (4, len(data.ids) + 1):
+        found = predict(model, data, data.ids, together=together).set_index("patient_id")
+        pd.testing.assert_frame_equal(found, straight, rtol=1e-5)
     curves = straight.filter(like="survival_").to_numpy()
     assert curves.shape == (40, 8) and (np.diff(curves) <= 0).all() and (curves <= 1).all()
     np.testing.assert_allclose(straight["risk"], -curves.sum(1), rtol=1e-12)
@@ -240,17 +229,6 @@ def test_single_thread_gives_the_threads_back():
     torch.set_num_threads(1)
 
 
-def test_patients_predicted_together_get_what_they_get_alone():
-    data = Patients()
-    torch.manual_seed(0)
-    model = ABMIL(5, 8, 4, 8)
-    alone = predict(model, data, data.ids)
-    for together in (4, len(data.ids) + 1):
-        found = predict(model, data, data.ids, together=together)
-        assert found["patient_id"].tolist() == alone["patient_id"].tolist()
-        np.testing.assert_allclose(found.filter(regex="risk|survival"), alone.filter(regex="risk|survival"), rtol=1e-5)
-
-
 @pytest.mark.parametrize("name", ["vanilla", "steph", "patch_gcn", "surgery_am"])
 def test_training_in_half_precision_is_a_run_of_its_own(tiny, name):
     table = run_all(tiny, [Run("SARC", name, 0, tiny.study.seed, p) for p in ("fp32", "bf16")], workers=1)
@@ -260,7 +238,7 @@ def test_training_in_half_precision_is_a_run_of_its_own(tiny, name):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_is_prefetched_comes_in_order(device):
-    assert list(prefetched(lambda x: 2 * x, range(5), Compute(device))) == [0, 2, 4, 6, 8]
+    assert list(engine.prefetched(lambda x: 2 * x, range(5), Compute(device))) == [0, 2, 4, 6, 8]
 
 
 def test_a_step_without_memory_is_repeated_without_the_held_features(monkeypatch):
@@ -301,17 +279,16 @@ def stepped(make, batch, part, monkeypatch):
     return numbers, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def abmil_of_some(dropout=0.0):
-    return ABMIL(6, 5, 4, 8, dropout)
+def small_abmil():
+    return ABMIL(6, 5, 4, 8, dropout=0.0)
 
 
-def steph_of_some():
-    null = state_of(abmil_of_some())
-    states = [{k: v + 0.3 * torch.randn_like(v) for k, v in null.items()} for _ in range(4)]
-    return STEPH(null, states[0], {f"s{i}": s for i, s in enumerate(states[1:])}, top_k=2, dim_hidden=7, dropout=0.0)
+def small_steph():
+    pool = Pool(small_abmil)
+    return STEPH(pool.null, pool.target, pool.sources, top_k=2, dim_hidden=7, dropout=0.0)
 
 
-@pytest.mark.parametrize("make", [abmil_of_some, steph_of_some])
+@pytest.mark.parametrize("make", [small_abmil, small_steph])
 @pytest.mark.parametrize("part", [1, 40])
 def test_an_update_in_parts_has_the_gradient_of_the_whole(make, part, monkeypatch):
     batch = RaggedBatch.from_bags([torch.randn(n, 6, dtype=torch.float64) for n in (4, 60, 5, 1, 30)])
@@ -325,11 +302,9 @@ def test_an_update_in_parts_has_the_gradient_of_the_whole(make, part, monkeypatc
 def test_only_a_part_of_an_update_is_in_memory(monkeypatch):
     """Bags of 40 patches, two at a time: no layer ever sees more."""
     batch = RaggedBatch.from_bags([torch.randn(40, 6, dtype=torch.float64) for _ in range(5)])
-    seen = []
-    monkeypatch.setattr(
-        ABMIL, "encode", lambda self, bags, encode=ABMIL.encode: seen.append(len(bags.features)) or encode(self, bags)
-    )
-    stepped(abmil_of_some, batch, 80, monkeypatch)
+    seen, encode = [], ABMIL.encode
+    monkeypatch.setattr(ABMIL, "encode", lambda self, bags: seen.append(len(bags.features)) or encode(self, bags))
+    stepped(small_abmil, batch, 80, monkeypatch)
     assert seen == [80, 80, 40]
 
 

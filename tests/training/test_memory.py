@@ -1,7 +1,5 @@
 """Memory: what is counted on shapes is what a process then takes; what does not fit is refused before."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

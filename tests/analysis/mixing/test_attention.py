@@ -1,23 +1,14 @@
 """Attention maps: of the right model, at the right place, measured rightly against tissue that is known."""
 
-from __future__ import annotations
-
-from types import SimpleNamespace
-
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
-from torch.nn import functional as F
-
-from tests.helpers.fabricate import fabricate
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.text import Text
+from torch.nn import functional as F
 
 from steph import Refused, plots
 from steph.analysis.mixing import attention
@@ -30,11 +21,20 @@ from steph.merging.steph import STEPH
 from steph.mil.abmil import ABMIL
 from steph.study.execute import run_all
 from steph.study.runs import Run, Workbench
+from tests.helpers.fabricate import fabricate
 
 NAMES = {"vanilla": "Vanilla", "steph": "STEPH"}
 
 
-# ------------------------------------------------------------------------------------------------ one patient
+def of_two_slides(data):
+    """A test patient of fold 0."""
+    return next(patient for patient in data.splits.test(0) if len(data.slides(patient)) == 2)
+
+
+def map_of(bench, method, fold=0, patient=None):
+    """The map of a patient (the fold's first) under a model of fold 0 or 1."""
+    data, model = bench.dataset("SARC"), bench.model(Run("SARC", method, fold, 42))
+    return attention.attention_map(model, data, patient or data.splits.test(fold)[0])
 
 
 def test_a_networks_attention_is_its_own_whatever_the_pieces(monkeypatch):
@@ -78,24 +78,21 @@ def test_stephs_attention_is_the_one_that_pools_the_patients_own_merged_model():
     "method", ["surgery_am", "finetuned_representation", "transmil", "patch_gcn", "steph_patch_gcn"]
 )
 def test_other_networks_with_attention_have_maps(tiny, method):
-    data = tiny.dataset("SARC")
-    table = attention.attention_map(tiny.model(Run("SARC", method, 0, 42)), data, data.splits.test(0)[0])
+    table = map_of(tiny, method)
     assert table["attention"].sum() == pytest.approx(1) and (table["attention"] >= 0).all()
     if method == "surgery_am":  # moves no attention
-        merged = tiny.model(Run("SARC", "adamerging", 0, 42))
-        pd.testing.assert_frame_equal(table, attention.attention_map(merged, data, data.splits.test(0)[0]))
+        pd.testing.assert_frame_equal(table, map_of(tiny, "adamerging"))
 
 
-def test_models_without_attention_are_refused(tiny):
-    data = tiny.dataset("SARC")
-    for method in ("hypernetwork_only", "roupkt"):
-        with pytest.raises(Refused, match="has no attention map"):
-            attention.attention_map(tiny.model(Run("SARC", method, 0, 42)), data, data.splits.test(0)[0])
+@pytest.mark.parametrize("method", ["hypernetwork_only", "roupkt"])
+def test_models_without_attention_are_refused(tiny, method):
+    with pytest.raises(Refused, match="has no attention map"):
+        map_of(tiny, method)
 
 
 def test_places_are_the_stores_in_the_bags_order(tiny):
     data = tiny.dataset("SARC")
-    patient = next(p for p in data.splits.test(0) if len(data.slides(p)) > 1)
+    patient = of_two_slides(data)
     table = attention.places(data, patient)
     for slide in data.slides(patient):
         part = table[table["slide_id"] == slide]
@@ -111,7 +108,7 @@ def test_places_are_the_stores_in_the_bags_order(tiny):
 
 def test_ranks_are_of_the_bag_and_percentiles_of_the_slide(tiny):
     data = tiny.dataset("SARC")
-    patient = next(p for p in data.splits.test(0) if len(data.slides(p)) == 2)
+    patient = of_two_slides(data)
     first, second = (data.store.sizes[s] for s in data.slides(patient))
     values = np.arange(first + second, 0, -1.0)
     values[1] = values[0]  # two patches alike
@@ -169,9 +166,6 @@ def test_the_size_of_a_patch_follows_from_where_they_lie(corners, size):
     assert attention.patch_size(x, y) == size
 
 
-# ------------------------------------------------------------------------------------------------ known tissue
-
-
 def test_zones_of_a_drawn_slide():
     drawn = ["..oo", ".oTT", "ooTT", "oooT"]  # a dot is no tissue
     cells = [(x, y, c) for y, row in enumerate(drawn) for x, c in enumerate(row) if c != "."]
@@ -195,9 +189,6 @@ def test_the_tumour_is_the_one_that_was_planted(tiny):
     with pytest.raises(Refused, match="do not lie where they were drawn"):
         attention.with_planted(moved, known)
     assert attention.planted(load_study("tcga"), "COADREAD") == {}  # nobody has drawn the tumours of real patients
-
-
-# ------------------------------------------------------------------------------------------------ numbers
 
 
 def test_auc_counts_pairs():
@@ -308,9 +299,7 @@ def test_every_test_patient_is_measured_once_and_the_table_kept(tiny, monkeypatc
     assert (own["overlap"] == 1).all() and own["correlation"].to_numpy() == pytest.approx(1)
     # One patient by hand, under the model of the fold that tests them.
     patient = data.splits.test(1)[3]
-    known = attention.planted(tiny.study, "SARC")
-    found = attention.attention_map(tiny.model(Run("SARC", "steph", 1, 42)), data, patient)
-    found = attention.with_planted(found, known)
+    found = attention.with_planted(map_of(tiny, "steph", 1, patient), attention.planted(tiny.study, "SARC"))
     row = table[(table["patient_id"] == patient) & (table["method"] == "steph")].iloc[0]
     assert row["auc"] == pytest.approx(attention.auc(found["attention"].to_numpy(), found["tumour"].to_numpy()))
     shares = found.groupby("zone")["attention"].sum() / found["zone"].value_counts(normalize=True)
@@ -340,8 +329,7 @@ def test_maps_of_patients(tiny):
     maps, mixtures = attention.of_patients(tiny, chosen, patients)
     assert list(maps) == patients["patient_id"].tolist() and set(mixtures["patient_id"]) == set(maps)
     for row in patients.itertuples():
-        model = tiny.model(Run("SARC", "steph", row.fold, 42))
-        expected = attention.attention_map(model, data, row.patient_id)["attention"]
+        expected = map_of(tiny, "steph", row.fold, row.patient_id)["attention"]
         np.testing.assert_array_equal(maps[row.patient_id]["attention_steph"], expected)
     assert set(attention.top_patches(maps, 3)["patient_id"]) == set(maps)
 
@@ -405,28 +393,17 @@ def test_without_coordinates_there_are_numbers_and_a_clear_sentence_in_place_of_
     assert attention.top_patches(maps)["x"].isna().all()
 
 
-# ------------------------------------------------------------------------------------------------ figures
-
-
-@pytest.fixture
-def drawn(tiny):
-    """The map of one patient of two slides, and its figure."""
-    chosen = attention.runs(tiny, ["SARC"], [0], 42)
-    data = tiny.dataset("SARC")
-    name = next(p for p in data.splits.test(0) if len(data.slides(p)) == 2)
-    maps, _ = attention.of_patients(tiny, chosen, attention.patients_to_show(tiny, chosen, [name]))
+def test_patches_are_drawn_where_they_lie_the_top_ringed_and_the_tumour_outlined(tiny):
+    chosen, data = attention.runs(tiny, ["SARC"], [0], 42), tiny.dataset("SARC")
+    patient = of_two_slides(data)
+    maps, _ = attention.of_patients(tiny, chosen, attention.patients_to_show(tiny, chosen, [patient]))
     plots.set_style()
-    fig = plots.attention_maps([maps[name]], [name], NAMES, 256)
+    fig, table = plots.attention_maps([maps[patient]], [patient], NAMES, 256), maps[patient]
     fig.canvas.draw()
-    yield SimpleNamespace(table=maps[name], fig=fig, slides=data.slides(name))
-    plt.close("all")
-
-
-def test_patches_are_drawn_where_they_lie_in_their_size_and_colour(drawn):
-    panels = [ax for ax in drawn.fig.axes if any(isinstance(c, PolyCollection) for c in ax.collections)][:6]
+    panels = [ax for ax in fig.axes if any(isinstance(c, PolyCollection) for c in ax.collections)][:6]
     columns = ["percentile_vanilla", "percentile_steph", "difference"]
-    for i, slide in enumerate(drawn.slides):
-        part = drawn.table[drawn.table["slide_id"] == slide]
+    parts = [table[table["slide_id"] == slide] for slide in data.slides(patient)]
+    for i, part in enumerate(parts):
         for ax, column in zip(panels[3 * i : 3 * i + 3], columns, strict=True):
             squares = next(c for c in ax.collections if isinstance(c, PolyCollection))
             np.testing.assert_allclose(squares.get_array(), part[column])
@@ -435,14 +412,11 @@ def test_patches_are_drawn_where_they_lie_in_their_size_and_colour(drawn):
             assert (np.ptp(boxes, axis=1) == 256).all()
             low, high = ax.get_ylim()
             assert low > high  # y points down, as on the slide
-
-
-def test_the_map_names_its_patient_rings_the_top_and_outlines_the_tumour(drawn):
-    words = [text.get_text() for text in drawn.fig.findobj(matplotlib.text.Text)]
+    words = [text.get_text() for text in fig.findobj(Text)]
     assert all(words.count(rank) == 2 for rank in "12345")  # once under each model
     assert any("slide 2 of 2" in word for word in words) and any("px" in word for word in words)
-    lines = next(c for c in drawn.fig.axes[0].collections if isinstance(c, LineCollection) and len(c.get_segments()))
-    part = drawn.table[(drawn.table["slide_id"] == drawn.slides[0]) & drawn.table["tumour"]]
-    cells = {(int(x), int(y)) for x, y in part[["x", "y"]].to_numpy(int)}
+    lines = next(c for c in fig.axes[0].collections if isinstance(c, LineCollection) and len(c.get_segments()))
+    cells = {(int(x), int(y)) for x, y in parts[0].loc[parts[0]["tumour"], ["x", "y"]].to_numpy(int)}
     shared = sum((x + 256, y) in cells for x, y in cells) + sum((x, y + 256) in cells for x, y in cells)
     assert len(lines.get_segments()) == 4 * len(cells) - 2 * shared
+    plt.close("all")

@@ -1,7 +1,5 @@
 """Loss landscapes: every point is what merging and predicting patient by patient gives; what is read from them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,19 +8,6 @@ from scipy.ndimage import gaussian_filter
 
 from steph import Refused
 from steph.analysis.mixing import landscape as module
-from steph.analysis.mixing.landscape import (
-    best_magnitude,
-    finished_landscapes,
-    grid,
-    lambda_line,
-    landscape,
-    lower_range,
-    magnitudes_wide,
-    smoothed,
-    square,
-    summaries,
-    summaries_wide,
-)
 from steph.analysis.mixing.pairs import pair, patient_sets
 from steph.merging.task_vectors import apply_task_vector, task_vector
 from steph.mil import new_network
@@ -68,7 +53,7 @@ def plainly(bench: Workbench, run: Run, at: np.ndarray, which: str, head: str) -
 @pytest.mark.parametrize("head", ["target", "merged"])
 def test_every_point_is_the_merged_model_tested_patient_by_patient(bench, head):
     run = pair(bench.study, "SARC", "LIHC", 1, "fp64")
-    found = landscape(bench, run, head=head, points=SOME)
+    found = module.landscape(bench, run, head=head, points=SOME)
     assert list(found.columns) == ["c_s", "c_t", "loss_train", "loss_test", "loss_external"]
     assert (found[["c_s", "c_t"]].to_numpy() == SOME).all()
     for which in ("train", "test", "external"):
@@ -78,7 +63,7 @@ def test_every_point_is_the_merged_model_tested_patient_by_patient(bench, head):
 
 def test_bags_are_taken_in_pieces_and_sampled_as_in_training(bench, monkeypatch):
     run = pair(bench.study, "SARC", "LIHC", 1, "fp64")
-    whole = landscape(bench, run, points=SOME)
+    whole = module.landscape(bench, run, points=SOME)
     monkeypatch.setattr(module, "NUMBERS", 9000)  # a few points at a time
     calls, at = [], module.Plane._at
     monkeypatch.setattr(module.Plane, "_at", lambda self, *given: calls.append(len(given[1])) or at(self, *given))
@@ -88,14 +73,14 @@ def test_bags_are_taken_in_pieces_and_sampled_as_in_training(bench, monkeypatch)
     recipe = bench.study.recipe.model_copy(update={"max_patches": 4})
     sampled = Workbench(bench.study.model_copy(update={"recipe": recipe}))
     run_all(sampled, sampled.prerequisites(run).values(), workers=1)
-    found = landscape(sampled, run, points=SOME[3:4])["loss_test"].item()
+    found = module.landscape(sampled, run, points=SOME[3:4])["loss_test"].item()
     assert found == pytest.approx(plainly(sampled, run, SOME[3], "test", "target"), abs=1e-10)
 
 
 def test_the_corners_are_the_models_themselves(bench):
     for precision, error in (("fp32", 1e-6), ("fp64", 1e-10)):
         run = pair(bench.study, "SARC", "LIHC", 1, precision)
-        table = landscape(bench, run).set_index(["c_s", "c_t"])
+        table = module.landscape(bench, run).set_index(["c_s", "c_t"])
         assert len(table) == 676
         of_target = row_of(bench.record(bench.prerequisites(run)[TARGET]))["loss"]
         assert table.loc[(0, 1), "loss_test"] == pytest.approx(of_target, abs=error)
@@ -104,24 +89,21 @@ def test_the_corners_are_the_models_themselves(bench):
 
 def test_a_landscape_is_computed_once(bench, monkeypatch):
     run = pair(bench.study, "SARC", "LIHC", 1)
-    first = landscape(bench, run)
+    first = module.landscape(bench, run)
     monkeypatch.setattr(module, "_losses", lambda *_: pytest.fail("computed again"))
-    pd.testing.assert_frame_equal(landscape(bench, run), first, check_exact=True)
+    pd.testing.assert_frame_equal(module.landscape(bench, run), first, check_exact=True)
     with pytest.raises(pytest.fail.Exception, match="computed again"):
-        landscape(bench, run, head="merged")
+        module.landscape(bench, run, head="merged")
 
 
-def test_an_unfinished_model_is_refused(bench):
+def test_a_landscape_trains_nothing_and_is_made_where_models_are_finished(bench, monkeypatch):
     with pytest.raises(Refused, match="is not finished"):
-        landscape(bench, pair(bench.study, "SARC", "CESC", 0))
-
-
-def test_landscapes_of_a_finished_run_train_nothing(bench, monkeypatch):
-    assert finished_landscapes(bench, "SARC") == {}
+        module.landscape(bench, pair(bench.study, "SARC", "CESC", 0))
+    assert module.finished_landscapes(bench, "SARC") == {}
     run_all(bench, [Run("SARC", "steph", 0, 42)], workers=1)
     few = SOME[:2]
     monkeypatch.setattr(module, "grid", lambda: few)
-    found = finished_landscapes(bench, "SARC")
+    found = module.finished_landscapes(bench, "SARC")
     assert set(found) == {"LIHC", "CESC"} and all(len(table) == 2 for table in found.values())
 
 
@@ -130,7 +112,7 @@ def test_landscapes_of_a_finished_run_train_nothing(bench, monkeypatch):
 
 def made(train, test) -> pd.DataFrame:
     """A landscape from functions of (C_s, C_t)."""
-    table = pd.DataFrame(grid(), columns=["c_s", "c_t"])
+    table = pd.DataFrame(module.grid(), columns=["c_s", "c_t"])
     return table.assign(
         loss_train=train(table["c_s"], table["c_t"]),
         loss_test=test(table["c_s"], table["c_t"]),
@@ -143,23 +125,24 @@ def bowl(s: float, t: float):
 
 
 def test_the_line_of_mixtures_is_on_the_papers_grid():
-    assert grid().shape == (676, 2)
-    np.testing.assert_allclose(np.unique(grid(), axis=0)[::27], 0.04 * np.arange(26)[:, None] * [1, 1], atol=1e-15)
-    line = lambda_line(made(bowl(0.2, 0.8), lambda c_s, c_t: 10 * c_s + c_t))
+    grid = module.grid()
+    assert grid.shape == (676, 2)
+    np.testing.assert_allclose(np.unique(grid, axis=0)[::27], 0.04 * np.arange(26)[:, None] * [1, 1], atol=1e-15)
+    line = module.lambda_line(made(bowl(0.2, 0.8), lambda c_s, c_t: 10 * c_s + c_t))
     np.testing.assert_allclose(line["lambda"], np.arange(26) / 25, atol=0)
     np.testing.assert_allclose(line["loss_test"], 10 * (1 - line["lambda"]) + line["lambda"], atol=1e-12)
     assert line["lambda"][line["loss_train"].argmin()] == 0.8
 
 
 def test_the_least_loss_when_w_scales_the_mixture():
-    rays = best_magnitude(made(bowl(0.4, 0.8), bowl(0.2, 0.6)))
-    line = lambda_line(made(bowl(0.4, 0.8), bowl(0.2, 0.6)))
+    rays = module.best_magnitude(made(bowl(0.4, 0.8), bowl(0.2, 0.6)))
+    line = module.lambda_line(made(bowl(0.4, 0.8), bowl(0.2, 0.6)))
     assert (rays["loss_train"] <= line["loss_train"] + 1e-12).all()
     # Interpolated between grid points a bowl lies above itself by up to 2 (0.04 / 2)^2, and rays are 0.04 apart.
     for column, lam in (("loss_train", 2 / 3), ("loss_test", 0.75)):
         best = rays.loc[rays[column].argmin()]
         assert best["lambda"] == pytest.approx(lam, abs=0.03) and best[column] == pytest.approx(1, abs=2e-3)
-    far = -best_magnitude(made(lambda s, t: -s - t, lambda s, t: -s - t)).set_index("lambda")["loss_test"]
+    far = -module.best_magnitude(made(lambda s, t: -s - t, lambda s, t: -s - t)).set_index("lambda")["loss_test"]
     # The landscape ends at the border, which a ray reaches with w = 1 at the axes and w = 2 on the diagonal.
     assert far[[0.0, 0.48, 0.8, 1.0]].tolist() == pytest.approx([1, 1.92, 1.24, 1])
 
@@ -176,13 +159,13 @@ def test_the_least_loss_when_w_scales_the_mixture():
 )
 def test_the_range_of_lower_loss(values, expected):
     line = pd.DataFrame({"lambda": np.linspace(0, 1, 5), "loss_test": values})
-    assert lower_range(line, "loss_test") == expected
+    assert module.lower_range(line, "loss_test") == expected
 
 
 def test_a_landscape_in_numbers():
     train, test = bowl(0.2, 0.8), bowl(0.4, 0.8)
     table = made(train, test).assign(loss_external=made(train, bowl(0, 1))["loss_test"])
-    found = summaries({"LIHC": table}).iloc[0]
+    found = module.summaries({"LIHC": table}).iloc[0]
     assert (found["lambda_train"], found["best_train"]) == (0.8, pytest.approx(1))
     assert found["lambda_test"] == pytest.approx(0.7, abs=0.021)  # between two points of the grid
     assert found["target_test"] == pytest.approx(test(0, 1))
@@ -198,21 +181,21 @@ def test_a_landscape_in_numbers():
 
 
 def test_no_lambda_is_better_on_both_where_training_wants_the_target():
-    found = summaries({"LIHC": made(bowl(0, 1), bowl(0.4, 0.6)), "CESC": made(bowl(0.2, 0.8), bowl(0.2, 0.8))})
+    found = module.summaries({"LIHC": made(bowl(0, 1), bowl(0.4, 0.6)), "CESC": made(bowl(0.2, 0.8), bowl(0.2, 0.8))})
     assert list(found["source"]) == ["LIHC", "CESC"]
     assert found["gain_train"][0] == found["moved_test"][0] == 0 and np.isnan(found["both_low"][0])
     assert found["both_low"][1] == pytest.approx(0.64)
-    wide = summaries_wide(found)
+    wide = module.summaries_wide(found)
     assert len(wide) == 2 and wide["gain on test"].tolist() == found["gain_test"].tolist()
     assert not any("external" in column for column in wide)
-    steps = magnitudes_wide(found).set_index("source")
+    steps = module.magnitudes_wide(found).set_index("source")
     assert (steps.diff(axis=1).iloc[:, 1:] < 1e-12).all(axis=None)  # each has what the one before it has, and more
     assert steps.loc["CESC"].tolist() == pytest.approx([1.08, 1, 1, 1])
 
 
 def test_smoothing_is_scipys_in_grid_steps():
     table = made(bowl(0.2, 0.8), lambda c_s, c_t: c_s)
-    plane, found = square(table, "loss_test"), smoothed(table, "loss_test")
+    plane, found = module.square(table, "loss_test"), module.smoothed(table, "loss_test")
     np.testing.assert_allclose(found, gaussian_filter(plane, 1.0), atol=1e-15)
     assert plane[:, 0].tolist() == (np.arange(26) / 25).tolist()  # rows are C_s
     assert found[0, 0] > 0.005  # a mirrored border flattens: that is why numbers are not taken from it

@@ -1,7 +1,5 @@
 """Pairs: the models that are mixed, and those that cannot be."""
 
-from __future__ import annotations
-
 import pytest
 
 from steph import Refused

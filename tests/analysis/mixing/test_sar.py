@@ -1,7 +1,5 @@
 """Subspace alignment: the released numbers, the two rank rules, baselines that share nothing."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Trajectories: records' courses placed in the plane, with the loss at that very point."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

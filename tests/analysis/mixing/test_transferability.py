@@ -1,7 +1,5 @@
 """Transferability: other cancers' models on a cancer's patients, and what it goes with."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

@@ -1,7 +1,5 @@
 """Appendix B in numbers: what holds exactly holds exactly, and what is measured is what it says."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 
