@@ -9,16 +9,11 @@ from functools import partial
 import pandas as pd
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from steph import cli
-from steph.cli import app
+from tests.helpers.command import steph as call
 
 pytestmark = pytest.mark.usefixtures("build_folder")
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def test_study_run_then_results(tiny, tmp_path):

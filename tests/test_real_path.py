@@ -4,10 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from steph.cli import app
 from steph.data.cohort import COLUMNS, cohort_from
+from tests.helpers.command import steph
 from tests.helpers.fabricate import fabricate
 
 LAYOUTS = {"SARC": "mahmoodlab", "LIHC": "mahmoodlab", "CESC": "trident"}
@@ -55,10 +54,6 @@ def study(tmp_path, monkeypatch):
     path = tmp_path / "rehearsal.yaml"
     path.write_text(yaml.safe_dump(manifest))
     return path
-
-
-def steph(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def test_labels_check_pack_and_the_baselines_notebook(study, tmp_path):

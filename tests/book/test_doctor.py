@@ -12,7 +12,6 @@ import pytest
 import torch
 import typer
 import yaml
-from typer.testing import CliRunner
 
 from steph import PROJECT
 from steph.book import doctor
@@ -23,6 +22,7 @@ from steph.data.dataset import pack_dataset
 from steph.data.manifest import load_study
 from steph.files.atomic import in_words
 from steph.study.runs import plan
+from tests.helpers.command import steph
 from tests.helpers.fabricate import fabricate
 
 
@@ -115,10 +115,6 @@ def test_a_study_of_which_nothing_is_made_passes(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "deep" / "build"))
     assert not [f for f in examine("tiny") if f.status == "FAIL"]
     assert list(tmp_path.iterdir()) == []
-
-
-def steph(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def test_the_exit_code_tells_and_json_has_its_form(build):

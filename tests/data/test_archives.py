@@ -10,17 +10,28 @@ from steph.data.archives import RECORD, folder_of, unpack, unpacked
 FILES = {"TCGA-SARC/a.h5": os.urandom(9000), "TCGA-SARC/b.h5": os.urandom(4000), "TCGA-SARC/deep/c.h5": b""}
 
 
-def tar(path, files=FILES, mode="w:gz", extra=()):
-    with tarfile.open(path, mode) as tape:
-        folder = tarfile.TarInfo("./")
-        folder.type = tarfile.DIRTYPE
-        tape.addfile(folder)
+def member(name, kind=tarfile.REGTYPE, size=0, **more):
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    for key, value in more.items():
+        setattr(info, key, value)
+    return info
+
+
+def packed(files, extra=(), mode="w:gz"):
+    """An archive of files by name and of further members, as bytes."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=mode) as tape:
+        tape.addfile(member("./", tarfile.DIRTYPE))
         for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tape.addfile(info, io.BytesIO(content))
+            tape.addfile(member(name, size=len(content)), io.BytesIO(content))
         for info in extra:
             tape.addfile(info, io.BytesIO(b"x" * info.size))
+    return file.getvalue()
+
+
+def tar(path, files=FILES, mode="w:gz", extra=()):
+    path.write_bytes(packed(files, extra, mode))
     return path
 
 
@@ -35,6 +46,7 @@ MODES = {"x.tar.gz": "w:gz", "x.tgz": "w:gz", "x.TAR": "w"}
 def test_every_kind_comes_out_as_it_went_in(tmp_path, name):
     archive = tar(tmp_path / name, mode=MODES[name])
     folder = folder_of(archive)
+    (tmp_path / ".x.12345678.tmp" / "x").mkdir(parents=True)  # what a killed call left is removed
     assert folder == tmp_path / "x" and folder_of(tmp_path / "x.h5") is None
     assert opened(archive, folder) == 3
     assert {
@@ -56,12 +68,6 @@ def test_an_archive_that_is_broken_at_its_source_is_refused(tmp_path, name):
         assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
-def test_what_a_killed_call_left_is_removed(tmp_path):
-    (tmp_path / ".x.12345678.tmp" / "x").mkdir(parents=True)
-    opened(tar(tmp_path / "x.tar.gz"), tmp_path / "x")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "x.tar.gz"]
-
-
 def test_lost_and_shortened_files_are_named(tmp_path):
     folder = tmp_path / "x"
     opened(tar(tmp_path / "x.tar.gz"), folder)
@@ -80,14 +86,6 @@ def test_a_folder_that_is_there_is_replaced_only_by_a_whole_one(tmp_path):
     assert not unpacked(folder)["missing"]
     opened(tar(tmp_path / "x.tar.gz", {"new.h5": b"new"}), folder)
     assert [p.name for p in folder.glob("*.h5")] == ["new.h5"] and not (folder / "TCGA-SARC").exists()
-
-
-def member(name, kind=tarfile.REGTYPE, size=0, **more):
-    info = tarfile.TarInfo(name)
-    info.type, info.size = kind, size
-    for key, value in more.items():
-        setattr(info, key, value)
-    return info
 
 
 BAD_TAR = {

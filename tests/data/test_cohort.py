@@ -1,7 +1,5 @@
 """Cohorts: each bad label table has its own message; order is the table's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd
@@ -24,13 +22,13 @@ P1,P1-DX1,KIRC,900,1
 """
 
 
-def table(tmp_path: Path, text: str = GOOD) -> Path:
+def table(tmp_path, text=GOOD):
     path = tmp_path / "labels.csv"
     path.write_text(text)
     return path
 
 
-def test_patients_and_their_slides_stand_in_table_order(tmp_path: Path) -> None:
+def test_patients_and_their_slides_stand_in_table_order(tmp_path):
     cohort = read_cohort(table(tmp_path), "KIPAN")
     assert len(cohort) == 3 and cohort.dataset == "KIPAN"
     patients = [["P2", 30.5, False, 2], ["P1", 900.0, True, 2], ["P3", 0.0, True, 1]]
@@ -40,7 +38,7 @@ def test_patients_and_their_slides_stand_in_table_order(tmp_path: Path) -> None:
     assert cohort.slides["event"].dtype == bool and cohort.slides["time_days"].dtype == float
 
 
-def test_the_authors_columns_give_the_same_cohort(tmp_path: Path) -> None:
+def test_the_authors_columns_give_the_same_cohort(tmp_path):
     header = "patient_id,pathology_id,project,t,e"
     ours = read_cohort(table(tmp_path), "KIPAN")
     theirs = read_cohort(table(tmp_path, GOOD.replace(",".join(COLUMNS), header)), "KIPAN")
@@ -49,7 +47,7 @@ def test_the_authors_columns_give_the_same_cohort(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("zero", "one"), [("0.0", "1.0"), ("False", "True"), ("false", "TRUE"), (" 0", "1 ")])
-def test_events_may_be_written_in_several_ways(zero: str, one: str, tmp_path: Path) -> None:
+def test_events_may_be_written_in_several_ways(zero, one, tmp_path):
     text = GOOD.replace(",0\n", f",{zero}\n").replace(",1\n", f",{one}\n")
     assert text != GOOD
     assert read_cohort(table(tmp_path, text), "KIPAN").slides["event"].tolist() == [False, True, False, True, True]
@@ -59,7 +57,7 @@ def test_events_may_be_written_in_several_ways(zero: str, one: str, tmp_path: Pa
     ("old", "new"),
     [("P3,P3-", "P4,P3-"), ("P3-DX1", "P3-DX9"), ("30.5", "30.6"), ("KIRC,0,1", "KIRC,0,0"), ("KIRC,0", "KIRP,0")],
 )
-def test_the_fingerprint_follows_the_content(old: str, new: str, tmp_path: Path) -> None:
+def test_the_fingerprint_follows_the_content(old, new, tmp_path):
     before = read_cohort(table(tmp_path), "KIPAN").fingerprint
     assert read_cohort(table(tmp_path, GOOD.replace(old, new)), "KIPAN").fingerprint != before
 
@@ -86,7 +84,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_table_is_refused_with_its_own_message(case: str, tmp_path: Path) -> None:
+def test_a_bad_table_is_refused_with_its_own_message(case, tmp_path):
     old, new, message = BAD[case]
     assert old in GOOD
     path = table(tmp_path, GOOD.replace(old, new))
@@ -95,13 +93,13 @@ def test_a_bad_table_is_refused_with_its_own_message(case: str, tmp_path: Path) 
     assert str(path) in str(refused.value)
 
 
-def test_a_missing_table_is_refused(tmp_path: Path) -> None:
+def test_a_missing_table_is_refused(tmp_path):
     with pytest.raises(Refused, match=r"no label table of SARC at .*absent\.csv"):
         read_cohort(tmp_path / "absent.csv", "SARC")
 
 
 @pytest.mark.skipif(not TCGA.is_dir(), reason="the real TCGA tables are not there")
-def test_a_real_table_of_the_authors_is_read() -> None:
+def test_a_real_table_of_the_authors_is_read():
     cohort = read_cohort(TCGA / "dss_tables" / "tcga_sarc" / "tcga_sarc_survival.csv", "SARC")
     assert (len(cohort), len(cohort.slides), int(cohort.patients["event"].sum())) == (248, 591, 78)
     assert cohort.patients["n_slides"].max() == 30
@@ -114,7 +112,7 @@ CELLS = [IDS, IDS, st.text(max_size=4), TIMES, EVENTS]
 
 
 @given(st.data())
-def test_any_table_is_a_cohort_or_refused(data: st.DataObject) -> None:
+def test_any_table_is_a_cohort_or_refused(data):
     """Right but for at most one cell, or made of odd cells alone."""
     rows = [[f"P{i // 2}", f"S{i}", "X", 10.0 * (i // 2), i // 2 % 2] for i in range(data.draw(st.integers(1, 6)))]
     if data.draw(st.booleans()):
@@ -141,7 +139,7 @@ def test_any_table_is_a_cohort_or_refused(data: st.DataObject) -> None:
     "name",
     ["A", "TCGA-3C-AALI", "patient 1", "Ä 7", "7", "007", "1e5", "NA", "None", "O'Neil", "a,b", 'q"uote', "=1+1"],
 )
-def test_a_patient_is_the_same_in_every_table(name: str, tmp_path: Path) -> None:
+def test_a_patient_is_the_same_in_every_table(name, tmp_path):
     slides = [name if name in {"007", "1e5", "NA", "None"} else "S0", *(f"S{i}" for i in range(1, 8))]
     rows = [(patient, slides[i], "X", 100.5 * i, i % 2) for i, patient in enumerate([name, *"BCDEFGH"])]
     cohort = cohort_from(pd.DataFrame(rows, columns=COLUMNS), "X", "here")

@@ -14,17 +14,17 @@ import h5py
 import numpy as np
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-import tests.helpers.hub as loopback
 from steph import Refused
-from steph.cli import app
 from steph.data import fetch
 from steph.data.archives import unpacked
 from steph.data.inventory import inventory
 from steph.data.manifest import load_study
 from steph.files import atomic
 from steph.files.lock import exclusive
+from tests.data.test_archives import member, packed
+from tests.helpers import hub as loopback
+from tests.helpers.command import steph
 from tests.helpers.hub import Hub, dropped, flipped, ignores_range, serving, shifted, status, truncated, wrong_range
 
 DIM = 16
@@ -39,19 +39,6 @@ def slide(n, seed=0):
     with h5py.File(file, "w") as h5:
         h5["features"] = rng.standard_normal((1, n, DIM), dtype=np.float32)
         h5["coords"] = rng.integers(0, 9999, (1, n, 2))
-    return file.getvalue()
-
-
-def packed(files, extra=()):
-    """A tar.gz of files by name, as bytes."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as tape:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tape.addfile(info, io.BytesIO(content))
-        for info in extra:
-            tape.addfile(info)
     return file.getvalue()
 
 
@@ -127,24 +114,22 @@ def leftovers(root):
     return [str(path) for path in root.rglob(".*")]
 
 
-def test_everything_arrives_where_the_study_looks_for_it(study, server):
+def test_everything_arrives_where_the_study_looks_for_it_and_only_once(study, server):
     server.page_size = 3  # The listing comes in pages, as that of a large set does,
     server.api_faults += [503, 500]  # and fails now and then.
+    server.files["TCGA/TCGA-SARC_loose/one.h5"] = slide(4)  # A slide file that is in no archive.
     found = fetch.fetch(study)
     root = study.data
     assert (root / "labels" / "CDR.xlsx").read_bytes() == CDR
     assert (root / "splits" / "tcga_sarc" / "splits_0.csv").read_bytes() == FILES["tcga_sarc/splits_0.csv"]
     assert len(slides(root / "features" / "TCGA" / "TCGA-BRCA_IDC")) == 2
     assert len(slides(root / "features" / "TCGA" / "TCGA-BRCA_OTHERS")) == 1
-    assert len(slides(root / "features")) == 6 and not (root / "features" / "TCGA" / "TCGA-UCEC").exists()
-    assert not list(root.rglob("*.tar.gz")) and not leftovers(root) and len(found) == 6
+    assert (root / "features/TCGA/TCGA-SARC_loose/one.h5").is_file()
+    assert len(slides(root / "features")) == 7 and not (root / "features" / "TCGA" / "TCGA-UCEC").exists()
+    assert not list(root.rglob("*.tar.gz")) and not leftovers(root) and len(found) == 7
     record = unpacked(root / "features" / "TCGA" / "TCGA-SARC")
     assert f"{server.repo}/resolve/{loopback.COMMIT}/TCGA/TCGA-SARC.tar.gz" in record["source"]
     assert record["checksum"] == "sha256:" + hashlib.sha256(FILES["TCGA/TCGA-SARC.tar.gz"]).hexdigest()
-
-
-def test_what_is_there_is_not_downloaded_again(study, server):
-    fetch.fetch(study)
     server.asked.clear()
     again = fetch.fetch(study)
     assert not server.asked and set(again.values()) == {"was there"}
@@ -276,8 +261,7 @@ def test_what_is_too_large_for_a_plain_download_is_named(study, monkeypatch):
 
 
 def test_one_bad_archive_does_not_keep_the_others(study, server):
-    link = tarfile.TarInfo("link.h5")
-    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    link = member("link.h5", tarfile.SYMTYPE, linkname="/etc/passwd")
     server.files["TCGA/TCGA-BRCA_IDC.tar.gz"] = archive("BRCA", 2, [link])
     with pytest.raises(Refused, match=r"1 of 3 files are incomplete:\n.*TCGA-BRCA_IDC.*'link.h5' is a link") as refused:
         fetch.fetch(study, kinds=["features"])
@@ -333,22 +317,16 @@ def test_the_token_goes_to_the_hub_alone(study, server, monkeypatch):
 
 
 def test_a_hub_that_gives_no_list_is_a_sentence(study, server, monkeypatch):
-    def refused(match):
-        with pytest.raises(Refused, match=match):
-            fetch.fetch(study, ["SARC"], ["features"])
-
-    with monkeypatch.context() as patch:
-        patch.setattr(server, "repo", "somebody/else")
-        refused(r"not there, or not shown to you \(404\)")
-    with monkeypatch.context() as patch:
-        patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-        refused("cannot be reached.*HTTPS_PROXY")
-    with monkeypatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        refused("cannot be reached.*HF_HUB_OFFLINE")
     page = b"<html>Please log in to the clinic's network</html>"
-    monkeypatch.setattr(loopback.Handler, "do_GET", lambda self: self.answer(200, page))
-    refused("no list of files that can be read")
+    for message, patched in (
+        (r"not there, or not shown to you \(404\)", (server, "repo", "somebody/else")),
+        ("cannot be reached.*HF_HUB_OFFLINE", ("huggingface_hub.constants.HF_HUB_OFFLINE", True)),
+        ("no list of files that can be read", (loopback.Handler, "do_GET", lambda self: self.answer(200, page))),
+        ("cannot be reached.*HTTPS_PROXY", (os, "environ", os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"})),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(Refused, match=message):
+            patch.setattr(*patched)
+            fetch.fetch(study, ["SARC"], ["features"])
 
 
 # ------------------------------------------------------------------------------------------------ room
@@ -362,21 +340,10 @@ def test_too_little_room_is_said_before_anything_is_sent(study, server, monkeypa
     assert not server.sent
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 200 kB, where mounting is permitted."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not permitted")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 @pytest.mark.parametrize("name", ["while downloading", "while unpacking"])
 def test_a_disk_that_is_really_full(study, server, small_disk, monkeypatch, name):
     monkeypatch.setattr(atomic, "free_bytes", lambda path: 1 << 40)  # The check beforehand did not see it coming.
-    large = os.urandom(300_000) if name == "while downloading" else packed({"a.h5": bytes(300_000)})
+    large = os.urandom(600_000) if name == "while downloading" else packed({"a.h5": bytes(600_000)})
     server.files["TCGA/TCGA-SARC.tar.gz"] = large
     with pytest.raises(Refused, match="no space left in"):
         fetch.fetch(study, ["SARC"], ["features"], small_disk)
@@ -446,12 +413,6 @@ def test_a_file_of_another_content_is_not_overwritten(study):
     assert path.read_bytes() == b"mine"
 
 
-def test_loose_slide_files_go_to_their_place(study, server):
-    server.files["TCGA/TCGA-SARC_loose/one.h5"] = slide(4)
-    fetch.fetch(study, ["SARC"], ["features"])
-    assert (study.data / "features/TCGA/TCGA-SARC_loose/one.h5").is_file()
-
-
 def test_two_at_once(study):
     with exclusive(study.data / "fetch"), pytest.raises(Refused, match="another process is fetching"):
         fetch.fetch(study)
@@ -488,10 +449,6 @@ def test_the_manifest_of_tcga_can_be_fetched_from():
 
 
 # ------------------------------------------------------------------------------------------------ commands
-
-
-def steph(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_fetch_then_list(study, server, tmp_path):

@@ -10,24 +10,19 @@ from steph import Refused
 from steph.data.dataset import Dataset
 from steph.data.joint import JointDataset
 from steph.data.splits import Splits
+from steph.study.runs import Workbench
 
 
-@pytest.fixture
-def parts(tiny_data):
-    return [tiny_data.dataset(name) for name in ("SARC", "CESC", "LIHC")]
+@pytest.fixture(scope="module")
+def parts(build_folder):
+    """Data sets of the study `tiny`; nothing is run."""
+    bench = Workbench("tiny")
+    return [bench.dataset(name) for name in ("SARC", "CESC", "LIHC")]
 
 
 @pytest.fixture
 def joint(parts):
     return JointDataset(parts)
-
-
-@pytest.fixture(scope="module")
-def tiny_data(build_folder):
-    """The study `tiny`, opened; nothing is run."""
-    from steph.study.execute import Workbench
-
-    return Workbench("tiny")
 
 
 def named(data: Dataset, patients):
@@ -51,20 +46,11 @@ def test_bags_and_labels_are_those_of_each_data_set(joint, parts):
     joint.check_coords(names, "Patch-GCN")
 
 
-def test_one_data_set_is_itself(parts):
-    data = parts[0]
-    alone, patients = JointDataset([data]), data.splits.train(1)
-    assert alone.train(1) == named(data, patients)
-    pd.testing.assert_frame_equal(
-        alone.labels(alone.train(1)).drop(columns="patient_id"), data.labels(patients).drop(columns="patient_id")
-    )
-    found, own = alone.batch(alone.train(1)[:9]), data.batch(patients[:9])
-    assert torch.equal(found.features, own.features) and found.offsets == own.offsets
-
-
 @pytest.mark.parametrize("fold", [0, 1])
-def test_training_patients_are_everybodys_and_nobodys_test_patients(joint, parts, fold):
-    training = joint.train(fold)
+@pytest.mark.parametrize("n_parts", [1, 3])
+def test_training_patients_are_everybodys_and_nobodys_test_patients(parts, n_parts, fold):
+    parts = parts[:n_parts]
+    training = JointDataset(parts).train(fold)
     assert training == [name for data in parts for name in named(data, data.splits.train(fold))]
     assert len(set(training)) == len(training)
     tested = {name for data in parts for name in named(data, data.splits.test(fold))}

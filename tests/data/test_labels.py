@@ -1,7 +1,5 @@
 """Labels: TCGA-CDR joined to a slide list; on the real tables, all 39 numbers of Table S1."""
 
-from __future__ import annotations
-
 import tempfile
 from contextlib import suppress
 from functools import partial
@@ -43,7 +41,7 @@ SLIDES = [
 
 
 @pytest.fixture
-def study() -> Study:
+def study():
     datasets = {
         "KIPAN": {"projects": ["KIRC", "KIRP"], "patients": 2, "slides": 3, "survival_rate_pct": 50.0},
         "SARC": {"projects": ["SARC"], "patients": 3, "slides": 3, "survival_rate_pct": 66.7},
@@ -54,20 +52,20 @@ def study() -> Study:
 
 
 @pytest.fixture
-def cdr(tmp_path: Path) -> Path:
+def cdr(tmp_path):
     path = tmp_path / "cdr.csv"
     path.write_text(CDR)
     return path
 
 
-def listed(path: Path, lines: list[str]) -> Path:
+def listed(path, lines):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
-def test_labels_are_cohort_tables_sorted_by_patient_and_slide(study: Study, cdr: Path, tmp_path: Path) -> None:
-    build_labels(study, cdr, listed(tmp_path / "slides.txt", SLIDES), tmp_path / "labels")
+def test_labels_are_sorted_tables_and_the_summary_counts_compares_and_says_what_was_dropped(study, cdr, tmp_path):
+    summary = build_labels(study, cdr, listed(tmp_path / "slides.txt", SLIDES), tmp_path / "labels")
     assert sorted(path.name for path in (tmp_path / "labels").glob("*.csv")) == ["KIPAN.csv", "SARC.csv"]
     kipan = read_cohort(tmp_path / "labels" / "KIPAN.csv", "KIPAN").slides
     assert list(kipan.columns) == COLUMNS
@@ -76,10 +74,6 @@ def test_labels_are_cohort_tables_sorted_by_patient_and_slide(study: Study, cdr:
         ["TCGA-AA-0001", "TCGA-AA-0001-01Z-00-DX2.U2", "KIRC", 900.0, True],
         ["TCGA-AA-0002", "TCGA-AA-0002-01Z-00-DX1.U3", "KIRP", 0.0, False],  # day 0 and redacted: kept
     ]
-
-
-def test_the_summary_counts_and_compares_and_says_what_was_dropped(study: Study, cdr: Path, tmp_path: Path) -> None:
-    summary = build_labels(study, cdr, listed(tmp_path / "slides.txt", SLIDES), tmp_path / "labels")
     rows = summary.set_index("dataset")
     assert rows.loc["KIPAN", ["patients", "slides", "events", "survival_rate_pct"]].tolist() == [2, 3, 1, 50.0]
     assert rows["slides_dropped"].tolist() == [3, 0, 0]
@@ -96,7 +90,7 @@ def test_the_summary_counts_and_compares_and_says_what_was_dropped(study: Study,
     assert told["TCGA-AA-0001-01A-01-TS1.U10"].startswith("frozen section")
 
 
-def test_the_endpoint_is_the_studys(study: Study, cdr: Path, tmp_path: Path) -> None:
+def test_the_endpoint_is_the_studys(study, cdr, tmp_path):
     overall = study.model_copy(update={"endpoint": study.endpoint.model_copy(update={"name": "OS"})})
     summary = build_labels(overall, cdr, listed(tmp_path / "slides.txt", SLIDES), tmp_path / "labels")
     assert summary.loc[0, ["patients", "events"]].tolist() == [4, 2]
@@ -105,7 +99,7 @@ def test_the_endpoint_is_the_studys(study: Study, cdr: Path, tmp_path: Path) -> 
         build_labels(progression, cdr, tmp_path / "slides.txt", tmp_path / "labels")
 
 
-def test_every_kind_of_slide_list_names_the_same_slides(tmp_path: Path) -> None:
+def test_every_kind_of_slide_list_names_the_same_slides(tmp_path):
     text = listed(tmp_path / "slides.txt", ["", *(f"some/where/{slide}.svs" for slide in SLIDES)])
     table = listed(tmp_path / "slides.csv", ["project,pathology_id", *(f",{slide}" for slide in SLIDES)])
     for i, slide in enumerate(SLIDES):
@@ -115,7 +109,7 @@ def test_every_kind_of_slide_list_names_the_same_slides(tmp_path: Path) -> None:
         assert sorted(read_slides(path)["slide_id"]) == sorted(SLIDES)
 
 
-def test_an_xlsx_gives_the_labels_of_the_csv(study: Study, cdr: Path, tmp_path: Path) -> None:
+def test_an_xlsx_gives_the_labels_of_the_csv(study, cdr, tmp_path):
     table = pd.read_csv(cdr)
     with pd.ExcelWriter(tmp_path / "cdr.xlsx", engine="openpyxl") as book:
         pd.DataFrame({"note": ["another sheet"]}).to_excel(book, sheet_name="Notes")
@@ -140,7 +134,7 @@ def test_an_xlsx_gives_the_labels_of_the_csv(study: Study, cdr: Path, tmp_path: 
         ("TCGA-AA-0002,", ",", r"no bcr_patient_barcode or no type in row\(s\) 3"),
     ],
 )
-def test_a_bad_outcome_table_is_refused(old: str, new: str, message: str, cdr: Path) -> None:
+def test_a_bad_outcome_table_is_refused(old, new, message, cdr):
     assert old in CDR
     cdr.write_text(CDR.replace(old, new))
     with pytest.raises(Refused, match=message) as refused:
@@ -148,13 +142,13 @@ def test_a_bad_outcome_table_is_refused(old: str, new: str, message: str, cdr: P
     assert str(cdr) in str(refused.value)
 
 
-def test_a_repeated_outcome_row_is_one_patient(cdr: Path) -> None:
+def test_a_repeated_outcome_row_is_one_patient(cdr):
     cdr.write_text(CDR + "TCGA-AA-0001,KIRC,1,900,1.0,900.0,again\n\n")
     outcomes = read_outcomes(cdr, "DSS")
     assert outcomes.index.is_unique and len(outcomes) == 7
 
 
-def test_an_unreadable_outcome_table_is_refused(tmp_path: Path) -> None:
+def test_an_unreadable_outcome_table_is_refused(tmp_path):
     (tmp_path / "broken.xlsx").write_bytes(b"PK\x03\x04 cut off")
     (tmp_path / "empty.csv").write_text("")
     pd.DataFrame({"a": [1]}).to_excel(tmp_path / "other.xlsx", sheet_name="Sheet1")
@@ -190,7 +184,7 @@ def test_an_unreadable_outcome_table_is_refused(tmp_path: Path) -> None:
         ("other/absent.txt", None, "no slide list at"),
     ],
 )
-def test_a_bad_slide_list_is_refused(name: str, content: str | bytes | None, message: str, tmp_path: Path) -> None:
+def test_a_bad_slide_list_is_refused(name, content, message, tmp_path):
     (tmp_path / "nothing").mkdir()
     if content is not None:
         (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
@@ -198,7 +192,7 @@ def test_a_bad_slide_list_is_refused(name: str, content: str | bytes | None, mes
         read_slides(tmp_path / name)
 
 
-def test_the_lists_project_is_a_cross_check(study: Study, cdr: Path, tmp_path: Path) -> None:
+def test_the_lists_project_is_a_cross_check(study, cdr, tmp_path):
     agreeing = ["slide_id,project", f"{SLIDES[1]},TCGA-KIRC", f"{SLIDES[2]},KIPAN", f"{SLIDES[6]},SARC_OTHERS"]
     assert len(label_slides(study, cdr, listed(tmp_path / "slides.csv", agreeing))) == 3
     slides = listed(tmp_path / "slides.csv", [*agreeing, f"{SLIDES[0]},KIRC"])
@@ -206,7 +200,7 @@ def test_the_lists_project_is_a_cross_check(study: Study, cdr: Path, tmp_path: P
         build_labels(study, cdr, slides, tmp_path / "labels")
 
 
-def test_no_slide_with_a_label_is_refused_and_nothing_is_written(study: Study, cdr: Path, tmp_path: Path) -> None:
+def test_no_slide_with_a_label_is_refused_and_nothing_is_written(study, cdr, tmp_path):
     with pytest.raises(Refused, match=r"none of the 2 slides .*project not in the study: 1") as refused:
         build_labels(study, cdr, listed(tmp_path / "slides.txt", SLIDES[7:9]), tmp_path / "labels")
     assert "patient not in TCGA-CDR: 1" in str(refused.value)
@@ -214,7 +208,7 @@ def test_no_slide_with_a_label_is_refused_and_nothing_is_written(study: Study, c
 
 
 @pytest.mark.skipif(not TCGA.is_dir(), reason="the real TCGA tables are not there")
-def test_the_real_tables_give_table_s1(tmp_path: Path) -> None:
+def test_the_real_tables_give_table_s1(tmp_path):
     study, tables = load_study("tcga"), sorted(TCGA.glob("dss_tables/*/*.csv"))
     named = [pd.read_csv(t).assign(dataset=t.parent.name.removeprefix("tcga_").upper()) for t in tables]
     released = pd.concat(named)  # the label tables of all 13 data sets, one row per slide
@@ -238,7 +232,7 @@ def test_the_real_tables_give_table_s1(tmp_path: Path) -> None:
 @example(b"\xff\xfe")
 @example(b'"')
 @example(b"S,T,X,1\nS,U,X,1,1,1,1\n")
-def test_any_bytes_are_read_or_refused(content: bytes) -> None:
+def test_any_bytes_are_read_or_refused(content):
     with tempfile.TemporaryDirectory() as folder:
         readers = {"t.csv": partial(read_outcomes, endpoint="DSS"), "t.xlsx": partial(read_outcomes, endpoint="DSS"),
                    "s.csv": read_slides, "s.txt": read_slides}  # fmt: skip

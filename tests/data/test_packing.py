@@ -301,18 +301,6 @@ def test_a_disk_that_fills_up_meanwhile_is_refused_and_gone_on_with(tmp_path, mo
     packed(tmp_path).verify()
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of its own of 512 kB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    options = ["-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(["mount", *options], capture_output=True).returncode:
-        pytest.skip("mounting a small disk is not permitted here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_on_a_real_disk_that_fills_up_it_says_so_then_how_much_is_missing_and_goes_on(
     tmp_path, small_disk, monkeypatch, read_now
 ):

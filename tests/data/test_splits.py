@@ -1,9 +1,6 @@
 """Splits: patient-level, stratified, balanced, the same again; files checked against the cohort."""
 
-from __future__ import annotations
-
 import tempfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steph import Refused
-from steph.data.cohort import COLUMNS, Cohort, cohort_from
+from steph.data.cohort import COLUMNS, cohort_from
 from steph.data.splits import load_splits, make_splits
 
 
-def cohort_of(events: list[int], times: list[float] | None = None, name: str = "SARC") -> Cohort:
+def cohort_of(events, times=None, name="SARC"):
     """Patients P000, P001, ...; every third has two slides."""
     labels = enumerate(zip(times or range(len(events)), events, strict=True))
     rows = [(f"P{i:03}", f"P{i:03}-DX{k}", "SARC", *of) for i, of in labels for k in range(1 + (i % 3 == 0))]
@@ -25,13 +22,13 @@ def cohort_of(events: list[int], times: list[float] | None = None, name: str = "
 
 
 @pytest.fixture
-def cohort() -> Cohort:
+def cohort():
     return cohort_of([1, 0, 0, 1, 0] * 4 + [0, 1])
 
 
 @settings(max_examples=60)
 @given(data=st.data(), n_folds=st.integers(2, 6), seed=st.integers(0, 2**32))
-def test_folds_are_balanced_in_size_events_and_follow_up(data: st.DataObject, n_folds: int, seed: int) -> None:
+def test_folds_are_balanced_in_size_events_and_follow_up(data, n_folds, seed):
     events = [1] * n_folds + data.draw(st.lists(st.integers(0, 1), max_size=40))
     times = data.draw(st.lists(st.integers(0, 9), min_size=len(events), max_size=len(events)))
     cohort = cohort_of(events, times)
@@ -47,7 +44,7 @@ def test_folds_are_balanced_in_size_events_and_follow_up(data: st.DataObject, n_
         assert sorted(ordered.iloc[start : start + n_folds]) == list(range(n_folds))
 
 
-def test_the_same_patients_and_seed_give_the_same_folds_in_any_row_order(cohort: Cohort) -> None:
+def test_the_same_patients_and_seed_give_the_same_folds_in_any_row_order(cohort):
     table = make_splits(cohort, 5, 42)
     shuffled = cohort_from(cohort.slides.sample(frac=1, random_state=3), "SARC", "test")
     pd.testing.assert_frame_equal(make_splits(shuffled, 5, 42), table)
@@ -55,13 +52,13 @@ def test_the_same_patients_and_seed_give_the_same_folds_in_any_row_order(cohort:
 
 
 @pytest.mark.parametrize(("events", "n_folds"), [([1, 1, 1, 1, 0, 0, 0], 5), ([1, 1, 1], 1)])
-def test_a_cohort_too_small_for_its_folds_is_refused(events: list[int], n_folds: int) -> None:
+def test_a_cohort_too_small_for_its_folds_is_refused(events, n_folds):
     message = rf"{sum(events)} events among {len(events)} patients do not make {n_folds} folds"
     with pytest.raises(Refused, match=message):
         make_splits(cohort_of(events), n_folds, 42)
 
 
-def test_splits_are_written_once_and_reused(cohort: Cohort, tmp_path: Path) -> None:
+def test_splits_are_written_once_and_reused(cohort, tmp_path):
     made = load_splits(cohort, tmp_path, 5, 42)
     written = (tmp_path / "SARC.csv").read_bytes()
     again = load_splits(cohort, tmp_path, 5, 7)  # another seed: what is written counts
@@ -72,25 +69,15 @@ def test_splits_are_written_once_and_reused(cohort: Cohort, tmp_path: Path) -> N
     assert load_splits(cohort, tmp_path / "other", 5, 7).fingerprint != made.fingerprint
 
 
-def test_every_patient_tests_once_and_trains_otherwise_in_table_order(cohort: Cohort, tmp_path: Path) -> None:
-    shuffled = cohort_from(cohort.slides.sample(frac=1, random_state=3), "SARC", "test")
-    splits, order = load_splits(shuffled, tmp_path, 5, 42), list(shuffled.slides_of)
-    assert sorted(patient for k in range(5) for patient in splits.test(k)) == sorted(order)
-    for k in range(5):
-        train, test = splits.train(k), splits.test(k)
-        assert sorted(train + test) == sorted(order)
-        assert train == [p for p in order if p in train] and test == [p for p in order if p in test]
-
-
 @pytest.mark.parametrize("fold", [-1, 5, "0", None])
-def test_a_fold_outside_the_range_is_refused(fold: object, cohort: Cohort, tmp_path: Path) -> None:
+def test_a_fold_outside_the_range_is_refused(fold, cohort, tmp_path):
     splits = load_splits(cohort, tmp_path, 5, 42)
     for of in (splits.train, splits.test):
         with pytest.raises(Refused, match=r"there is no fold .*: its folds are 0 to 4"):
-            of(fold)  # type: ignore[arg-type]
+            of(fold)
 
 
-BAD_OURS = {
+OURS = {
     "unknown patient": (lambda t: pd.concat([t, t.tail(1).assign(patient_id="P999")]), r"1 patient.*not in .*P999"),
     "patient twice": (lambda t: pd.concat([t, t.head(1)]), r"1 patient\(s\) listed twice: P000"),
     "patient missing": (lambda t: t[2:], r"2 patient\(s\) of the cohort SARC who are missing: P000, P001"),
@@ -102,17 +89,7 @@ BAD_OURS = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_OURS)
-def test_a_bad_file_of_ours_is_refused(case: str, cohort: Cohort, tmp_path: Path) -> None:
-    spoil, message = BAD_OURS[case]
-    path = tmp_path / "SARC.csv"
-    spoil(make_splits(cohort, 5, 42).astype(str)).to_csv(path, index=False)
-    with pytest.raises(Refused, match=message) as refused:
-        load_splits(cohort, tmp_path, 5, 42)
-    assert str(path) in str(refused.value)
-
-
-def test_a_fold_that_changed_by_itself_is_noticed(cohort: Cohort, tmp_path: Path) -> None:
+def test_a_fold_that_changed_by_itself_is_noticed(cohort, tmp_path):
     load_splits(cohort, tmp_path, 5, 42)
     text = (tmp_path / "SARC.csv").read_text().strip()
     (tmp_path / "SARC.csv").write_text(f"{text[:-1]}{(int(text[-1]) + 1) % 5}\n")
@@ -120,7 +97,7 @@ def test_a_fold_that_changed_by_itself_is_noticed(cohort: Cohort, tmp_path: Path
         load_splits(cohort, tmp_path, 5, 42)
 
 
-def released(cohort: Cohort, folder: Path, names: Sequence[str] = ("train", "val", "test"), n_folds: int = 5) -> None:
+def released(cohort, folder, names=("train", "val", "test"), n_folds=5):
     """The authors' layout: an index column, columns of different lengths padded with blanks."""
     patients = np.array(list(cohort.slides_of))
     folder.mkdir(parents=True)
@@ -133,9 +110,7 @@ def released(cohort: Cohort, folder: Path, names: Sequence[str] = ("train", "val
 
 @pytest.mark.parametrize("columns", [["train", "val", "test"], ["train", "test"], ["train", "val"]])
 @pytest.mark.parametrize("folder", ["SARC", "tcga_sarc"])
-def test_the_authors_files_are_used_and_val_patients_beside_a_test_set_are_set_aside(
-    folder: str, columns: list[str], cohort: Cohort, tmp_path: Path
-) -> None:
+def test_the_authors_files_are_used_and_val_patients_beside_a_test_set_are_set_aside(folder, columns, cohort, tmp_path):
     load_splits(cohort, tmp_path, 5, 42)  # ours is there as well; the authors' count
     released(cohort, tmp_path / folder, columns)
     splits, patients = load_splits(cohort, tmp_path, 5, 42), list(cohort.slides_of)
@@ -146,20 +121,20 @@ def test_the_authors_files_are_used_and_val_patients_beside_a_test_set_are_set_a
         assert splits.train(k) == rest[3 * (len(columns) == 3) :]
 
 
-def put(column: str, row: int, value: object) -> Callable[[pd.DataFrame], pd.DataFrame]:
-    def change(table: pd.DataFrame) -> pd.DataFrame:
+def put(column, row, value):
+    def change(table):
         table.loc[row, column] = value
         return table
 
     return change
 
 
-def nobody_tests(table: pd.DataFrame) -> pd.DataFrame:
+def nobody_tests(table):
     held = pd.concat([table["val"].dropna(), table["test"].dropna()], ignore_index=True)
     return pd.DataFrame({"train": table["train"], "val": held, "test": None})
 
 
-BAD_AUTHORS = {
+AUTHORS = {
     "unknown patient": (put("val", 3, "TCGA-XX-0000"), r"1 patient\(s\) who are not in the cohort SARC: TCGA-XX-0000"),
     "train and test": (put("test", 10, "P021"), r"1 patient\(s\) who train and are held out as well: P021"),
     "train and val": (put("val", 10, "P021"), r"1 patient\(s\) who train and are held out as well: P021"),
@@ -171,44 +146,57 @@ BAD_AUTHORS = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_AUTHORS)
-def test_a_bad_file_of_the_authors_is_refused(case: str, cohort: Cohort, tmp_path: Path) -> None:
-    spoil, message = BAD_AUTHORS[case]
-    released(cohort, tmp_path / "SARC")
-    path = tmp_path / "SARC" / "splits_2.csv"
-    table = pd.read_csv(path, dtype=str)
-    spoil(table).to_csv(path, index=False)
+BAD = {"SARC.csv": OURS, "SARC/splits_2.csv": AUTHORS}
+
+
+@pytest.mark.parametrize(("file", "case"), [(file, case) for file, cases in BAD.items() for case in cases])
+def test_a_bad_file_is_refused(file, case, cohort, tmp_path):
+    spoil, message = BAD[file][case]
+    path = tmp_path / file
+    if file == "SARC.csv":
+        make_splits(cohort, 5, 42).to_csv(path, index=False)
+    else:
+        released(cohort, tmp_path / "SARC")
+    spoil(pd.read_csv(path, dtype=str)).to_csv(path, index=False)
     with pytest.raises(Refused, match=message) as refused:
         load_splits(cohort, tmp_path, 5, 42)
     assert str(path) in str(refused.value)
 
 
-@pytest.mark.parametrize("n_files", [3, 10])
-def test_another_number_of_the_authors_files_is_refused(n_files: int, cohort: Cohort, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("n_files", "repeats", "message"),
+    [
+        (3, 1, r"splits_2\.csv.*; expected splits_0\.csv to splits_4\.csv"),
+        (10, 1, r"splits_2\.csv.*; expected splits_0\.csv to splits_4\.csv"),
+        (5, 2, r"SARC holds the authors' splits, one cross-validation.*repeats it 2 times"),
+    ],
+)
+def test_another_number_of_the_authors_files_is_refused(n_files, repeats, message, cohort, tmp_path):
     released(cohort, tmp_path / "SARC", n_folds=n_files)
-    with pytest.raises(Refused, match=r"splits_2\.csv.*; expected splits_0\.csv to splits_4\.csv"):
-        load_splits(cohort, tmp_path, 5, 42)
+    with pytest.raises(Refused, match=message):
+        load_splits(cohort, tmp_path, 5, 42, repeats=repeats)
 
 
 # ------------------------------------------------------------------------------------------------ repeats
 
 
-def test_each_repeat_is_a_cross_validation_of_its_own(cohort: Cohort, tmp_path: Path) -> None:
-    splits = load_splits(cohort, tmp_path, 5, 42, repeats=3)
+def test_in_each_repeat_every_patient_tests_once_and_trains_otherwise_in_table_order(cohort, tmp_path):
+    cohort = cohort_from(cohort.slides.sample(frac=1, random_state=3), "SARC", "test")
+    splits, order = load_splits(cohort, tmp_path, 5, 42, repeats=3), list(cohort.slides_of)
     assert splits.n_folds == 15
     for repeat in range(3):
         folds = range(5 * repeat, 5 * repeat + 5)
-        tested = [patient for k in folds for patient in splits.test(k)]
-        assert sorted(tested) == sorted(cohort.slides_of)  # everybody once: folds of a repeat are disjoint
+        assert sorted(patient for k in folds for patient in splits.test(k)) == sorted(order)
         for k in folds:
-            assert not set(splits.train(k)) & set(splits.test(k))
-            assert sorted(splits.train(k) + splits.test(k)) == sorted(cohort.slides_of)
+            train, test = splits.train(k), splits.test(k)
+            assert sorted(train + test) == sorted(order)
+            assert train == [p for p in order if p in train] and test == [p for p in order if p in test]
         alone = load_splits(cohort, tmp_path / f"alone{repeat}", 5, 42 + repeat)
         assert splits.folds[folds.start : folds.stop] == alone.folds
     assert len({frozenset(splits.test(k)) for k in range(15)}) == 15
 
 
-def test_more_repeats_leave_what_is_there_as_it_is(cohort: Cohort, tmp_path: Path) -> None:
+def test_more_repeats_leave_what_is_there_as_it_is(cohort, tmp_path):
     once = load_splits(cohort, tmp_path, 5, 42)
     written = (tmp_path / "SARC.csv").read_bytes()
     three = load_splits(cohort, tmp_path, 5, 42, repeats=3)
@@ -221,23 +209,17 @@ def test_more_repeats_leave_what_is_there_as_it_is(cohort: Cohort, tmp_path: Pat
     assert load_splits(cohort, tmp_path, 5, 7, repeats=3).folds == three.folds  # what is written counts
 
 
-def test_the_folds_of_a_seed_and_their_fingerprint_do_not_change(tmp_path: Path) -> None:
+def test_the_folds_of_a_seed_and_their_fingerprint_do_not_change(tmp_path):
     """Keys of finished runs stand on them."""
     cohort = cohort_of([1, 0] * 10)
     assert "".join(map(str, make_splits(cohort, 5, 42)["fold"])) == "42243011033204102341"
     assert load_splits(cohort, tmp_path, 5, 42).fingerprint == "4a44e2958480"
 
 
-def test_a_repeat_with_folds_of_another_is_refused(cohort: Cohort, tmp_path: Path) -> None:
+def test_a_repeat_with_folds_of_another_is_refused(cohort, tmp_path):
     load_splits(cohort, tmp_path, 5, 42)
     (tmp_path / "SARC.repeat1.csv").write_bytes((tmp_path / "SARC.csv").read_bytes())
     with pytest.raises(Refused, match=r"SARC\.repeat1\.csv: P000 in fold '\d'.*folds 5 to 9 there"):
-        load_splits(cohort, tmp_path, 5, 42, repeats=2)
-
-
-def test_the_authors_files_cannot_be_repeated(cohort: Cohort, tmp_path: Path) -> None:
-    released(cohort, tmp_path / "SARC")
-    with pytest.raises(Refused, match=r"SARC holds the authors' splits, one cross-validation.*repeats it 2 times"):
         load_splits(cohort, tmp_path, 5, 42, repeats=2)
 
 
@@ -247,7 +229,7 @@ MEMBER = st.sampled_from([*(f"P{i:03}" for i in range(6)), "", "P9", " P001", "p
 @given(
     st.permutations(range(6)), st.lists(st.tuples(MEMBER, st.sampled_from(["0", "1", "2", "x", "", "1.0"])), max_size=3)
 )
-def test_a_file_of_folds_divides_the_cohort_or_is_refused(order: list[int], more: list[tuple[str, str]]) -> None:
+def test_a_file_of_folds_divides_the_cohort_or_is_refused(order, more):
     cohort = cohort_of([0, 1] * 3, name="X")
     rows = [(f"P{i:03}", str(k % 2)) for k, i in enumerate(order)] + more
     with tempfile.TemporaryDirectory() as folder:

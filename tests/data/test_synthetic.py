@@ -1,13 +1,9 @@
 """The demo cohort: what was planted is what was made."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,35 +18,35 @@ from steph.data.store import Store
 from steph.survival import concordance_index
 
 
-def changed(study: Study, root: Path | None = None, **values: object) -> Study:
+def changed(study, root=None, **values):
     """The study with other values of `synthetic`, below another folder."""
     made = study.model_copy(update={"synthetic": study.synthetic.model_copy(update=values)})
     return made.model_copy(update={"data_root": str(root)}) if root else made
 
 
 @pytest.fixture(scope="module")
-def demo() -> Study:
+def demo():
     return load_study("demo")
 
 
 @pytest.fixture(scope="module")
-def twin() -> Study:
+def twin():
     return load_study("demo_twin")
 
 
 @pytest.fixture(scope="module")
-def all_drawn(demo: Study) -> dict[tuple[str, bool], synthetic.Drawn]:
+def all_drawn(demo):
     """The whole demo: cohort (False) and external patients (True) of each data set."""
     return {(name, external): synthetic.draw(demo, name, external) for name in demo.datasets for external in (0, 1)}
 
 
-def content(folder: Path) -> dict[str, str]:
+def content(folder):
     """SHA-256 of each label and oracle table, and each store's content."""
     tables = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.csv")}
     return tables | {str(p.relative_to(folder)): Store.open(p).fingerprint for p in folder.rglob("*.h5")}
 
 
-def test_demo_is_the_paper_at_half_size(demo: Study) -> None:
+def test_demo_is_the_paper_at_half_size(demo):
     assert list(demo.datasets) == list(load_study("tcga").datasets)
     for name, entry in demo.datasets.items():  # their numbers are those of Table S1, as of every manifest
         half = round(demo.synthetic.scale * entry.patients)
@@ -58,7 +54,7 @@ def test_demo_is_the_paper_at_half_size(demo: Study) -> None:
     assert set(demo.datasets) == set(synthetic.MEMBERSHIPS)
 
 
-def test_twin_extends_the_demo_and_changes_sharing_alone(demo: Study, twin: Study) -> None:
+def test_twin_extends_the_demo_and_changes_sharing_alone(demo, twin):
     ours, theirs = demo.model_dump(), twin.model_dump()
     assert theirs.pop("name") != ours.pop("name") and theirs.pop("title") != ours.pop("title")
     assert ours["synthetic"].pop("sharing") is True and theirs["synthetic"].pop("sharing") is False
@@ -67,7 +63,7 @@ def test_twin_extends_the_demo_and_changes_sharing_alone(demo: Study, twin: Stud
     assert twin.data != demo.data
 
 
-def test_same_files_in_any_order_and_in_another_process(demo: Study, tmp_path: Path) -> None:
+def test_same_files_in_any_order_and_in_another_process(demo, tmp_path):
     small = changed(demo, tmp_path / "a", scale=0.1, external_patients=12)
     for name in ("CESC", "SARC"):
         synthetic.make_dataset(small, name)
@@ -83,7 +79,7 @@ def test_same_files_in_any_order_and_in_another_process(demo: Study, tmp_path: P
     assert not [p for p in tmp_path.rglob("*") if p.name.endswith(".tmp")]
 
 
-def test_seed_and_data_set_decide_the_numbers(demo: Study) -> None:
+def test_seed_and_data_set_decide_the_numbers(demo):
     small = changed(demo, scale=0.1, external_patients=5)
     one = synthetic.draw(small, "SARC")
     assert not np.array_equal(one.features, synthetic.draw(changed(small, seed=1), "SARC").features)
@@ -91,7 +87,7 @@ def test_seed_and_data_set_decide_the_numbers(demo: Study) -> None:
     assert len(set(np.concatenate(fractions)) - {0.1, 0.9}) > 120, "two data sets share their random numbers"
 
 
-def test_numbers_of_this_recipe(demo: Study) -> None:
+def test_numbers_of_this_recipe(demo):
     """Made stores are recognised by `RECIPE`: whoever changes these numbers raises it."""
     drawn = synthetic.draw(demo, "CESC")
     found = [*drawn.patients["log_risk"][:2], drawn.patients["time_days"].sum()]
@@ -100,7 +96,7 @@ def test_numbers_of_this_recipe(demo: Study) -> None:
     assert synthetic.RECIPE == 1 and found == pytest.approx(expected, rel=1e-6)
 
 
-def test_external_patients_change_nothing_and_are_others(demo: Study) -> None:
+def test_external_patients_change_nothing_and_are_others(demo):
     few, many = changed(demo, scale=0.1, external_patients=5), changed(demo, scale=0.1, external_patients=40)
     a, b = synthetic.draw(few, "LIHC"), synthetic.draw(many, "LIHC")
     pd.testing.assert_frame_equal(a.patients, b.patients)
@@ -111,7 +107,7 @@ def test_external_patients_change_nothing_and_are_others(demo: Study) -> None:
     assert synthetic.draw(few, "LIHC", external=True).patients["log_risk"].equals(outside["log_risk"][:5])
 
 
-def test_sizes_and_event_rates_are_table_s1s(demo: Study, all_drawn: dict) -> None:
+def test_sizes_and_event_rates_are_table_s1s(demo, all_drawn):
     for name, entry in demo.datasets.items():
         drawn, outside = all_drawn[name, False], all_drawn[name, True]
         n = round(0.5 * entry.patients)
@@ -132,7 +128,7 @@ def test_sizes_and_event_rates_are_table_s1s(demo: Study, all_drawn: dict) -> No
     assert sorted(set(medians)) == medians, "bags do not follow the paper's patches per slide"
 
 
-def test_oracle_ranks_patients_about_as_well_as_planned(all_drawn: dict) -> None:
+def test_oracle_ranks_patients_about_as_well_as_planned(all_drawn):
     for external in (False, True):
         tables = [drawn.patients for key, drawn in all_drawn.items() if key[1] == external]
         found = np.mean([concordance_index(p["time_days"], p["event"], p["log_risk"]) for p in tables])
@@ -141,7 +137,7 @@ def test_oracle_ranks_patients_about_as_well_as_planned(all_drawn: dict) -> None
     assert spread == pytest.approx(1.2, abs=0.04)
 
 
-def test_patches_show_composition_and_tumour_state(demo: Study, all_drawn: dict) -> None:
+def test_patches_show_composition_and_tumour_state(demo, all_drawn):
     """A least-squares reading of the patches finds the true risk: the signal is in the features, and only there where
     it was planted."""
     drawn = all_drawn["GBMLGG", False]
@@ -153,7 +149,7 @@ def test_patches_show_composition_and_tumour_state(demo: Study, all_drawn: dict)
     planted = drawn.patients["tumour"].to_numpy()
     assert np.abs(shares[0].to_numpy() - planted).max() < 0.2, "tumour patches do not follow the tumour fraction"
 
-    def explained(columns: np.ndarray) -> float:
+    def explained(columns):
         columns = np.column_stack([np.ones(len(columns)), columns])
         risk = drawn.patients["log_risk"].to_numpy()
         return 1 - np.var(risk - columns @ np.linalg.lstsq(columns, risk, rcond=None)[0]) / np.var(risk)
@@ -167,8 +163,8 @@ def test_patches_show_composition_and_tumour_state(demo: Study, all_drawn: dict)
     assert explained(decoy.reindex(means.index).to_numpy()) < 0.2, "background patches tell the tumour's state"
 
 
-def test_tissue_and_tumour_are_connected_on_the_grid(demo: Study, all_drawn: dict) -> None:
-    def connected(cells: np.ndarray) -> bool:
+def test_tissue_and_tumour_are_connected_on_the_grid(demo, all_drawn):
+    def connected(cells):
         x, y = (cells - cells.min(axis=0)).T // synthetic.PATCH_PX
         grid = np.zeros((synthetic.GRID, synthetic.GRID))
         grid[x, y] = 1
@@ -184,7 +180,7 @@ def test_tissue_and_tumour_are_connected_on_the_grid(demo: Study, all_drawn: dic
             assert connected(coords) and connected(coords[phenotype == 0])
 
 
-def test_planted_similarity_shows_the_groups_and_the_twin_shares_nothing(demo: Study, twin: Study) -> None:
+def test_planted_similarity_shows_the_groups_and_the_twin_shares_nothing(demo, twin):
     related = {("BRCA", "UCEC"), ("GBMLGG", "SARC"), ("SKCM", "SARC"), ("KIPAN", "LIHC"), ("HNSC", "CESC")}
     off = ~np.eye(13, dtype=bool)
     for seed in range(4):
@@ -196,7 +192,7 @@ def test_planted_similarity_shows_the_groups_and_the_twin_shares_nothing(demo: S
         assert np.allclose(np.diag(none), 1) and np.allclose(none[off], -1 / 12)
 
 
-def test_planted_similarity_is_the_correlation_of_true_risks(demo: Study, twin: Study) -> None:
+def test_planted_similarity_is_the_correlation_of_true_risks(demo, twin):
     even = np.full(5, 0.2)
     composition = synthetic._composition(("test",), even, 20_000)
     state = np.random.default_rng(0).standard_normal((20_000, synthetic.N_FACTORS))
@@ -207,7 +203,7 @@ def test_planted_similarity_is_the_correlation_of_true_risks(demo: Study, twin: 
         assert np.abs(np.corrcoef(risks.T) - planted.to_numpy()).max() < 0.03
 
 
-def test_twin_has_the_same_slides_and_other_outcomes(demo: Study, twin: Study) -> None:
+def test_twin_has_the_same_slides_and_other_outcomes(demo, twin):
     for external in (False, True):
         a, b = (synthetic.draw(study, "STES", external) for study in (demo, twin))
         assert np.array_equal(a.features, b.features) and np.array_equal(a.coords, b.coords)
@@ -216,7 +212,7 @@ def test_twin_has_the_same_slides_and_other_outcomes(demo: Study, twin: Study) -
     assert synthetic.draw(demo, "STES").patients["event"].sum() == synthetic.draw(twin, "STES").patients["event"].sum()
 
 
-def test_files_are_readable_and_say_that_they_are_synthetic(demo: Study, tmp_path: Path) -> None:
+def test_files_are_readable_and_say_that_they_are_synthetic(demo, tmp_path):
     study = changed(demo, tmp_path, scale=0.2, external_patients=15)
     synthetic.make_dataset(study, "SARC")
     for folder, external in ((tmp_path, False), (tmp_path / "external", True)):
@@ -257,9 +253,7 @@ def test_files_are_readable_and_say_that_they_are_synthetic(demo: Study, tmp_pat
         (lambda values: values["datasets"].update(OVARY=values["datasets"]["SARC"]), "OVARY", "unknown cancer 'OVARY'"),
     ],
 )
-def test_what_cannot_be_made_is_refused(
-    demo: Study, tmp_path: Path, change: Callable, dataset: str, message: str
-) -> None:
+def test_what_cannot_be_made_is_refused(demo, tmp_path, change, dataset, message):
     values = demo.model_dump() | {"data_root": str(tmp_path)}
     change(values)
     with pytest.raises(Refused, match=message):

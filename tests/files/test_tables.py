@@ -1,10 +1,7 @@
 """Tables that people give."""
 
-from __future__ import annotations
-
 import errno
 import subprocess
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,7 +10,7 @@ from steph import Refused
 from steph.files.tables import read_csv, shortened, write_csv
 
 
-def test_cells_stay_text_and_blanks_stay_blank(tmp_path: Path) -> None:
+def test_cells_stay_text_and_blanks_stay_blank(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n007,NA\n,1.50\n")
     assert read_csv(tmp_path / "t.csv").to_numpy().tolist() == [["007", "NA"], ["", "1.50"]]
     (tmp_path / "t.csv").write_text("a,b\n")
@@ -34,18 +31,18 @@ SHIFTED = r"t\.csv: its rows have more cells than its first line has names \(a, 
         (b"a,b\nrow1,x,2,3\n", SHIFTED),
     ],
 )
-def test_what_is_no_table_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+def test_what_is_no_table_is_refused(content, message, tmp_path):
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(Refused, match=message):
         read_csv(tmp_path / "t.csv")
 
 
-def test_a_long_list_is_cut_and_counted() -> None:
+def test_a_long_list_is_cut_and_counted():
     assert shortened(["a", "b"]) == "a, b"
     assert shortened(list("abcdefg"), most=3) == "a, b, c, and 4 more"
 
 
-def test_a_table_of_ours_has_a_checksum_that_any_tool_reads(tmp_path: Path) -> None:
+def test_a_table_of_ours_has_a_checksum_that_any_tool_reads(tmp_path):
     path = tmp_path / "deep" / "t.csv"
     write_csv(pd.DataFrame({"a": [1], "b": [0.5]}), path)
     assert read_csv(path).to_numpy().tolist() == [["1", "0.5"]]
@@ -58,17 +55,17 @@ def test_a_table_of_ours_has_a_checksum_that_any_tool_reads(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("seal", [b"", b"\xff\xfe", b"0" * 64])
-def test_a_damaged_checksum_vouches_for_nothing(seal: bytes, tmp_path: Path) -> None:
+def test_a_damaged_checksum_vouches_for_nothing(seal, tmp_path):
     write_csv(pd.DataFrame({"a": [1]}), tmp_path / "t.csv")
     (tmp_path / "t.csv.sha256").write_bytes(seal)
     with pytest.raises(Refused, match=r"t\.csv\.sha256"):
         read_csv(tmp_path / "t.csv")
 
 
-def test_a_table_that_is_not_written_leaves_the_old_one_with_its_checksum(tmp_path: Path, monkeypatch) -> None:
+def test_a_table_that_is_not_written_leaves_the_old_one_with_its_checksum(tmp_path, monkeypatch):
     write_csv(pd.DataFrame({"a": [1]}), tmp_path / "t.csv")
 
-    def full(*_args: object, **_more: object) -> None:
+    def full(*_args, **_more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pd.DataFrame, "to_csv", full)
