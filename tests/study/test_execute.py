@@ -1,10 +1,4 @@
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,7 +8,7 @@ import pytest
 import torch
 
 from steph import Refused
-from steph.files.records import read_record, write_sealed
+from steph.files.records import write_sealed
 from steph.mil.state import load_state
 from steph.study import Run, Workbench, plan, results, run, run_all
 from steph.study import execute as study
@@ -153,26 +147,6 @@ def test_a_fold_without_events_has_a_reason_not_a_number(tiny):
     predictions = pd.read_csv(tiny.record(SARC).file("predictions.csv")).assign(event=0)
     found = c_index(predictions)
     assert found["c_index"] is None and "no comparable pair" in found["problem"]
-
-
-def test_killed_at_any_moment_and_run_again_gives_the_same_numbers(tiny, tmp_path):
-    """SIGKILL in the middle of a study, several times; then it ends as if nothing had happened."""
-    script = textwrap.dedent("""
-        from steph.study.execute import Run, Workbench, run_all
-        if __name__ == "__main__":
-            run_all(Workbench("tiny"), [Run("SARC", m, 1, 42) for m in ("steph", "hypernetwork_only")], workers=1)
-    """)
-    environment = {**os.environ, "STEPH_BUILD": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    for seconds in (3.0, 3.6, 4.2):
-        process = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
-        time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True, stderr=subprocess.DEVNULL)
-    found = read_record(tmp_path / tiny.folder(SARC).relative_to(tiny.study.build.parent))
-    expected = tiny.record(SARC)
-    for name in ("predictions.csv", "model.safetensors"):
-        assert found.info["files"][name] == expected.info["files"][name]
 
 
 def test_run_returns_the_record(tiny):

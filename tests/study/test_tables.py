@@ -35,10 +35,6 @@ def test_an_undefined_fold_is_shown_and_never_averaged_away():
     ]
 
 
-def test_one_data_set_has_no_average_over_data_sets():
-    assert list(results.summary(frame({("SARC", "vanilla"): [0.5, 0.6]}))["dataset"]) == ["SARC"]
-
-
 def test_two_seeds_in_one_table_are_refused():
     table = frame({("SARC", "vanilla"): [0.5]})
     with pytest.raises(Refused, match="choose one seed"):
@@ -91,12 +87,6 @@ def test_the_papers_average_stands_only_beside_all_its_data_sets():
     assert paper_average(frame(everything)) == 0.6609
     del everything["SARC", "vanilla"]
     assert np.isnan(paper_average(frame(everything)))
-
-
-def test_a_control_has_no_row_of_the_paper():
-    table = frame({(d, m): [0.5, 0.7] for m in ("vanilla", "hypernetwork_only") for d in ("SARC", "LIHC")})
-    wide = results.as_the_paper(results.beside_paper(table))
-    assert ("Hypernetwork only", "here") in wide.index and ("Hypernetwork only", "paper") not in wide.index
 
 
 def test_means_are_compared_on_folds_that_all_methods_have():
