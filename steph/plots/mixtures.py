@@ -3,12 +3,12 @@ vector of mixed training (Appendix B)."""
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
@@ -17,12 +17,11 @@ from steph.analysis.mixing.sar import ALPHA, ATTENTION, EMBEDDING
 from steph.plots import style
 from steph.plots.style import BLUE, DASHED, GREEN, GREY, MUTED, ORANGE, PURPLE, SKY, WIDTH, legend
 
-COLOURS = {EMBEDDING: BLUE, ATTENTION: ORANGE, "attention, tanh": PURPLE, "attention, sigmoid": GREEN}
-RULES: dict[str, Any] = {"released": "-", "paper": DASHED}
-RULE_NAMES = {"released": "released rule", "paper": "paper's rule"}
-NAMES = {
-    EMBEDDING: r"$f_{emb}$", ATTENTION: r"$f_{attn}$", "attention, tanh": "tanh", "attention, sigmoid": "sigmoid"
+LAYERS = {
+    EMBEDDING: (r"$f_{emb}$", BLUE), ATTENTION: (r"$f_{attn}$", ORANGE), "attention, tanh": ("tanh", PURPLE),
+    "attention, sigmoid": ("sigmoid", GREEN),
 }  # fmt: skip
+RULES: dict[str, Any] = {"released": ("released rule", "-"), "paper": ("paper's rule", DASHED)}
 CANDIDATES = {
     vicinal.MIXTURE: (BLUE, "o", r"$\tau_{mix}$"),
     vicinal.TARGET_ALONE: (ORANGE, "s", r"$\tau_t$ alone"),
@@ -45,23 +44,20 @@ def alignment(curves: pd.DataFrame, layers: tuple[str, ...] = (EMBEDDING, ATTENT
     fig, axes = style.panels(len(sources), 3, 2.25, "λ", "SAR", **size, sharex=True, sharey=True)
     for ax, (source, of_source) in zip(axes, curves.groupby("source", sort=False), strict=True):
         for layer in layers:
-            part, colour = of_source[of_source["layer"] == layer], COLOURS[layer]
-            draws = part[(part["kind"] == "rotated") & (part["rule"] == "released")].groupby("lambda")["sar"]
+            sar = of_source[of_source["layer"] == layer].set_index(["kind", "rule", "lambda"])["sar"].sort_index()
+            draws, colour = sar["rotated", "released"].groupby("lambda"), LAYERS[layer][1]
             ax.fill_between(draws.mean().index, draws.min(), draws.max(), color=colour, alpha=0.15, linewidth=0)
             ax.plot(draws.mean(), color=colour, linestyle=":", linewidth=1.2)
-            for rule, line in RULES.items():
-                curve = part[(part["kind"] == "source") & (part["rule"] == rule)]
-                ax.plot(curve["lambda"], curve["sar"], color=colour, linestyle=line)
+            for rule, (_, line) in RULES.items():
+                ax.plot(sar["source", rule], color=colour, linestyle=line)
         ax.set(xlim=(0, 1), title=f"{of_source['target'].iloc[0]} with {source}")
     low = curves.loc[curves["layer"].isin(layers) & (curves["kind"] != "noise"), "sar"].min()
     axes[0].set_ylim(np.floor(low * 10) / 10, 1.02)
-    keys = [style.key(NAMES[layer], color=COLOURS[layer]) for layer in layers]
-    keys += [style.key(RULE_NAMES[rule], color=MUTED, linestyle=line) for rule, line in RULES.items()]
-    keys.append(style.key("rotated source, released rule", color=MUTED, linestyle=":"))
-    if len(sources) == 1:
-        legend(fig, keys, 1, loc="outside right center")
-    else:
-        legend(fig, keys, 5 if len(sources) > 2 else 3)
+    keys = [style.key(LAYERS[layer][0], color=LAYERS[layer][1]) for layer in layers]
+    lines = [*RULES.values(), ("rotated source, released rule", ":")]
+    keys += [style.key(name, color=MUTED, linestyle=line) for name, line in lines]
+    place = {"loc": "outside right center"} if len(sources) == 1 else {}
+    legend(fig, keys, {1: 1, 2: 3}.get(len(sources), 5), **place)
     return fig
 
 
@@ -76,12 +72,12 @@ def dominant_directions(spectra: pd.DataFrame) -> Figure:
             part = spectra[(spectra["model"] == model) & (spectra["layer"] == layer)]
             look = {"linewidth": 2.6 if model == models[0] else 1.2, **style.line_of_dataset(model)}
             ax.plot(part["direction"] / part["rows"], part["kept"], label=model, **look)
-        levels = {"released": (ALPHA, "top"), "paper": (np.sqrt(1 - (1 - ALPHA) ** 2), "bottom")}
-        for rule, (level, side) in levels.items():
-            ax.axhline(level, color=MUTED, linewidth=0.9, linestyle=RULES[rule])
+        levels = ((ALPHA, "top"), (np.sqrt(1 - (1 - ALPHA) ** 2), "bottom"))
+        for (name, line), (level, side) in zip(RULES.values(), levels, strict=True):
+            ax.axhline(level, color=MUTED, linewidth=0.9, linestyle=line)
             place: Any = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": side, "fontsize": 7.5}
-            ax.text(0.99, level, RULE_NAMES[rule], color=MUTED, **place)
-        ax.set(xlim=(0, 1), ylim=(None, 1.03), xlabel="share of directions", title=f"{layer} ({NAMES[layer]})")
+            ax.text(0.99, level, name, color=MUTED, **place)
+        ax.set(xlim=(0, 1), ylim=(None, 1.03), xlabel="share of directions", title=f"{layer} ({LAYERS[layer][0]})")
     axes[0].set_ylabel("share of the norm kept")
     legend(fig, axes[0].get_legend_handles_labels()[0][::-1], 1, loc="outside right center")
     return fig
@@ -97,9 +93,9 @@ def against_rotated(pairs: pd.DataFrame) -> Figure:
     for ax, (title, (x, y)) in zip(axes, columns.items(), strict=True):
         ax.plot([low, 1], [low, 1], color=MUTED, linewidth=0.9)
         for layer, marker in ((EMBEDDING, "o"), (ATTENTION, "^")):
-            part, name = chosen[chosen["layer"] == layer], f"{layer} ({NAMES[layer]})"
-            look: Any = {"s": 22, "marker": marker, "color": COLOURS[layer], "alpha": 0.75, "linewidths": 0}
-            ax.scatter(part[x], part[y], label=name, **look)
+            part, (name, colour) = chosen[chosen["layer"] == layer], LAYERS[layer]
+            look: Any = {"s": 22, "marker": marker, "color": colour, "alpha": 0.75, "linewidths": 0}
+            ax.scatter(part[x], part[y], label=f"{layer} ({name})", **look)
         ax.set(xlim=(low, 1.01), ylim=(low, 1.01), xlabel="SAR with the source rotated", title=title)
     axes[0].set_ylabel("SAR with the source")
     axes[0].legend(loc="lower right")
@@ -109,54 +105,52 @@ def against_rotated(pairs: pd.DataFrame) -> Figure:
 def nearness(summary: pd.DataFrame, value: str = "cosine") -> Figure:
     """Cosine (or "distance") to the task vector of mixed training over its length in steps: a column of panels per
     lambda, a row per reference, bands over seeds; of `steph.analysis.mixing.vicinal.summary`."""
-    groups = summary.groupby(["reference", "lambda"])
-    lambdas = sorted(summary["lambda"].unique())
-    fig, axes = plt.subplots(2, len(lambdas), figsize=(WIDTH, 5.2), sharex=True, sharey=True, squeeze=False)
+    references = (vicinal.LOSSES, vicinal.FEATURES)
+    rows = [{(candidate, reference, value): look for candidate, look in CANDIDATES.items()} for reference in references]
+    fig, panels = _over_steps(summary, rows, 2.6, value)
     y, place = (0.04, "bottom") if value == "cosine" else (0.96, "top")  # where no curve is
-    for row, reference in zip(axes, (vicinal.LOSSES, vicinal.FEATURES), strict=True):
-        for ax, share in zip(row, lambdas, strict=True):
-            part = groups.get_group((reference, share))
-            for candidate, look in CANDIDATES.items():
-                _draw_steps(ax, part[part["candidate"] == candidate], value, *look)
-            ax.set(xscale="log", xlabel="steps of training" if ax in axes[-1] else "")
-            ax.text(0.03, y, f"λ = {share:g}", fontsize=8.5, transform=ax.transAxes, va=place)
-        row[0].set(title=f"training on {reference}", ylabel=value)
-    legend(fig, axes[0, 0], 4)
+    for ax, share in panels:
+        ax.text(0.03, y, f"λ = {share:g}", fontsize=8.5, transform=ax.transAxes, va=place)
+    for (ax, _), reference in zip(panels[:: len(panels) // 2], references, strict=True):
+        ax.set_title(f"training on {reference}")
     return fig
 
 
 def tested_mixtures(summary: pd.DataFrame, c_index: bool = False) -> Figure:
     """Test loss (or C-index) on the target over the length of training, a panel per lambda: the mixture, the two
     trainings that it stands for, and the target's own model."""
-    value = "c_index" if c_index else "nll"
-    curves: dict[tuple[str, str, str], Any] = {
+    value, name = ("c_index", "C-index on the target") if c_index else ("nll", "test loss on the target")
+    curves = {
         (vicinal.TARGET_ALONE, vicinal.LOSSES, value): (ORANGE, "s", r"$M_t$"),
         (vicinal.MIXTURE, vicinal.LOSSES, value): (BLUE, "o", r"$M_0+\tau_{mix}$"),
         (vicinal.MIXTURE, vicinal.LOSSES, f"{value}_reference"): (SKY, "D", vicinal.LOSSES),
         (vicinal.MIXTURE, vicinal.FEATURES, f"{value}_reference"): (PURPLE, "v", vicinal.FEATURES),
     }
-    groups = summary.groupby("lambda")
-    fig, axes = plt.subplots(1, len(groups), figsize=(WIDTH, 2.9), sharey=True, squeeze=False)
-    for ax, (share, part) in zip(axes[0], groups, strict=True):
-        for (candidate, reference, column), look in curves.items():
-            chosen = (part["candidate"] == candidate) & (part["reference"] == reference)
-            _draw_steps(ax, part[chosen], column, *look)
-        ax.set(xscale="log", xlabel="steps of training", title=f"λ = {share:g}")
-    axes[0, 0].set_ylabel("C-index on the target" if c_index else "test loss on the target")
+    fig, panels = _over_steps(summary, [curves], 2.9, name)
+    for ax, share in panels:
+        ax.set_title(f"λ = {share:g}")
     if not c_index:
-        axes[0, 0].set_yscale("log")
-        axes[0, 0].yaxis.set(major_locator=MaxNLocator(5), major_formatter=ScalarFormatter())
-        axes[0, 0].yaxis.set_minor_formatter(NullFormatter())
-    legend(fig, axes[0, 0], 4)
+        ax.set_yscale("log")
+        ax.yaxis.set(major_locator=MaxNLocator(5), major_formatter=ScalarFormatter(), minor_formatter=NullFormatter())
     return fig
 
 
-def _draw_steps(ax: Axes, part: pd.DataFrame, value: str, colour: str, marker: str, label: str) -> None:
-    """A value over the steps of training, with a band over seeds."""
-    ax.plot(part["steps"], part[value], color=colour, marker=marker, ms=3.5, ls="-" if marker else ":", label=label)
-    if f"{value}_min" in part:
-        low, high = part[f"{value}_min"], part[f"{value}_max"]
-        ax.fill_between(part["steps"], low, high, color=colour, alpha=0.15, linewidth=0)
+def _over_steps(summary: pd.DataFrame, rows: list[Any], height: float, left: str) -> tuple[Figure, list[Any]]:
+    """Curves over the steps of training, where known with a band over seeds, a column of panels per lambda. rows: of
+    each the curves, by candidate, reference and column of the summary their looks. Returns also (panel, lambda)."""
+    shares = summary.groupby("lambda")
+    size: Any = {"n": len(rows) * len(shares), "columns": len(shares), "height": height}
+    fig, axes = style.panels(**size, below="steps of training", left=left, sharex=True, sharey=True)
+    for ax, (curves, (_, part)) in zip(axes, product(rows, shares), strict=True):
+        for (candidate, reference, value), (colour, marker, label) in curves.items():
+            curve = part[(part["candidate"] == candidate) & (part["reference"] == reference)].set_index("steps")
+            ax.plot(curve[value], color=colour, marker=marker, ms=3.5, ls="-" if marker else ":", label=label)
+            if f"{value}_min" in curve:
+                low, high = curve[f"{value}_min"], curve[f"{value}_max"]
+                ax.fill_between(curve.index, low, high, color=colour, alpha=0.15, linewidth=0)
+        ax.set_xscale("log")
+    legend(fig, axes[0], 4)
+    return fig, list(zip(axes, [*shares.groups] * len(rows), strict=True))
 
 
 def convexity(table: pd.DataFrame) -> Figure:
