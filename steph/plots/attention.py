@@ -93,10 +93,9 @@ def _map(
         ax.add_collection(LineCollection(segments, zorder=4, **look))
     low, high = corners.min(axis=0), corners.max(axis=0) + size
     margin = 0.03 * max(high - low - size) + 0.3 * size
-    ax.set(xlim=(low[0] - margin, high[0] + margin), xticks=[], yticks=[], aspect="equal", anchor="C")
+    ax.set(xlim=(low[0] - margin, high[0] + margin), aspect="equal")
     ax.set_ylim(high[1] + 2.5 * margin, low[1] - margin)  # room for the scale bar
-    ax.grid(visible=False)
-    ax.spines[:].set_visible(False)
+    ax.set_axis_off()
     return image
 
 

@@ -18,9 +18,7 @@ from steph.plots import style
 from steph.plots.style import BLUE, GREEN, GREY, INK, MUTED, WIDTH, heat_map, key, line_of_dataset
 
 SETS = {"loss_train": ("training", GREY), "loss_test": ("test", BLUE), "loss_external": ("external", GREEN)}
-"""Sets of patients by their losses: word and colour."""
-LOWER, EDGE = "#C81E1E", "#7F1D1D"
-"""What is lower than M_t; the way of STEPH."""
+LOWER, EDGE = "#C81E1E", "#7F1D1D"  # what is lower than M_t; the way of STEPH
 ON_LINE = key(r"$\lambda\tau_t+(1-\lambda)\tau_s$", color=INK, linewidth=1)
 LIKE_TARGET = key(r"as much loss as $M_t$", color=INK, linewidth=0.9, linestyle="--")
 LESS = key(r"mixtures of less loss than $M_t$", color=LOWER, linewidth=2.2)
@@ -28,16 +26,23 @@ LESS = key(r"mixtures of less loss than $M_t$", color=LOWER, linewidth=2.2)
 
 def loss_planes(table: pd.DataFrame, target: str, source: str) -> Figure:
     """One pair in full, as Fig. 4: (a) training and (b) test loss over (C_s, C_t), smoothed; (c) the loss along the
-    line of mixtures and the least that is reached when w scales them; of `steph.analysis.mixing.landscape.landscape`.
-    """
+    line of mixtures and the least when w scales them; of `steph.analysis.mixing.landscape.landscape`."""
     fig, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.2), height_ratios=[1.25, 1])
     for plane, below, column, letter in zip(*axes, ("loss_train", "loss_test"), "ab", strict=True):
-        word = SETS[column][0]
+        word, colour = SETS[column]
         image = _draw_plane(plane, table, column, _levels(table[column]))
         plane.set(title=f"({letter}) {word} loss, {source} → {target}", xlabel=r"$C_s$")
         _loss_bar(fig, image, plane, shrink=0.85)
-        _draw_line(below, table, column)
-        below.set(title=f"(c) {word} loss of mixtures", xlabel=r"$\lambda$  (0: $M_s$, 1: $M_t$)")
+        line = lambda_line(table)
+        below.axhline(float(line[column].iloc[-1]), color=INK, linewidth=0.9, linestyle="--")
+        if lower := lower_range(line, column):
+            below.axvspan(*lower, color=LOWER, alpha=0.12, linewidth=0)
+        for losses, linestyle, face in ((line, "-", colour), (best_magnitude(table), ":", "white")):
+            look: Any = {"color": colour, "linestyle": linestyle, "marker": "o", "markerfacecolor": face}
+            best = [int(losses[column].argmin())]
+            below.plot(losses["lambda"], losses[column], markersize=5, markevery=best, **look)
+        xlabel = r"$\lambda$  (0: $M_s$, 1: $M_t$)"
+        below.set(title=f"(c) {word} loss of mixtures", xlim=(-0.02, 1.02), xlabel=xlabel)
     axes[1, 0].set_ylabel("loss")
     axes[0, 0].set_ylabel(r"$C_t$")
     dot: Any = {"color": MUTED, "marker": "o", "markersize": 5}
@@ -47,9 +52,8 @@ def loss_planes(table: pd.DataFrame, target: str, source: str) -> Figure:
 
 
 def loss_planes_of_pairs(tables: Mapping[str, pd.DataFrame], target: str) -> Figure:
-    """Several sources of one target, as Figs. 6, S3 and S5: for each the test loss over (C_s, C_t), smoothed, and below
-    it the loss along the line of mixtures, less that of M_t, for every set of patients. All planes share their colours.
-    """
+    """Several sources of one target, as Figs. 6, S3 and S5: for each the test loss over (C_s, C_t), smoothed, in common
+    colours, and below it the loss along the line of mixtures, less that of M_t, for every set of patients."""
     columns = min(3, len(tables))
     rows = -(-len(tables) // columns)
     size = (WIDTH * max(2, columns) / 3, 3.9 * rows + 0.5)
@@ -141,21 +145,7 @@ def _loss_bar(fig: Figure, image: Any, axes: Any, **options: Any) -> None:
     """The colour bar of losses, with round numbers at its ticks."""
     low, high = image.levels[0], image.levels[-1]
     ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
-    bar = style.colour_bar(fig, image, axes, pad=0.02, ticks=ticks, format="%.4g", **options)
-    bar.ax.tick_params(labelsize=7.5)
-
-
-def _draw_line(ax: Axes, table: pd.DataFrame, column: str) -> None:
-    """The loss along the line of mixtures and the least when w scales the mixture, their least marked; M_t's dashed."""
-    line, colour = lambda_line(table), SETS[column][1]
-    ax.axhline(float(line[column].iloc[-1]), color=INK, linewidth=0.9, linestyle="--")
-    if lower := lower_range(line, column):
-        ax.axvspan(*lower, color=LOWER, alpha=0.12, linewidth=0)
-    for losses, linestyle, face in ((line, "-", colour), (best_magnitude(table), ":", "white")):
-        best = int(losses[column].argmin())
-        look: Any = {"color": colour, "linestyle": linestyle, "marker": "o", "markerfacecolor": face}
-        ax.plot(losses["lambda"], losses[column], markersize=5, markevery=[best], **look)
-    ax.set(xlim=(-0.02, 1.02))
+    style.colour_bar(fig, image, axes, pad=0.02, ticks=ticks, format="%.4g", **options).ax.tick_params(labelsize=7.5)
 
 
 def course(course: pd.DataFrame, target: str) -> Figure:

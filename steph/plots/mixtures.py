@@ -36,9 +36,8 @@ STATEMENTS = {
 
 
 def alignment(curves: pd.DataFrame, layers: tuple[str, ...] = (EMBEDDING, ATTENTION)) -> Figure:
-    """SAR of tau_t with the mixture over lambda, a panel per pair, as in Figs. 5 and 7: a colour per layer, the
-    released rank rule solid, the paper's dashed; dotted, with a band over draws, a rotated source, which shares nothing
-    with the target, under the released rule. curves: of `steph.analysis.mixing.sar.curves`, one target."""
+    """SAR of tau_t with the mixture over lambda, a panel per pair of one target, as in Figs. 5 and 7; dotted, with a
+    band over draws, a rotated source, which shares nothing with it. curves: of `steph.analysis.mixing.sar.curves`."""
     sources = list(curves["source"].unique())
     size: Any = {"extra": 0.75, "width": min(WIDTH, 2.6 * len(sources) + 0.6), "alone": (WIDTH, 3.0)}
     fig, axes = style.panels(len(sources), 3, 2.25, "λ", "SAR", **size, sharex=True, sharey=True)

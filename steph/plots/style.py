@@ -1,8 +1,7 @@
-"""The one look of all figures: colours, lines and markers that mean the same everywhere, the stamp, and the pieces that
-figures are made of.
+"""The one look of all figures, 7 inches wide, to be read at 700 pixels: colours, lines and markers that mean the same
+everywhere, the stamp, and the pieces that figures are made of.
 
-Figures are 7 inches wide, to be read at 700 pixels. The functions of this package that draw return a figure and write
-nothing; `steph.plots.display` stamps, writes and displays.
+What draws returns a figure and writes nothing; `steph.plots.display` stamps, writes and displays.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ _PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW, GREY = _PALETTE
 CENSORED, INK, MUTED, BAND, STAMP = "#9AA5B1", "#1F2937", "#6B7280", "#E5E7EB", "#B4232A"
 DASHED: Any = (0, (4, 1.5))
-PAPERS: Any = {"marker": "D", "markerfacecolor": "white", "linestyle": ""}
-"""The paper's numbers are open diamonds."""
+PAPERS: Any = {"marker": "D", "markerfacecolor": "white", "linestyle": ""}  # the paper's numbers: open diamonds
 _MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
 _METHODS = {
     "vanilla": (GREY, "o"), "steph": (BLUE, "s"), "model_average": (YELLOW, "D"), "hypernetwork_only": (PURPLE, "^"),
