@@ -17,8 +17,7 @@ from steph.files.atomic import atomic_folder
 from steph.files.lock import exclusive
 from steph.files.records import read_json, write_json
 
-RECORD = "unpacked.json"
-"""In an unpacked folder: where it came from, and each file's size in bytes."""
+RECORD = "unpacked.json"  # in an unpacked folder: where it came from, and each file's size in bytes
 
 
 def folder_of(path: Path) -> Path | None:

@@ -30,8 +30,7 @@ from steph.data.manifest import Features
 from steph.files.tables import shortened
 
 SUFFIXES = (".h5", ".pt")
-BLOCK_BYTES = 32 << 20
-"""About how much of a slide is read at a time."""
+BLOCK_BYTES = 32 << 20  # about how much of a slide is read at a time
 ENCODER_KEYS = ("encoder", "encoder_name", "patch_encoder", "patch_encoder_name")
 """Attributes of a feature file, or of what is in it, by which tools name the encoder."""
 SAME_ENCODER = {"univ2": "uni2h", "uni2": "uni2h", "mahmoodlabuni2h": "uni2h"}
@@ -178,8 +177,7 @@ def _tensor(path: Path) -> np.ndarray:
     try:
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # What torch warns of is refused below.
+        with warnings.catch_warnings(action="ignore"):  # What torch warns of is refused below.
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         content = f"a {type(value).__name__}"
     except pickle.UnpicklingError:

@@ -17,8 +17,7 @@ from steph.data.cohort import Cohort
 from steph.files.records import fingerprint
 from steph.files.tables import read_csv, shortened, write_csv
 
-Fold = tuple[tuple[str, ...], tuple[str, ...]]
-"""The patients who train, and those who test."""
+Fold = tuple[tuple[str, ...], tuple[str, ...]]  # the patients who train, and those who test
 
 
 @dataclass(frozen=True)
@@ -128,13 +127,14 @@ def load_splits(cohort: Cohort, folder: Path, n_folds: int, seed: int, repeats: 
 
 
 def _authors_folds(cohort: Cohort, folder: Path, n_folds: int) -> Iterable[Fold]:
-    files = sorted(path.name for path in folder.glob("splits_*.csv"))
-    if set(files) != {f"splits_{k}.csv" for k in range(n_folds)}:
+    paths, files = [folder / f"splits_{k}.csv" for k in range(n_folds)], sorted(folder.glob("splits_*.csv"))
+    if files != sorted(paths):
         raise Refused(
-            f"{folder} holds {', '.join(files)}; expected splits_0.csv to splits_{n_folds - 1}.csv, as the study has "
-            f"{n_folds} folds. Complete the files or change `folds` in the manifest."
+            f"{folder} holds {', '.join(path.name for path in files)}; expected splits_0.csv to "
+            f"splits_{n_folds - 1}.csv, as the study has {n_folds} folds. Complete the files or change `folds` in the "
+            "manifest."
         )
-    for path in (folder / f"splits_{k}.csv" for k in range(n_folds)):
+    for path in paths:
         table = read_csv(path)
         held_out = [name for name in ("test", "val") if name in table] or ["val"]
         columns = _columns(path, table, ["train", *held_out])
@@ -144,14 +144,14 @@ def _authors_folds(cohort: Cohort, folder: Path, n_folds: int) -> Iterable[Fold]
 
 def _our_folds(cohort: Cohort, path: Path, table: pd.DataFrame, numbers: range) -> Iterable[Fold]:
     patients, folds = _columns(path, table, ["patient_id", "fold"])
-    bad = ~folds.isin([str(k) for k in numbers])
-    if bad.any():
-        pairs = [f"{patient} in fold {fold!r}" for patient, fold in zip(patients[bad], folds[bad], strict=True)]
+    expected = [str(k) for k in numbers]
+    strange = [f"{p} in fold {fold!r}" for p, fold in zip(patients, folds, strict=True) if fold not in expected]
+    if strange:
         raise Refused(
-            f"{path}: {shortened(pairs)}; the study has folds {numbers[0]} to {numbers[-1]} there. Change `folds` in "
+            f"{path}: {shortened(strange)}; the study has folds {numbers[0]} to {numbers[-1]} there. Change `folds` in "
             "the manifest, or delete the file and new splits are made."
         )
-    for k in map(str, numbers):
+    for k in expected:
         yield _fold(cohort, path, list(patients[folds != k]), list(patients[folds == k]), [], f" fold {k}")
 
 

@@ -114,8 +114,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a PyTorch file; `weights_only` runs no code of it. A dictionary that holds the one of the weights
     ("model", "net", ...) and names that all begin with "module." are what programs write too."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # What torch warns of is refused below.
+        with warnings.catch_warnings(action="ignore"):  # What torch warns of is refused below.
             values: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # A damaged file makes torch raise nearly anything.
         culprit = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -30,7 +30,6 @@ from steph.files.atomic import refuse_taken
 from steph.files.progress import track
 from steph.files.templates import render
 from steph.merging.steph import keep_sources
-from steph.methods.registry import title
 from steph.mil.state import load_into
 from steph.study.runs import STAGE, TARGET, Run, Workbench
 from steph.training.device import Compute, check_device, single_thread
@@ -54,7 +53,7 @@ def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False, dev
     load_into(trained, bench.state(run))
     architecture, tensors, dropped = trained.architecture(), tensors_of(trained), None
     if drop_unused and trained.merging is not trained:
-        raise Refused(f"{title(run.method)} weighs no sources that could be dropped: leave out --drop-unused.")
+        raise Refused(f"{run.entry.title} weighs no sources that could be dropped: leave out --drop-unused.")
     risk, in_use = _ask(bench, run, compute, architecture, tensors)
     recorded = out_of_fold(bench, [run]).set_index("patient_id")["risk"]
     difference = float((recorded - risk[recorded.index]).abs().max())
@@ -136,8 +135,7 @@ def _training(data: Dataset, fold: int, risk: pd.Series, network: Network) -> Tr
 
 def _scores(bench: Workbench, run: Run) -> list[Score]:
     """C-index of the model on the patients of its own test fold, and that of the method over all finished folds."""
-    runs_of_method = [replace(run, fold=fold) for fold in range(bench.study.n_folds)]
-    finished = [other for other in runs_of_method if bench.record(other)]
+    finished = [other for k in range(bench.study.n_folds) if bench.record(other := replace(run, fold=k))]
     scores = []
     for runs in [[run], finished] if len(finished) > 1 else [[run]]:
         table = out_of_fold(bench, runs)

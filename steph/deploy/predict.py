@@ -218,9 +218,8 @@ def read_slide(path: Path, inputs: Inputs) -> tuple[np.ndarray, pd.DataFrame, in
         features, coords = slide.read()
         edge = slide.attributes.get("patch_size_level0")
     features = stored_features(features, DTYPES[inputs.precision], str(path))
-    patches = pd.DataFrame({"slide_id": path.stem, "patch": np.arange(len(features))})
-    for axis, name in enumerate("xy"):
-        patches[name] = pd.array([pd.NA] * len(features) if coords is None else coords[:, axis], dtype="Int64")
+    patches = pd.DataFrame(coords, range(len(features)), ["x", "y"], dtype="Int64").reset_index(names="patch")
+    patches.insert(0, "slide_id", path.stem)
     if not (isinstance(edge, int | float) and edge >= 1):
         edge = None if coords is None else patch_size(coords[:, 0], coords[:, 1])
     return features, patches, int(edge or inputs.patch_size_px)

@@ -40,10 +40,8 @@ CLASSES = (
 """Classes of patches in QuPath: the percentile of their slide that they begin at, that whose colour they have, name."""
 COLOURS = {"muted": "#5b6472", "line": "#d7dce2", "patient": "#0072b2", "cohort": "#8a5a00"}
 """What figures are drawn in, by the names of the page's CSS variables."""
-LARGEST_MAP = 1500
-"""Pixels along a side of a map; where patches lie further apart, several share one."""
-YEAR = 365
-"""Days of the years that the report counts in: those of the networks' intervals."""
+LARGEST_MAP = 1500  # pixels along a side of a map; where patches lie further apart, several share one
+YEAR = 365  # days of the years that the report counts in: those of the networks' intervals
 
 
 def write_report(prediction: Prediction, out: Path) -> None:

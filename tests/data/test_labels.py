@@ -85,9 +85,9 @@ def test_labels_are_sorted_tables_and_the_summary_counts_compares_and_says_what_
         "patient not in TCGA-CDR": 1,
         "frozen section, not a diagnostic slide": 1,
     }
-    told = label_slides(study, cdr, tmp_path / "slides.txt").set_index("slide_id")["dropped"]
-    assert told["TCGA-AA-0004-01Z-00-DX1.U5"] == "DSS unknown"
-    assert told["TCGA-AA-0001-01A-01-TS1.U10"].startswith("frozen section")
+    reasons = label_slides(study, cdr, tmp_path / "slides.txt").set_index("slide_id")["dropped"]
+    assert reasons["TCGA-AA-0004-01Z-00-DX1.U5"] == "DSS unknown"
+    assert reasons["TCGA-AA-0001-01A-01-TS1.U10"].startswith("frozen section")
 
 
 def test_the_endpoint_is_the_studys(study, cdr, tmp_path):
@@ -171,11 +171,7 @@ def test_an_unreadable_outcome_table_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "a.txt",
-            "\n".join([*SLIDES, "SLIDE_17", "TCGA-AA-00"]),
-            r"2 of 12 .* no TCGA barcodes: 'SLIDE_17', 'TCGA-AA-",
-        ),
+        ("a.txt", "\n".join([*SLIDES, "SLIDE_17", "TCGA-AA-00"]), r"2 of 12 .* no TCGA barcodes: 'SLIDE_17', 'TCGA-"),
         ("a.txt", "\n".join([*SLIDES, SLIDES[0] + ".h5"]), r"1 slide\(s\) stand twice: TCGA-BB-0002"),
         ("a.txt", " \n\n", "lists no slides"),
         ("a.txt", b"\x89HDF\xff\xfe", r"1 of 1 entries are no TCGA barcodes: .*HDF"),

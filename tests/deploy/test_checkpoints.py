@@ -139,9 +139,7 @@ PLANTED = {
 def test_no_code_in_a_checkpoint_is_run(tmp_path, network, name, zipped):
     marker, path = tmp_path / "ran", tmp_path / "trap.pth"
     torch.save(PLANTED[name](Bomb(marker), network.state_dict()), path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(
-        Refused, match=r"trap\.pth holds Python objects \(posix\.system\).*torch\.save\(model\.state_dict"
-    ):
+    with pytest.raises(Refused, match=r"trap\.pth holds Python objects \(posix\.system\).*torch\.save\("):
         convert(path, tmp_path / "a.safetensors")
     path.write_bytes(pickle.dumps(Bomb(marker)))
     with pytest.raises(Refused, match=r"trap\.pth"):

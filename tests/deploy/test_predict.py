@@ -79,9 +79,7 @@ def test_without_coordinates_all_but_the_map(model, tmp_path):
 def test_a_network_that_needs_coordinates_asks_for_them(tmp_path, slides):
     model = load_model(made_folder(tmp_path / "m", new_network("patch_gcn", DIM, SETTINGS)))
     assert np.isfinite(model.predict(slides).risk)
-    with pytest.raises(
-        Refused, match=r"PatchGCN needs patches' coordinates, and 1 of 1 slides of b have none \(first b\)"
-    ):
+    with pytest.raises(Refused, match=r"PatchGCN needs patches' coordinates, and 1 of 1 slides of b have none"):
         model.predict([write_slide(tmp_path / "b.h5", patches(), coords=None)])
 
 
