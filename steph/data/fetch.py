@@ -179,17 +179,18 @@ def is_like(path: str, patterns: Iterable[str]) -> bool:
 def _present(item: Item) -> str | None:
     """What to know of what is there already; None where it has to be fetched. Raises `Refused` for another content."""
     target = item.target
+    if not target.exists():
+        return None
     if target == item.path:
-        if target.exists() and not _matches(target, item):
-            raise Refused(
-                f"{target} is there, but is not what {item.source.name} has now ({item.size} bytes, {item.checksum}). "
-                "Move it away, and it is fetched; or name only the other sources (--source)."
-            )
-        return "was there" if target.exists() else None
+        if _matches(target, item):
+            return "was there"
+        raise Refused(
+            f"{target} is there, but is not what {item.source.name} has now ({item.size} bytes, {item.checksum}). "
+            "Move it away, and it is fetched; or name only the other sources (--source)."
+        )
     record = unpacked(target)
     if record is None:
-        note = "was there; not unpacked by this command, so nobody knows whether it is whole: `steph data check`"
-        return note if target.is_dir() else None
+        return "was there; not unpacked by this command, so nobody knows whether it is whole: `steph data check`"
     if lost := record["missing"]:
         print(f"{target}: {len(lost)} file(s) are gone or have another size: {shortened(lost)}", file=sys.stderr)
         return None

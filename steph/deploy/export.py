@@ -140,9 +140,7 @@ def _scores(bench: Workbench, run: Run) -> list[Score]:
     for runs in [[run], finished] if len(finished) > 1 else [[run]]:
         table = out_of_fold(bench, runs)
         estimate = intervals(resampled(table)).iloc[0]
-        value, low, high = (
-            None if np.isnan(estimate[name]) else float(estimate[name]) for name in ("value", "low", "high")
-        )
+        value, low, high = (None if np.isnan(x) else float(x) for x in estimate[["value", "low", "high"]])
         folds, events = [of_fold.fold for of_fold in runs], int(table["event"].sum())
         scores.append(Score(folds=folds, patients=len(table), events=events, c_index=value, low=low, high=high))
     return scores

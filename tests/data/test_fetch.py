@@ -355,12 +355,6 @@ def test_a_disk_that_is_really_full(study, server, small_disk, monkeypatch, name
     assert len(slides(small_disk)) == 3
 
 
-def test_a_folder_that_cannot_be_written(study, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(Refused, match="cannot write"):
-        fetch.fetch(study, ["SARC"], ["labels"], tmp_path / "file" / "below")
-
-
 # ------------------------------------------------------------------------------------------------ what lies there
 
 
@@ -421,7 +415,7 @@ def test_two_at_once(study):
 # ------------------------------------------------------------------------------------------------ what a person gives
 
 
-def test_mistakes_are_named(study, server):
+def test_mistakes_are_named(study, server, tmp_path):
     def changed(**values):
         return study.model_copy(update={"sources": [study.sources[1].model_copy(update=values)]})
 
@@ -434,6 +428,7 @@ def test_mistakes_are_named(study, server):
         (changed(md5=None), (), "a download could not be checked"),
         (changed(), (None, ["splits"]), "names no source of splits"),
         (changed(address="file:///etc/passwd"), (), "no web address"),
+        (study, (["SARC"], ["labels"], tmp_path / "fetched.yaml" / "below"), "cannot write"),
     ):
         with pytest.raises(Refused, match=message):
             fetch.fetch(of, *arguments)
