@@ -74,15 +74,12 @@ PARAMETERS: dict[str, tuple[Any, tuple[type, ...]]] = {
 """Every parameter that a notebook may declare: its default, and the types it may have."""
 
 
-def check(
-    chosen: Mapping[str, Any], takes: Mapping[str, Any] | None = None, where: str = "the parameters of notebooks"
-) -> Parameters:
+def check(chosen: Mapping[str, Any], takes: Mapping[str, Any], where: str) -> Parameters:
     """Check parameters by name, type and value, and complete them.
 
-    chosen: by a person. takes: names and defaults of the notebook's parameters cell; None is every parameter
-    that there is. where: whose they are, for messages. Raises `Refused` for the first that cannot be used.
+    chosen: by a person. takes: names and defaults of the notebook's parameters cell. where: whose they are, for
+    messages. Raises `Refused` for the first that cannot be used.
     """
-    takes = {name: default for name, (default, _) in PARAMETERS.items()} if takes is None else takes
     refuse_unknown("parameter", chosen, takes, where)
     refuse_unknown("parameter", takes, PARAMETERS, "the parameters of notebooks")
     values = {name: chosen.get(name, takes.get(name, default)) for name, (default, _) in PARAMETERS.items()}
@@ -118,13 +115,13 @@ def _names(value: str | int | list) -> list[str] | None:
 
 
 def _folds(value: str | int | list, study: Study) -> list[int]:
-    numbers = _names(value) or [""]
-    if not all(number.isdecimal() for number in numbers):
+    numbers = [int(number) if number.isdecimal() else -1 for number in _names(value) or [""]]
+    if -1 in numbers:
         every = f"0 to {study.n_folds - 1}"
         raise Refused(f"folds = {value!r}; expected all, or folds such as 0,1: its folds are {every}.")
     for number in numbers:
-        study.check_fold(int(number))
-    return [int(number) for number in numbers]
+        study.check_fold(number)
+    return numbers
 
 
 # ---------------------------------------------------------------------------------------------- in a notebook
@@ -230,7 +227,8 @@ def execute(notebook: Path, chosen: Mapping[str, Any], output: Path | None = Non
     study, started = checked.study, time.perf_counter()
     suffix = f"-{checked.dataset}" if checked.dataset != takes.get("dataset", "all") else ""
     target = output or study.build / "notebooks" / f"{notebook.stem}{suffix}.ipynb"
-    completion_path(target).unlink(missing_ok=True)
+    completed = target.with_suffix(".json")
+    completed.unlink(missing_ok=True)
     with atomic_path(target) as temporary:
         _run_cells(notebook, chosen, temporary, target, progress)
     info = {
@@ -245,7 +243,7 @@ def execute(notebook: Path, chosen: Mapping[str, Any], output: Path | None = Non
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
     }
-    write_sealed(completion_path(target), info)
+    write_sealed(completed, info)
     return target
 
 
@@ -287,16 +285,11 @@ def _run_cells(notebook: Path, chosen: Mapping[str, Any], output: Path, target: 
     failed.unlink(missing_ok=True)
 
 
-def completion_path(executed: Path) -> Path:
-    """The completion record of an executed notebook."""
-    return executed.with_suffix(".json")
-
-
 def completion(executed: Path) -> dict[str, Any]:
     """The completion record of an executed notebook. Raises `Refused` where it is missing, where the notebook is
     another one than was completed (it may be half done, whatever it looks like), or where a file that it links to is
     gone."""
-    path = completion_path(executed)
+    path = executed.with_suffix(".json")
     reason = f"no readable completion record at {path}"
     with suppress(OSError, ValueError, KeyError, TypeError):
         info = read_sealed(path)

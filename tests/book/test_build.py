@@ -11,7 +11,7 @@ from steph import PROJECT, Refused
 from steph.book import build as book
 from steph.book import notebooks, pages
 from steph.book.build import Chapter, build_pages, chapters, executed_path, needed_runs, outdated, shelve
-from steph.book.notebooks import completion_path, linked_files
+from steph.book.notebooks import linked_files
 from steph.data.manifest import load_study
 from steph.files.records import file_sha256, read_sealed, write_sealed
 from steph.plots import show_link
@@ -31,7 +31,7 @@ def finish(executed, href):
     """An executed copy that links to a file, with its completion record."""
     write_notebook(executed, f'<p class="to-file"><a href="{href}" download>CSV</a></p>')
     info = {"status": "complete", "notebook": file_sha256(executed), "seconds": 1.0, "device": "cpu"}
-    write_sealed(completion_path(executed), info)
+    write_sealed(executed.with_suffix(".json"), info)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_status_page_tells_what_stands_behind_the_book(tiny, shelf):
 
 def test_what_is_not_current_is_executed_again(tiny, shelf):
     current, *others = chapters(tiny.study)
-    record = completion_path(executed_path(tiny.study, current))
+    record = executed_path(tiny.study, current).with_suffix(".json")
     state = notebooks.state(current.source, current.arguments("cpu"), tiny)
     write_sealed(record, {**read_sealed(record), "state": state})
     assert outdated(tiny) == others

@@ -10,10 +10,15 @@ from nbclient import NotebookClient
 
 from steph import PROJECT, Refused
 from steph.book import notebooks
-from steph.book.notebooks import check, completion, completion_path, declared, execute, find, start, state, up_to_date
+from steph.book.notebooks import check, completion, declared, execute, find, start, state, up_to_date
 from steph.study.runs import Workbench
 
 PARAMETERS = '# Parameters\nstudy = "tiny"\ndataset = "all"\nfolds = "all"\nseed = 42\ndevice = "cpu"\n'
+EVERY = {name: default for name, (default, _) in notebooks.PARAMETERS.items()}
+
+
+def checked(**chosen):
+    return check({"study": "tiny", **chosen}, EVERY, "a notebook")
 
 
 def made(path, *cells, parameters=PARAMETERS):
@@ -53,7 +58,7 @@ def notebook(tmp_path, build_folder):
 )
 def test_parameters_that_cannot_be_are_refused(chosen, message):
     with pytest.raises(Refused, match=message):
-        check({"study": "tiny", **chosen})
+        checked(**chosen)
 
 
 @pytest.mark.parametrize(
@@ -66,18 +71,17 @@ def test_parameters_that_cannot_be_are_refused(chosen, message):
     ],
 )  # fmt: skip
 def test_lists_can_be_written_in_many_ways(name, value, expected):
-    assert getattr(check({"study": "tiny", "dataset": "SARC", name: value}), name) == expected
+    assert getattr(checked(**{"dataset": "SARC", name: value}), name) == expected
 
 
 def test_defaults_come_from_the_study():
-    checked = check({"study": "tiny", "n_seeds": 2})
-    assert checked.seeds == [checked.study.seed, checked.study.seed + 1]
-    assert checked.datasets == ["LIHC", "CESC", "SARC"]
+    found = checked(n_seeds=2)
+    assert found.seeds == [found.study.seed, found.study.seed + 1] and found.datasets == ["LIHC", "CESC", "SARC"]
 
 
 def test_start_refuses_what_papermill_injects_beside_the_declared():
     declared_cell, injected = PARAMETERS, '# Parameters\ncancr = "LUAD"\n'
-    names = {name: default for name, (default, _) in notebooks.PARAMETERS.items()} | {"study": "tiny", "cancr": "LUAD"}
+    names = EVERY | {"study": "tiny", "cancr": "LUAD"}
     with pytest.raises(Refused, match="unknown parameter 'cancr' in this notebook"):
         start({"In": ["", declared_cell, injected], **names})
     later = "cancr = 'a variable of a later cell'"
@@ -137,7 +141,7 @@ def test_an_error_in_a_cell_or_of_the_kernel_is_told_and_the_notebook_is_not_fin
     executed = notebook.with_name("out.ipynb")
     with pytest.raises(Refused, match=message):
         execute(made(notebook, cell), {}, executed, progress=False)
-    assert not executed.exists() and not completion_path(executed).exists()
+    assert not executed.exists() and not executed.with_suffix(".json").exists()
     failed = notebook.with_name("out.failed.ipynb")  # what was executed, to be read
     assert failed.is_file() == ("failed" in message) and (not failed.is_file() or "1 / 0" in failed.read_text())
 
@@ -148,7 +152,7 @@ def test_the_projects_notebooks_declare_known_parameters():
     for path in found:
         takes = declared(path)
         assert set(takes) <= set(notebooks.PARAMETERS) and "study" in takes, path.name
-        check(takes)
+        check(takes, takes, path.name)
         cells = json.loads(path.read_text())["cells"]
         assert any("start(globals())" in "".join(cell["source"]) for cell in cells), path.name
 

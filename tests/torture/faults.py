@@ -18,7 +18,7 @@ import nbformat
 import psutil
 
 from steph import Refused
-from steph.book.notebooks import completion, completion_path
+from steph.book.notebooks import completion
 from steph.files import atomic, records
 from steph.study.execute import run_all
 from steph.study.runs import Run, Workbench, results
@@ -72,7 +72,7 @@ def kernels(folder: Path, say: Callable[[str], object] = print) -> None:
             process.communicate()
             wait_until_gone(process.pid)
             until(lambda: not _alive(int(pid.read_text())), "the end of a kernel whose command was killed", 30)
-        expect(not completion_path(target).exists(), f"{name}: a completion record of what was not completed")
+        expect(not target.with_suffix(".json").exists(), f"{name}: a completion record of what was not completed")
         flag.unlink()
         code, said = steph(folder / "build", *command)
         expect(code == 0 and completion(target)["status"] == "complete", f"{name}, again: {said}")

@@ -148,17 +148,12 @@ def square(table: pd.DataFrame, column: str) -> np.ndarray:
     return table.pivot(index="c_s", columns="c_t", values=column).to_numpy()
 
 
-def loss_columns(table: pd.DataFrame) -> list[str]:
-    """loss_train, loss_test and, in a synthetic study, loss_external."""
-    return [name for name in table.columns if name.startswith("loss_")]
-
-
 def lambda_line(table: pd.DataFrame) -> pd.DataFrame:
     """The landscape along Eq. 3, C_t = lambda and C_s = 1 - lambda: lambda (0, 0.04, ..., 1) and the losses. All of its
     points are points of the grid; the first is M_s and the last M_t, each in the encoder."""
     on = ((table["c_s"] + table["c_t"]) * STEPS).round() == STEPS
     line = table[on].sort_values("c_t").rename(columns={"c_t": "lambda"})
-    return line[["lambda", *loss_columns(table)]].reset_index(drop=True)
+    return line.drop(columns="c_s").reset_index(drop=True)
 
 
 def best_magnitude(table: pd.DataFrame) -> pd.DataFrame:
@@ -173,7 +168,7 @@ def best_magnitude(table: pd.DataFrame) -> pd.DataFrame:
     points = np.stack([w * (1 - lam), w * lam], axis=-1)
     outside, points = points.max(axis=-1) > 1 + 1e-9, points.clip(0, 1)
     rays = pd.DataFrame({"lambda": ticks})
-    for name in loss_columns(table):
+    for name in table.columns.drop(["c_s", "c_t"]):
         losses = RegularGridInterpolator((ticks, ticks), square(table, name))(points)
         rays[name] = np.where(outside, np.inf, losses).min(axis=1)
     return rays
@@ -202,24 +197,21 @@ def summaries(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     what one would really get; tested_external, that of the lambda that is best on test patients; both_low, both_high,
     the least and largest lambda with less loss than M_t on training and on test patients alike (NaN: there is none).
     """
-    return pd.DataFrame([{"source": source, **_summary(table)} for source, table in tables.items()])
-
-
-def _summary(table: pd.DataFrame) -> dict[str, Any]:
-    line, rays = lambda_line(table).set_index("lambda"), best_magnitude(table)
-    gain = line.iloc[-1] - line
-    numbers: dict[str, Any] = {}
-    for column in line.columns:
-        name, best = column.removeprefix("loss_"), line[column].idxmin()
-        numbers |= {f"target_{name}": line[column].iloc[-1], f"lambda_{name}": best, f"best_{name}": line[column][best]}
-        numbers |= {f"gain_{name}": gain[column][best], f"ray_{name}": rays[column].min()}
-        numbers[f"plane_{name}"] = table[column].min()
-        if name != "train":
-            numbers[f"moved_{name}"] = gain[column][numbers["lambda_train"]]
-    if "loss_external" in line:
-        numbers["tested_external"] = gain["loss_external"][numbers["lambda_test"]]
-    lower = line.index[(gain[["loss_train", "loss_test"]] > 0).all(axis=1)]
-    return {**numbers, "both_low": lower.min(), "both_high": lower.max()}
+    rows = []
+    for source, table in tables.items():
+        line, rays = lambda_line(table).set_index("lambda"), best_magnitude(table)
+        gain = line.iloc[-1] - line
+        row: dict[str, Any] = {"source": source}
+        for column in line.columns:
+            name, best = column.removeprefix("loss_"), line[column].idxmin()
+            row |= {f"target_{name}": line[column].iloc[-1], f"lambda_{name}": best, f"best_{name}": line[column][best]}
+            row |= {f"gain_{name}": gain[column][best], f"ray_{name}": rays[column].min()}
+            row |= {f"plane_{name}": table[column].min(), f"moved_{name}": gain[column][row["lambda_train"]]}
+        if "loss_external" in line:
+            row["tested_external"] = gain["loss_external"][row["lambda_test"]]
+        lower = line.index[(gain[["loss_train", "loss_test"]] > 0).all(axis=1)]
+        rows.append({**row, "both_low": lower.min(), "both_high": lower.max()})
+    return pd.DataFrame(rows)
 
 
 def summaries_wide(table: pd.DataFrame) -> pd.DataFrame:

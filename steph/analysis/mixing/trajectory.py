@@ -36,22 +36,16 @@ def shown(
     seeds: Sequence[int],
     sources: Sequence[str] | None = None,
     precision: str = "fp32",
-) -> tuple[list[Run], list[Run]]:
-    """The trainings that a chapter on a target shows: with each of a few sources from the first start, and with the
-    first source from every start. sources: None takes three of `dynamics.chosen_sources`, of the finished STEPH run
-    with the first of the seeds."""
+) -> list[Run]:
+    """The trainings that a chapter on a target shows: with each of a few sources from the first start, then with the
+    first source from the other starts. sources: None takes three of `dynamics.chosen_sources`, of the finished STEPH
+    run with the first of the seeds."""
     study = bench.study
     if sources is None:
         course = dynamics.dynamics(bench, dynamics.runs(study, dataset, fold, seeds[:1], precision))
         sources = list(dynamics.chosen_sources(course, n=2)["source"])
     from_one_start = runs(study, dataset, sources, fold, seeds[:1], precision)
-    return from_one_start, runs(study, dataset, sources[:1], fold, seeds, precision)
-
-
-def chapter_runs(bench: Workbench, dataset: str, fold: int, seeds: Sequence[int], precision: str) -> list[Run]:
-    """All trainings of `shown`: what the chapter on a target needs once STEPH's own runs are finished."""
-    from_one_start, of_one_source = shown(bench, dataset, fold, seeds, precision=precision)
-    return list(dict.fromkeys([*from_one_start, *of_one_source]))
+    return [*from_one_start, *runs(study, dataset, sources[:1], fold, seeds, precision)[1:]]
 
 
 def trajectories(bench: Workbench, runs: Iterable[Run], device: str = "cpu") -> pd.DataFrame:

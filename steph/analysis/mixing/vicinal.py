@@ -145,9 +145,7 @@ def train(problem: Problem, trainings: Sequence[Training], lengths: Sequence[int
         flat = flat - RATE * gradients(problem, flat, trainings, *next(batches))
         if step in lengths:
             if not torch.isfinite(flat).all():
-                raise Refused(
-                    f"plain gradient descent diverged within {step} steps at rate {RATE}; take a smaller one."
-                )
+                raise Refused(f"plain gradient descent diverged within {step} steps at rate {RATE}.")
             vectors[step] = flat - start
     return vectors
 
@@ -196,14 +194,9 @@ def compare(problem: Problem, lengths: Sequence[int], seeds: Sequence[int]) -> p
                     "c_index": c_index,
                 }
                 table = pd.DataFrame({name: values[:-1] for name, values in columns.items()})
-                key: Any = {
-                    "seed": seed,
-                    "steps": steps,
-                    "lambda": lam,
-                    "reference": reference,
-                    "candidate": CANDIDATES,
-                }
-                rows.append(table.assign(**key, nll_reference=nll[-1], c_index_reference=c_index[-1]))
+                table = table.assign(seed=seed, steps=steps, reference=reference, candidate=CANDIDATES)
+                table["lambda"], table["nll_reference"], table["c_index_reference"] = lam, nll[-1], c_index[-1]
+                rows.append(table)
     return pd.concat(rows, ignore_index=True)
 
 
@@ -264,15 +257,12 @@ def premise(problem: Problem, models: Mapping[str, Tensor], seed: int) -> pd.Dat
         predicted["random logits"] = torch.from_numpy(drawn).to(problem.null)
         for name, (a, b) in predicted.items():
             mixed = share * a + (1 - share) * b
-            right = g(mixed, target, i)
-            logits = torch.stack([a, b])
-            convex = _holding(share * g(a, target, i) + (1 - share) * g(b, target, i), right, logits)
-            with_labels = _holding(
-                share * g(a, target, i) + (1 - share) * g(b, source, j),
-                share * right + (1 - share) * g(mixed, source, j),
-                logits,
-            )
-            statements = {CONVEX: convex, EQ_9: with_labels}
+            left, right, logits = share * g(a, target, i), g(mixed, target, i), torch.stack([a, b])
+            right_of_labels = share * right + (1 - share) * g(mixed, source, j)
+            statements = {
+                CONVEX: _holding(left + (1 - share) * g(b, target, i), right, logits),
+                EQ_9: _holding(left + (1 - share) * g(b, source, j), right_of_labels, logits),
+            }
             if name in models:
                 trainings = [(0.5, LOSSES), (0.5, FEATURES)]
                 statements[EQ_10] = _holding(*gradients(problem, models[name].expand(2, -1), trainings, *batch))
@@ -309,30 +299,20 @@ def small_problem(bench: Workbench, pair: Run, device: str = "cpu") -> Problem:
     small = {"dim_emb": min(n.dim_emb, DIM_EMB), "dim_attn": min(n.dim_attn, DIM_ATTN), "n_bins": n.n_bins}
     seed_everything(study.seed)
     network = ABMIL(min(study.features.dim, DIM_IN), **small, dropout=0.0).to(device, torch.float64).eval()
-    target, source_patients, test = _narrowed(
-        [
-            _load(study, network, *of_target["train"], MAX_PATIENTS, device),
-            _load(study, network, source, source.splits.train(0), MAX_PATIENTS, device),
-            _load(study, network, *of_target.get("external", of_target["test"]), MAX_TESTED, device),
-        ],
-        study.seed,
-    )
+    parts = [
+        _load(study, network, *of_target["train"], MAX_PATIENTS, device),
+        _load(study, network, source, source.splits.train(0), MAX_PATIENTS, device),
+        _load(study, network, *of_target.get("external", of_target["test"]), MAX_TESTED, device),
+    ]
+    if (dim := study.features.dim) > DIM_IN:
+        drawn = torch.randn(dim, DIM_IN, generator=torch.Generator().manual_seed(study.seed), dtype=torch.float64)
+        narrow = [part.bags.features @ drawn.to(device) for part in parts]
+        scale = narrow[0].square().mean().sqrt()
+        bags = [RaggedBatch(x / scale, part.bags.offsets) for x, part in zip(narrow, parts, strict=True)]
+        parts = [replace(part, bags=narrowed) for part, narrowed in zip(parts, bags, strict=True)]
+    target, source_patients, test = parts
     concordance_index(test.time_days, test.event.cpu().numpy(), np.zeros(len(test)))  # refuses what has no pairs
     return Problem(network, target, source_patients, test, study.recipe.alpha)
-
-
-def _narrowed(parts: list[Patients], seed: int) -> list[Patients]:
-    """The patients with features of at most `DIM_IN` numbers; the first set's decide the scale of all."""
-    dim = parts[0].bags.features.shape[1]
-    if dim <= DIM_IN:
-        return parts
-    drawn = torch.randn(dim, DIM_IN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    narrow = [part.bags.features @ drawn.to(part.bags.features) for part in parts]
-    scale = narrow[0].square().mean().sqrt()
-    return [
-        replace(part, bags=RaggedBatch(features / scale, part.bags.offsets))
-        for part, features in zip(parts, narrow, strict=True)
-    ]
 
 
 def _load(study: Study, network: ABMIL, data: Dataset, patients: Sequence[str], most: int, device: str) -> Patients:
@@ -352,7 +332,6 @@ def lengths(study: Study) -> list[int]:
 
 def of_pair(bench: Workbench, pair: Run, seeds: Sequence[int], device: str = "cpu") -> pd.DataFrame:
     """`compare` on the `small_problem` of a pair, over `lengths`. Computed once."""
-
     steps = lengths(bench.study)
 
     def compute() -> pd.DataFrame:
@@ -363,7 +342,6 @@ def of_pair(bench: Workbench, pair: Run, seeds: Sequence[int], device: str = "cp
 
 def premise_of_pair(bench: Workbench, pair: Run, seed: int, device: str = "cpu") -> pd.DataFrame:
     """`premise` on the `small_problem` of a pair, at M_0 and at the M_t of the longest of `lengths`. Computed once."""
-
     steps = max(lengths(bench.study))
 
     def compute() -> pd.DataFrame:
