@@ -87,9 +87,8 @@ def status(bench: Workbench, infos: Mapping[str, Mapping[str, Any]], runs: pd.Da
     )  # fmt: skip
     records = [read_record(path.parent) for path in sorted(bench.study.build.glob("analyses/*/run.json"))]
     saved = pd.DataFrame([record.info for record in records if record], columns=["analysis", "seconds", "finished"])
-    analyses = saved.groupby("analysis").agg(
-        tables=("seconds", "size"), seconds=("seconds", "sum"), last=("finished", "max")
-    )
+    grouped = saved.groupby("analysis")
+    analyses = grouped.agg(tables=("seconds", "size"), seconds=("seconds", "sum"), last=("finished", "max"))
     shown = ["notebook", "status", "seconds", "device", "finished"]
     return render(
         "steph.book",

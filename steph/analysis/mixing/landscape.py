@@ -37,6 +37,18 @@ STEPS = 25
 """Of 0.04 each: 26 values from 0 to 1 (Appendix C.2.3)."""
 NUMBERS = 2**25
 """Intermediate numbers held at a time; a single patient at a single point may need more."""
+GAINS = {
+    "source": "source", "lambda_train": "λ best on train", "gain_train": "gain on train",
+    "lambda_test": "λ best on test", "gain_test": "gain on test",
+    "moved_test": "λ of train: gain on test", "moved_external": "λ of train: gain on external",
+    "tested_external": "λ of test: gain on external",
+}  # fmt: skip
+MAGNITUDES = {
+    "source": "source", "target_test": "M_t", "best_test": "best λ, w = 1", "ray_test": "best λ and w",
+    "plane_test": "least in the plane",
+}  # fmt: skip
+"""Columns of tables (`wide`) by those of `summaries`: the best lambda and its gain, also on other patients than it was
+chosen on; how far lambda alone goes on test patients, and how far with w."""
 
 
 def landscape(
@@ -214,25 +226,9 @@ def summaries(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def summaries_wide(table: pd.DataFrame) -> pd.DataFrame:
-    """Format `summaries` for display: the best lambda and its gain, also on other patients than it was chosen on."""
-    names = {
-        "source": "source",
-        "lambda_train": "λ best on train", "gain_train": "gain on train",
-        "lambda_test": "λ best on test", "gain_test": "gain on test",
-        "moved_test": "λ of train: gain on test", "moved_external": "λ of train: gain on external",
-        "tested_external": "λ of test: gain on external",
-    }  # fmt: skip
-    return table.filter(list(names)).rename(columns=names)
-
-
-def magnitudes_wide(table: pd.DataFrame) -> pd.DataFrame:
-    """Format `summaries` for display: how far lambda alone goes on test patients, and how far with w."""
-    names = {
-        "source": "source", "target_test": "M_t", "best_test": "best λ, w = 1", "ray_test": "best λ and w",
-        "plane_test": "least in the plane",
-    }  # fmt: skip
-    return table[list(names)].rename(columns=names)
+def wide(table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
+    """Format `summaries` for display. columns: `GAINS` or `MAGNITUDES`."""
+    return table.filter(list(columns)).rename(columns=columns)
 
 
 # ------------------------------------------------------------------------------------------ of finished runs

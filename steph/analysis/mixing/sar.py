@@ -29,7 +29,6 @@ from steph.data.synthetic import planted_similarity
 from steph.files.records import fingerprint
 from steph.merging.random_sources import random_sources
 from steph.merging.task_vectors import task_vector
-from steph.mil.state import ModelState
 from steph.study.cache import cached_table
 from steph.study.runs import TARGET, Run, Workbench
 from steph.training.device import single_thread
@@ -179,29 +178,22 @@ def curves(
         tau_target = task_vector(states.pop(TARGET), null)
         with single_thread():
             for name, state in states.items():
-                for (layer, kind, draw), source in _sources(null, name, state, seed, draws).items():
-                    target = layer_matrix(tau_target, layer)
-                    curve = mixture_curve(target.to(device), source.to(device), lambdas)
-                    parts.append(curve.assign(source=name, layer=layer, kind=kind, draw=draw))
+                tau = task_vector(state, null)
+                seeds = [int(fingerprint([seed, draw], 8), 16) for draw in range(draws)]
+                noises = [task_vector(random_sources(null, {name: state}, drawn)[name], null) for drawn in seeds]
+                for layer in LAYERS:
+                    target, own = layer_matrix(tau_target, layer), layer_matrix(tau, layer)
+                    sources = {("source", 0): own}
+                    for draw, noise in enumerate(noises):
+                        sources["rotated", draw] = turned(own, fingerprint([seed, draw, name, layer]))
+                        sources["noise", draw] = layer_matrix(noise, layer)
+                    for (kind, draw), source in sources.items():
+                        curve = mixture_curve(target.to(device), source.to(device), lambdas)
+                        parts.append(curve.assign(source=name, layer=layer, kind=kind, draw=draw))
         return pd.concat(parts, ignore_index=True).assign(target=models[TARGET].dataset)
 
     keys = {role: bench.key(run) for role, run in models.items()}
     return cached_table(bench, "sar", {"runs": keys, "seed": seed, "lambdas": list(lambdas), "draws": draws}, compute)
-
-
-def _sources(
-    null: ModelState, name: str, state: ModelState, seed: int, draws: int
-) -> dict[tuple[str, str, int], Tensor]:
-    """A source's own matrices (r, c) and those of its baselines, by layer, kind and draw."""
-    tau = task_vector(state, null)
-    matrices = {(layer, "source", 0): layer_matrix(tau, layer) for layer in LAYERS}
-    for draw in range(draws):
-        noise = task_vector(random_sources(null, {name: state}, int(fingerprint([seed, draw], 8), 16))[name], null)
-        for layer in LAYERS:
-            key = fingerprint([seed, draw, name, layer])
-            matrices[layer, "rotated", draw] = turned(matrices[layer, "source", 0], key)
-            matrices[layer, "noise", draw] = layer_matrix(noise, layer)
-    return matrices
 
 
 def spectra(bench: Workbench, models: Mapping[str, Run], device: str = "cpu") -> pd.DataFrame:

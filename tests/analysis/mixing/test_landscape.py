@@ -185,10 +185,10 @@ def test_no_lambda_is_better_on_both_where_training_wants_the_target():
     assert list(found["source"]) == ["LIHC", "CESC"]
     assert found["gain_train"][0] == found["moved_test"][0] == 0 and np.isnan(found["both_low"][0])
     assert found["both_low"][1] == pytest.approx(0.64)
-    wide = module.summaries_wide(found)
-    assert len(wide) == 2 and wide["gain on test"].tolist() == found["gain_test"].tolist()
-    assert not any("external" in column for column in wide)
-    steps = module.magnitudes_wide(found).set_index("source")
+    gains = module.wide(found, module.GAINS)
+    assert len(gains) == 2 and gains["gain on test"].tolist() == found["gain_test"].tolist()
+    assert not any("external" in column for column in gains)
+    steps = module.wide(found, module.MAGNITUDES).set_index("source")
     assert (steps.diff(axis=1).iloc[:, 1:] < 1e-12).all(axis=None)  # each has what the one before it has, and more
     assert steps.loc["CESC"].tolist() == pytest.approx([1.08, 1, 1, 1])
 
