@@ -316,12 +316,10 @@ def state(notebook: Path, chosen: Mapping[str, Any], bench: Workbench) -> str:
     keys), labels by content, stores by size and time. Synthetic data follow from the manifest and the library."""
     twin = f"{bench.study.name}_twin"
     studies = [bench.study, *([load_study(twin)] if (MANIFESTS / f"{twin}.yaml").is_file() else [])]
+    real = [study.data for study in studies if study.synthetic is None]
     files = [*(PROJECT / "steph").rglob("*.py"), *(MANIFESTS / "paper").glob("*")]
-    stores: list[Path] = []
-    for study in studies:
-        if study.synthetic is None:
-            files += study.data.glob("labels/*.csv")
-            stores += study.data.glob("stores/*.h5")
+    files += [path for data in real for path in data.glob("labels/*.csv")]
+    stores = [path for data in real for path in data.glob("stores/*.h5")]
     shown = [
         [[cell["cell_type"], "".join(cell["source"])] for cell in read_json(notebook)["cells"]],
         dict(chosen),

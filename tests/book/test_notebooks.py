@@ -243,9 +243,8 @@ from steph.book.notebooks import start
 from steph.study.runs import Run
 p = start(globals())"""
     look = "print(interval(Estimate(1.0, 0.5, 1.5)), p.bench.key(Run('SARC', 'vanilla', 0, 42)))"
-    notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(source) for source in (PARAMETERS, begin, *[look] * 4)]
-    )
+    cells = [nbformat.v4.new_code_cell(source) for source in (PARAMETERS, begin, *[look] * 4)]
+    notebook = nbformat.v4.new_notebook(cells=cells)
     client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(copy)}})
 
     def change(name, old, new):

@@ -8,13 +8,10 @@ from itertools import product
 from types import SimpleNamespace
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 
 from steph import plots
 from steph.analysis.mixing import attention, sar, vicinal

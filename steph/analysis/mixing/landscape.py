@@ -8,7 +8,7 @@ evaluation reports, with alpha = 0. All numbers are of the landscape as computed
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -19,8 +19,6 @@ from torch import Tensor
 from steph.analysis.mixing import dynamics
 from steph.analysis.mixing.pairs import pair, patient_sets
 from steph.data.bags import RaggedBatch
-from steph.data.dataset import Dataset
-from steph.data.manifest import Study
 from steph.files.records import fingerprint
 from steph.merging.merged_encoder import Merged
 from steph.merging.task_vectors import Layout, State, task_vector
@@ -28,7 +26,7 @@ from steph.mil.abmil import linear_each
 from steph.study.cache import cached_table
 from steph.study.runs import TARGET, Run, Workbench
 from steph.survival import nll_loss, targets
-from steph.training.device import Compute, single_thread
+from steph.training.device import single_thread
 from steph.training.engine import groups_of, loader
 
 Head = Literal["target", "merged"] | Run
@@ -77,7 +75,7 @@ def grid() -> np.ndarray:
 
 
 def _losses(bench: Workbench, run: Run, device: str, head: Head, points: np.ndarray) -> pd.DataFrame:
-    compute = bench.compute(run, device)
+    study, compute = bench.study, bench.compute(run, device)
     states = {role: bench.state(model) for role, model in bench.prerequisites(run).items()}
     target = states.pop(TARGET)
     (source,) = states.values()
@@ -86,19 +84,14 @@ def _losses(bench: Workbench, run: Run, device: str, head: Head, points: np.ndar
     table = pd.DataFrame(points, columns=["c_s", "c_t"])
     with single_thread(), torch.inference_mode():
         for name, (data, patients) in patient_sets(bench, run).items():
-            table[f"loss_{name}"] = _mean_loss(plane, data, patients, bench.study, compute)
+            n, batch_of = study.network, loader(plane, data, patients, compute.exact)
+            total = torch.zeros(len(points), dtype=torch.float64, device=compute.device)
+            for group in groups_of(patients, study.recipe.bags_per_step):  # as many as an update takes
+                hazards = torch.sigmoid(plane(batch_of(group))).double()  # (G, B, T)
+                bins, event = targets(data.labels(group), n.n_bins, n.bin_width_days, compute.device)
+                total += nll_loss(hazards, bins, event, alpha=0.0, reduction="none").sum(1)
+            table[f"loss_{name}"] = (total / len(patients)).cpu().numpy()
     return table
-
-
-def _mean_loss(plane: Plane, data: Dataset, patients: Sequence[str], study: Study, compute: Compute) -> np.ndarray:
-    """Mean loss of patients at each of the plane's points, (G,). As many are loaded at a time as an update takes."""
-    n, batch_of = study.network, loader(plane, data, patients, compute.exact)
-    total = torch.zeros(len(plane.points), dtype=torch.float64, device=compute.device)
-    for group in groups_of(patients, study.recipe.bags_per_step):
-        hazards = torch.sigmoid(plane(batch_of(group))).double()  # (G, B, T)
-        bins, event = targets(data.labels(group), n.n_bins, n.bin_width_days, compute.device)
-        total += nll_loss(hazards, bins, event, alpha=0.0, reduction="none").sum(1)
-    return (total / len(patients)).cpu().numpy()
 
 
 class Plane(Merged):

@@ -74,9 +74,7 @@ def test_stephs_attention_is_the_one_that_pools_the_patients_own_merged_model():
     assert np.abs(attention.attention_of(foreign, one) - found).max() > 1e-5
 
 
-@pytest.mark.parametrize(
-    "method", ["surgery_am", "finetuned_representation", "transmil", "patch_gcn", "steph_patch_gcn"]
-)
+@pytest.mark.parametrize("method", ["surgery_am", "finetuned_representation", "transmil", "steph_patch_gcn"])
 def test_other_networks_with_attention_have_maps(tiny, method):
     table = map_of(tiny, method)
     assert table["attention"].sum() == pytest.approx(1) and (table["attention"] >= 0).all()
@@ -213,11 +211,9 @@ def test_effective_patches_and_the_most_attended_in_common():
 
 def test_numbers_of_a_patient():
     patches = pd.DataFrame({"tumour": [True, True, False, False], "zone": ["inside", "edge", "beside", "away"]})
-    found = attention.numbers(
-        {"vanilla": np.array([0.1, 0.2, 0.3, 0.4]), "steph": np.array([0.6, 0.2, 0.15, 0.05])}, patches
-    ).set_index("method")
-    assert found["auc"].tolist() == [0, 1]
-    assert found["auc_gain"].tolist() == [0, 1]
+    values = {"vanilla": np.array([0.1, 0.2, 0.3, 0.4]), "steph": np.array([0.6, 0.2, 0.15, 0.05])}
+    found = attention.numbers(values, patches).set_index("method")
+    assert found["auc"].tolist() == found["auc_gain"].tolist() == [0, 1]
     assert found["times_border"].tolist() == pytest.approx([1, 0.7])
     assert found["correlation"].tolist() == pytest.approx([1, -1])
     assert found["overlap"].tolist() == [1, 0] and set(found["chance"]) == {0.25}

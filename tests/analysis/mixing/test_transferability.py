@@ -54,18 +54,15 @@ def test_cosines_of_task_vectors(tiny):
     cosine = transferability.task_vector_cosine(tiny)
     assert np.allclose(np.diag(cosine), 1) and np.allclose(cosine, cosine.T)
     null, states = tiny.null_state("abmil"), [tiny.state(Run(name, "vanilla", 0, 42)) for name in ("LIHC", "SARC")]
-    first, second = (
-        np.concatenate([(s[k] - null[k]).numpy().ravel() for k in null if "head" not in k]) for s in states
-    )
+    encoder = [k for k in null if "head" not in k]
+    first, second = (np.concatenate([(s[k] - null[k]).numpy().ravel() for k in encoder]) for s in states)
     expected = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
     assert cosine.loc["LIHC", "SARC"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_weights_stand_under_their_target():
-    course = pd.DataFrame(
-        {"seed": [1, 1, 2, 2], "epoch": 3, "source": ["LIHC", "CESC"] * 2, "w": [1.0, 0.0, 3.0, 1.0], "lambda": 0.5}
-    )
-    weights = transferability.final_weights({"SARC": course}, NAMES)
+    ends = {"seed": [1, 1, 2, 2], "epoch": 3, "source": ["LIHC", "CESC"] * 2, "w": [1.0, 0, 3, 1], "lambda": 0.5}
+    weights = transferability.final_weights({"SARC": pd.DataFrame(ends)}, NAMES)
     assert weights["SARC"].tolist()[:2] == [2.0, 0.5] and np.isnan(weights.loc["SARC", "SARC"])
 
 

@@ -169,10 +169,8 @@ def test_eq_9_is_an_equality_where_nothing_differs_but_labels(problem):
     only = problem.target.some(np.array([3]))
     at_null = vicinal.premise(replace(problem, target=only, source=only), {"M_0": problem.null}, 0)
     flat = vicinal.premise(problem, {"flat": changed(problem, "head.weight", torch.zeros_like)}, 0)
-    rows = [find(at_null, place="M_0", statement=s) for s in (CONVEX, EQ_9)] + [
-        find(flat, place="flat", statement=EQ_9)
-    ]
-    for row in rows:
+    for table, place, statement in ((at_null, "M_0", CONVEX), (at_null, "M_0", EQ_9), (flat, "flat", EQ_9)):
+        row = find(table, place=place, statement=statement)
         assert row["holds"].item() == 1 and row["gap"].item() < 1e-12
 
 
