@@ -333,11 +333,8 @@ def lengths(study: Study) -> list[int]:
 def of_pair(bench: Workbench, pair: Run, seeds: Sequence[int], device: str = "cpu") -> pd.DataFrame:
     """`compare` on the `small_problem` of a pair, over `lengths`. Computed once."""
     steps = lengths(bench.study)
-
-    def compute() -> pd.DataFrame:
-        return compare(small_problem(bench, pair, device), steps, seeds)
-
-    return cached_table(bench, "vicinal", {"pair": bench.key(pair), "seeds": list(seeds), "steps": steps}, compute)
+    inputs = {"pair": bench.key(pair), "seeds": list(seeds), "steps": steps}
+    return cached_table(bench, "vicinal", inputs, lambda: compare(small_problem(bench, pair, device), steps, seeds))
 
 
 def premise_of_pair(bench: Workbench, pair: Run, seed: int, device: str = "cpu") -> pd.DataFrame:
