@@ -56,7 +56,7 @@ def study(tmp_path, monkeypatch):
     return path
 
 
-def test_labels_check_pack_and_the_baselines_notebook(study, tmp_path):
+def test_labels_check_pack_and_the_baselines_notebook_and_a_store_of_other_files_is_refused(study, tmp_path):
     done = steph("run", "01_baselines", "--study", study)
     assert done.exit_code == 1 and "steph data labels" in done.output  # told what is missing, and the command
 
@@ -84,10 +84,6 @@ def test_labels_check_pack_and_the_baselines_notebook(study, tmp_path):
     runs = {path.parents[1].name for path in (tmp_path / "build" / "rehearsal" / "runs" / "SARC").glob("*/*/run.json")}
     assert runs >= {"vanilla", "model_average", "steph", "hypernetwork_only", "adamerging", "roupkt"}
 
-
-def test_a_store_of_other_files_is_refused(study, tmp_path):
-    steph("data", "labels", "--study", study, "--cdr", tmp_path / "cdr.csv", "--slides", tmp_path / "slides.txt")
-    steph("data", "pack", "--study", study)
     changed = next((tmp_path / "data" / "features").rglob("*SA-0001*DX1*.h5"))
     changed.write_bytes(changed.read_bytes() + b" ")
     done = steph("study", "run", "--study", study, "--dataset", "SARC", "--method", "vanilla")

@@ -48,12 +48,15 @@ def shelf(tiny, monkeypatch, tmp_path):
     shutil.rmtree(tables)
 
 
-def test_finished_notebooks_pass_the_gate(tiny, shelf):
+def test_finished_notebooks_pass_the_gate_and_a_builder_that_fails_is_an_error(tiny, shelf, monkeypatch):
     shelve(tiny)
     assert {path.stem for path in (shelf / "notebooks").iterdir()} == {c.name for c in chapters(tiny.study)}
     assert "cpu" in (shelf / "status.md").read_text()
     shown = shelf / "files" / "build" / "book" / "tables" / "scorecard.csv"
     assert shown.read_bytes() == (tiny.study.build / "tables" / "scorecard.csv").read_bytes()
+    monkeypatch.setattr(book, "BUILDER", "import sys; sys.exit('WARNING: no such page')")
+    with pytest.raises(Refused, match=r"the book was not built:\nWARNING: no such page"):
+        build_pages(tiny.study)
 
 
 @pytest.mark.parametrize(
@@ -93,13 +96,6 @@ def test_what_is_not_current_is_executed_again(tiny, shelf):
     assert outdated(tiny) == others
     (tiny.study.build / "tables" / "scorecard.csv").unlink()
     assert outdated(tiny) == [current, *others]
-
-
-def test_a_builder_that_fails_is_an_error(tiny, monkeypatch, tmp_path):
-    monkeypatch.setattr(book, "SHELF", tmp_path)
-    monkeypatch.setattr(book, "BUILDER", "import sys; sys.exit('WARNING: no such page')")
-    with pytest.raises(Refused, match=r"the book was not built:\nWARNING: no such page"):
-        build_pages(tiny.study)
 
 
 def test_chapters_are_the_notebooks_in_the_order_of_the_contents():
@@ -173,6 +169,7 @@ def test_the_whole_book_is_built_and_not_done_twice(tiny_book):
 
 
 EXPECTED = REFERENCE / "tiny_results.csv"
+# Prints results of the book's runs on `tiny`, not those that other tests have made in the same folder.
 SHOWN = """
 import sys
 from dataclasses import asdict
@@ -182,9 +179,6 @@ from steph.study.runs import Workbench, results
 bench = Workbench("tiny")
 results(bench).merge(pd.DataFrame([asdict(run) for run in needed_runs(bench)])).to_csv(sys.stdout, index=False)
 """
-
-
-"""Prints results of the book's runs on `tiny`, not those that other tests have made in the same folder."""
 
 
 @pytest.mark.xdist_group("book")

@@ -368,13 +368,16 @@ def test_an_archive_that_was_put_there_is_used_where_it_is_whole_and_kept(study,
     assert (share == 1) == (not server.sent) == ("TCGA-SARC.tar.gz, which lay there, is not whole" not in note)
 
 
-def test_lost_slides_are_named_and_fetched_again(study, server, capsys):
+def test_lost_slides_are_named_and_fetched_again_and_a_newer_version_replaces_nothing(study, server, capsys):
     fetch.fetch(study, ["SARC"], ["features"])
     lost = next(study.data.rglob("*SR01*.h5"))
     content = lost.read_bytes()
     lost.unlink()
     fetch.fetch(study, ["SARC"], ["features"])
     assert "TCGA-AA-SR01" in capsys.readouterr().err and lost.read_bytes() == content
+    server.files["TCGA/TCGA-SARC.tar.gz"] = archive("SARC", 5)
+    [note] = fetch.fetch(study, ["SARC"], ["features"]).values()
+    assert "another version" in note and len(slides(study.data)) == 3
 
 
 def test_slides_that_cannot_be_used_are_listed(study, server):
@@ -389,13 +392,6 @@ def test_a_folder_unpacked_by_hand_is_left_alone(study, server):
     folder.mkdir(parents=True)
     [note] = fetch.fetch(study, ["SARC"], ["features"]).values()
     assert "not unpacked by this command" in note and not server.sent and not list(folder.iterdir())
-
-
-def test_a_newer_version_at_the_source_replaces_nothing(study, server):
-    fetch.fetch(study, ["SARC"], ["features"])
-    server.files["TCGA/TCGA-SARC.tar.gz"] = archive("SARC", 5)
-    [note] = fetch.fetch(study, ["SARC"], ["features"]).values()
-    assert "another version" in note and len(slides(study.data)) == 3
 
 
 def test_a_file_of_another_content_is_not_overwritten(study):
@@ -425,6 +421,7 @@ def test_mistakes_are_named(study, server, tmp_path):
         (study, (None, ["feature"]), "no source of feature .*labels, splits, features"),
         (load_study("tiny"), (), "synthetic"),
         (study, (["SARC"], ["features"]), r"nothing there for SARC .*There are: TCGA/sarc\.tar\.gz\. Correct `files`"),
+        (study, (["SARC"], ["labels"], tmp_path / "fetched.yaml" / "below"), "cannot write"),
         (changed(md5=None), (), "a download could not be checked"),
         (changed(), (None, ["splits"]), "names no source of splits"),
         (changed(address="file:///etc/passwd"), (), "no web address"),

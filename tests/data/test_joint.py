@@ -57,7 +57,7 @@ def test_training_patients_are_everybodys_and_nobodys_test_patients(parts, n_par
     assert tested and not tested & set(training)
 
 
-def test_a_patient_who_trains_here_and_tests_there_is_refused(parts):
+def test_a_patient_who_trains_here_and_tests_there_and_an_external_set_are_refused(parts):
     """Two overlapping cohorts, such as one cancer and a group of cancers that holds it."""
     data = parts[0]
     turned = Splits(tuple(reversed(data.splits.folds)), "file")
@@ -66,6 +66,8 @@ def test_a_patient_who_trains_here_and_tests_there_is_refused(parts):
         JointDataset([data, other]).train(0)
     same = JointDataset([data, replace(data, name="SARC2")])  # the same patients in the same folds leak nothing
     assert len(same.train(0)) == 2 * len(data.splits.train(0))
+    with pytest.raises(Refused, match="external set"):
+        JointDataset([data.external]).train(0)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +84,3 @@ def test_unknown_patients_are_refused(joint, patients, message):
             ask(patients)
     with pytest.raises(Refused, match="no patient given"):
         joint.batch([])
-
-
-def test_an_external_set_is_refused(parts):
-    with pytest.raises(Refused, match="external set"):
-        JointDataset([parts[0].external]).train(0)

@@ -58,17 +58,6 @@ def test_a_cohort_too_small_for_its_folds_is_refused(events, n_folds):
         make_splits(cohort_of(events), n_folds, 42)
 
 
-def test_splits_are_written_once_and_reused(cohort, tmp_path):
-    made = load_splits(cohort, tmp_path, 5, 42)
-    written = (tmp_path / "SARC.csv").read_bytes()
-    again = load_splits(cohort, tmp_path, 5, 7)  # another seed: what is written counts
-    assert (made.origin, again.origin, made.n_folds) == ("ours", "ours", 5)
-    assert made.folds == again.folds and made.fingerprint == again.fingerprint
-    assert (tmp_path / "SARC.csv").read_bytes() == written
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["SARC.csv", "SARC.csv.sha256"]
-    assert load_splits(cohort, tmp_path / "other", 5, 7).fingerprint != made.fingerprint
-
-
 @pytest.mark.parametrize("fold", [-1, 5, "0", None])
 def test_a_fold_outside_the_range_is_refused(fold, cohort, tmp_path):
     splits = load_splits(cohort, tmp_path, 5, 42)
@@ -196,9 +185,14 @@ def test_in_each_repeat_every_patient_tests_once_and_trains_otherwise_in_table_o
     assert len({frozenset(splits.test(k)) for k in range(15)}) == 15
 
 
-def test_more_repeats_leave_what_is_there_as_it_is(cohort, tmp_path):
+def test_splits_are_written_once_and_reused_and_more_repeats_leave_them_as_they_are(cohort, tmp_path):
     once = load_splits(cohort, tmp_path, 5, 42)
     written = (tmp_path / "SARC.csv").read_bytes()
+    again = load_splits(cohort, tmp_path, 5, 7)  # another seed: what is written counts
+    assert (once.origin, again.origin, once.n_folds) == ("ours", "ours", 5)
+    assert once.folds == again.folds and once.fingerprint == again.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["SARC.csv", "SARC.csv.sha256"]
+    assert load_splits(cohort, tmp_path / "other", 5, 7).fingerprint != once.fingerprint
     three = load_splits(cohort, tmp_path, 5, 42, repeats=3)
     assert three.folds[:5] == once.folds
     assert (tmp_path / "SARC.csv").read_bytes() == written

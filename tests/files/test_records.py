@@ -18,23 +18,19 @@ def test_fingerprint_depends_on_values_not_on_order():
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
 
 
-def test_a_record_is_there_only_with_its_completion(tmp_path):
+def test_a_record_is_there_only_with_its_completion_and_a_changed_or_lost_file_is_noticed(tmp_path):
     assert read_record(tmp_path) is None
-    write_record(tmp_path, {"a.csv": writer("x")}, {"seconds": 1})
+    write_record(tmp_path, {"a.csv": writer("x"), "b.csv": writer("x")}, {"seconds": 1})
     found = read_record(tmp_path)
     assert found.file("a.csv").read_text() == "x"
     assert found.info["status"] == "complete" and found.info["versions"]["steph"]
-    (tmp_path / "run.json").unlink()
-    assert read_record(tmp_path) is None
-
-
-def test_a_changed_file_and_one_that_is_gone_are_noticed(tmp_path):
-    record = write_record(tmp_path, {"a.csv": writer("x"), "b.csv": writer("x")}, {})
     (tmp_path / "a.csv").write_text("y")
     (tmp_path / "b.csv").unlink()
     for name, message in (("a.csv", "is not what"), ("b.csv", "is not what"), ("c.csv", "has no file c")):
         with pytest.raises(Refused, match=message):
-            record.file(name)
+            found.file(name)
+    (tmp_path / "run.json").unlink()
+    assert read_record(tmp_path) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"status": "running", "files": {}}', '{"status": "complete"}'])
