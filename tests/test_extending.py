@@ -173,9 +173,8 @@ def used(project):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", ["max_mil", "scaled"])
-def test_a_new_network_and_a_new_method_are_taken_everywhere(project, used, name):
-    title = {"max_mil": "MaxMIL", "scaled": "Scaled"}[name]
+@pytest.mark.parametrize(("name", "title"), [("max_mil", "MaxMIL"), ("scaled", "Scaled")])
+def test_a_new_network_and_a_new_method_are_taken_everywhere(project, used, name, title):
     assert name in used["plan"] and name in used["work"] and name in used["operations"]
     assert any(title in cell for cell in used["table"])
     assert f"| `{name}` | {title} | own | — |" in used["registry"]  # and claims no row of the paper
@@ -184,15 +183,12 @@ def test_a_new_network_and_a_new_method_are_taken_everywhere(project, used, name
     assert done.returncode == 0 and title in done.stdout, done.stderr
 
 
-def test_a_new_chapter_stands_where_the_contents_say_and_gets_its_runs(used):
+def test_a_new_chapter_stands_where_the_contents_say_gets_its_runs_and_runs(project, used):
     assert used["chapters"][-2:] == ["12_new", "10_scorecard"]
     assert "build/book/notebooks/12_new" in [
         entry["file"] for part in yaml.safe_load(used["contents"])["parts"] for entry in part["chapters"]
     ]
     assert used["needed"] and all("SKCM" in run for run in used["needed"])
-
-
-def test_a_new_chapter_runs(project):
     command = ["run", "new", "--study", "more", "-p", "dataset=SKCM"]
     done = in_copy(project, "-m", "steph.cli", *command)
     assert done.returncode == 0, done.stderr
