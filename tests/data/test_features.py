@@ -24,8 +24,10 @@ DIM = 8
 PLAIN = Features(encoder="e", dim=DIM)
 
 
-ROWS = [(f"P{p}", f"P{p}-DX{s}.AB-{p}{s}", "LUAD", 100 * (p + 1), p % 2) for p in range(3) for s in range(2)]
-COHORT = cohort_from(pd.DataFrame(ROWS, columns=COLUMNS), "LUNG", "")
+def cohort_of(n_patients=3, slides_each=2, name="LUNG", project="LUAD"):
+    patients = [(f"P{p}", project, 100 * (p + 1), p % 2) for p in range(n_patients)]
+    rows = [(p, f"{p}-DX{s}.AB-{p[1:]}{s}", *label) for p, *label in patients for s in range(slides_each)]
+    return cohort_from(pd.DataFrame(rows, columns=COLUMNS), name, "")
 
 
 def write_h5(path, n=5, dim=DIM, dtype="f4", **more):
@@ -55,7 +57,7 @@ def test_hidden_files_locks_and_other_files_are_passed_over_and_links_followed(t
 
 
 def test_clam_output_gives_its_h5_and_a_pt_alone_counts(tmp_path):
-    fabricate(COHORT, tmp_path, "clam", DIM, 4)
+    fabricate(cohort_of(), tmp_path, "clam", DIM, 4)
     found = find_slides([tmp_path])
     assert len(found) == 6 and {p.suffix for p in found.values()} == {".h5"}
     found["P0-DX0.AB-00"].unlink()
@@ -89,8 +91,8 @@ def test_a_file_that_would_serve_two_slides_or_a_slide_with_two_files_is_a_probl
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_read_the_same(tmp_path, layout):
-    slide, path = next(iter(fabricate(COHORT, tmp_path, layout, DIM, 50, seed=3).items()))
-    reference = fabricate(COHORT, tmp_path / "other", "trident", DIM, 50, seed=3)[slide]
+    slide, path = next(iter(fabricate(cohort_of(), tmp_path, layout, DIM, 50, seed=3).items()))
+    reference = fabricate(cohort_of(), tmp_path / "other", "trident", DIM, 50, seed=3)[slide]
     values, coords = read(path)
     with h5py.File(reference) as file:
         assert np.array_equal(values, file["features"][:]) and np.array_equal(coords, file["coords"][:])
@@ -219,8 +221,8 @@ def test_damage_inside_a_compressed_file_is_refused_when_read(tmp_path):
 
 
 def test_patches_of_another_size_than_the_studys_are_a_problem(tmp_path):
-    fabricate(COHORT, tmp_path, "trident", DIM, 5)
-    slides, found = COHORT.slides["slide_id"], find_slides([tmp_path])
+    fabricate(cohort_of(), tmp_path, "trident", DIM, 5)
+    slides, found = cohort_of().slides["slide_id"], find_slides([tmp_path])
     same, other = (Features(encoder="e", dim=DIM, magnification=m) for m in (20, 10))
     assert (check_slides(slides, found, same)["problem"] == "").all()
     assert check_slides(slides, found, other)["problem"].str.contains("target_magnification 20, expected 10").all()
