@@ -90,10 +90,9 @@ def test_what_a_study_trains_goes_out_under_the_releases_names(tmp_path, network
     assert_states_close(hypernetwork.convert_released(theirs), dict(state), rtol=0)
 
 
-def test_an_origin_keeps_models_of_another_null_model_apart(tmp_path, released, network):
-    nulls = [ABMIL(24, 16, 12, 8), ABMIL(24, 16, 12, 8)]
-    for i, null in enumerate(nulls):
-        torch.save(to_released(null.state_dict()), tmp_path / f"null{i}.pth")
+def test_an_origin_keeps_models_of_another_null_model_apart(tmp_path, released):
+    for i in range(2):
+        torch.save(to_released(ABMIL(24, 16, 12, 8).state_dict()), tmp_path / f"null{i}.pth")
         convert(tmp_path / f"null{i}.pth", tmp_path / f"null{i}.safetensors", tmp_path / f"null{i}.pth")
     convert(released, tmp_path / "brca.safetensors", tmp_path / "null0.pth")
     right, wrong = (load_state(tmp_path / f"null{i}.safetensors") for i in range(2))
@@ -139,7 +138,7 @@ PLANTED = {
 def test_no_code_in_a_checkpoint_is_run(tmp_path, network, name, zipped):
     marker, path = tmp_path / "ran", tmp_path / "trap.pth"
     torch.save(PLANTED[name](Bomb(marker), network.state_dict()), path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(Refused, match=r"trap\.pth holds Python objects \(posix\.system\).*torch\.save\("):
+    with pytest.raises(Refused, match=r"trap\.pth holds Python objects \(posix\.system\).*save\(model\.state_dict"):
         convert(path, tmp_path / "a.safetensors")
     path.write_bytes(pickle.dumps(Bomb(marker)))
     with pytest.raises(Refused, match=r"trap\.pth"):

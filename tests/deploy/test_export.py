@@ -172,9 +172,6 @@ def test_a_model_that_says_something_else_is_not_written(tiny, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------ commands and the page
-
-
 def call(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 

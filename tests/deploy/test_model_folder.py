@@ -132,9 +132,6 @@ def test_without_sources_that_are_never_used_nothing_changes(options):
         assert not torch.allclose(with_sources(["S0"])(bags()), model(bags()), rtol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------ damage
-
-
 def altered(folder, change):
     """Change the configuration and give it a right checksum again."""
     file = folder / "config.json"

@@ -79,7 +79,7 @@ def test_without_coordinates_all_but_the_map(model, tmp_path):
 def test_a_network_that_needs_coordinates_asks_for_them(tmp_path, slides):
     model = load_model(made_folder(tmp_path / "m", new_network("patch_gcn", DIM, SETTINGS)))
     assert np.isfinite(model.predict(slides).risk)
-    with pytest.raises(Refused, match=r"PatchGCN needs patches' coordinates, and 1 of 1 slides of b have none"):
+    with pytest.raises(Refused, match=r"PatchGCN needs .* coordinates, and 1 of 1 slides of b have none \(first b\)"):
         model.predict([write_slide(tmp_path / "b.h5", patches(), coords=None)])
 
 
@@ -170,16 +170,14 @@ def test_what_cannot_be_read_is_told(model, tmp_path, write, message):
         model.predict([path])
 
 
-def test_values_too_large_for_the_stores_format_are_refused(tmp_path):
+def test_values_too_large_for_the_stores_format_no_slide_and_a_slide_twice_are_refused(tmp_path, slides):
     model = load_model(made_folder(tmp_path / "m", inputs={"precision": "float16"}))
-    with pytest.raises(Refused, match="too large for float16"):
-        model.predict([write_slide(tmp_path / "a.h5", with_value(1e6))])
-
-
-@pytest.mark.parametrize(("which", "message"), [([], "no slide given"), ([0, 0], "slide P1-DX1 is given twice")])
-def test_no_slide_and_a_slide_twice(model, slides, which, message):
-    with pytest.raises(Refused, match=message):
-        model.predict([slides[i] for i in which])
+    large = write_slide(tmp_path / "a.h5", with_value(1e6))
+    for files, message in (
+        ([large], "too large for float16"), ([], "no slide given"), (slides[:1] * 2, "slide P1-DX1 is given twice"),
+    ):  # fmt: skip
+        with pytest.raises(Refused, match=message):
+            model.predict(files)
 
 
 def test_a_gpus_model_on_the_cpu_says_that_numbers_agree_up_to_rounding(tmp_path, slides):

@@ -23,9 +23,8 @@ def test_merged_model_is_the_releases(reference, float64, pool, clamp, merge):
     if MERGES[merge]:
         members = merge_pairs(null, target, members, MERGES[merge])
     model = adamerging(null, target, members, clamp_weights=clamp == "clamp")
-    torch.testing.assert_close(
-        model.weight_vector.detach(), numbers.tensor(f"init_w_{pool}").double(), rtol=1e-6, atol=0
-    )  # 1/m, in float32 there
+    initial = numbers.tensor(f"init_w_{pool}").double()  # 1/m, in float32 there
+    torch.testing.assert_close(model.weight_vector.detach(), initial, rtol=1e-6, atol=0)
     head = {f"head.{k.rpartition('.')[2]}": v for k, v in numbers.state("new_head").items()}
     load_into(model, {"weight_vector": numbers.tensor(f"w_{pool}"), **head})
     tag = f"ada_{pool}_{clamp}_{merge}"

@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 import torch
 
@@ -9,10 +7,10 @@ from steph.mil.state import load_into
 from tests.conftest import assert_states_close
 from tests.helpers.made_pool import released_pool
 
-READINGS = list(itertools.product(["incl", "excl"], ["null", "target"], ["enc", "all"]))
 
-
-@pytest.mark.parametrize(("pool", "base", "part"), READINGS)
+@pytest.mark.parametrize("pool", ["incl", "excl"])
+@pytest.mark.parametrize("base", ["null", "target"])
+@pytest.mark.parametrize("part", ["enc", "all"])
 def test_all_eight_readings_are_the_releases(reference, float64, pool, base, part):
     numbers = reference("f_model_avg")
     found = model_average(*released_pool(numbers), include_target=pool == "incl", base=base, merge_head=part == "all")

@@ -292,7 +292,6 @@ def test_order_of_patches_matters_only_where_it_is_said(net, bags):
 
 
 def test_attention_is_of_one_bag(net, bags):
-    assert net.attention(packed(net, bags[2:3])).sum().item() == pytest.approx(1)
     with pytest.raises(Refused, match=r"one bag was expected; this batch has 8\."):
         net.attention(packed(net, bags))
 
@@ -390,9 +389,8 @@ def test_trained_parameters_are_the_papers():
         states = {str(i): dict(other.named_parameters()) for i, other in enumerate(others)}
         null = dict(target.named_parameters())
         models = [STEPH(null, null, states, hyper_head=head) for head in ("mlp", "linear")]
-        models.append(
-            ROUPKT(new_network("abmil", 1536, Network()), {str(i): n for i, n in enumerate([target, *others])})
-        )
+        experts = {str(i): expert for i, expert in enumerate([target, *others])}
+        models.append(ROUPKT(new_network("abmil", 1536, Network()), experts))
     counts = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models]
     assert counts == [1_340_984, 815_672, 4_618_913]
 

@@ -25,9 +25,6 @@ def network(float64):
     return PatchGCN(6, 12, 8, 4).eval()
 
 
-# ------------------------------------------------------------------------------------------------ graph
-
-
 SCATTERED = [np.random.default_rng(n).permutation(100_000)[: 2 * n].reshape(n, 2) for n in (1, 2, 8, 9, 10, 200)]
 
 
@@ -80,9 +77,6 @@ def test_graphs_are_kept_by_content(monkeypatch):
     assert not torch.equal(ask(grid(30)), ask(grid(30, 5))) and calls == [30, 30, 30]  # other places, other graph
 
 
-# ------------------------------------------------------------------------------------------------ network
-
-
 def test_agrees_with_a_straight_line_computation(network):
     n = 23
     batch = RaggedBatch(torch.randn(n, 6), (0, n), grid(n), (0, 15, n))
@@ -103,9 +97,6 @@ def test_agrees_with_a_straight_line_computation(network):
     attention = torch.softmax(network.score(gate).squeeze(1), 0)
     torch.testing.assert_close(network.attention(batch), attention, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(network.encode(batch)[0], attention @ patches, rtol=1e-10, atol=1e-12)
-
-
-# ------------------------------------------------------------------------------------------------ training
 
 
 def test_trains_with_coordinates_and_on_sampled_bags(tiny):

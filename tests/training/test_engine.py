@@ -83,10 +83,8 @@ def test_five_updates_land_on_the_releases_weights(reference, float64, name):
     if name == "abmil":
         model, convert = ABMIL(24, 16, 12, 8, dropout=0.0), convert_released
     elif name == "steph":
-        model = STEPH(
-            null, target, pool, top_k=int(numbers["K"]), dim_hidden=16, dropout=0.0,
-            beta=float(numbers["beta"]), gamma=float(numbers["gamma"]),
-        )  # fmt: skip
+        weights = {"beta": float(numbers["beta"]), "gamma": float(numbers["gamma"])}
+        model = STEPH(null, target, pool, top_k=int(numbers["K"]), dim_hidden=16, dropout=0.0, **weights)
         convert = convert_steph
     else:
         model = adamerging(null, target, {"target": target, **pool})

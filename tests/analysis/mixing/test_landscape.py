@@ -13,7 +13,7 @@ from steph.merging.task_vectors import apply_task_vector, task_vector
 from steph.mil import new_network
 from steph.mil.state import load_into
 from steph.study.execute import Workbench, run_all
-from steph.study.runs import TARGET, Run, row_of
+from steph.study.runs import TARGET, Run
 from steph.survival import nll_loss, targets
 
 SOME = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.36, 0.64], [1.0, 0.92], [1.3, 0.2]])
@@ -82,7 +82,7 @@ def test_the_corners_are_the_models_themselves(bench):
         run = pair(bench.study, "SARC", "LIHC", 1, precision)
         table = module.landscape(bench, run).set_index(["c_s", "c_t"])
         assert len(table) == 676
-        of_target = row_of(bench.record(bench.prerequisites(run)[TARGET]))["loss"]
+        of_target = bench.record(bench.prerequisites(run)[TARGET]).info["metrics"]["loss"]
         assert table.loc[(0, 1), "loss_test"] == pytest.approx(of_target, abs=error)
         assert of_target != pytest.approx(table.loc[(0, 0), "loss_test"], abs=1e-3)
 
@@ -105,9 +105,6 @@ def test_a_landscape_trains_nothing_and_is_made_where_models_are_finished(bench,
     monkeypatch.setattr(module, "grid", lambda: few)
     found = module.finished_landscapes(bench, "SARC")
     assert set(found) == {"LIHC", "CESC"} and all(len(table) == 2 for table in found.values())
-
-
-# ------------------------------------------------------------------------------------- what is read from it
 
 
 def made(train, test) -> pd.DataFrame:

@@ -130,9 +130,6 @@ def test_what_cannot_be_compared_is_refused(target, new, options, message):
         sar.subspace_alignment_ratio(target, new, **options)
 
 
-# ------------------------------------------------------------------------------------------- mixtures
-
-
 def test_a_curve_ends_at_the_source_and_at_the_target():
     t, s = gaussian(16, 24), gaussian(16, 24, seed=1)
     curve = sar.mixture_curve(t, s)
@@ -161,9 +158,6 @@ def test_the_attention_layer_is_both_gates_side_by_side():
     tau = {"embed.weight": embed, "gate_tanh.weight": tanh, "gate_sigmoid.weight": sigmoid}
     assert torch.equal(sar.layer_matrix(tau, sar.ATTENTION), torch.cat([tanh, sigmoid], dim=1))
     assert torch.equal(sar.layer_matrix(tau, sar.EMBEDDING), embed)
-
-
-# ------------------------------------------------------------------------------------------- reading
 
 
 def made_curves(attention: float = 0.9, rotated: float = 0.7) -> pd.DataFrame:
@@ -203,9 +197,6 @@ def test_the_layers_are_compared_pair_by_pair_and_with_what_chance_gives():
     lines = sar.take_away(compared.reset_index(), "released")
     assert "0.900 in the attention layer, 0.800 in the embedding, larger in the attention for 2" in lines[0]
     assert "differ by +0.100, and by +0.000 where nothing is shared" in lines[0]
-
-
-# ------------------------------------------------------------------------------------------- of a study
 
 
 def test_curves_of_a_study_are_those_of_its_models(tiny):

@@ -9,7 +9,7 @@ from steph.analysis.mixing.dynamics import finished_runs
 from steph.analysis.mixing.landscape import landscape
 from steph.analysis.mixing.trajectory import ends, ends_wide, runs, shown, trajectories
 from steph.study.execute import Workbench, run_all
-from steph.study.runs import TARGET, Run, row_of
+from steph.study.runs import TARGET, Run
 from steph.survival import nll_loss, targets
 from steph.training.engine import predict_hazards
 
@@ -43,8 +43,8 @@ def test_ends_stand_beside_the_targets_own_loss_and_stephs(bench):
     for i, run in enumerate(chosen):
         path = paths[paths["seed"] == run.seed]
         assert (found["first_loss"][i], found["last_loss"][i]) == tuple(path["loss_test"].iloc[[0, -1]])
-        assert found["target_loss"][i] == pytest.approx(row_of(bench.record(target))["loss"], abs=1e-6)
-        assert found["steph_loss"][i] == row_of(bench.record(run))["loss"]
+        assert found["target_loss"][i] == pytest.approx(bench.record(target).info["metrics"]["loss"], abs=1e-6)
+        assert found["steph_loss"][i] == bench.record(run).info["metrics"]["loss"]
         assert found["steps_in"][i] == (found["last_loss"][i] < found["target_loss"][i])
         assert found["own_head_loss"][i] != found["last_loss"][i]  # another head
     assert found["dead"].tolist() == [True, False]

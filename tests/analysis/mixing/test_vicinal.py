@@ -18,7 +18,6 @@ from steph.mil.abmil import ABMIL
 from steph.survival import concordance_index, nll_loss, risk_score
 
 TARGET = (1.0, LOSSES)  # training on the target alone
-SHIFTS = {"low": -2.0, "high": 2.0}  # of every logit
 
 
 def patients(n: int, seed: int) -> vicinal.Patients:
@@ -147,11 +146,9 @@ def test_a_training_that_diverges_is_refused(problem, monkeypatch):
         vicinal.train(problem, [TARGET], [3], 0)
 
 
-# ------------------------------------------------------------------------------------- Eq. 9's premise
-
-
 def test_the_gradient_is_convex_where_hazards_are_below_one_half_and_only_there(problem):
-    models = {name: changed(problem, "head.bias", lambda bias, by=by: bias + by) for name, by in SHIFTS.items()}
+    shifts = {"low": -2.0, "high": 2.0}  # of every logit
+    models = {name: changed(problem, "head.bias", lambda bias, by=by: bias + by) for name, by in shifts.items()}
     table = vicinal.premise(problem, models, 0)
     pd.testing.assert_frame_equal(table, vicinal.premise(problem, models, 0))
     table = table.set_index(["place", "statement"])
@@ -174,24 +171,16 @@ def test_eq_9_is_an_equality_where_nothing_differs_but_labels(problem):
         assert row["holds"].item() == 1 and row["gap"].item() < 1e-12
 
 
-# ------------------------------------------------------------------------------------------- of a study
-
-
-def test_the_small_problem_of_a_study(tiny):
+def test_the_small_problem_of_a_study_and_of_a_sample_of_its_patients(tiny, monkeypatch):
     found = vicinal.small_problem(tiny, pair(tiny.study, "SARC", "LIHC", 1))
     data = tiny.dataset("SARC")
     assert len(found.target) == len(data.splits.train(1)) and len(found.test) == len(data.external.cohort)
     assert max(found.source.bags.sizes) <= vicinal.MAX_PATCHES
     assert found.null.dtype == torch.float64 and found.network.dropout == 0
-    assert torch.equal(found.null, vicinal.small_problem(tiny, pair(tiny.study, "SARC", "LIHC", 1)).null)
-
-
-def test_a_large_set_of_patients_is_sampled(tiny, monkeypatch):
     monkeypatch.setattr(vicinal, "MAX_PATIENTS", 20)
-    found = vicinal.small_problem(tiny, pair(tiny.study, "SARC", "LIHC", 0))
-    assert len(found.target) == len(found.source) == 20
-    data = tiny.dataset("SARC")
-    assert set(found.target.time_days) <= set(data.labels(data.splits.train(0))["time_days"])
+    sampled = vicinal.small_problem(tiny, pair(tiny.study, "SARC", "LIHC", 1))
+    assert torch.equal(found.null, sampled.null) and len(sampled.target) == len(sampled.source) == 20
+    assert set(sampled.target.time_days) <= set(data.labels(data.splits.train(1))["time_days"])
 
 
 def test_wide_features_are_projected_and_scaled(tiny, monkeypatch):
