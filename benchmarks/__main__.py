@@ -1,7 +1,5 @@
 """Measure, print tables, write JSON: ``python -m benchmarks``."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -2,8 +2,6 @@
 of STEPH, with what is tolerated. ``python -m benchmarks.agreement`` prints the table of tolerances.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence

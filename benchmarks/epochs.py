@@ -1,7 +1,5 @@
 """Epochs of training on random features of a cancer's size, through the library: resident on a device, or streamed."""
 
-from __future__ import annotations
-
 import gc
 import io
 import time

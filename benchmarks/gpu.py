@@ -1,7 +1,5 @@
 """Measure an NVIDIA GPU, and compare its numbers with the CPU's: ``python -m benchmarks.gpu``."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

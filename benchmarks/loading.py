@@ -7,8 +7,6 @@ The serialised tensors stand for the release's LMDB of pickles: ``torch.save`` o
 ``torch.load(weights_only=True)``, as no pickle is loaded here.
 """
 
-from __future__ import annotations
-
 import gc
 import io
 import os

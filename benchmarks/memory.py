@@ -4,8 +4,6 @@ the libraries do not.
 ``python -m benchmarks.memory ours fp32 10000`` is such a process.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -5,8 +5,6 @@ functional call; autograd through it all, and the graphs of all bags kept for a 
 library's own engine is used, so that what is measured against it, and compared with it, is not itself.
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch

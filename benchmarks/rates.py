@@ -1,7 +1,5 @@
 """What a machine can do: matrix products and copies per second."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Results as tables on the screen and as one JSON file."""
 
-from __future__ import annotations
-
 import math
 import os
 import platform

@@ -1,7 +1,5 @@
 """What a STEPH update costs by number of sources m, of kept mixtures K, and by bag size; ours, fp32, paper's widths."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ The plain loop computes in fp32, as the release does; ours in fp32 and bf16. Pro
 the same repeats, so a share of its rate is one of the rate it had at that moment.
 """
 
-from __future__ import annotations
-
 import copy
 import statistics
 from collections.abc import Sequence

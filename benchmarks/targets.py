@@ -1,7 +1,5 @@
 """Figures to reach, and whether they are. They are ratios and shares; a prototype on two AMD cores had about these."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

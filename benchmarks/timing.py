@@ -1,7 +1,5 @@
 """Seconds of actions that take turns, so that a busy moment of the machine hits all of them alike."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping

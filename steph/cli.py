@@ -1,7 +1,5 @@
 """The command `steph`: it parses, calls, prints. Everything it does can be called from Python too."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from collections.abc import Iterator

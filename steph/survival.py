@@ -5,8 +5,6 @@ each interval, the probability of the event in it given survival up to it. Survi
 ``S(t) = prod_{u<=t} (1 - h(u))``.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Shared fixtures: reference numbers, and how tests run (one thread, nothing drawn on a screen)."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

@@ -1,8 +1,6 @@
 """Benchmarks measure what they say: the plain reference is the same model, files hold the same bags, nothing is judged
 that was not measured. No timing is tested."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 

@@ -1,7 +1,5 @@
 """No module and no notebook calls anything that could run what it reads."""
 
-from __future__ import annotations
-
 import ast
 
 import nbformat

@@ -1,7 +1,5 @@
 """The files around the code agree with each other: one truth for versions, pins, licences and the book's contents."""
 
-from __future__ import annotations
-
 import ast
 import json
 import pkgutil

@@ -1,7 +1,5 @@
 """The short form of `make torture`: a few of its cases, always the same."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.torture import faults, kills

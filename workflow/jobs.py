@@ -5,8 +5,6 @@ runs of one data set, fold and seed, because starting Python and loading the fea
 train. What is finished is in no job: no engine can decide to do it again, or delete it.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """The book: run what is missing, execute the notebooks, let only finished ones through, build."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import pkgutil

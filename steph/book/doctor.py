@@ -4,8 +4,6 @@ A check is a function that looks, quickly and without changing anything, and yie
 all is well, what to do. A new check is one function, named in one of the two lists, `MACHINE` and `STUDY`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

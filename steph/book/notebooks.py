@@ -5,8 +5,6 @@ before a kernel starts; `start`, the notebook's second cell, checks again, so pl
 ran to its end gets a completion record beside it, written last; nothing else counts as finished.
 """
 
-from __future__ import annotations
-
 import ast
 import linecache
 import os
@@ -124,9 +122,6 @@ def _folds(value: str | int | list, study: Study) -> list[int]:
     return numbers
 
 
-# ---------------------------------------------------------------------------------------------- in a notebook
-
-
 def start(namespace: Mapping[str, Any]) -> Parameters:
     """Begin a notebook: check the parameters among its globals, set the plots' style, say if all is synthetic, and let
     a notebook that is open for editing follow changes to the library.
@@ -184,9 +179,6 @@ def _assignments(source: str) -> dict[str, ast.expr]:
     """Values assigned to plain names in a piece of code."""
     nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
     return {target.id: node.value for node in nodes for target in node.targets if isinstance(target, ast.Name)}
-
-
-# ---------------------------------------------------------------------------------------------- execution
 
 
 def find(name: str | Path) -> Path:

@@ -3,8 +3,6 @@
 Their text stands in ``steph/book/templates``; here are the numbers that it is filled with.
 """
 
-from __future__ import annotations
-
 import platform
 import subprocess
 import sys
@@ -40,9 +38,6 @@ RIVALS = {
 """The methods that the first page compares STEPH with, in words."""
 
 
-# ---------------------------------------------------------------------------------------------- contents
-
-
 def notebooks_in_contents() -> list[str]:
     """Names of the notebooks that ``_toc.yml`` lists, in its order."""
     paths = [PurePosixPath(entry["file"]) for entry in _toc()[1]]
@@ -70,9 +65,6 @@ def _toc() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The project's ``_toc.yml``, and the entries of all its parts."""
     toc = yaml.safe_load((PROJECT / "_toc.yml").read_text(encoding="utf-8"))
     return toc, [entry for part in toc["parts"] for entry in part["chapters"]]
-
-
-# ---------------------------------------------------------------------------------------------- from records
 
 
 def status(bench: Workbench, infos: Mapping[str, Mapping[str, Any]], runs: pd.DataFrame) -> str:
@@ -160,9 +152,6 @@ def _gain(runs: pd.DataFrame, rival: str, value: str) -> dict[str, str]:
         measured, answer = ["—"] * 3, f"no answer: {reason}"
     names = ["Is STEPH ...", "STEPH", "the other", "gain (95 % interval)", "in the paper", "conclusion"]
     return dict(zip(names, [f"better than {RIVALS[rival]}?", *measured, published, answer], strict=True))
-
-
-# ---------------------------------------------------------------------------------------------- reference
 
 
 def rooms() -> dict[str, list[str]]:

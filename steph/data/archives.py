@@ -4,8 +4,6 @@ Only plain files and folders come out, under the target: a member that is a link
 elsewhere, has the whole archive refused. What was unpacked is written down in the folder (`RECORD`).
 """
 
-from __future__ import annotations
-
 import re
 import tarfile
 from collections.abc import Mapping

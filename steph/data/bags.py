@@ -1,7 +1,5 @@
 """Ragged batches: bags of different sizes, concatenated."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,7 +36,7 @@ class RaggedBatch:
             raise Refused(f"bag {which} has no patches; every bag needs at least one.")
 
     @classmethod
-    def from_bags(cls, bags: Sequence[Tensor], coords: Sequence[Tensor] | None = None) -> RaggedBatch:
+    def from_bags(cls, bags: Sequence[Tensor], coords: Sequence[Tensor] | None = None) -> "RaggedBatch":
         """Join bags of shape (N_i, D) or (1, N_i, D), each one slide with its patches' coordinates (N_i, 2), if any."""
         flat = [bag.squeeze(0) if bag.ndim == 3 else bag for bag in bags]
         places = torch.cat(list(coords)) if coords is not None else None
@@ -56,11 +54,11 @@ class RaggedBatch:
         """The patches of bag i, (N_i, D), a view."""
         return self.features[self.offsets[i] : self.offsets[i + 1]]
 
-    def single(self, i: int) -> RaggedBatch:
+    def single(self, i: int) -> "RaggedBatch":
         """Bag i as a batch of one, with its coordinates and slides; views."""
         return self.between(i, i + 1)
 
-    def between(self, begin: int, end: int) -> RaggedBatch:
+    def between(self, begin: int, end: int) -> "RaggedBatch":
         """Bags begin to end - 1 as a batch, with their coordinates and slides; views."""
         start, stop = self.offsets[begin], self.offsets[end]
         offsets = tuple(at - start for at in self.offsets[begin : end + 1])
@@ -95,7 +93,7 @@ class RaggedBatch:
         """Softmax of patch scores (N,) within each bag, as a (B, N) matrix: row i is bag i's attention, 0 elsewhere."""
         return torch.softmax(scores + self.outside.to(scores.dtype), dim=1)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> RaggedBatch:
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "RaggedBatch":
         """The batch on another device or in another precision."""
         return RaggedBatch(self.features.to(device, dtype), self.offsets, self.coords, self.slide_offsets)
 

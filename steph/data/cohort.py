@@ -3,8 +3,6 @@
 A table has one row per slide; a patient is the sample, and its bag holds the patches of all its slides in table order.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A data set, ready to use: labels, splits and features of one cancer, aligned by patient."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -43,7 +41,7 @@ class Dataset(PatientData):
     cohort: Cohort
     splits: Splits
     store: Store
-    external: Dataset | None = None
+    external: "Dataset | None" = None
     oracle: pd.Series | None = None
     seed: int = 0
     fingerprint: str = ""
@@ -100,9 +98,6 @@ class Dataset(PatientData):
                 f"{self.name}: no patient {', '.join(unknown[:5])}; the cohort has {len(self.cohort)}, the first is "
                 f"{next(iter(self._slides))}."
             )
-
-
-# ------------------------------------------------------------------------------------------------ opening
 
 
 def open_dataset(study: Study, name: str, write: bool = True) -> Dataset:
@@ -209,9 +204,6 @@ def _oracle(path: Path, cohort: Cohort) -> pd.Series:
     if not table.index.is_unique or set(table.index) != set(cohort.slides_of) or table.isna().any():
         raise Refused(f"{path} does not list the cohort's patients, once each. Delete it and it is made again.")
     return table.loc[list(cohort.slides_of)]
-
-
-# ------------------------------------------------------------------------------------------------ packing
 
 
 def feature_folders(study: Study, name: str) -> list[Path]:

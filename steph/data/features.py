@@ -9,8 +9,6 @@ Accepted, for a slide of N patches and an encoder of width D:
 Nothing that runs code when it is loaded is ever opened: a ``.pt`` that is not a bare tensor is refused.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import warnings

@@ -4,8 +4,6 @@ What arrives is compared with the source's own size and checksum before anything
 interrupted goes on where it stopped, which `hf_hub_download` does not. Archives are unpacked and then removed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import sys

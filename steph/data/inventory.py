@@ -1,7 +1,5 @@
 """What of a study's data is there: labels, archives, slide files, stores, and how much room they take."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

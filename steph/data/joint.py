@@ -1,7 +1,5 @@
 """Several data sets as one to train on: multi-cancer joint learning (the paper's Fig. 1b)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

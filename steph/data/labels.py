@@ -4,8 +4,6 @@ TCGA-CDR (Liu et al., Cell 2018;173:400-416) has one row per patient: ``bcr_pati
 and, for each endpoint (DSS, OS, PFI, DFI), 1 = event, 0 = censored, and the time in days.
 """
 
-from __future__ import annotations
-
 from pathlib import Path, PurePosixPath
 
 import pandas as pd

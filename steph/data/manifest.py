@@ -1,7 +1,5 @@
 """Study manifests: everything that defines a study, in one validated YAML file of ``data_manifest/``."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches

@@ -5,8 +5,6 @@ library's own structures are never touched again. So a packing that is killed le
 on with: a slide counts as done when its hash stands in the file and its bytes still have that hash.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """What training and prediction ask of data, whatever holds them: bags and labels of patients, by name."""
 
-from __future__ import annotations
-
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

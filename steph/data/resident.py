@@ -1,7 +1,5 @@
 """Features kept on an accelerator: whole stores where they fit, so that an epoch reads nothing from the host."""
 
-from __future__ import annotations
-
 import sys
 
 import torch

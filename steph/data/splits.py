@@ -1,7 +1,5 @@
 """Splits: which patients train and which test a model, fold by fold; written once, then reused."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass

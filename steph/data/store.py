@@ -15,8 +15,6 @@ float16 halves the disk and the time to read; it rounds to nearest, so a value i
 (0.05 %), or by 2^-25 below 6.1e-5. Values that it cannot hold (above 65,504) are refused.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -67,7 +65,7 @@ class Store:
     _intact: set[str] = field(default_factory=set, init=False, repr=False)
 
     @classmethod
-    def open(cls, path: Path) -> Store:
+    def open(cls, path: Path) -> "Store":
         """Open a store. Raises `Refused` for a missing, truncated, foreign, unfinished or altered file."""
         try:
             store = cls.read(path)
@@ -79,7 +77,7 @@ class Store:
         return store
 
     @classmethod
-    def read(cls, path: Path) -> Store:
+    def read(cls, path: Path) -> "Store":
         """A store that may be unfinished; a file that is none raises nearly anything."""
         with h5py.File(path, "r", locking=False) as file:
             form, version = file.attrs.get("format"), file.attrs.get("version")

@@ -13,8 +13,6 @@ Every random number comes from a stream named after its purpose, so data sets do
 patients do not change the cohort, and the twin has the very slides of the demo, with other outcomes.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import heapq

@@ -4,8 +4,6 @@ Two kinds are known: a prognostic network (ABMIL: a cancer's own model, or the n
 hypernetworks and its head; the models that it merges are files of their own). Values are carried over bit for bit.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import warnings

@@ -5,8 +5,6 @@ what it says of the test patients must be what the study recorded, and its risks
 scale that percentiles are told on.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, replace

@@ -9,8 +9,6 @@ used. A merging model's tensors are ``encoder.base.<parameter>``, M_0, and ``enc
 one above another: the target's, then the sources' in the order of ``architecture.sources``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -132,9 +130,6 @@ class Config(Strict):
         return f"{self.title} for {self.dataset} (study {self.study}, fold {self.fold}, seed {self.seed})"
 
 
-# ------------------------------------------------------------------------------------------------ numbers
-
-
 def build(architecture: Mapping[str, Any], dim: int, network: Network) -> Model:
     """A model of this form (`Model.architecture`) in evaluation mode, its numbers still to be filled in."""
     with torch.random.fork_rng(devices=[]):  # whoever loads a model keeps their own random numbers
@@ -161,9 +156,6 @@ def fill(model: Model, tensors: Mapping[str, Tensor]) -> Model:
             raise ValueError(f"tensor {name}: expected {expected}, found {actual}")
         targets[name].copy_(tensors[name])
     return model
-
-
-# ------------------------------------------------------------------------------------------------ folders
 
 
 def write_model(path: Path, config: Config, tensors: Mapping[str, Tensor], card: str) -> None:

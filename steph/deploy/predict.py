@@ -8,8 +8,6 @@ The numbers are those of the study that the model was exported from, to the last
 brought into the format of its store, and the study's own function predicts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -46,7 +44,7 @@ class Prediction:
     reader should know.
     """
 
-    model: LoadedModel
+    model: "LoadedModel"
     patient_id: str
     risk: float
     percentile: float
@@ -165,7 +163,7 @@ class LoadedModel:
         risks = np.array(self.config.training.risks)
         return float(100 * ((risks < risk).mean() + 0.5 * (risks == risk).mean()))
 
-    def _row(self, bag: PatientBag) -> pd.DataFrame:
+    def _row(self, bag: "PatientBag") -> pd.DataFrame:
         """The study's own prediction, as it stands in its ``predictions.csv``, and the percentile of its risk."""
         row = predict_patients(self.network, bag, [bag.name], self.compute).drop(columns=["time_days", "event"])
         risk = row["risk"].iloc[0]
@@ -174,7 +172,7 @@ class LoadedModel:
         row.insert(2, "percentile", self.percentile(risk))
         return row
 
-    def _notes(self, bag: PatientBag, attention: np.ndarray | None) -> list[str]:
+    def _notes(self, bag: "PatientBag", attention: np.ndarray | None) -> list[str]:
         notes, config, compute = [], self.config, self.compute
         if without := list(bag.patches.loc[bag.patches["x"].isna(), "slide_id"].astype(str).unique()):
             notes.append(f"No map can be drawn: {', '.join(without)} has no coordinates.")
@@ -199,9 +197,6 @@ def load_model(folder: str | Path, device: str = "cpu") -> LoadedModel:
     check_device(device)
     config, network = read_model(Path(folder))
     return LoadedModel(config, network, device)
-
-
-# ------------------------------------------------------------------------------------------------ slides
 
 
 def read_slide(path: Path, inputs: Inputs) -> tuple[np.ndarray, pd.DataFrame, int]:

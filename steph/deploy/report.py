@@ -8,8 +8,6 @@
 Everything that comes from a file or a person is text in the report, never markup.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 from io import BytesIO, StringIO
@@ -153,9 +151,6 @@ def _maps(prediction: Prediction) -> list[dict[str, Any]]:
             image, (rows, columns) = attention_png(patches, maps[-1]["edge"])
             maps[-1] |= {"png": base64.b64encode(image).decode(), "rows": rows, "columns": columns}
     return maps
-
-
-# ------------------------------------------------------------------------------------------------ figures
 
 
 def colours(values: np.ndarray) -> np.ndarray:

@@ -1,7 +1,5 @@
 """Files and folders that are whole or not there: written under a temporary name, flushed, renamed."""
 
-from __future__ import annotations
-
 import errno
 import os
 import secrets
@@ -106,9 +104,6 @@ def disk_errors(path: Path) -> Iterator[None]:
             what = "no permission to write" if isinstance(error, PermissionError) else "cannot write"
             raise Refused(f"{what} {path}: {error}. Choose another folder or change its rights.") from None
         raise
-
-
-# ------------------------------------------------------------------------------------------------ room
 
 
 def free_bytes(path: Path) -> int:

@@ -1,7 +1,5 @@
 """Locks that keep processes from making the same thing at once."""
 
-from __future__ import annotations
-
 import errno
 import shutil
 import sys

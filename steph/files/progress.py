@@ -1,7 +1,5 @@
 """Progress: a bar in a terminal, a line now and then in a log file."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized

@@ -4,8 +4,6 @@ A record is a folder of files with a ``run.json`` that holds the SHA-256 of each
 folder is nothing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

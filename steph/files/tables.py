@@ -1,7 +1,5 @@
 """Tables in CSV files: reading them, writing them with a checksum, naming what is wrong in them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Text and HTML from Jinja2 templates, which lie in the folder ``templates`` of the package that fills them in."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape

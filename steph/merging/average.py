@@ -1,7 +1,5 @@
 """Model average: the plain mean of task vectors, no training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Matrices are merged so; parameters of any other shape (biases, tokens) by their mean, as in the release.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -5,8 +5,6 @@ are one product per parameter. Only the coefficients need a gradient: bag by bag
 gradient with each task vector, again a product.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

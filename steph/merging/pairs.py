@@ -1,7 +1,5 @@
 """Pools of merged pairs: what AdaMerging or a hypernetwork weighs in TIES AM, Iso-C AM and their like."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 from torch import Tensor

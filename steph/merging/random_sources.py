@@ -1,8 +1,6 @@
 """Random sources: noise in place of the other cancers' task vectors. A control: is it transfer, or more directions to
 move in?"""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

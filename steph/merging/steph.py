@@ -10,8 +10,6 @@ so every bag is encoded under coefficients of tau_t and of the tau_s alone: ``su
 paper's numbers, and an option gives the paper's reading.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal, NamedTuple
@@ -214,7 +212,7 @@ class STEPH(BagEncoder):
         return 2
 
     @property
-    def merging(self) -> STEPH:
+    def merging(self) -> "STEPH":
         return self
 
     def pooling_network(self, batch: RaggedBatch) -> MIL | None:
@@ -241,7 +239,7 @@ class STEPH(BagEncoder):
         }
 
     @classmethod
-    def rebuild(cls, architecture: Mapping[str, Any], part: Callable[[Mapping[str, Any]], Any]) -> STEPH:
+    def rebuild(cls, architecture: Mapping[str, Any], part: Callable[[Mapping[str, Any]], Any]) -> "STEPH":
         network = part(architecture["network"])
         parameters = dict(network.named_parameters())
         names = dict.fromkeys([*architecture["order"], *parameters])

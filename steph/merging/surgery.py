@@ -1,7 +1,5 @@
 """Representation surgery (Yang et al., ICML 2024): a merged model's bag features, moved towards the target model's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,7 +71,7 @@ class Surgery(Model):
     def pooling_network(self, batch: RaggedBatch) -> MIL | None:
         return self.merged.network.pooling_network(batch)
 
-    def deployed(self) -> Surgery:
+    def deployed(self) -> "Surgery":
         merged = self.merged.network.deployed()
         if merged is self.merged.network:
             return self
@@ -87,5 +85,5 @@ class Surgery(Model):
         return {"kind": self.kind, "merged": merged, "target": target}
 
     @classmethod
-    def rebuild(cls, architecture: Mapping[str, Any], part: Callable[[Mapping[str, Any]], Any]) -> Surgery:
+    def rebuild(cls, architecture: Mapping[str, Any], part: Callable[[Mapping[str, Any]], Any]) -> "Surgery":
         return cls(part(architecture["merged"]), part(architecture["target"]))

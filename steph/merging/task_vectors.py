@@ -1,7 +1,5 @@
 """Task vectors (Eq. 1): what training on a cancer added to the null model, tau = M - M_0."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,7 +59,7 @@ class Layout:
     shapes: dict[str, tuple[int, ...]]
 
     @classmethod
-    def of(cls, state: State) -> Layout:
+    def of(cls, state: State) -> "Layout":
         """The layout of a state's parameters."""
         return cls({name: tuple(value.shape) for name, value in state.items()})
 

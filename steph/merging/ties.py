@@ -1,7 +1,5 @@
 """TIES (Yadav et al., NeurIPS 2023) of a pair of task vectors: trim, elect a sign, merge what agrees with it."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -5,8 +5,6 @@ sources, and ratios lambda (m,), for the merged encoder M_0 + sum_j w_j [lambda_
 Where nothing speaks for any source, all of them give M_t back.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

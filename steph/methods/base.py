@@ -4,8 +4,6 @@ How training runs, where results go and what is run first is none of a method's 
 `steph.study` do that alike for all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

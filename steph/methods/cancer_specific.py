@@ -1,7 +1,5 @@
 """One cancer's model, trained on its own patients alone; and joint learning, one model on the patients of all."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from steph.methods.base import Inputs, Method

@@ -1,7 +1,5 @@
 """Model merging other than STEPH's own: plain averages, AdaMerging and its kin, surgery, and STEPH without training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

@@ -4,8 +4,6 @@ Every file of this folder that defines `METHODS` is a family of methods and is f
 file, a new method one entry.
 """
 
-from __future__ import annotations
-
 import pkgutil
 from dataclasses import replace
 from importlib import import_module

@@ -1,7 +1,5 @@
 """STEPH and its variants: the ablations and sweeps of the paper's tables, controls, and what goes beyond the paper."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Representation transfer: what is trained stands on bag features of finished models, which stay as they are."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from steph import Refused

@@ -5,12 +5,11 @@ those of the paper's Tables S2 and S4, parameter for parameter.
 """
 
 # ruff: noqa: F401
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from steph import Refused
+from steph.data.manifest import Network
 from steph.mil.abmil import ABMIL, convert_released, to_released
 from steph.mil.base import MIL, ForwardPass, Frozen, Model, network_needing_coords
 from steph.mil.fine_tuned import FineTuned
@@ -20,9 +19,6 @@ from steph.mil.patch_gcn import PatchGCN
 from steph.mil.r2t_mil import R2TMIL
 from steph.mil.roupkt import ROUPKT
 from steph.mil.transmil import TransMIL
-
-if TYPE_CHECKING:
-    from steph.data.manifest import Network
 
 NETWORKS: dict[str, Callable[[int, Network], MIL]] = {
     "abmil": lambda dim_in, n: ABMIL(dim_in, n.dim_emb, n.dim_attn, n.n_bins, n.dropout),

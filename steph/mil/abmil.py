@@ -1,7 +1,5 @@
 """ABMIL: gated attention pooling over embedded patches (Ilse et al., ICML 2018), the network that the paper merges."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch
@@ -9,19 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steph.data.bags import RaggedBatch, as_batch
+from steph.mil import gated_attention as kernels
 from steph.mil.base import MIL, Bags, one_bag
-from steph.mil.gated_attention import (
-    Save,
-    Saved,
-    attend,
-    attend_backward,
-    attend_with_gradient,
-    dropout_mask,
-    layers_called_one_by_one,
-    relu_backward,
-    sigmoid_backward,
-    tanh_backward,
-)
 
 RELEASED_NAMES = {
     "embed": "feat_proj.0",
@@ -59,8 +46,8 @@ class ABMIL(MIL):
     def encode(self, bags: Bags) -> Tensor:
         """Bag features (B, dim_emb)."""
         batch = as_batch(bags)
-        if not layers_called_one_by_one() and (batch.half or len(batch.features) > FEW):
-            return attend_with_gradient(dict(self.named_parameters()), batch, self._dropout, self.recompute)
+        if not kernels.layers_called_one_by_one() and (batch.half or len(batch.features) > FEW):
+            return kernels.attend_with_gradient(dict(self.named_parameters()), batch, self._dropout, self.recompute)
         embedded = F.relu(self.embed(batch.features))  # (N, dim_emb)
         gated = torch.tanh(self.gate_tanh(embedded)) * torch.sigmoid(self.gate_sigmoid(embedded))
         scale = self._scale(gated)
@@ -69,18 +56,20 @@ class ABMIL(MIL):
 
     def attention(self, bag: Tensor | RaggedBatch) -> Tensor:
         """Attention (N,) over the patches of one bag (N, D); it sums to 1."""
-        saved = attend(dict(self.named_parameters()), one_bag(bag), self._dropout)[1]
+        saved = kernels.attend(dict(self.named_parameters()), one_bag(bag), self._dropout)[1]
         return torch.softmax(saved.scores, dim=0)
 
     # Each bag under encoder weights of its own, for hypernetworks. Written by hand, as autograd would save and copy a
     # full set of weights for every bag; `tests/merging/test_merged_encoder.py` compares its gradient with autograd's.
 
     def encode_each(
-        self, weights: Mapping[str, Tensor], bags: Tensor, absent: Tensor | None, save: Save
-    ) -> tuple[Tensor, tuple | Saved]:
+        self, weights: Mapping[str, Tensor], bags: Tensor, absent: Tensor | None, save: kernels.Save
+    ) -> tuple[Tensor, tuple | kernels.Saved]:
         """`MIL.encode_each`; where there is no patch, anything finite may stand."""
         if len(bags) == 1:
-            return attend({name: value[0] for name, value in weights.items()}, as_batch([bags[0]]), self._dropout, save)
+            return kernels.attend(
+                {name: value[0] for name, value in weights.items()}, as_batch([bags[0]]), self._dropout, save
+            )
         embedded = linear_each(bags, weights, "embed").relu_()  # (G, n, dim_emb)
         tanh = linear_each(embedded, weights, "gate_tanh").tanh_()  # (G, n, dim_attn)
         sigmoid = linear_each(embedded, weights, "gate_sigmoid").sigmoid_()
@@ -98,10 +87,10 @@ class ABMIL(MIL):
             return features, ()
         return features, (weights, bags, embedded, tanh, sigmoid, scale, gated, attention)
 
-    def encode_each_backward(self, saved: tuple | Saved, grad: Tensor, out: Mapping[str, Tensor]) -> None:
+    def encode_each_backward(self, saved: tuple | kernels.Saved, grad: Tensor, out: Mapping[str, Tensor]) -> None:
         """`MIL.encode_each_backward`; it consumes `saved`."""
-        if isinstance(saved, Saved):
-            return attend_backward(saved, grad, {name: value[0] for name, value in out.items()})
+        if isinstance(saved, kernels.Saved):
+            return kernels.attend_backward(saved, grad, {name: value[0] for name, value in out.items()})
         weights, bags, embedded, tanh, sigmoid, scale, gated, attention = saved
         grad = grad.to(bags.dtype)
         d_attention = torch.bmm(embedded, grad.unsqueeze(2)).squeeze(2)
@@ -111,13 +100,13 @@ class ABMIL(MIL):
         d_gated = d_score.unsqueeze(2) * weights["score.weight"]  # (G, n, dim_attn)
         if scale is not None:
             d_gated.mul_(scale)
-        d_sigmoid = sigmoid_backward(d_gated * tanh, sigmoid)
-        d_tanh = tanh_backward(d_gated.mul_(sigmoid), tanh)
+        d_sigmoid = kernels.sigmoid_backward(d_gated * tanh, sigmoid)
+        d_tanh = kernels.tanh_backward(d_gated.mul_(sigmoid), tanh)
         d_embedded = torch.bmm(attention.unsqueeze(2), grad.unsqueeze(1))
         d_embedded.baddbmm_(d_tanh, weights["gate_tanh.weight"]).baddbmm_(d_sigmoid, weights["gate_sigmoid.weight"])
         _linear_gradient(d_tanh, embedded, out, "gate_tanh")
         _linear_gradient(d_sigmoid, embedded, out, "gate_sigmoid")
-        _linear_gradient(relu_backward(d_embedded, embedded), bags, out, "embed")
+        _linear_gradient(kernels.relu_backward(d_embedded, embedded), bags, out, "embed")
 
     @property
     def _dropout(self) -> float:
@@ -130,7 +119,7 @@ class ABMIL(MIL):
         if not self._dropout:
             return None
         keep = (1 - self.dropout) ** 2
-        return dropout_mask(tuple(values.shape), keep, values.device).to(values.dtype).div_(keep)
+        return kernels.dropout_mask(tuple(values.shape), keep, values.device).to(values.dtype).div_(keep)
 
 
 def linear_each(x: Tensor, weights: Mapping[str, Tensor], layer: str) -> Tensor:

@@ -5,8 +5,6 @@ nowhere else. `tests/mil/test_contract.py` and `tests/merging/test_contract.py` 
 checks.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -33,7 +31,7 @@ class ForwardPass(NamedTuple):
     monitored: Tensor | None = None
 
 
-def _undefined(kind: type[Model], method: str, so: str = "") -> Refused:
+def _undefined(kind: "type[Model]", method: str, so: str = "") -> Refused:
     """A method that only some classes of model need is asked of one that lacks it."""
     return Refused(f"the class {kind.__name__} {so}does not define `{method}` (see steph.mil.base).")
 
@@ -56,7 +54,7 @@ class Model(nn.Module, ABC):
     has_frozen_features: ClassVar[bool] = False
     reads_patches: ClassVar[bool] = True
     runs_on_shapes: ClassVar[bool] = True
-    KINDS: ClassVar[dict[str, type[Model]]] = {}
+    KINDS: ClassVar[dict[str, "type[Model]"]] = {}
     """Every class of model that a model folder can hold, by the name that the folder gives it."""
 
     def __init_subclass__(cls, **rest: Any) -> None:
@@ -86,15 +84,15 @@ class Model(nn.Module, ABC):
         return 1
 
     @property
-    def merging(self) -> Model | None:
+    def merging(self) -> "Model | None":
         """The part that merges a model for each bag; None where there is none."""
         return None
 
-    def pooling_network(self, batch: RaggedBatch) -> MIL | None:
+    def pooling_network(self, batch: RaggedBatch) -> "MIL | None":
         """The network whose attention pools a bag (a batch of one); None where patches are pooled otherwise."""
         return None
 
-    def deployed(self) -> Model:
+    def deployed(self) -> "Model":
         """The model that predicts: itself, or one plain network where all patients get the same weights."""
         return self
 
@@ -104,7 +102,7 @@ class Model(nn.Module, ABC):
         raise _undefined(type(self), "architecture", "cannot be exported: it ")
 
     @classmethod
-    def rebuild(cls, architecture: Mapping[str, Any], part: Callable[[Mapping[str, Any]], Any]) -> Model:
+    def rebuild(cls, architecture: Mapping[str, Any], part: Callable[[Mapping[str, Any]], Any]) -> "Model":
         """A model of this form, its numbers still to be filled in. part: makes a part from its own architecture."""
         raise _undefined(cls, "rebuild", "cannot be exported: it ")
 
@@ -173,7 +171,7 @@ class MIL(BagEncoder):
         """Gradient of each bag's weights, written to ``out[name]`` (G, ...), from that of the features (G, H)."""
         raise _undefined(type(self), "encode_each_backward")
 
-    def pooling_network(self, batch: RaggedBatch) -> MIL | None:
+    def pooling_network(self, batch: RaggedBatch) -> "MIL | None":
         return self if self.pools_by_attention else None
 
     def architecture(self) -> dict[str, Any]:
@@ -251,7 +249,7 @@ class Frozen(nn.Module):
         super().__init__()
         self.network = network.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> Frozen:
+    def train(self, mode: bool = True) -> "Frozen":
         """Evaluation mode, always."""
         return super().train(False)
 

@@ -1,7 +1,5 @@
 """Fine-tuning: a prediction head that is trained on the bag features of a finished model, which stays as it is."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -45,5 +43,5 @@ class FineTuned(Model):
         return {"kind": self.kind, "network": self.encoder.network.architecture()}
 
     @classmethod
-    def rebuild(cls, architecture: Mapping[str, Any], part: Callable[[Mapping[str, Any]], Any]) -> FineTuned:
+    def rebuild(cls, architecture: Mapping[str, Any], part: Callable[[Mapping[str, Any]], Any]) -> "FineTuned":
         return cls(part(architecture["network"]), fresh_head=True)

@@ -8,8 +8,6 @@ is saved. `tests/mil/test_gated_attention.py` holds
 all of it to autograd's gradient.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

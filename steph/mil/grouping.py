@@ -1,7 +1,5 @@
 """Bags side by side, for networks that look at a bag as a whole: grouped by shape, or padded to one length."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,7 +39,7 @@ class Padding:
     at: Tensor
 
     @classmethod
-    def of(cls, sizes: list[int], length: int, device: torch.device) -> Padding:
+    def of(cls, sizes: list[int], length: int, device: torch.device) -> "Padding":
         """That of bags of these sizes, on a device."""
         counts = np.array(sizes)
         skipped = np.arange(len(sizes)) * length - (np.cumsum(counts) - counts)

@@ -1,7 +1,5 @@
 """ILRA-MIL: patches pass through a bottleneck of low rank (Xiang and Zhang, ICLR 2023)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

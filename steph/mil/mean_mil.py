@@ -1,7 +1,5 @@
 """MeanMIL: mean pooling over embedded patches; as a control, a network of the hypernetwork's shape without merging."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Patch-GCN: patches exchange messages with their neighbours on the slide (Chen et al., MICCAI 2021)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import pairwise

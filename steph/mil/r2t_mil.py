@@ -1,7 +1,5 @@
 """R2T-MIL: patch features are re-embedded by attention within and across regions (Tang et al., CVPR 2024)."""
 
-from __future__ import annotations
-
 from math import isqrt
 
 import torch

@@ -1,7 +1,5 @@
 """ROUPKT: a router that mixes experts on the bag features of all cancers' models (routing-based knowledge transfer)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,7 +81,7 @@ class ROUPKT(Model):
         return {"kind": self.kind, "network": network, "models": self.names, "options": {"top_k": self.top_k}}
 
     @classmethod
-    def rebuild(cls, architecture: Mapping[str, Any], part: Callable[[Mapping[str, Any]], Any]) -> ROUPKT:
+    def rebuild(cls, architecture: Mapping[str, Any], part: Callable[[Mapping[str, Any]], Any]) -> "ROUPKT":
         router = part(architecture["network"])
         models = {name: part(architecture["network"]) for name in architecture["models"]}
         return cls(router, models, architecture["options"]["top_k"])

@@ -1,7 +1,5 @@
 """Model states: a network's parameters together with the null model (M_0) that they were trained from."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path

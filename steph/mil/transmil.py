@@ -1,7 +1,5 @@
 """TransMIL: self-attention between the patches of a bag, approximated by landmarks (Shao et al., NeurIPS 2021)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from math import isqrt
 
@@ -70,7 +68,7 @@ class TransMIL(MIL):
         folded[: len(drawn) - n] += drawn[n:]
         return folded / folded.sum()
 
-    def _before_second(self, patches: Tensor, squares: Squares) -> Tensor:
+    def _before_second(self, patches: Tensor, squares: "Squares") -> Tensor:
         """Tokens (T, dim_emb) as the second layer takes them, of the embedded patches that fill the squares."""
         tokens = torch.cat([self.token.expand(squares.bags, -1), patches])
         return self.position(self.first(tokens, squares), squares)
@@ -103,7 +101,7 @@ class Squares:
     absent: Tensor | None = None
 
     @classmethod
-    def of(cls, sizes: list[int], landmarks: int, device: torch.device) -> Squares:
+    def of(cls, sizes: list[int], landmarks: int, device: torch.device) -> "Squares":
         """Those of bags of these sizes, on a device."""
         bags, patches, sides = np.arange(len(sizes)), np.array(sizes), np.array([_side(n) for n in sizes])
         areas, largest = sides**2, int(sides.max())

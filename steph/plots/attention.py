@@ -1,7 +1,5 @@
 """Figures of attention: maps over the tissue, and what they come to over all patients (Fig. S4)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

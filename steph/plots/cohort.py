@@ -1,7 +1,5 @@
 """Figures of a cohort: follow-up, survival, bag sizes, similarity of cancers (chapter 00)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

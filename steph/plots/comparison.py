@@ -1,8 +1,6 @@
 """Figures of methods compared: C-indices, differences with intervals, gains by data set, sweeps of a setting, and the
 controls (chapters 01 to 03, 09 to 11)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

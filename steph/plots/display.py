@@ -1,7 +1,5 @@
 """Figures and tables as the book shows them: stamped, written as files to take away, displayed."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Figures of cost: performance against operations (Fig. 2), seconds of an epoch (Tables S6, S7) and of a prediction."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import matplotlib.pyplot as plt

@@ -1,7 +1,5 @@
 """Figures of the evidence: discrimination and accuracy, calibration, risk groups, transferability (chapter 09)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Figures of what STEPH weighs: the landscape of loss between two task vectors (Figs. 4, 6, S3, S5), its way through it
 (Fig. 8), and the course of w and lambda (Figs. 9, S1, S2)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Figures of mixtures of task vectors: their subspace alignment (SAR; Figs. 5, 7), and how near they are to the task
 vector of mixed training (Appendix B)."""
 
-from __future__ import annotations
-
 from itertools import product
 from typing import Any
 

@@ -4,8 +4,6 @@ everywhere, the stamp, and the pieces that figures are made of.
 What draws returns a figure and writes nothing; `steph.plots.display` stamps, writes and displays.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path

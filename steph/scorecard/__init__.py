@@ -5,8 +5,6 @@ The claims are data (`data_manifest/paper/claims.yaml`); `rules` says how a clai
 """
 
 # ruff: noqa: F401
-from __future__ import annotations
-
 from typing import Any
 
 import pandas as pd

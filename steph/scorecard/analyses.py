@@ -1,8 +1,6 @@
 """Rules for claims that analyses decide: landscapes, alignment, trajectories, cost, attention (4.2, 4.3, 5.2, 5.3, D.2,
 D.4, D.6, D.7, E)."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from steph import Refused
@@ -26,9 +24,6 @@ def _often(n: int, of: int, ours: str, what: str) -> Finding:
     """The finding on a claim that something is often so: it agrees for most pairs, and disagrees for less than half."""
     answer = "agrees" if n >= MOST * of else "disagrees" if n < of / 2 else "unclear"
     return Finding(f"{n} of {of} {ours}", answer, f"{what}; agrees from {MOST:.0%} on, disagrees below half")
-
-
-# ------------------------------------------------------------------------------------------ the plane of two vectors
 
 
 def _pairs(evidence: Evidence, target: str = "") -> pd.DataFrame:
@@ -99,9 +94,6 @@ def _alignment(evidence: Evidence) -> Finding:
     return _often(at["wins"], at["pairs"], ours, what)
 
 
-# ------------------------------------------------------------------------------------------ cost
-
-
 def _operations(evidence: Evidence) -> pd.DataFrame:
     """GFLOPs of a prediction by method: in layers, and in all products."""
     counted = evidence.analysis("operations", "operations were not counted; the chapter 07_efficiency does.")
@@ -153,9 +145,6 @@ def _hardly_slower(evidence: Evidence, _: str, slow: str, fast: str) -> Finding:
 def _paper_hardly_slower(table: str, slow: str, fast: str) -> str:
     longer, base = paper_table(table).set_index("method")["seconds_mean"][[slow, fast]]
     return f"× {longer / base:.3f} ({longer:.2f} s against {base:.2f} s)"
-
-
-# ------------------------------------------------------------------------------------------ attention
 
 
 def _more_attention(evidence: Evidence, zone: str) -> Finding:

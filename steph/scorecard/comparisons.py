@@ -1,8 +1,6 @@
 """Rules for claims that results, counts and final weights decide: sections 5.2, 5.3 (dynamics), 5.4, 5.5, D.1, D.3 to
 D.5 and E."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,22 +12,13 @@ from steph.analysis.performance.estimates import BETTER, MIN_DIFFERENCE, conclus
 from steph.analysis.performance.statistics import Comparison, compare
 from steph.methods.registry import METHODS, title
 from steph.scorecard.rules import POINTS, Evidence, Finding, Rule, all_of, judge_gain, judge_wins
-from steph.study.paper import (
-    AVERAGE,
-    paper_gain,
-    paper_labels,
-    paper_pair,
-    paper_table,
-    paper_values,
-    paper_wins,
-    table_methods,
-)
+from steph.study import paper
 from steph.study.tables import on_common_folds
 
 
 def hypernetwork_pairs() -> list[tuple[str, str]]:
     """Table 3's pairs: a merging method with the hypernetwork's weights, and with its own."""
-    names = table_methods("table3")
+    names = paper.table_methods("table3")
     return list(zip(names[1::2], names[::2], strict=True))
 
 
@@ -39,9 +28,9 @@ def pairs_of(first: str, others: str | Sequence[str]) -> list[tuple[str, str]]:
     if first == "hypernetwork":
         return hypernetwork_pairs()
     if others == "merging":
-        others = [m for m in table_methods("table1") if METHODS[m].group == "model_merging" and m != "steph"]
+        others = [m for m in paper.table_methods("table1") if METHODS[m].group == "model_merging" and m != "steph"]
     elif others == "networks":
-        others = [m for m in table_methods("table_s2") if m not in ("steph", first)]
+        others = [m for m in paper.table_methods("table_s2") if m not in ("steph", first)]
     return [(first, other) for other in others]
 
 
@@ -56,7 +45,7 @@ def _gain_here(comparison: Comparison) -> str:
 def _gain(evidence: Evidence, first: str, second: str) -> Finding:
     """The first method is better than the second on average."""
     found = compare(evidence.results, first, second)
-    answer, because = judge_gain(found.gain, paper_gain(first, second)[0])
+    answer, because = judge_gain(found.gain, paper.paper_gain(first, second)[0])
     return Finding(f"{_gain_here(found)}, {interval(found.gain)}", answer, because)
 
 
@@ -64,7 +53,7 @@ def _wins(evidence: Evidence, first: str, second: str) -> Finding:
     """The first method is better than the second on so many data sets; of fewer than the paper's, on the same share."""
     found = compare(evidence.results, first, second)
     n, count = len(found.gains), found.wins
-    won, of = paper_wins(first, second)
+    won, of = paper.paper_wins(first, second)
     answer, because = judge_wins(count, n, int(np.ceil(won * n / of)))
     return Finding(f"{count.value} of {n}, {interval(count, '.0f')}", answer, because)
 
@@ -76,7 +65,7 @@ def _above_zero(gains: Sequence[float]) -> str:
 def _gain_over_each(evidence: Evidence, first: str, others: str | Sequence[str]) -> Finding:
     """The first method is better than each of others on average."""
     gains = {pair: compare(evidence.results, *pair).gain for pair in pairs_of(first, others)}
-    answers = [judge_gain(gain, paper_gain(*pair)[0])[0] for pair, gain in gains.items()]
+    answers = [judge_gain(gain, paper.paper_gain(*pair)[0])[0] for pair, gain in gains.items()]
     counts = ", ".join(f"{answers.count(a)} {words}" for a, words in POINTS.items())
     return Finding(_above_zero([g.value for g in gains.values()]), all_of(answers), f"one by one: {counts}")
 
@@ -85,13 +74,13 @@ def _gain_over_best(evidence: Evidence, first: str, others: str) -> Finding:
     """The first method beats the best of others, the best being chosen by the very numbers (which favours it)."""
     found = {other: compare(evidence.results, first, other) for _, other in pairs_of(first, others)}
     best = min(found, key=lambda m: found[m].gain.value)
-    answer, because = judge_gain(found[best].gain, min(paper_gain(first, m)[0] for m in found))
+    answer, because = judge_gain(found[best].gain, min(paper.paper_gain(first, m)[0] for m in found))
     return Finding(f"{_gain_here(found[best])} over {title(best)}, {interval(found[best].gain)}", answer, because)
 
 
 def _paper_gain_over_best(first: str, others: str) -> str:
-    best = min((m for _, m in pairs_of(first, others)), key=lambda m: paper_gain(first, m)[0])
-    return f"{_text(*paper_gain(first, best))} over {title(best)}"
+    best = min((m for _, m in pairs_of(first, others)), key=lambda m: paper.paper_gain(first, m)[0])
+    return f"{_text(*paper.paper_gain(first, best))} over {title(best)}"
 
 
 def _hypernetwork_weights(evidence: Evidence) -> Finding:
@@ -104,18 +93,18 @@ def _hypernetwork_weights(evidence: Evidence) -> Finding:
     cell = [c for c in ("dataset", "method", "fold", "folds") if c in cells]
     gain = compare(cells.groupby(cell)["c_index"].mean().reset_index(), "hypernetwork", "own").gain
     percent = float(np.mean([100 * c.gain.value / c.base for c in alone]))
-    answer, because = judge_gain(gain, float(np.mean([paper_gain(*pair)[0] for pair in pairs])))
+    answer, because = judge_gain(gain, float(np.mean([paper.paper_gain(*pair)[0] for pair in pairs])))
     return Finding(f"{_text(gain.value, percent)}, {interval(gain)}", answer, because)
 
 
 def _paper_hypernetwork_weights() -> str:
-    return _text(*np.mean([paper_gain(*pair) for pair in hypernetwork_pairs()], axis=0))
+    return _text(*np.mean([paper.paper_gain(*pair) for pair in hypernetwork_pairs()], axis=0))
 
 
 def _mild_penalty(evidence: Evidence, table: str, symbol: str, mild: str) -> Finding:
     """A mild penalty is best: better than none and better than the strongest tried. mild: the method whose row is the
     paper's mildest best."""
-    names = table_methods(table)
+    names = paper.table_methods(table)
     gains = [compare(evidence.results, mild, m).gain for m in (names[0], names[-1])]
     judged = [judge_gain(gain, paper) for gain, paper in zip(gains, _paper_extremes(table, mild), strict=True)]
     answer = all_of(a for a, _ in judged)
@@ -127,19 +116,19 @@ def _mild_penalty(evidence: Evidence, table: str, symbol: str, mild: str) -> Fin
 
 
 def _best(means: pd.Series, table: str, symbol: str, none: str, strong: str) -> str:
-    top = means[means == means.max()].rename(paper_labels(table))
+    top = means[means == means.max()].rename(paper.paper_labels(table))
     return f"best at {symbol} = {' and '.join(top.index)}; {none} over none, {strong} over the strongest"
 
 
 def _paper_extremes(table: str, mild: str) -> list[float]:
     """What the paper's mild value gains over none and over the strongest."""
-    means = paper_values(table)[AVERAGE]
+    means = paper.paper_values(table)[paper.AVERAGE]
     return [float(means[mild] - means.iloc[i]) for i in (0, -1)]
 
 
 def _paper_mild_penalty(table: str, symbol: str, mild: str) -> str:
     texts = [f"{gain:+.4f}" for gain in _paper_extremes(table, mild)]
-    return _best(paper_values(table)[AVERAGE], table, symbol, *texts)
+    return _best(paper.paper_values(table)[paper.AVERAGE], table, symbol, *texts)
 
 
 def _smaller_beta_on_blca(evidence: Evidence) -> Finding:
@@ -147,7 +136,7 @@ def _smaller_beta_on_blca(evidence: Evidence) -> Finding:
     results = evidence.results[evidence.results["dataset"] == "BLCA"]
     if results.empty:
         raise Refused("BLCA is not in this study.")
-    smaller = [name for name, beta in paper_labels("table4").items() if float(beta) < 0.05]
+    smaller = [name for name, beta in paper.paper_labels("table4").items() if float(beta) < 0.05]
     gains = {m: compare(results, m, "steph").gain for m in smaller}
     ours = "; ".join(f"{title(m)}: {gain.value:+.4f}, {interval(gain)}" for m, gain in gains.items())
     if any(conclusion(gain) == BETTER for gain in gains.values()):
@@ -164,7 +153,7 @@ def _ahead(gains: pd.Series) -> str:
 
 
 def _paper_roupkt_ahead() -> pd.Series:
-    pair = paper_pair("roupkt", "steph")
+    pair = paper.paper_pair("roupkt", "steph")
     return pair["first"] - pair["second"]
 
 
@@ -198,7 +187,7 @@ def _cohort(evidence: Evidence) -> Finding:
     """Table S1, number by number."""
     table = evidence.analysis("cohort", "the cohort was not counted.").dropna(subset="paper_patients")
     same = sum(int((table[c] == table[f"paper_{c}"]).sum()) for c in ("patients", "slides", "survival_rate_pct"))
-    total = 3 * len(paper_table("table_s1"))
+    total = 3 * len(paper.paper_table("table_s1"))
     ours = f"{same} of {total} numbers; {table['patients'].sum():,} patients, {table['slides'].sum():,} slides"
     if evidence.study.synthetic:
         scale = evidence.study.synthetic.scale
@@ -208,12 +197,12 @@ def _cohort(evidence: Evidence) -> Finding:
 
 
 def _paper_cohort() -> str:
-    table = paper_table("table_s1")
+    table = paper.paper_table("table_s1")
     return f"{3 * len(table)} numbers; {table['patients'].sum():,} patients, {table['wsis'].sum():,} slides"
 
 
 def _parameters(_: Evidence) -> Finding:
-    printed = paper_table("table_s4").set_index("method")["learnable_params_m"]
+    printed = paper.paper_table("table_s4").set_index("method")["learnable_params_m"]
     counts = {name: trained_numbers(built(name)) for name in printed.index}
     same = sum(round(n / 1e6, 2) == printed[name] for name, n in counts.items())
     ours = f"ABMIL {counts['vanilla'] / 1e6:.2f} M, STEPH {counts['steph'] / 1e6:.2f} M"
@@ -224,15 +213,16 @@ def _parameters(_: Evidence) -> Finding:
 
 
 def _paper_parameters() -> str:
-    printed = paper_table("table_s4").set_index("method")["learnable_params_m"]
+    printed = paper.paper_table("table_s4").set_index("method")["learnable_params_m"]
     return f"{len(printed)} counts; ABMIL {printed['vanilla']:.2f} M, STEPH {printed['steph']:.2f} M"
 
 
 RULES = {
-    "gain": Rule(_gain, lambda first, second: _text(*paper_gain(first, second))),
-    "wins": Rule(_wins, lambda first, second: "{} of {}".format(*paper_wins(first, second))),
+    "gain": Rule(_gain, lambda first, second: _text(*paper.paper_gain(first, second))),
+    "wins": Rule(_wins, lambda first, second: "{} of {}".format(*paper.paper_wins(first, second))),
     "gain_over_each": Rule(
-        _gain_over_each, lambda first, others: _above_zero([paper_gain(*pair)[0] for pair in pairs_of(first, others)])
+        _gain_over_each,
+        lambda first, others: _above_zero([paper.paper_gain(*pair)[0] for pair in pairs_of(first, others)]),
     ),
     "gain_over_best": Rule(_gain_over_best, _paper_gain_over_best),
     "hypernetwork_weights": Rule(_hypernetwork_weights, _paper_hypernetwork_weights),

@@ -1,7 +1,5 @@
 """The evidence that claims are judged on, gathered from records and kept analyses."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from steph.analysis.cost import operations, timing

@@ -1,7 +1,5 @@
 """How records decide a claim: what is shown, what is not, and what this cohort cannot decide."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Analyses that take a while: computed once, recorded, found again by what they stand on."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

@@ -3,8 +3,6 @@
 What is finished is found by its key and never repeated, so an interrupted study is run again to go on.
 """
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os

@@ -2,8 +2,6 @@
 what a method does not use, do not.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect

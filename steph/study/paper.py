@@ -4,8 +4,6 @@ A table is called by its number ("table1", "table_s2"). `label` is what the pape
 method's name: the value of a setting, or a part of an ablation.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

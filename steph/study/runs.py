@@ -4,8 +4,6 @@ A run is one method on one data set, fold and seed. Its key hashes what decides 
 and the keys of the runs it builds on. A finished run is found by its key; a changed one has another.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -4,8 +4,6 @@ Tables are tidy and hold numbers; `c_index_table`, `fold_table` and `as_the_pape
 without a C-index keeps its reason: it is never averaged away, and neither is what stands on it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

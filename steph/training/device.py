@@ -1,7 +1,5 @@
 """Where and how is computed: devices by name, precisions, and the two together with the limit on patches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,7 +34,7 @@ class Compute:
         return parameter_dtype(self.precision)
 
     @property
-    def exact(self) -> Compute:
+    def exact(self) -> "Compute":
         """The same with patches in the format of parameters."""
         return replace(self, precision="fp64" if self.precision == "fp64" else "fp32")
 

@@ -4,8 +4,6 @@ The recipe is the paper's Appendix C.2.1 with what the release fixes: AdamW, 16 
 epoch is dropped), learning rate stepped per update and 0 at the first, no weight decay on vectors, last epoch kept.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import time

@@ -4,8 +4,6 @@ The model goes through a training step on the device "meta", where tensors have 
 at one time is added up. What does not fit is refused, before the system kills it.
 """
 
-from __future__ import annotations
-
 import copy
 import sys
 import weakref

@@ -5,8 +5,6 @@ seen by any model that is merged. So the target's own model, which the other pat
 anew in every inner fold; other cancers' models never saw the target's patients and are taken as they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """A small client of Chromium's DevTools protocol: visits pages without a window and tells what happened there."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

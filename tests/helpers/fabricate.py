@@ -3,8 +3,6 @@
 The features are random; they are a stand-in for real ones in form and size, never in meaning.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Small servers on loopback for tests of downloads: the protocol of Hugging Face's hub, plain HTTP, and faults."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -28,7 +26,7 @@ class Hub:
     plain: dict[str, bytes] = field(default_factory=dict)
     token: str | None = None
     granted: bool = True
-    faults: list[Callable[[Handler, bytes], bytes | None]] = field(default_factory=list)
+    faults: "list[Callable[[Handler, bytes], bytes | None]]" = field(default_factory=list)
     api_faults: list[int] = field(default_factory=list)
     page_size: int = 1000
     address: str = ""

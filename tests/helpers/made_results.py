@@ -1,7 +1,5 @@
 """Results for tests: a table such as `steph.study.execute.results` gives, from values."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

@@ -1,7 +1,5 @@
 """Figures: files come out, look alike, and never hide that a cohort is synthetic."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from itertools import product

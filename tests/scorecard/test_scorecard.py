@@ -1,7 +1,5 @@
 """The scorecard: the paper's numbers, the rules, the verdicts."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np

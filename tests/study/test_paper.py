@@ -1,7 +1,5 @@
 """The paper's numbers: tables whose rows are methods of the registry, and what its text says of them."""
 
-from __future__ import annotations
-
 import pytest
 
 from steph import Refused

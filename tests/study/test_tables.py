@@ -1,7 +1,5 @@
 """Tables of records, and the paper's numbers beside them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

@@ -1,7 +1,5 @@
 """`python -m tests.torture`: all parts, or those that are named; what was survived, and what was not."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

@@ -1,7 +1,5 @@
 """What the parts share: a small study, commands, what a study came to, processes that must be gone."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,8 +1,6 @@
 """Faults of machines and people: a kernel that dies, a full disk, a folder that cannot be written, a clock set back, a
 manifest changed between runs."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

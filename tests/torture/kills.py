@@ -1,7 +1,5 @@
 """Kills: a study killed at random moments and started again, until it is done, comes to what it would have come to."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

@@ -1,7 +1,5 @@
 """What methods cost against how well they predict: Fig. 2, and a hypernetwork that reads a sample of the patches."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

@@ -9,8 +9,6 @@ Operations are counted in two ways, one multiplication with its addition being t
 Both run through the models on the device "meta", where tensors have shapes and no numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial

@@ -6,8 +6,6 @@ memory: a disk that delivers less than what `steph study plan` calls TB read in 
 instead.
 """
 
-from __future__ import annotations
-
 import heapq
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What methods cost in seconds: of a training epoch (Tables S6, S7) and of a prediction, and the memory of one."""
 
-from __future__ import annotations
-
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence

@@ -8,8 +8,6 @@ Attention is of a patient's bag, all slides together: it sums to 1 over them. Fe
 bag of 200,000 patches 1,536 wide takes some 2 GB, for itself and for the hypernetwork, which reads all of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -64,9 +62,6 @@ ON_TUMOUR = {
     "border, × even": ("times_border", ".2f"),
 }
 """Columns of tables (`wide`): of `measured` which, and their format."""
-
-
-# ------------------------------------------------------------------------------------------------ one patient
 
 
 def bag_of(model: nn.Module, data: PatientData, patient: str, compute: Compute) -> RaggedBatch:
@@ -172,9 +167,6 @@ def beside(maps: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return table.assign(difference=table[f"percentile_{second}"] - table[f"percentile_{first}"])
 
 
-# ------------------------------------------------------------------------------------------------ runs and patients
-
-
 def runs(
     bench: Workbench, targets: Sequence[str], folds: Sequence[int], seed: int, precision: str = "fp32"
 ) -> list[Run]:
@@ -260,9 +252,6 @@ def top_patches(maps: Mapping[str, pd.DataFrame], n: int = 5) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-# ------------------------------------------------------------------------------------------------ known tissue
-
-
 def planted(study: Study, dataset: str) -> dict[str, pd.DataFrame]:
     """What is known of each patient's patches: slide_id, x, y, tumour (bool), zone (a key of `ZONES`). Nothing in a
     real study, where nobody has drawn the tumour."""
@@ -306,9 +295,6 @@ def with_planted(table: pd.DataFrame, known: Mapping[str, pd.DataFrame]) -> pd.D
             "data folder and it is made again."
         )
     return table.assign(tumour=drawn["tumour"].to_numpy(bool), zone=drawn["zone"].to_numpy())
-
-
-# ------------------------------------------------------------------------------------------------ in numbers
 
 
 def auc(values: np.ndarray, positive: np.ndarray) -> float:
@@ -388,9 +374,6 @@ def _of_dataset(bench: Workbench, runs: Sequence[Run], device: str) -> pd.DataFr
 
     with single_thread():
         return cached_table(bench, "attention", {str(run): bench.key(run) for run in runs}, compute)
-
-
-# ------------------------------------------------------------------------------------------------ over patients
 
 
 def title(method: str) -> str:

@@ -5,8 +5,6 @@ It can also come from a trained network of that size, from directions to move in
 control takes one of these away. A synthetic study has one more: its twin, the same cohort with nothing to share.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -101,9 +99,6 @@ TWIN_METHODS = ["vanilla", "hypernetwork_only", "steph_random_sources", "steph"]
 """Those that are run on the twin too."""
 
 
-# ------------------------------------------------------------------------------------------------- runs
-
-
 def comparisons(study: Study, seed: int, precision: str = "fp32") -> list[Run]:
     """The runs of all that the controls compare, on the folds that the study gives each method (`book_folds`)."""
     return plan(study, None, METHODS, None, [seed], precision)
@@ -144,9 +139,6 @@ def twin_runs(study: Study, seed: int, precision: str = "fp32") -> list[Run]:
     """Every run that the chapter needs in the study's twin; none where there is no twin."""
     other = twin(study)
     return [] if other is None else plan(other, None, TWIN_METHODS, None, [seed], precision)
-
-
-# ------------------------------------------------------------------------------------ methods compared
 
 
 HERE, TWIN, APART = "study", "its twin", "study − twin"
@@ -222,9 +214,6 @@ def _answer(gain: Estimate, lacking: str = "") -> dict[str, Any]:
     """Columns of a table that answers. lacking: why there is no gain, where there is none."""
     text = f"no answer: {lacking}" if np.isnan(gain.value) else conclusion(gain)
     return {"difference": gain.value, "low": gain.low, "high": gain.high, "conclusion": text}
-
-
-# ------------------------------------------------------------------------------------------------- starts
 
 
 def choices(courses: Mapping[str, pd.DataFrame], study: Study) -> pd.DataFrame:
@@ -316,9 +305,6 @@ def gain_by_start(gains: pd.DataFrame) -> pd.DataFrame:
         gain = mean_of(of_start["gain"]) if undefined.empty else Estimate(np.nan)
         rows.append({"seed": seed, "on": on, **_answer(gain, f"undefined for {', '.join(undefined)}")})
     return pd.DataFrame(rows)
-
-
-# ------------------------------------------------------------------------------------------- what they say
 
 
 CORRELATION = "rank correlation"

@@ -4,8 +4,6 @@ The paper shows one training each for three cancers and reads from it which othe
 property of the cancers or of the random start is seen only when the start changes and everything else stays.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 

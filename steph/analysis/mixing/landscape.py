@@ -6,8 +6,6 @@ the target's own (`head="merged"` merges it too, the paper's words taken literal
 evaluation reports, with alpha = 0. All numbers are of the landscape as computed; `smoothed` is for drawing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -134,9 +132,6 @@ class Plane(Merged):
         return linear_each(attention.transpose(1, 2) @ embedded, weights, "head").squeeze(1)
 
 
-# ------------------------------------------------------------------------------------- what is read from it
-
-
 def smoothed(table: pd.DataFrame, column: str) -> np.ndarray:
     """A `square` smoothed by a Gaussian of one grid step, as the paper draws it.
 
@@ -222,9 +217,6 @@ def summaries(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def wide(table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
     """Format `summaries` for display. columns: `GAINS` or `MAGNITUDES`."""
     return table.filter(list(columns)).rename(columns=columns)
-
-
-# ------------------------------------------------------------------------------------------ of finished runs
 
 
 def finished_landscapes(bench: Workbench, target: str, precision: str = "fp32") -> dict[str, pd.DataFrame]:

@@ -1,7 +1,5 @@
 """Which models can be mixed, a target's with those of its sources, as STEPH takes them; and the patients to test on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from steph import Refused

@@ -11,8 +11,6 @@ in which the source has nothing in common with the target:
   source's is, so a rule takes more directions of it: the rank is higher, and SAR with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import product
 
@@ -124,9 +122,6 @@ def _checked(tau_target: Tensor, tau_new: Tensor) -> tuple[Tensor, Tensor]:
     return tau_target.detach().double(), tau_new.detach().double()
 
 
-# ------------------------------------------------------------------------------------------- mixtures
-
-
 def mixture_curve(tau_target: Tensor, tau_source: Tensor, lambdas: Sequence[float] = LAMBDAS) -> pd.DataFrame:
     """SAR of tau_t with lambda tau_t + (1 - lambda) tau_s: lambda, rule, sar, rank, rows (r; R directions of r hold a
     share of about sqrt(R / r) of anything). Matrices (r, c) as in `subspace_alignment_ratio`."""
@@ -152,9 +147,6 @@ def turned(matrix: Tensor, key: str) -> Tensor:
     drawn = torch.randn(len(matrix), len(matrix), generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(drawn)
     return (q * r.diagonal().sign()).to(matrix) @ matrix  # signs: uniform over all orthogonal matrices
-
-
-# ------------------------------------------------------------------------------------------- of a study
 
 
 def curves(

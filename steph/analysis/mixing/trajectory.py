@@ -7,8 +7,6 @@ single point is the trained model. And it trains a prediction head of its own, w
 the loss at a point is not STEPH's loss, which is told beside it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import numpy as np

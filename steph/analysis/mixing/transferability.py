@@ -3,8 +3,6 @@
 Matrices here have a row per source (whose model) and a column per target (whose patients).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -19,8 +19,6 @@ decay or momentum, all parameters are trained, head included, and all is in doub
 agree to rounding. Networks are small, patients a sample: this tells how the argument fares, not how good STEPH is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -74,7 +72,7 @@ class Patients:
     def __len__(self) -> int:
         return len(self.bags)
 
-    def some(self, chosen: np.ndarray) -> Patients:
+    def some(self, chosen: np.ndarray) -> "Patients":
         """The patients at these places."""
         bags = RaggedBatch.from_bags([self.bags.bag(int(i)) for i in chosen])
         return Patients(bags, self.bins[chosen], self.event[chosen], self.time_days[chosen])
@@ -210,8 +208,6 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return means.reset_index()
 
 
-# ------------------------------------------------------------------------------------- Eq. 9's premise
-
 CONVEX = "dL/dŷ is convex in ŷ, the label given"
 EQ_9 = "Eq. 9: the same with mixed labels"
 EQ_10 = "Eq. 10: for the gradient of the parameters"
@@ -280,9 +276,6 @@ def _holding(left: Tensor, right: Tensor, logits: Tensor | None = None) -> dict[
         "gap": float((left - right).norm() / left.norm()),
         "above_half": np.nan if logits is None else float((logits[:, counts] > 0).double().mean()),
     }
-
-
-# ------------------------------------------------------------------------------------------- of a study
 
 
 def small_problem(bench: Workbench, pair: Run, device: str = "cpu") -> Problem:

@@ -4,8 +4,6 @@ Ranking patients rightly (the C-index) asks nothing of the probabilities; a mode
 as well as a true one. Survival curves of all folds are put together: a probability means the same in each.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Tables of the cohort: Table S1 beside what is here, the folds, and the C-index of a made-up patient's true risk."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import pandas as pd

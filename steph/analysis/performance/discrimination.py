@@ -6,8 +6,6 @@ models stay as they are, so an interval tells what other test patients would giv
 that, see `steph.analysis.performance.significance`.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Numbers with their 95 % intervals: how an interval is made, written and read."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

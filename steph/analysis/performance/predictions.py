@@ -4,8 +4,6 @@ Risks of two folds stem from two models and are on two scales; whoever ranks pat
 A survival curve is a probability, and means the same in every fold.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -6,8 +6,6 @@ of all folds are then put together. The p-values take the patients as independen
 share training patients: read them as a description.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable
 from typing import Any

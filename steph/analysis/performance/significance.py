@@ -1,7 +1,5 @@
 """Tests of a method against others: over the folds of a data set, across data sets, corrected for their number."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Statistics of two methods compared: gains with intervals that know what folds share, beside the paper's."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -8,8 +8,6 @@ A horizon of k years is the end of the k-th yearly interval, so that "dead at th
 survival_k says: followed for less than k x 365 days, and died.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

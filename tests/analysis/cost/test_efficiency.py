@@ -1,7 +1,5 @@
 """Cost against performance: Fig. 2, and hypernetworks that read a sample of the patches."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

@@ -1,7 +1,5 @@
 """What methods cost in operations, against closed formulas, against counts of other tools, and on real numbers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Plans: every run and what it builds on, sizes from stores or the manifest, hours from runs or a measurement."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

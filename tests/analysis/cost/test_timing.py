@@ -1,7 +1,5 @@
 """Seconds of epochs and predictions: measured in rounds, kept, told as ratios."""
 
-from __future__ import annotations
-
 import pandas as pd
 import pytest
 

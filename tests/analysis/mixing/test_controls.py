@@ -1,7 +1,5 @@
 """Controls: the questions, the twin, the starts, and what they together allow to say."""
 
-from __future__ import annotations
-
 import shutil
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Courses of w and lambda: read from records, compared over starts."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

@@ -1,7 +1,5 @@
 """Calibration: models that know the truth pass, models that do not fail, and nobody gets a number out of nothing."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

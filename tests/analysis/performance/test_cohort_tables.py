@@ -1,7 +1,5 @@
 """Tables of the cohort, its folds and its true risk."""
 
-from __future__ import annotations
-
 from steph.analysis.performance import cohort_tables
 from steph.data.manifest import load_study
 from steph.study.tables import primary_outcome

@@ -1,7 +1,5 @@
 """C-indices over patients and their resampling, against the plain definition on patients written out."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

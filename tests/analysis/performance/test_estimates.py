@@ -1,7 +1,5 @@
 """Estimates: intervals against scipy, and the words for them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy.stats import ttest_1samp

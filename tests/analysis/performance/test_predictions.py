@@ -1,7 +1,5 @@
 """Predictions put together over folds: everybody once, nobody twice, nothing missing unsaid."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Groups of risk: split by what is known before the test patients are seen, compared with what is planted."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

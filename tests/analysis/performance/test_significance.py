@@ -1,7 +1,5 @@
 """Tests of methods and their correction, against textbook numbers and scipy."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

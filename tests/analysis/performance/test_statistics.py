@@ -1,7 +1,5 @@
 """Comparisons of two methods: the intervals, the counts, what is refused."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy.stats import t, ttest_1samp

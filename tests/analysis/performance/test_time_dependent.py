@@ -1,7 +1,5 @@
 """Time-dependent AUC and Brier score, to the last digits those of scikit-survival; and what they do not tell."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest
