@@ -15,7 +15,6 @@ from typing import Any
 from steph import Refused
 from steph.analysis.mixing import controls
 from steph.book import build as book
-from steph.book.notebooks import completion_path
 from steph.files.records import COMPLETION
 from steph.study.execute import run_all
 from steph.study.runs import Run, Workbench, plan
@@ -81,7 +80,7 @@ def of_chapters(bench: Workbench, device: str, all_of_them: bool) -> list[dict[s
         jobs.append({
             "name": f"chapter_{chapter.name}",
             "command": join([*STEPH, "run", str(chapter.source), *parameters, "--output", str(executed)]),
-            "makes": [str(executed), str(completion_path(executed))],
+            "makes": [str(executed), str(executed.with_suffix(".json"))],
         })  # fmt: skip
     return jobs
 

@@ -261,7 +261,7 @@ p = start(globals())"""
         before = run(2)
         change("analysis/performance/estimates.py", "95 % interval", "95 percent")
         edited = run(3)
-        change("survival.py", "from __future__ import annotations\n", "from __future__ import annotations\n\nNEW = 1\n")
+        change("survival.py", "from torch import Tensor\n", "from torch import Tensor\n\nNEW = 1\n")
         keyed = run(4)
         unchanged = run(5)
     assert before[0] == "95 % interval +0.500 to +1.500" and edited[0] == "95 percent +0.500 to +1.500"
