@@ -100,7 +100,7 @@ def check(chosen: Mapping[str, Any], takes: Mapping[str, Any], where: str) -> Pa
     values["sources"], values["patients"] = sources, _names(values["patients"])
     values["folds"] = list(range(study.n_folds)) if values["folds"] == "all" else _folds(values["folds"], study)
     values["precision"] = precision_for(values["precision"], values["device"])
-    datasets = list(study.datasets) if dataset == "all" else [dataset]
+    datasets = study.target_names if dataset == "all" else [dataset]
     return Parameters(bench=Workbench(study), datasets=datasets, **{**values, "study": study})
 
 

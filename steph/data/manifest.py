@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from steph import PROJECT, Refused
 from steph.data.splits import check_fold
@@ -16,6 +16,7 @@ MANIFESTS = PROJECT / "data_manifest"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][-._A-Za-z0-9]*$", max_length=100)]
 """Becomes a part of paths: no separator, nothing that a shell or a page understands, short enough for a file."""
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Strict(BaseModel):
@@ -89,7 +90,23 @@ class Synthetic(Strict):
     scale: float = Field(gt=0, le=2, description="size, as a share of the data sets' patients")
     seed: int = 0
     sharing: bool = Field(default=True, description="False: no prognostic factor is shared between cancers")
+    pan_weight: float = Field(default=0.5, ge=0, le=1, description="of the prognostic direction that all cancers share")
+    group_weight: float = Field(default=0.75, ge=0, le=1, description="of those that related cancers share")
+    state_share: float = Field(default=0.5, ge=0, le=1, description="of the log-risk that is the tumour's state")
+    risk_sd: float = Field(default=1.2, gt=0, le=5, description="standard deviation of the log-risk")
+    tumour: tuple[Share, Share, Share] = Field(default=(0.35, 0.1, 0.9), description="fraction: mean, least, most")
+    bag_median: float = Field(default=20, gt=0, description="patches, where mean_patches is 10,000")
+    bag_range: tuple[Positive, Positive] = Field(default=(6, 40), description="patches: least, most")
+    shared_looks: bool = Field(default=True, description="False: what looks like a tumour differs between cancers")
     external_patients: int = Field(default=200, ge=0, description="extra patients per data set, never trained on")
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Synthetic":
+        if self.pan_weight**2 + self.group_weight**2 > 1:
+            raise ValueError("pan_weight and group_weight: the sum of their squares is above 1")
+        if not self.tumour[1] < self.tumour[0] < self.tumour[2] or self.bag_range[0] > self.bag_range[1]:
+            raise ValueError("tumour must be mean, least, most with the mean between; bag_range least, most")
+        return self
 
 
 class Network(Strict):
@@ -143,7 +160,9 @@ class Study(Strict):
 
     data_root: labels/, splits/, features/ and stores/ lie in it; relative to the checkout; STEPH_DATA replaces it for a
     real study; empty: data/ in the study's build folder. folds: of one cross-validation; repeats: cross-validations,
-    each of splits of its own; fold f belongs to repeat f // folds. book_folds: by group of methods, or method: how many
+    each of splits of its own; fold f belongs to repeat f // folds. targets: the data sets that methods are run on where
+    nobody names some, the others being sources only; none: all. positive_control: a made study in which transfer is
+    planted, shown beside this one by the chapter of controls. book_folds: by group of methods, or method: how many
     folds, from the first, it gets where nobody names folds; others get all.
     """
 
@@ -154,6 +173,8 @@ class Study(Strict):
     endpoint: Endpoint = Endpoint()
     features: Features
     datasets: dict[Name, DatasetEntry] = Field(min_length=1)
+    targets: list[Name] = []
+    positive_control: Name | None = None
     folds: int = Field(default=5, ge=2, le=1000)
     repeats: Positive = Field(default=1, le=1000)
     book_folds: dict[str, Positive] = {}
@@ -170,6 +191,17 @@ class Study(Strict):
         if name.lower() == "book":
             raise ValueError("build/book is the book's folder, and is deleted with it; choose another name")
         return name
+
+    @model_validator(mode="after")
+    def _targets_are_data_sets(self) -> "Study":
+        if missing := [name for name in self.targets if name not in self.datasets]:
+            raise ValueError(f"targets: {', '.join(missing)} is none of the data sets {', '.join(self.datasets)}")
+        return self
+
+    @property
+    def target_names(self) -> list[str]:
+        """`targets`, or all data sets."""
+        return list(self.targets or self.datasets)
 
     @property
     def address(self) -> str:

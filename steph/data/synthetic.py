@@ -7,7 +7,8 @@ A patient has a tissue composition ``p`` (the share of the tumour and of five ba
 
 where the unit vectors beta_c and gamma_c belong to the cancer c: with sharing, related cancers have similar ones; in
 the twin without sharing, no cancer can learn from another. Survival times follow eta; patches show p and u through
-noise. ``book/demo_cohort.md`` explains it, with the constants' reasons and with what such a cohort cannot show.
+noise. These are the demo's numbers, fields of the manifest's section `synthetic`, as is how much cancers share.
+``book/demo_cohort.md`` explains it, with the numbers' reasons and with what such a cohort cannot show.
 
 Every random number comes from a stream named after its purpose, so data sets do not depend on one another, external
 patients do not change the cohort, and the twin has the very slides of the demo, with other outcomes.
@@ -50,8 +51,7 @@ MEMBERSHIPS = {
 
 PHENOTYPES = ("tumour", "background 1", "background 2", "background 3", "background 4", "background 5")
 N_FACTORS = 6  # of the tumour state; as many as phenotypes, so that beta and gamma are made alike
-RHO_PAN, RHO_GROUP = 0.5, 0.75  # weights of what all cancers and what the members of a group have in common
-RISK_SD, WEIBULL_SHAPE = 1.2, 1.2
+WEIBULL_SHAPE = 1.2
 PATCH_PX = 256  # edge of a patch, and of the grid that patches lie on
 GRID = 17  # cells along the side of the square in which a slide's tissue grows
 MIN_SHARE = 0.02  # floor of logarithms: a share far below one patch in a bag cannot be seen, and must not rule the risk
@@ -116,7 +116,7 @@ def provenance(study: Study, dataset: str, external: bool) -> dict[str, Any]:
         "recipe": RECIPE,
         "dataset": dataset,
         "external": external,
-        "synthetic": _synthetic(study).model_dump(),
+        "synthetic": _synthetic(study).model_dump(mode="json"),
         "entry": study.entry(dataset).model_dump(mode="json", exclude={"folders"}),
     }
 
@@ -132,12 +132,12 @@ def truth(study: Study, dataset: str) -> pd.DataFrame:
 
 
 def planted_similarity(study: Study) -> pd.DataFrame:
-    """Planted similarity of the study's cancers, (C, C), 1 on the diagonal: half the product of their beta plus half
-    that of their gamma. It is the correlation of two cancers' true log-risks over the same patients. In the twin it is
-    -1/12 between any two of the 13 cancers."""
-    names = list(study.datasets)
+    """Planted similarity of the study's cancers, (C, C), 1 on the diagonal: the product of their beta and that of
+    their gamma, added by their shares of the log-risk. It is the correlation of two cancers' true log-risks over the
+    same patients. In the demo's twin it is -1/12 between any two of the 13 cancers."""
+    names, share = list(study.datasets), _synthetic(study).state_share
     beta, gamma = _directions(_synthetic(study))
-    similarity = (_product(beta, beta.T) + _product(gamma, gamma.T)) / 2
+    similarity = share * _product(beta, beta.T) + (1 - share) * _product(gamma, gamma.T)
     return pd.DataFrame(similarity, list(MEMBERSHIPS), list(MEMBERSHIPS)).loc[names, names]
 
 
@@ -147,6 +147,7 @@ def draw(study: Study, dataset: str, external: bool = False) -> Drawn:
     if dim < N_FACTORS:
         raise Refused(f"features.dim is {dim}; the synthetic cohort needs at least {N_FACTORS} numbers a patch.")
     seed, *_ = stream = _stream(study, dataset, external)
+    looks = () if _synthetic(study).shared_looks else (dataset,)
     slides = _slides(patients)
     coords, tumour = _lay_out(stream, slides["n_patches"].to_numpy(), slides["tumour"].to_numpy())
     # Background patches show phenotypes 1 to 5 with the chances of the patient's composition.
@@ -156,7 +157,7 @@ def draw(study: Study, dataset: str, external: bool = False) -> Drawn:
     phenotype = np.where(tumour, 0, 1 + (chance > share[:, :-1]).sum(axis=1))
     # Features are the phenotype's prototype, the cancer's shift, the slide's batch effect, the state of the patient's
     # tumour (in a background patch one that says nothing of the risk), and noise.
-    prototype = 5 * _unit(_rng(seed, "prototypes").standard_normal((len(PHENOTYPES), dim)))
+    prototype = 5 * _unit(_rng(seed, *looks, "prototypes").standard_normal((len(PHENOTYPES), dim)))
     shift = _unit(_rng(seed, dataset, "shift").standard_normal((1, dim)))
     batch = _rng(*stream, "batch effect").standard_normal((len(slides), 4))
     batch = _product(batch, _rotation(dim, seed, "batch effect")[:4])
@@ -172,19 +173,20 @@ def draw(study: Study, dataset: str, external: bool = False) -> Drawn:
 
 def _draw_patients(study: Study, dataset: str, external: bool) -> pd.DataFrame:
     """The table of `Drawn`."""
-    n, sizes = _sizes(study, dataset)
+    synthetic, (n, sizes) = _synthetic(study), _sizes(study, dataset)
     # The time scale at which as many of the cohort die in follow-up as Table S1 says: a patient does where the log of
     # the day of censoring over that of death, at a time scale of 1 day, exceeds the scale's own log.
     _, _, days, censored_at = _outcomes(study, dataset, n, external=False)
     ratio = np.sort(np.log(censored_at / days))[::-1]
     events = min(max(round(n * (1 - sizes["survival_rate_pct"] / 100)), 1), n - 1)
     threshold = float(ratio[events - 1] + ratio[events]) / 2
-    n = _synthetic(study).external_patients if external else n
+    n = synthetic.external_patients if external else n
     stream = _stream(study, dataset, external)
     composition, log_risk, days, censored_at = _outcomes(study, dataset, n, external)
     event = np.log(censored_at / days) > threshold
     n_slides = 1 + _rng(*stream, "slides").binomial(3, (sizes["slides"] / sizes["patients"] - 1) / 3, n)
-    bag_size = 20 * np.sqrt(sizes["mean_patches"] / 1e4) * np.exp(0.35 * _rng(*stream, "bag size").standard_normal(n))
+    median = synthetic.bag_median * np.sqrt(sizes["mean_patches"] / 1e4)
+    bag_size = median * np.exp(0.35 * _rng(*stream, "bag size").standard_normal(n))
     patients = {
         "patient_id": [f"DEMO-{dataset}-{'X' if external else ''}{i:04d}" for i in range(1, n + 1)],
         "project": np.resize(study.entry(dataset).projects, n),
@@ -192,7 +194,9 @@ def _draw_patients(study: Study, dataset: str, external: bool) -> pd.DataFrame:
         "time_days": np.ceil(np.where(event, np.exp(threshold) * days, censored_at)),  # never the day of diagnosis
         "event": event,
         "n_slides": n_slides,
-        "n_patches": np.maximum(np.round(np.clip(bag_size, 6, 40)).astype(int), 4 * n_slides),  # tumour and tissue
+        "n_patches": np.maximum(
+            np.round(np.clip(bag_size, *synthetic.bag_range)).astype(int), 4 * n_slides
+        ),  # tumour and tissue
     }
     return pd.DataFrame(patients | dict(zip(PHENOTYPES, composition.T, strict=True)))
 
@@ -211,33 +215,37 @@ def _outcomes(study: Study, dataset: str, n: int, external: bool) -> tuple[np.nd
     synthetic, stream = _synthetic(study), _stream(study, dataset, external)
     beta, gamma = _directions(synthetic)[:, list(MEMBERSHIPS).index(dataset)]
     tissue = _rng(synthetic.seed, dataset, "background phenotypes").dirichlet(np.full(len(PHENOTYPES) - 1, 8.0))
-    composition = _composition(stream, tissue, n)
+    composition = _composition(stream, tissue, n, synthetic.tumour)
     # Centred and scaled with the cancer's own compositions, many of them, so that no finite cohort sets the scale.
-    score = _product(_standardised(composition), gamma)
-    typical = _product(_standardised(_composition((synthetic.seed, dataset, "typical"), tissue, 20_000)), gamma)
+    many = _composition((synthetic.seed, dataset, "typical"), tissue, 20_000, synthetic.tumour)
+    score, typical = (_product(_standardised(p, synthetic.tumour), gamma) for p in (composition, many))
     state = _product(_rng(*stream, "tumour state").standard_normal((n, N_FACTORS)), beta)
-    log_risk = RISK_SD / np.sqrt(2) * (state + (score - typical.mean()) / typical.std())
+    of_state, of_composition = np.sqrt(2 * synthetic.state_share), np.sqrt(2 * (1 - synthetic.state_share))
+    log_risk = of_state * state + of_composition * (score - typical.mean()) / typical.std()
+    log_risk = synthetic.risk_sd / np.sqrt(2) * log_risk
     days = (_rng(*stream, "survival").exponential(size=n) / np.exp(log_risk)) ** (1 / WEIBULL_SHAPE)
     return composition, log_risk, days, 30 + _rng(*stream, "censoring").gamma(1.6, 692, n)
 
 
-def _composition(stream: Stream, tissue: np.ndarray, n: int) -> np.ndarray:
-    """Compositions (n, phenotypes) of patients whose background is on average `tissue` (5,)."""
-    tumour = np.clip(_rng(*stream, "tumour fraction").beta(0.35 * 6, 0.65 * 6, (n, 1)), 0.1, 0.9)
+def _composition(stream: Stream, tissue: np.ndarray, n: int, fraction: tuple[float, float, float]) -> np.ndarray:
+    """Compositions (n, phenotypes) of patients whose background is on average `tissue` (5,). fraction: of tumour, its
+    mean and its limits."""
+    mean, least, most = fraction
+    tumour = np.clip(_rng(*stream, "tumour fraction").beta(6 * mean, 6 * (1 - mean), (n, 1)), least, most)
     background = _rng(*stream, "background").dirichlet(3 * tissue, n)
     return np.hstack([tumour, (1 - tumour) * background])
 
 
-def _standardised(composition: np.ndarray) -> np.ndarray:
+def _standardised(composition: np.ndarray, fraction: tuple[float, float, float]) -> np.ndarray:
     """z(p): the logarithms of a composition (n, phenotypes), turned so that over all tissues their entries have mean 0,
     variance 1 and no correlation. Then the product of two gamma is the correlation of what they predict."""
-    centre, whitening = _whitening()
+    centre, whitening = _whitening(fraction)
     return _product(np.log(composition + MIN_SHARE) - centre, whitening)
 
 
 @cache
-def _whitening() -> tuple[np.ndarray, np.ndarray]:
-    logs = np.log(_composition(("any tissue",), np.full(5, 0.2), 50_000) + MIN_SHARE)
+def _whitening(fraction: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
+    logs = np.log(_composition(("any tissue",), np.full(5, 0.2), 50_000, fraction) + MIN_SHARE)
     centred = logs - logs.mean(axis=0)
     variance, axes = np.linalg.eigh(_product(centred.T, centred) / len(logs))
     return logs.mean(axis=0), _product(axes / np.sqrt(variance), axes.T)
@@ -260,8 +268,9 @@ def _directions(synthetic: Synthetic) -> np.ndarray:
         own = _product(circles, _rotation(6, seed, part, "own directions"))
         if synthetic.sharing:
             shared = _rotation(6, seed, part, "shared directions")
-            common = RHO_PAN * shared[0] + RHO_GROUP * _product(member, shared[1:])
-            own = _unit(common + np.sqrt(1 - RHO_PAN**2 - RHO_GROUP**2) * own)
+            pan, group = synthetic.pan_weight, synthetic.group_weight
+            common = pan * shared[0] + group * _product(member, shared[1:])
+            own = _unit(common + np.sqrt(1 - pan**2 - group**2) * own)
         directions.append(own)
     return np.array(directions)
 

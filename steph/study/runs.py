@@ -66,19 +66,19 @@ class Workbench:
         return self._datasets[name]
 
     def prerequisites(self, run: Run) -> dict[str, Run]:
-        """The runs that must be finished first: the target's model of the same fold, the sources' of fold 0, an earlier
-        stage or the joint model. Models that are merged are trained with the study's own seed, so that seeds of a run
-        can be compared on the same models."""
+        """The runs that must be finished first: the target's model of the same fold, the sources' of fold 0 (the
+        target's own from other seeds: of the same fold), an earlier stage or the joint model. Models that are merged
+        are trained with the study's own seed, so that seeds of a run can be compared on the same models."""
         entry = run.entry
         base = replace(run, method=entry.base, seed=self.study.seed)
         needed = {TARGET: base} if entry.needs_target else {}
         if entry.after:
             needed[STAGE] = replace(run, method=entry.after)
-        if entry.joint and not self._trains_for_all(run):
+        if entry.joint and not self.trains_for_all(run):
             needed[STAGE] = replace(run, dataset=next(iter(self.study.datasets)))
-        if entry.needs_sources:
-            names = [entry.only] if entry.only else self.study.sources_of(run.dataset)
-            needed |= {name: replace(base, dataset=name, fold=SOURCE_FOLD) for name in names}
+        for name, (dataset, seed) in entry.sources(self.study, run.dataset).items():
+            fold = run.fold if dataset == run.dataset else SOURCE_FOLD
+            needed[name] = replace(base, dataset=dataset, seed=seed, fold=fold)
         return needed
 
     def key(self, run: Run) -> str:
@@ -96,7 +96,7 @@ class Workbench:
                 "code": method_code(entry),
                 "prerequisites": {name: self.key(needed) for name, needed in self.prerequisites(run).items()},
             }
-            if self._trains_for_all(run):
+            if self.trains_for_all(run):
                 inputs["joint"] = {name: self._fingerprint(name) for name in study.datasets}
             self._keys[run] = fingerprint(inputs)
         return self._keys[run]
@@ -106,13 +106,13 @@ class Workbench:
             self._fingerprints[name] = dataset_fingerprint(self.study, name)
         return self._fingerprints[name]
 
-    def _trains_for_all(self, run: Run) -> bool:
+    def trains_for_all(self, run: Run) -> bool:
         """Is this the run that trains the joint model of its fold and seed?"""
         return run.entry.joint and run.dataset == next(iter(self.study.datasets))
 
     def training_set(self, run: Run) -> tuple[PatientData, list[str]]:
         """The data that a run trains on, and the patients of it."""
-        if self._trains_for_all(run):
+        if self.trains_for_all(run):
             union = JointDataset([self.dataset(name) for name in self.study.datasets])
             return union, union.train(run.fold)
         data = self.dataset(run.dataset)
@@ -200,8 +200,9 @@ def plan(
 ) -> list[Run]:
     """The runs of a choice of data sets, methods, folds and seeds.
 
-    None takes all: of methods those that the book shows, without settings of a sweep that ask for more sources than the
-    study has; of folds every one, or as many as the study's `book_folds` gives a method; of seeds the study's own.
+    None takes all: of data sets the study's targets; of methods those that the book shows, without settings of a sweep
+    that ask for more sources than the study has; of folds every one, or as many as the study's `book_folds` gives a
+    method; of seeds the study's own.
 
     Raises `Refused` for a name or fold that the study does not have.
     """
@@ -219,7 +220,7 @@ def plan(
 
     return [
         Run(dataset, name, fold, seed, precision)
-        for dataset in datasets or list(study.datasets)
+        for dataset in datasets or study.target_names
         for name in methods
         for fold in folds_of(name)
         for seed in (seeds or [study.seed])

@@ -194,11 +194,11 @@ def test_planted_similarity_shows_the_groups_and_the_twin_shares_nothing(demo, t
 
 def test_planted_similarity_is_the_correlation_of_true_risks(demo, twin):
     even = np.full(5, 0.2)
-    composition = synthetic._composition(("test",), even, 20_000)
+    composition = synthetic._composition(("test",), even, 20_000, demo.synthetic.tumour)
     state = np.random.default_rng(0).standard_normal((20_000, synthetic.N_FACTORS))
     for study in (demo, twin):
         beta, gamma = synthetic._directions(study.synthetic)
-        risks = state @ beta.T + synthetic._standardised(composition) @ gamma.T
+        risks = state @ beta.T + synthetic._standardised(composition, demo.synthetic.tumour) @ gamma.T
         planted = synthetic.planted_similarity(study).loc[[*synthetic.MEMBERSHIPS], [*synthetic.MEMBERSHIPS]]
         assert np.abs(np.corrcoef(risks.T) - planted.to_numpy()).max() < 0.03
 
@@ -210,6 +210,23 @@ def test_twin_has_the_same_slides_and_other_outcomes(demo, twin):
         pd.testing.assert_frame_equal(a.slides[["slide_id", "n_patches"]], b.slides[["slide_id", "n_patches"]])
         assert abs(np.corrcoef(a.patients["log_risk"], b.patients["log_risk"])[0, 1]) < 0.9
     assert synthetic.draw(demo, "STES").patients["event"].sum() == synthetic.draw(twin, "STES").patients["event"].sum()
+
+
+def test_the_positive_control_shares_all_and_its_twin_nothing_not_even_looks() -> None:
+    studies = load_study("transfer"), load_study("transfer_twin")
+    shared, none = (synthetic.planted_similarity(study).to_numpy() for study in studies)
+    assert np.allclose(shared, 1) and none[~np.eye(13, dtype=bool)].max() < 0.9
+    tumours = []
+    for study in studies:
+        (brca, sarc) = (synthetic.draw(study, name) for name in ("BRCA", "SARC"))
+        tumours.append([of.features[of.phenotype == 0].mean(0) for of in (brca, sarc)])
+        fraction = brca.patients["tumour"]
+        assert len(fraction) == 100 and len(sarc.patients) == 500 and (brca.slides["n_patches"].max() <= 50)
+        assert fraction.between(0.05, 0.4).all() and fraction.mean() < 0.25
+        risk = brca.patients["log_risk"]
+        assert 1.5 < risk.std() < 2.5
+    here, there = (np.corrcoef(*pair)[0, 1] for pair in tumours)
+    assert here > 0.8 and there < 0.6
 
 
 def test_files_are_readable_and_say_that_they_are_synthetic(demo, tmp_path):
