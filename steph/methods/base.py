@@ -79,7 +79,8 @@ class Method:
     options: given to `build` by name. settings: STEPH's numbers that `build` takes from the study (`Settings`), where
     no option of the same name replaces them. network: its kind, whose M_0 it starts from or merges onto.
     needs_target / needs_sources: cancer-specific models of the target (same fold) / of the other cancers (fold 0) come
-    first; `base` is the method that trains them. after: a method that comes first on the same data set, fold and seed.
+    first; `base` is the method that trains them. own_seeds: in place of other cancers' models, K of the target's own
+    (same fold) from other seeds. after: a method that comes first on the same data set, fold and seed.
     joint: it is trained once for all data sets. sparse: it keeps only the K sources of largest weight (option top_k, or
     the study's). sweep: the one setting in which it differs from STEPH, and its value in the paper's table.
     looks: how often building it takes a plain network through all training patients, given the number of sources.
@@ -96,6 +97,7 @@ class Method:
     settings: tuple[str, ...] = ()
     needs_target: bool = False
     needs_sources: bool = False
+    own_seeds: bool = False
     network: str = "abmil"
     base: str = "vanilla"
     after: str | None = None
@@ -114,6 +116,14 @@ class Method:
         rule = [numbers[name] for name in ("gamma_large", "gamma_small", "large_above")]
         numbers["gamma"] = rule if n_patients is None else study.steph.gamma(n_patients)
         return Settings({name: numbers[name] for name in self.settings if name not in self.options})
+
+    def sources(self, study: Study, dataset: str) -> dict[str, tuple[str, int]]:
+        """The models that are merged beside the target's own: by name, the data set and the seed of each."""
+        if self.own_seeds:
+            seeds = range(study.seed + 1, study.seed + 1 + study.steph.top_k)
+            return {f"{dataset}, seed {seed}": (dataset, seed) for seed in seeds}
+        names = [self.only] if self.only else study.sources_of(dataset)
+        return {name: (name, study.seed) for name in names} if self.needs_sources else {}
 
     def refusal(self, study: Study, dataset: str) -> str:
         """Why a study cannot have it, "" where it can: it has too few other cancers."""

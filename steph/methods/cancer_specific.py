@@ -11,15 +11,21 @@ def vanilla(x: Inputs) -> Model:
     return x.network(x.null_state)
 
 
+def vanilla_longer(x: Inputs) -> Model:
+    """The target's own model, all of it trained on: as many updates as STEPH has behind it."""
+    return x.network(x.own_state)
+
+
 def finetuned_head(x: Inputs) -> Model:
     """The target's own model, its encoder frozen, its head trained on."""
     return FineTuned(x.network(x.own_state), fresh_head=False)
 
 
 def mean_network(x: Inputs) -> Model:
-    """A new mean-pooling network as wide as the hypernetwork, without any other cancer's model."""
+    """A mean-pooling network as wide as the hypernetwork, without any other cancer's model: new, or as it was trained
+    before."""
     wide = x.dimensions.model_copy(update={"dim_emb": x.settings["dim_hidden"]})
-    return replace(x, dimensions=wide).network()
+    return replace(x, dimensions=wide).network(x.stage_state)
 
 
 def joint(x: Inputs) -> Model:
@@ -59,5 +65,21 @@ METHODS = {
         "control: a mean-pooling network of the hypernetwork's size, no other cancer's model in it",
         settings=("dim_hidden",),
         network="mean_mil",
+    ),
+    "vanilla_longer": Method(
+        "Vanilla, trained on",
+        "rival",
+        vanilla_longer,
+        "equal training: the target's own model trained for as many updates again, as STEPH has behind it",
+        needs_target=True,
+    ),
+    "hypernetwork_only_longer": Method(
+        "Hypernetwork only, trained on",
+        "rival",
+        mean_network,
+        "equal training: the mean-pooling network trained for as many updates again",
+        settings=("dim_hidden",),
+        network="mean_mil",
+        after="hypernetwork_only",
     ),
 }

@@ -104,8 +104,8 @@ def _scores(x: Inputs) -> Tensor:
 
 def merging_entry(title: str, description: str, **rest: Any) -> Method:
     """An entry that merges the target's and the sources' models."""
-    defaults = {"group": "model_merging", "build": adamerging, "settings": ("dim_hidden",)}
-    return Method(title, description=description, needs_target=True, needs_sources=True, **{**defaults, **rest})
+    defaults = {"group": "model_merging", "build": adamerging, "settings": ("dim_hidden",), "needs_sources": True}
+    return Method(title, description=description, needs_target=True, **{**defaults, **rest})
 
 
 def _hypernetwork(title: str, description: str, **rest: Any) -> Method:

@@ -121,6 +121,13 @@ METHODS = {
         group="control",
         build=steph_random_sources,
     ),
+    "steph_own_seeds": _variant(
+        "STEPH, own seeds",
+        "STEPH on K of the target's own models from other seeds: what averaging alone brings, without other cancers",
+        group="rival",
+        needs_sources=False,
+        own_seeds=True,
+    ),
     "steph_subsampled": _variant(
         "STEPH, subsampled",
         "the hypernetwork reads a sample of each patient's patches, the merged network all of them",

@@ -1,6 +1,7 @@
 """Representation transfer: what is trained stands on bag features of finished models, which stay as they are."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from steph import Refused
 from steph.methods.base import Inputs, Method
@@ -25,22 +26,41 @@ def transfer_performance(x: Inputs, states: Mapping[str, ModelState]) -> dict[st
     return scores
 
 
+def best_source(x: Inputs) -> dict[str, Any]:
+    """The source that does best on the fold's training patients (the first of equals), and the scores of all."""
+    if x.facts:
+        return dict(x.facts)
+    scores = transfer_performance(x, x.source_states)
+    return {"source": max(scores, key=scores.__getitem__), "transfer_performance": scores}
+
+
+def finetuned_source(x: Inputs) -> Model:
+    """The best source's network, all of it trained on on the target."""
+    facts = best_source(x)
+    model = x.network(x.source_states[facts["source"]])
+    model.facts = facts
+    return model
+
+
+def finetuned_joint(x: Inputs) -> Model:
+    """The jointly trained network, all of it trained on on the target."""
+    return x.network(x.stage_state)
+
+
 def finetuned_representation(x: Inputs, nearest: bool = False) -> Model:
     """A new head on the frozen encoder of one source: the best by transfer performance on the fold's training
     patients (the first of equals), or (`nearest`) the one that the release's table names.
 
     Raises `Refused` where the table names none of the study's cancers."""
-    facts = dict(x.facts)
     if nearest:
-        facts = {"source": NEAREST.get(x.data.name)}
+        facts: dict[str, Any] = {"source": NEAREST.get(x.data.name)}
         if facts["source"] not in x.source_states:
             raise Refused(
                 f"the release's table has {facts['source']} as the nearest source of {x.data.name}, and the study has "
                 f"{', '.join(x.source_states)}. The method finetuned_representation chooses among these."
             )
-    elif not facts:
-        scores = transfer_performance(x, x.source_states)
-        facts = {"source": max(scores, key=scores.__getitem__), "transfer_performance": scores}
+    else:
+        facts = best_source(x)
     model = FineTuned(x.network(x.source_states[facts["source"]]), fresh_head=True)
     model.facts = facts
     return model
@@ -69,6 +89,21 @@ METHODS = {
         options={"nearest": True},
         needs_sources=True,
         in_book=False,  # its table is about TCGA's thirteen cancers; other studies lack some of them
+    ),
+    "finetuned_source": Method(
+        "Fine-tuned source",
+        "rival",
+        finetuned_source,
+        "the source that does best on the fold's training patients, all of it trained on on the target",
+        needs_sources=True,
+        looks=lambda sources: sources,
+    ),
+    "finetuned_joint": Method(
+        "Fine-tuned joint model",
+        "rival",
+        finetuned_joint,
+        "the jointly trained model, all of it trained on on the target",
+        after="joint",
     ),
     "roupkt": Method(
         "ROUPKT",

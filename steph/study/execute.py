@@ -27,6 +27,7 @@ from steph.files.lock import exclusive
 from steph.files.progress import track
 from steph.files.records import Record, write_record
 from steph.mil.state import save_state, state_of
+from steph.study.overlap import refuse_overlap
 from steph.study.runs import Run, Workbench, plan, results, row_of, stages
 from steph.survival import concordance_index, nll_loss, targets
 from steph.training import memory
@@ -73,6 +74,7 @@ def run_all(
     if device != "cpu" or any(run.entry.build.__module__ == "__main__" for run in runs):
         workers = 1
     missing = [run for run in stages(bench, runs) if bench.record(run) is None]
+    refuse_overlap(bench, missing)
     if missing:
         _carry_out(bench, missing, device, workers)
     return pd.DataFrame([row_of(bench, bench.finished(run)) for run in runs])

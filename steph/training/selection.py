@@ -5,7 +5,7 @@ seen by any model that is merged. So the target's own model, which the other pat
 anew in every inner fold; other cancers' models never saw the target's patients and are taken as they are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 
@@ -20,6 +20,16 @@ from steph.training.device import Compute
 from steph.training.engine import fit, predict, seed_everything
 
 INNER_FOLDS = 3
+
+
+def inner_folds(dataset: Dataset, patients: Sequence[str], seed: int) -> Iterator[tuple[list[str], list[str]]]:
+    """Who trains and who judges in each of `INNER_FOLDS` folds of these patients. Raises `Refused` where there are
+    fewer events than folds."""
+    slides = dataset.cohort.slides
+    table = make_splits(Cohort(dataset.name, slides[slides["patient_id"].isin(list(patients))]), INNER_FOLDS, seed)
+    fold_of = dict(zip(table["patient_id"], table["fold"], strict=True))
+    for fold in range(INNER_FOLDS):
+        yield [p for p in patients if fold_of[p] != fold], [p for p in patients if fold_of[p] == fold]
 
 
 def grid_search(
@@ -40,12 +50,8 @@ def grid_search(
     trainings, each on (1 - 1 / INNER_FOLDS) of the patients: for three folds and five values, 12 times one training.
     Raises `Refused` where an inner fold has no event or no pair to compare.
     """
-    slides = dataset.cohort.slides
-    table = make_splits(Cohort(dataset.name, slides[slides["patient_id"].isin(list(patients))]), INNER_FOLDS, seed)
-    fold_of = dict(zip(table["patient_id"], table["fold"], strict=True))
     rows = []
-    for fold in range(INNER_FOLDS):
-        train, judge = ([p for p in patients if (fold_of[p] == fold) == judged] for judged in (False, True))
+    for fold, (train, judge) in enumerate(inner_folds(dataset, patients, seed)):
         seed_everything(seed)
         own = target()
         fit(own, dataset, train, recipe, network, seed, compute)

@@ -22,6 +22,7 @@ from steph.data.manifest import Network
 from steph.deploy.model_folder import build, fill, tensors_of
 from steph.merging import STEPH, Surgery
 from steph.mil import ABMIL, NETWORKS, ROUPKT, FineTuned, MeanMIL, Model, network_needing_coords, new_network
+from steph.mil.cox import CoxMean
 from steph.mil.gated_attention import layer_by_layer
 from steph.mil.state import load_into, load_state, save_state, state_fingerprint, state_of
 
@@ -51,6 +52,14 @@ def surgery(merged, target):
     return model
 
 
+def cox():
+    torch.manual_seed(0)
+    model = CoxMean(6, 4)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, -1)
+    return model
+
+
 fixed_steph = partial(steph_on, weight="parameter", mix="parameter", top_k=2)
 MAKERS = {
     **{name: partial(network, name) for name in NETWORKS},
@@ -58,6 +67,7 @@ MAKERS = {
     **{f"steph_{name}": partial(steph_on, name) for name in NETWORKS},
     "steph_fixed": fixed_steph,
     "steph_merged_head": partial(steph_on, merge_head=True),
+    "cox": cox,
     "roupkt": roupkt,
     "surgery": lambda: surgery(steph_on("patch_gcn"), network("patch_gcn")),
     "surgery_fixed": lambda: surgery(fixed_steph(), network()),
@@ -177,7 +187,7 @@ def test_the_network_that_pools_a_bag_attends_to_all_of_it(model, bags):
         batch = packed(model, [bag])
         pooling = model.pooling_network(batch)
         if pooling is None:
-            assert isinstance(model, ROUPKT) or any(isinstance(part, MeanMIL) for part in model.modules())
+            assert isinstance(model, ROUPKT | CoxMean) or any(isinstance(part, MeanMIL) for part in model.modules())
             continue
         attention = pooling.attention(batch)
         assert attention.shape == (len(bag),) and attention.min() >= 0

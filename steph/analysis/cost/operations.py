@@ -57,7 +57,8 @@ def built(name: str, study: Study | None = None, device: str = "meta") -> Model:
     """The model that a method trains, in training mode, at a study's dimensions (None: the paper's) on random models
     of all cancers, always the same. Costs depend on shapes alone; on the device "meta" there is nothing else."""
     entry, study = method(name), study or paper_study()
-    target, *sources = study.datasets
+    target = next(iter(study.datasets))
+    sources = list(entry.sources(study, target))
     if refusal := entry.refusal(study, target):
         raise Refused(refusal)
 
