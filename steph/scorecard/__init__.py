@@ -17,7 +17,7 @@ from steph.scorecard import analyses, comparisons
 from steph.scorecard.analyses import MARGINAL
 from steph.scorecard.comparisons import hypernetwork_pairs
 from steph.scorecard.evidence import gather
-from steph.scorecard.rules import NOT_REPRODUCED, REPRODUCED, UNDECIDED, Claim, Evidence, verdict
+from steph.scorecard.rules import NOT_REPRODUCED, OTHER_PATIENTS, REPRODUCED, TOO_SMALL, Claim, Evidence, verdict
 from steph.study.paper import PAPER, paper_gain
 
 RULES = {**comparisons.RULES, **analyses.RULES}

@@ -22,8 +22,8 @@ MOST = 2 / 3
 
 def _often(n: int, of: int, ours: str, what: str) -> Finding:
     """The finding on a claim that something is often so: it agrees for most pairs, and disagrees for less than half."""
-    answer = "agrees" if n >= MOST * of else "disagrees" if n < of / 2 else "unclear"
-    return Finding(f"{n} of {of} {ours}", answer, f"{what}; agrees from {MOST:.0%} on, disagrees below half")
+    answer = "agrees" if n >= MOST * of else "refuted" if n < of / 2 else "unclear"
+    return Finding(f"{n} of {of} {ours}", answer, f"{what}; reproduced from {MOST:.0%} on, not below half")
 
 
 def _pairs(evidence: Evidence, target: str = "") -> pd.DataFrame:
@@ -105,7 +105,7 @@ def _cheaper_than_roupkt(evidence: Evidence) -> Finding:
     counted = _operations(evidence)["products"]
     ratio = counted["steph"] / counted["roupkt"]
     ours = f"{counted['steph']:.1f} against {counted['roupkt']:.1f} GFLOPs, {ratio:.0%}"
-    return Finding(ours, "agrees" if ratio < 0.5 else "disagrees", "counted at the paper's dimensions: under a half")
+    return Finding(ours, "agrees" if ratio < 0.5 else "refuted", "counted at the paper's dimensions: under a half")
 
 
 def _operations_of_networks(evidence: Evidence) -> Finding:
@@ -114,7 +114,7 @@ def _operations_of_networks(evidence: Evidence) -> Finding:
     off = (counted[printed.index] / printed - 1).abs()
     same = int((off < SAME_COUNT).sum())
     ours = f"{same} of {len(off)} within {SAME_COUNT:.0%}; the largest difference is {off.max():.1%}"
-    return Finding(ours, "agrees" if same == len(off) else "disagrees", "counted in layers, at the paper's dimensions")
+    return Finding(ours, "agrees" if same == len(off) else "refuted", "counted in layers, at the paper's dimensions")
 
 
 def _paper_operations_of_networks() -> str:
@@ -128,7 +128,7 @@ def _operations_of_steph(evidence: Evidence) -> Finding:
     off = float((counted / printed - 1).abs().min())
     ours = f"{counted['layers']:.2f} in layers, {counted['products']:.2f} in all products"
     because = f"{off:.1%} of the printed number is unexplained, by the count that fits the networks"
-    return Finding(ours, "agrees" if off < SAME_COUNT else "disagrees", because)
+    return Finding(ours, "agrees" if off < SAME_COUNT else "refuted", because)
 
 
 def _hardly_slower(evidence: Evidence, _: str, slow: str, fast: str) -> Finding:
@@ -138,8 +138,8 @@ def _hardly_slower(evidence: Evidence, _: str, slow: str, fast: str) -> Finding:
         raise Refused("the epochs of these methods were not timed.")
     row = timing.epoch_ratios(times, fast).set_index("method").loc[slow]
     ours = f"× {row['ratio']:.3f} (quartiles {row['low']:.3f} to {row['high']:.3f}; {times['device'].iloc[0]})"
-    answer = "agrees" if row["ratio"] <= MARGINAL else "disagrees" if row["low"] > MUCH else "unclear"
-    return Finding(ours, answer, f"agrees up to × {MARGINAL}, disagrees where the lower quartile is above × {MUCH}")
+    answer = "agrees" if row["ratio"] <= MARGINAL else "refuted" if row["low"] > MUCH else "unclear"
+    return Finding(ours, answer, f"reproduced up to × {MARGINAL}, not where the lower quartile is above × {MUCH}")
 
 
 def _paper_hardly_slower(table: str, slow: str, fast: str) -> str:
@@ -153,7 +153,7 @@ def _more_attention(evidence: Evidence, zone: str) -> Finding:
     gain = attention.gain(table, "auc" if zone == "tumour" else f"times_{zone}", unit=["dataset"])
     unit = "AUC" if zone == "tumour" else "× even share"
     text = with_interval(gain.value, gain.low, gain.high, form="+.2f")
-    answer = {BETTER: "agrees", WORSE: "disagrees"}.get(conclusion(gain, margin=0), "unclear")
+    answer = {BETTER: "agrees", WORSE: "reversed"}.get(conclusion(gain), "unclear")
     ours = f"{unit} {text} over {table['dataset'].nunique()} data sets"
     return Finding(ours, answer, "the interval over data sets lies above 0, or below")
 

@@ -8,10 +8,10 @@ import pandas as pd
 
 from steph import Refused
 from steph.analysis.cost.operations import built, trained_numbers
-from steph.analysis.performance.estimates import BETTER, MIN_DIFFERENCE, conclusion, interval
+from steph.analysis.performance.estimates import BETTER, WORSE, conclusion, interval
 from steph.analysis.performance.statistics import Comparison, compare
 from steph.methods.registry import METHODS, title
-from steph.scorecard.rules import POINTS, Evidence, Finding, Rule, all_of, judge_gain, judge_wins
+from steph.scorecard.rules import VERDICTS, Evidence, Finding, Rule, all_of, differing_counts, judge_gain, judge_wins
 from steph.study import paper
 from steph.study.tables import on_common_folds
 
@@ -45,8 +45,8 @@ def _gain_here(comparison: Comparison) -> str:
 def _gain(evidence: Evidence, first: str, second: str) -> Finding:
     """The first method is better than the second on average."""
     found = compare(evidence.results, first, second)
-    answer, because = judge_gain(found.gain, paper.paper_gain(first, second)[0])
-    return Finding(f"{_gain_here(found)}, {interval(found.gain)}", answer, because)
+    answer, because = judge_gain(found, paper.paper_gain(first, second)[0])
+    return Finding(f"{_gain_here(found)}, {interval(found.on_these())}", answer, because)
 
 
 def _wins(evidence: Evidence, first: str, second: str) -> Finding:
@@ -64,18 +64,19 @@ def _above_zero(gains: Sequence[float]) -> str:
 
 def _gain_over_each(evidence: Evidence, first: str, others: str | Sequence[str]) -> Finding:
     """The first method is better than each of others on average."""
-    gains = {pair: compare(evidence.results, *pair).gain for pair in pairs_of(first, others)}
-    answers = [judge_gain(gain, paper.paper_gain(*pair)[0])[0] for pair, gain in gains.items()]
-    counts = ", ".join(f"{answers.count(a)} {words}" for a, words in POINTS.items())
-    return Finding(_above_zero([g.value for g in gains.values()]), all_of(answers), f"one by one: {counts}")
+    found = {pair: compare(evidence.results, *pair) for pair in pairs_of(first, others)}
+    answers = [judge_gain(gains, paper.paper_gain(*pair)[0], len(found))[0] for pair, gains in found.items()]
+    counts = ", ".join(f"{answers.count(a)} {VERDICTS[a]}" for a in VERDICTS if a in answers)
+    return Finding(_above_zero([each.gain.value for each in found.values()]), all_of(answers), f"one by one: {counts}")
 
 
 def _gain_over_best(evidence: Evidence, first: str, others: str) -> Finding:
     """The first method beats the best of others, the best being chosen by the very numbers (which favours it)."""
     found = {other: compare(evidence.results, first, other) for _, other in pairs_of(first, others)}
     best = min(found, key=lambda m: found[m].gain.value)
-    answer, because = judge_gain(found[best].gain, min(paper.paper_gain(first, m)[0] for m in found))
-    return Finding(f"{_gain_here(found[best])} over {title(best)}, {interval(found[best].gain)}", answer, because)
+    answer, because = judge_gain(found[best], min(paper.paper_gain(first, m)[0] for m in found))
+    text = f"{_gain_here(found[best])} over {title(best)}, {interval(found[best].on_these())}"
+    return Finding(text, answer, because)
 
 
 def _paper_gain_over_best(first: str, others: str) -> str:
@@ -91,10 +92,10 @@ def _hypernetwork_weights(evidence: Evidence) -> Finding:
     side = {m: name for pair in pairs for m, name in zip(pair, ("hypernetwork", "own"), strict=True)}
     cells = evidence.results.assign(method=evidence.results["method"].map(side))
     cell = [c for c in ("dataset", "method", "fold", "folds") if c in cells]
-    gain = compare(cells.groupby(cell)["c_index"].mean().reset_index(), "hypernetwork", "own").gain
+    mean = compare(cells.groupby(cell)["c_index"].mean().reset_index(), "hypernetwork", "own")
     percent = float(np.mean([100 * c.gain.value / c.base for c in alone]))
-    answer, because = judge_gain(gain, float(np.mean([paper.paper_gain(*pair)[0] for pair in pairs])))
-    return Finding(f"{_text(gain.value, percent)}, {interval(gain)}", answer, because)
+    answer, because = judge_gain(mean, float(np.mean([paper.paper_gain(*pair)[0] for pair in pairs])))
+    return Finding(f"{_text(mean.gain.value, percent)}, {interval(mean.on_these())}", answer, because)
 
 
 def _paper_hypernetwork_weights() -> str:
@@ -105,13 +106,13 @@ def _mild_penalty(evidence: Evidence, table: str, symbol: str, mild: str) -> Fin
     """A mild penalty is best: better than none and better than the strongest tried. mild: the method whose row is the
     paper's mildest best."""
     names = paper.table_methods(table)
-    gains = [compare(evidence.results, mild, m).gain for m in (names[0], names[-1])]
-    judged = [judge_gain(gain, paper) for gain, paper in zip(gains, _paper_extremes(table, mild), strict=True)]
+    found = [compare(evidence.results, mild, m) for m in (names[0], names[-1])]
+    judged = [judge_gain(gain, printed, 2) for gain, printed in zip(found, _paper_extremes(table, mild), strict=True)]
     answer = all_of(a for a, _ in judged)
     because = next(because for a, because in judged if a == answer)
     cells = on_common_folds(evidence.results, [mild, *names])
     means = cells.groupby(["method", "dataset"])["c_index"].mean().groupby("method").mean()
-    texts = [f"{gain.value:+.4f} ({interval(gain)})" for gain in gains]
+    texts = [f"{each.gain.value:+.4f} ({interval(each.on_these())})" for each in found]
     return Finding(_best(means, table, symbol, *texts), answer, because)
 
 
@@ -137,13 +138,13 @@ def _smaller_beta_on_blca(evidence: Evidence) -> Finding:
     if results.empty:
         raise Refused("BLCA is not in this study.")
     smaller = [name for name, beta in paper.paper_labels("table4").items() if float(beta) < 0.05]
-    gains = {m: compare(results, m, "steph").gain for m in smaller}
+    gains = {m: compare(results, m, "steph").on_these(1 - 0.05 / len(smaller)) for m in smaller}
     ours = "; ".join(f"{title(m)}: {gain.value:+.4f}, {interval(gain)}" for m, gain in gains.items())
-    if any(conclusion(gain) == BETTER for gain in gains.values()):
-        return Finding(ours, "agrees", "one of them is better by at least the margin, its interval above 0")
-    if all(gain.high < MIN_DIFFERENCE for gain in gains.values()):
-        return Finding(ours, "disagrees", "none of them can be better by the margin")
-    return Finding(ours, "unclear", "five folds of one data set do not tell differences of this size")
+    said = {conclusion(gain) for gain in gains.values()}
+    answer = "agrees" if BETTER in said else "reversed" if said == {WORSE} else "small"
+    return Finding(
+        ours, answer, "decided by whether an interval lies above 0; two are asked, so each is a little wider"
+    )
 
 
 def _ahead(gains: pd.Series) -> str:
@@ -163,9 +164,9 @@ def _roupkt_ahead(evidence: Evidence) -> Finding:
     ours = f"{_ahead(found.gains['gain'])}, {interval(found.wins, '.0f')}"
     if "BLCA" not in found.gains.index:
         return Finding(ours, "unclear", "BLCA is not in this study")
-    gain = compare(evidence.results[evidence.results["dataset"] == "BLCA"], "roupkt", "steph").gain
-    answer, because = judge_gain(gain, float(_paper_roupkt_ahead()["BLCA"]))
-    return Finding(ours, answer, f"decided on BLCA, {gain.value:+.4f} ({interval(gain)}): {because}")
+    there = compare(evidence.results[evidence.results["dataset"] == "BLCA"], "roupkt", "steph")
+    answer, because = judge_gain(there, float(_paper_roupkt_ahead()["BLCA"]))
+    return Finding(ours, answer, f"decided on BLCA, {there.gain.value:+.4f} ({interval(there.on_these())}): {because}")
 
 
 def _sources_used(evidence: Evidence, target: str, sources: Sequence[str], below: float) -> Finding:
@@ -179,21 +180,21 @@ def _sources_used(evidence: Evidence, target: str, sources: Sequence[str], below
     ours = f"all of them in {complete} of {n} start(s); on average {used.mean():.1f} of {len(sources)}"
     if n < 3:
         return Finding(ours, "unclear", "fewer than three starts; run 06_dynamics on it")
-    answer = "agrees" if complete > n / 2 else "disagrees" if complete == 0 else "unclear"
-    return Finding(ours, answer, "agrees if all are used in most starts, disagrees if in none")
+    answer = "agrees" if complete > n / 2 else "refuted" if complete == 0 else "unclear"
+    return Finding(ours, answer, "reproduced if all are used in most starts, not if in none")
 
 
 def _cohort(evidence: Evidence) -> Finding:
     """Table S1, number by number."""
     table = evidence.analysis("cohort", "the cohort was not counted.").dropna(subset="paper_patients")
-    same = sum(int((table[c] == table[f"paper_{c}"]).sum()) for c in ("patients", "slides", "survival_rate_pct"))
     total = 3 * len(paper.paper_table("table_s1"))
+    same = 3 * len(table) - len(differing_counts(table))
     ours = f"{same} of {total} numbers; {table['patients'].sum():,} patients, {table['slides'].sum():,} slides"
     if evidence.study.synthetic:
         scale = evidence.study.synthetic.scale
         return Finding(ours, "unclear", f"it is made at {scale:g} of the size, on purpose")
     because = "patients, slides and survival rate of each data set, number by number"
-    return Finding(ours, "agrees" if same == total else "disagrees", because)
+    return Finding(ours, "agrees" if same == total else "refuted", because)
 
 
 def _paper_cohort() -> str:
@@ -207,9 +208,7 @@ def _parameters(_: Evidence) -> Finding:
     same = sum(round(n / 1e6, 2) == printed[name] for name, n in counts.items())
     ours = f"ABMIL {counts['vanilla'] / 1e6:.2f} M, STEPH {counts['steph'] / 1e6:.2f} M"
     because = "counted on our models at the paper's dimensions; no patients are involved"
-    return Finding(
-        f"{same} of {len(printed)} counts; {ours}", "agrees" if same == len(printed) else "disagrees", because
-    )
+    return Finding(f"{same} of {len(printed)} counts; {ours}", "agrees" if same == len(printed) else "refuted", because)
 
 
 def _paper_parameters() -> str:

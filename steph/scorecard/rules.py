@@ -8,22 +8,36 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.analysis.performance.estimates import MIN_DIFFERENCE, Estimate
+from steph.analysis.performance.estimates import Estimate
+from steph.analysis.performance.statistics import Comparison
 from steph.data.manifest import Study
 from steph.study.paper import paper_table
 
-PAPER_FOLDS = 5
+PAPER_FOLDS, PAPER_ENCODER, PAPER_WIDTH = 5, "UNI2-h", 1536
 
-POINTS = {"agrees": "the paper's way", "disagrees": "the other way", "unclear": "open"}
+POINTS = {
+    "agrees": "same direction",
+    "weaker": "same direction, weaker",
+    "refuted": "weaker or none",
+    "reversed": "opposite",
+    "small": "open",
+    "unclear": "open",
+}
 """Where the numbers of a study point, whether or not it can decide."""
 
-REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "cannot be decided on this cohort"
-VERDICTS = {"agrees": REPRODUCED, "disagrees": NOT_REPRODUCED, "unclear": UNDECIDED}
+TINY = 1e-9  # what two ways to take the same mean may differ by
+
+REPRODUCED, WEAKER, NOT_REPRODUCED, REVERSED = "reproduced", "same direction but weaker", "not reproduced", "reversed"
+TOO_SMALL, OPEN, OTHER_PATIENTS = "too small for this design", "open", "not asked of the paper's patients"
+VERDICTS = {
+    "agrees": REPRODUCED, "weaker": WEAKER, "refuted": NOT_REPRODUCED, "reversed": REVERSED, "small": TOO_SMALL,
+    "unclear": OPEN,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What our records say of a claim. answer: "agrees", "disagrees" or "unclear", by numbers alone."""
+    """What our records say of a claim. answer: a key of `VERDICTS`, by numbers alone."""
 
     ours: str
     answer: str
@@ -59,9 +73,13 @@ class Evidence:
         lacking = sorted(set(paper_table("table_s1")["dataset"]) - set(self.study.datasets))
         if lacking:
             return f"{len(lacking)} of the paper's 13 data sets are not in this study"
-        if self.study.endpoint.name != "DSS" or self.study.folds != PAPER_FOLDS:
-            return f"endpoint {self.study.endpoint.name}, {self.study.folds} folds; the paper's are DSS, {PAPER_FOLDS}"
-        return ""
+        found = [self.study.endpoint.name, self.study.folds, self.study.features.encoder, self.study.features.dim]
+        expected = ["DSS", PAPER_FOLDS, PAPER_ENCODER, PAPER_WIDTH]
+        names = ["endpoint", "folds", "encoder", "width"]
+        differing = [f"{n} {a} (the paper's: {b})" for n, a, b in zip(names, found, expected, strict=True) if a != b]
+        if self.cohort is not None and (off := len(differing_counts(self.cohort))):
+            differing.append(f"{off} of the numbers of Table S1")
+        return f"other data than the paper's: {', '.join(differing)}" if differing else ""
 
     def analysis(self, name: str, lacking: str) -> Any:
         """One of the tables that may be missing or empty; then raises `Refused`, saying what is lacking."""
@@ -114,45 +132,63 @@ def verdict(claim: Claim, evidence: Evidence) -> dict[str, str]:
         finding = Finding("—", "unclear", str(reason))
     decided, why = VERDICTS[finding.answer], finding.because
     if claim.needs_cohort and evidence.limits:
-        decided, why = UNDECIDED, f"{evidence.limits}; here {POINTS[finding.answer]}: {why}"
+        decided, why = OTHER_PATIENTS, f"{evidence.limits}; here {POINTS[finding.answer]}: {why}"
     return {
         "id": claim.id, "section": claim.section, "claim": claim.text, "paper": claim.paper(), "ours": finding.ours,
         "points": POINTS[finding.answer], "verdict": decided, "why": why,
     }  # fmt: skip
 
 
+def differing_counts(cohort: pd.DataFrame) -> list[str]:
+    """The numbers of Table S1 that a cohort's (`cohort_tables.cohort_numbers`) differ from: "SARC patients", ..."""
+    table = cohort.dropna(subset="paper_patients")
+    columns = ("patients", "slides", "survival_rate_pct")
+    return [f"{name} {c}" for name, row in table.iterrows() for c in columns if row[c] != row[f"paper_{c}"]]
+
+
 def all_of(answers: Iterable[str]) -> str:
-    """The answer to a claim that consists of several: it agrees if each does, and disagrees if one does."""
+    """The answer to a claim that consists of several: the worst of theirs."""
     answers = set(answers)
-    return "disagrees" if "disagrees" in answers else "agrees" if answers == {"agrees"} else "unclear"
+    return next(a for a in ("reversed", "refuted", "unclear", "small", "weaker", "agrees") if a in answers)
 
 
-def judge_gain(gain: Estimate, paper: float) -> tuple[str, str]:
-    """Does a gain in C-index agree with the paper's? Returns the answer and why.
+def judge_gain(found: Comparison, paper: float, of: int = 1) -> tuple[str, str]:
+    """Does a gain in C-index agree with the paper's (above 0)? Returns the answer and why. All by Student's interval
+    over these data sets, the folds being the noise.
 
-    agrees: the interval lies above 0 and the gain is at least `MIN_DIFFERENCE`. disagrees: the gain falls short of the
-    paper's by at least `MIN_DIFFERENCE`, and the paper's lies above the interval. Everything else is unclear.
+    agrees: it lies above 0 and reaches the paper's; weaker: it lies above 0 and below the paper's; reversed: it lies
+    below 0; refuted: it holds 0 and lies below the paper's; small: it holds both, and `why` says what it would take.
+    of: so many gains are parts of one claim: what speaks against it is asked of wider intervals (Bonferroni).
     """
-    if np.isnan(gain.low):
+    seen, against = found.on_these(), found.on_these(1 - 0.05 / of)
+    if np.isnan(seen.low):
         return "unclear", "one fold of one data set gives no interval"
-    if gain.low > 0 and gain.value >= MIN_DIFFERENCE:
-        return "agrees", f"the interval lies above 0 and the gain is at least {MIN_DIFFERENCE}"
-    if paper - gain.value >= MIN_DIFFERENCE and gain.high < paper:
-        return "disagrees", f"the paper's {paper:+.4f} lies above the interval"
-    if 0 < paper < MIN_DIFFERENCE:
-        return "unclear", f"the paper's {paper:+.4f} is itself less than the {MIN_DIFFERENCE} that one seed can show"
-    if gain.low > 0:
-        return "unclear", f"a gain below {MIN_DIFFERENCE} is not interpreted from one seed"
-    return "unclear", "the interval includes 0" if gain.high > 0 else "below 0, but by less than the margin"
+    if against.high < 0:
+        return "reversed", "the interval lies below 0"
+    if against.high < paper - TINY:
+        answer = "weaker" if seen.low > 0 else "refuted"
+        return answer, f"the paper's {paper:+.4f} lies above the interval{', which lies above 0' * (seen.low > 0)}"
+    if seen.low > 0:
+        return "agrees", "the interval lies above 0 and reaches the paper's"
+    error = (seen.high - seen.low) / 2 / 1.96
+    return "small", (
+        f"the interval holds 0 and the paper's {paper:+.4f}; to tell them apart it would take about "
+        f"{(2.8 * error / paper) ** 2:.0f} times the patients, or a mean over as many independent repetitions"
+    )
 
 
 def judge_wins(wins: Estimate, n: int, paper: int) -> tuple[str, str]:
-    """Does a count of data sets won agree with the paper's? agrees: at least as many, and the interval is above one
-    half of them. disagrees: the paper's count lies above the interval. Else unclear."""
+    """Does a count of data sets won agree with the paper's? By the interval for how many true gains are above 0.
+
+    agrees: it lies above one half and holds the paper's count; weaker: it lies above one half and below the paper's;
+    reversed: it lies below one half; refuted: the paper's count lies above it; else small.
+    """
     if np.isnan(wins.low):
         return "unclear", "one fold gives no interval"
-    if wins.value >= paper and wins.low > n / 2:
-        return "agrees", "as many as the paper's, and clearly more than half"
+    most = wins.low > n / 2
     if wins.high < paper:
-        return "disagrees", f"the paper's {paper} lies above the interval"
-    return "unclear", f"between {wins.low:.0f} and {wins.high:.0f} of {n} are compatible with these folds"
+        answer = "weaker" if most else "reversed" if wins.high < n / 2 else "refuted"
+        return answer, f"the paper's {paper} lies above the interval"
+    if most:
+        return "agrees", "the interval lies above one half, and holds the paper's count"
+    return "small", f"between {wins.low:.0f} and {wins.high:.0f} of {n} are compatible with these folds"

@@ -6,10 +6,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-MIN_DIFFERENCE = 0.025
-"""Differences of two C-indices below this are not interpreted: a mean over 13 x 5 test folds varies by .010 to .014
-from one draw of the cohort to the next."""
-
 BETTER, WORSE, INCONCLUSIVE = "better", "worse", "inconclusive"
 
 
@@ -22,18 +18,18 @@ class Estimate:
     high: float = np.nan
 
 
-def student_reach(error: Any, degrees: int) -> Any:
-    """Half the width of Student's 95 % interval around a mean with this standard error (a number or an array)."""
+def student_reach(error: Any, degrees: int, level: float = 0.95) -> Any:
+    """Half the width of Student's interval around a mean with this standard error (a number or an array)."""
     from scipy.stats import t
 
-    return t.ppf(0.975, degrees) * error
+    return t.ppf((1 + level) / 2, degrees) * error
 
 
-def reach_of_mean(values: Any) -> float:
-    """Half the width of Student's 95 % interval around the mean of independent values (N,); NaN for fewer than two."""
+def reach_of_mean(values: Any, level: float = 0.95) -> float:
+    """Half the width of Student's interval around the mean of independent values (N,); NaN for fewer than two."""
     values = np.asarray(values, float)
     n = len(values)
-    return float(student_reach(values.std(ddof=1) / np.sqrt(n), n - 1)) if n > 1 else np.nan
+    return float(student_reach(values.std(ddof=1) / np.sqrt(n), n - 1, level)) if n > 1 else np.nan
 
 
 def around(value: float, *reaches: float) -> Estimate:
@@ -77,14 +73,19 @@ def interval(estimate: Estimate, form: str = "+.3f") -> str:
     return f"95 % interval {estimate.low:{form}} to {estimate.high:{form}}"
 
 
-def conclusion(gain: Estimate, margin: float = MIN_DIFFERENCE) -> str:
-    """What a gain shows: `BETTER` where its interval lies above 0 and it is at least the margin, `WORSE` where the same
-    holds the other way round, else `INCONCLUSIVE`."""
+def conclusion(gain: Estimate) -> str:
+    """What a gain shows: `BETTER` where its 95 % interval lies above 0, `WORSE` where it lies below, else
+    `INCONCLUSIVE`."""
     if np.isnan(gain.low):
         return f"{INCONCLUSIVE} (no interval)"
-    if gain.low > 0 and gain.value >= margin:
-        return BETTER
-    return WORSE if gain.high < 0 and gain.value <= -margin else INCONCLUSIVE
+    return BETTER if gain.low > 0 else WORSE if gain.high < 0 else INCONCLUSIVE
+
+
+def answer(gain: Estimate, lacking: str = "") -> dict[str, Any]:
+    """Columns of a table that answers: difference, low, high, conclusion. lacking: why there is no gain, where there is
+    none."""
+    text = f"no answer: {lacking}" if np.isnan(gain.value) else conclusion(gain)
+    return {"difference": gain.value, "low": gain.low, "high": gain.high, "conclusion": text}
 
 
 def p_text(p: float) -> str:
