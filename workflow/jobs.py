@@ -94,9 +94,8 @@ def all_jobs(study: str, device: str, datasets: list[str] | None, methods: list[
     if datasets or methods:
         return {"runs": of_runs(bench, _possible(bench, datasets, methods, precision), device)}
     runs = of_runs(bench, book.needed_runs(bench, precision), device)
-    twin = controls.twin(bench.study)
-    if twin is not None:
-        runs += of_runs(Workbench(twin), book.chapter_runs(bench, "twin_runs", precision), device)
+    for beside, of_study in controls.companions(bench.study, precision).values():
+        runs += of_runs(Workbench(beside), of_study, device)
     command = [bench.study.address, "--device", device]
     return {
         "runs": runs,

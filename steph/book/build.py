@@ -35,7 +35,7 @@ class Chapter:
     A notebook says under ``steph`` in its metadata what else the book needs to know (book/editing.md). targets: the
     cancers that a chapter about one is published for. runs: "module:function" that lists runs the chapter shows beyond
     the study's plan; it gets what it takes of study, bench, dataset, fold, seed, seeds, precision. further_runs: the
-    same, for runs that follow from results of others; twin_runs: for runs of the study's twin.
+    same, for runs that follow from results of others.
     """
 
     notebook: str
@@ -54,7 +54,7 @@ class Chapter:
         return {name: value for name, value in values.items() if name in takes and value != takes[name]}
 
     def runs(self, kind: str, bench: Workbench, precision: str) -> list[Run]:
-        """The runs that the notebook's metadata lists under "runs", "further_runs" or "twin_runs"."""
+        """The runs that the notebook's metadata lists under "runs" or "further_runs"."""
         name = _metadata(self.source).get(kind)
         if name is None:
             return []
@@ -66,7 +66,7 @@ class Chapter:
 
 def _metadata(notebook: Path) -> dict[str, Any]:
     """What a notebook says of itself as a chapter; see `Chapter`."""
-    entries, known = read_json(notebook)["metadata"].get("steph", {}), ["targets", "runs", "further_runs", "twin_runs"]
+    entries, known = read_json(notebook)["metadata"].get("steph", {}), ["targets", "runs", "further_runs"]
     refuse_unknown("entry", entries, known, f"the metadata of {notebook}, under steph")
     return entries
 
@@ -93,7 +93,7 @@ def needed_runs(bench: Workbench, precision: str = "fp32") -> list[Run]:
 
 
 def chapter_runs(bench: Workbench, kind: str, precision: str = "fp32") -> list[Run]:
-    """The runs that all chapters list under "runs", "further_runs" or "twin_runs"; see `Chapter`."""
+    """The runs that all chapters list under "runs" or "further_runs"; see `Chapter`."""
     return list(dict.fromkeys(run for c in chapters(bench.study) for run in c.runs(kind, bench, precision)))
 
 
@@ -102,9 +102,8 @@ def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None
     precision = precision_for("auto", device)
     run_all(bench, needed_runs(bench, precision), device=device, workers=workers)
     run_all(bench, chapter_runs(bench, "further_runs", precision), device=device, workers=workers)
-    twin = controls.twin(bench.study)
-    if twin is not None:
-        run_all(twin, chapter_runs(bench, "twin_runs", precision), device=device, workers=workers)
+    for study, runs in controls.companions(bench.study, precision).values():
+        run_all(study, runs, device=device, workers=workers)
     stale = outdated(bench, device)
     for chapter in chapters(bench.study):
         if chapter not in stale:

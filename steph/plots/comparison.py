@@ -10,18 +10,17 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from steph.analysis.performance.estimates import MIN_DIFFERENCE
 from steph.methods.registry import title
 from steph.plots import style
-from steph.plots.style import BAND, BLUE, CENSORED, INK, MUTED, PAPERS, SKY, WIDTH, YELLOW, colour_of, key
+from steph.plots.style import BLUE, CENSORED, INK, MUTED, PAPERS, SKY, WIDTH, YELLOW, colour_of, key
 from steph.study.tables import VALUES, beside_paper, summary
 
-IN_BAND = f"difference in C-index, with its 95 % interval; grey, ± {MIN_DIFFERENCE}: not interpreted"
+DIFFERENCE = "difference in C-index, with its 95 % interval"
 PATIENTS: dict[str, Any] = {
     VALUES["c_index"]: {"color": SKY, "marker": "s", "markersize": 4},
     VALUES["external_c_index"]: {"color": BLUE, "marker": "o", "markersize": 5.5},
 }
-HEADS = {False: "If it is transfer, beyond the band:", True: "Gains without any source:"}
+HEADS = {False: "Must be above 0 if it is transfer:", True: "Rivals, better where below 0:"}
 
 
 def c_index(results: pd.DataFrame, oracle: pd.DataFrame | None = None, value: str = "c_index") -> Figure:
@@ -72,7 +71,7 @@ def intervals(table: pd.DataFrame) -> Figure:
     style.draw_estimates(ax, table.assign(by=""), "difference", "label", rows, "by", here, step=0)
     ax.plot(table["paper"].astype(float), range(len(rows)), **look)
     style.name_rows(ax, rows, ticks=True)
-    ax.set_xlabel(IN_BAND)
+    ax.set_xlabel(DIFFERENCE)
     if table["paper"].notna().any():
         style.legend(fig, [key("the paper's (TCGA)", **look)], 1)
     return fig
@@ -115,9 +114,7 @@ def gains_by_dataset(folds: pd.DataFrame, patients: pd.DataFrame, first: str) ->
         style.draw_estimates(ax, of_other, "gain", "dataset", rows, "interval", looks, step=0.32)
         style.name_rows(ax, rows, stripes=True)
         ax.set(title=f"{title(first)} − {title(other)}", xlabel="difference in C-index, 95 % interval")
-    keys: list[Any] = [key(name, **look) for name, look in looks.items()]
-    keys.append(plt.Rectangle((0, 0), 1, 1, color=BAND, label=f"± {MIN_DIFFERENCE}: not interpreted"))
-    style.legend(fig, keys, 3)
+    style.legend(fig, [key(name, **look) for name, look in looks.items()], 2)
     return fig
 
 
@@ -129,7 +126,6 @@ def sweeps(tables: Mapping[str, pd.DataFrame]) -> Figure:
         at = np.arange(len(table))
         gain = table["gain"].fillna(0.0).where(table["mean"].notna())
         paper = table["paper_gain"].where(table["paper_gain"].notna() | table["gain"].notna(), 0.0)
-        ax.axhspan(-MIN_DIFFERENCE, MIN_DIFFERENCE, color="#F0F1F3", zorder=0, linewidth=0)
         ax.axhline(0, color=MUTED, linewidth=0.9)
         ax.vlines(at, table["low"].to_numpy(float), table["high"].to_numpy(float), color=BLUE, linewidth=1.6)
         ax.plot(at, gain, "o-", color=BLUE, markersize=4.5, label="here, with its 95 % interval")
@@ -164,13 +160,13 @@ def transfer_controls(summary: pd.DataFrame, titles: dict[str, str]) -> Figure:
     for label in axes[0, 0].get_yticklabels():
         if label.get_text() in HEADS.values():
             label.set_fontweight("bold")
-    style.legend(fig, axes[0, 0], 2, title=IN_BAND.replace(", with", " with"))
+    style.legend(fig, axes[0, 0], 2, title=DIFFERENCE.replace(", with", " with"))
     return fig
 
 
 def starts_of_all(choice: pd.DataFrame, gains: pd.DataFrame) -> Figure:
     """Left, a heat map of what each target's choice of sources is correlated with, of
-    `steph.analysis.mixing.controls.choice_wide`; right, what each start gains on it (target, seed, gain). The last row
+    `steph.analysis.mixing.starts.choice_wide`; right, what each start gains on it (target, seed, gain). The last row
     is the mean over targets."""
     rows = [str(name) for name in choice.index]
     at = np.arange(len(rows))
@@ -181,7 +177,7 @@ def starts_of_all(choice: pd.DataFrame, gains: pd.DataFrame) -> Figure:
         left.text(0.5, 0.5, "it takes\nthree sources", transform=left.transAxes, ha="center", va="center", color=MUTED)
     names = [name.replace(", ", ",\n").replace("what was ", "what was\n") for name in choice.columns]
     style.heat_map(left, choice.astype(float).set_axis(names, axis=1), "RdBu_r", (-1, 1), "{:+.2f}")
-    left.set_title("Rank correlation of w with …")
+    left.set_title("Rank correlation of w (1 − λ) with …")
 
     style.zero_line(right)
     wide = gains.pivot(index="target", columns="seed", values="gain").reindex(rows).astype(float)

@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from steph.analysis.performance.estimates import MIN_DIFFERENCE
 from steph.data.manifest import Study
 from steph.methods.registry import title
 from steph.study.paper import AVERAGE, paper_table
@@ -28,7 +27,7 @@ DAYS_PER_YEAR = 365.25
 # Okabe and Ito's colours, told apart with every kind of colour vision; the yellow, too light on white, is left out.
 _PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4D4D4D"]
 BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW, GREY = _PALETTE
-CENSORED, INK, MUTED, BAND, STAMP = "#9AA5B1", "#1F2937", "#6B7280", "#E5E7EB", "#B4232A"
+CENSORED, INK, MUTED, STAMP = "#9AA5B1", "#1F2937", "#6B7280", "#B4232A"
 DASHED: Any = (0, (4, 1.5))
 PAPERS: Any = {"marker": "D", "markerfacecolor": "white", "linestyle": ""}  # the paper's numbers: open diamonds
 _MARKERS = ["o", "s", "D", "^", "v", "P", "X"]
@@ -128,8 +127,7 @@ def write_in_row(ax: Axes, row: float, text: str) -> None:
 
 
 def zero_line(ax: Axes) -> None:
-    """No difference, and in grey the differences that are too small to be interpreted, for a horizontal axis."""
-    ax.axvspan(-MIN_DIFFERENCE, MIN_DIFFERENCE, color=BAND, zorder=0, linewidth=0)
+    """No difference, for a horizontal axis."""
     ax.axvline(0, color=MUTED, linewidth=0.9)
 
 

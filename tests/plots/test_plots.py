@@ -360,7 +360,7 @@ def test_a_sweep_is_drawn_around_its_default_and_leaves_out_what_is_undefined():
 def test_controls_are_drawn_where_they_have_an_answer_and_beside_their_heading():
     ax = FIGURES["controls"]().axes[0]
     rows = [label.get_text() for label in ax.get_yticklabels()]
-    assert rows == ["If it is transfer, beyond the band:", "A − B", "Gains without any source:", "B − C"]
+    assert rows == ["Must be above 0 if it is transfer:", "A − B", "Rivals, better where below 0:", "B − C"]
     drawn = {line.get_label(): pd.DataFrame(line.get_xydata()).dropna() for line in ax.lines}
     for patients, height in (("test folds", 0.85), ("external patients", 1.15)):
         assert drawn[patients].to_numpy() == pytest.approx(np.array([[0.05, height]]))

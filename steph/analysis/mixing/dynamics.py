@@ -108,23 +108,26 @@ def planted(study: Study, target: str) -> pd.Series | None:
     return planted_similarity(study)[target].drop(target) if study.synthetic else None
 
 
-def final_weights(course: pd.DataFrame) -> pd.DataFrame:
-    """w in the last epoch, a row per source and a column per seed."""
-    return at_the_end(course).pivot(index="source", columns="seed", values="w")
+def final_shares(course: pd.DataFrame) -> pd.DataFrame:
+    """Each source's share of the mixture in the last epoch, w (1 - lambda), a row per source and a column per seed:
+    where lambda is 1, it is the target's own model that counts, however large w."""
+    last = at_the_end(course)
+    last["share"] = last["w"] * (1 - last["lambda"])
+    return last.pivot(index="source", columns="seed", values="share")
 
 
 def agreement(course: pd.DataFrame) -> pd.DataFrame:
-    """Rank correlation (Spearman) of the final w of each two seeds: seed_a, seed_b, correlation; NaN where one of them
-    gives all sources the same w."""
-    w = final_weights(course)
-    rows = [(a, b, rank_correlation(w[a], w[b])) for a, b in combinations(w.columns, 2)]
+    """Rank correlation (Spearman) of the final shares of each two seeds: seed_a, seed_b, correlation; NaN where one of
+    them gives all sources the same share."""
+    shares = final_shares(course)
+    rows = [(a, b, rank_correlation(shares[a], shares[b])) for a, b in combinations(shares.columns, 2)]
     return pd.DataFrame(rows, columns=["seed_a", "seed_b", "correlation"])
 
 
 def with_planted(course: pd.DataFrame, similarity: pd.Series) -> pd.Series:
-    """Rank correlation of the final w with each source's `planted` similarity to the target, by seed."""
-    w = final_weights(course)
-    return w.apply(rank_correlation, b=similarity.loc[w.index])
+    """Rank correlation of the final shares with each source's `planted` similarity to the target, by seed."""
+    shares = final_shares(course)
+    return shares.apply(rank_correlation, b=similarity.loc[shares.index])
 
 
 def rank_correlation(a: pd.Series, b: pd.Series) -> float:

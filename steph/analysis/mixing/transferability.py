@@ -98,10 +98,10 @@ def task_vector_cosine(bench: Workbench, precision: str = "fp32") -> pd.DataFram
     return pd.DataFrame((vectors @ vectors.T).numpy(), index=names, columns=names)
 
 
-def final_weights(courses: Mapping[str, pd.DataFrame], names: Sequence[str]) -> pd.DataFrame:
-    """Final w of each source (row) in STEPH for each target (column), mean over starts, of
+def final_shares(courses: Mapping[str, pd.DataFrame], names: Sequence[str]) -> pd.DataFrame:
+    """Final share w (1 - lambda) of each source (row) in STEPH for each target (column), mean over starts, of
     `steph.analysis.mixing.dynamics.by_target`; NaN on the diagonal and for sources that a course lacks."""
-    columns = {target: dynamics.final_weights(course).mean(axis=1) for target, course in courses.items()}
+    columns = {target: dynamics.final_shares(course).mean(axis=1) for target, course in courses.items()}
     return pd.DataFrame(columns).reindex(index=list(names))
 
 

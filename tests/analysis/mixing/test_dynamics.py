@@ -34,7 +34,7 @@ def test_the_course_is_the_records_history(bench):
 
 def test_starts_differ_but_merge_the_same_models(bench):
     first, second = dynamics.runs(bench.study, "SARC", 0, [42, 43])
-    w = dynamics.final_weights(dynamics.dynamics(bench, [first, second]))
+    w = dynamics.final_shares(dynamics.dynamics(bench, [first, second]))
     assert (w[42] != w[43]).any() and bench.prerequisites(first) == bench.prerequisites(second)
 
 
@@ -90,10 +90,11 @@ def test_only_a_synthetic_study_knows_what_is_shared():
 
 
 def test_starts_agree_or_not_with_each_other_and_with_what_was_planted(bench):
-    found = dynamics.agreement(made()).set_index(["seed_a", "seed_b"])["correlation"]
+    course = made().assign(**{"lambda": 0.5})  # shares are in proportion to w
+    found = dynamics.agreement(course).set_index(["seed_a", "seed_b"])["correlation"]
     assert found.to_dict() == pytest.approx({(1, 2): 1.0, (1, 3): -1.0, (2, 3): -1.0})
     planted = pd.Series({"D": 0.0, "A": 0.9, "B": 0.5, "C": 0.1})
-    assert dynamics.with_planted(made(), planted).to_dict() == pytest.approx({1: 1.0, 2: 1.0, 3: -1.0})
+    assert dynamics.with_planted(course, planted).to_dict() == pytest.approx({1: 1.0, 2: 1.0, 3: -1.0})
     course = dynamics.dynamics(bench, dynamics.runs(bench.study, "SARC", 0, [42]))
     of_two = dynamics.with_planted(course, dynamics.planted(bench.study, "SARC"))
     assert list(of_two.index) == [42] and of_two.isna().all()  # of two sources no correlation can be told

@@ -62,8 +62,8 @@ def test_cosines_of_task_vectors(tiny):
 
 def test_weights_stand_under_their_target():
     ends = {"seed": [1, 1, 2, 2], "epoch": 3, "source": ["LIHC", "CESC"] * 2, "w": [1.0, 0, 3, 1], "lambda": 0.5}
-    weights = transferability.final_weights({"SARC": pd.DataFrame(ends)}, NAMES)
-    assert weights["SARC"].tolist()[:2] == [2.0, 0.5] and np.isnan(weights.loc["SARC", "SARC"])
+    weights = transferability.final_shares({"SARC": pd.DataFrame(ends)}, NAMES)
+    assert weights["SARC"].tolist()[:2] == [1.0, 0.25] and np.isnan(weights.loc["SARC", "SARC"])
 
 
 def square(values):

@@ -1,0 +1,114 @@
+"""Starts: how the choice of sources, and what is gained, vary with the random start of the hypernetwork.
+
+They describe and decide nothing: where all sources help alike there is nothing to choose, and starts need not agree.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from steph.analysis.mixing import dynamics
+from steph.analysis.performance.estimates import Estimate, answer, around, mean_of, reach_of_mean
+from steph.data.manifest import Study
+from steph.study.runs import Run
+from steph.study.tables import VALUES, primary_outcome
+
+FOLD = 0
+"""The fold on which starts are compared."""
+
+
+def runs(study: Study, seeds: Sequence[int], precision: str = "fp32") -> list[Run]:
+    """STEPH from several starts on every target, one fold; the models that are merged are the same."""
+    return [run for d in study.target_names for run in dynamics.runs(study, d, FOLD, seeds, precision)]
+
+
+def choices(courses: Mapping[str, pd.DataFrame], study: Study) -> pd.DataFrame:
+    """What the choice of sources follows, a row per target and start; rank correlations of the final shares
+    w (1 - lambda). courses: of `dynamics.by_target`.
+
+    target, seed; other_starts: with the same target's w from each other start, the mean; other_targets: with each other
+    target's w from the same start, over the sources that both have, the mean; planted: with what was planted (NaN for
+    real patients). NaN where w is the same for all sources, or where there are fewer than three.
+    """
+    weights = {target: dynamics.final_shares(course) for target, course in courses.items()}
+    rows = []
+    for target, w in weights.items():
+        planted, others = dynamics.planted(study, target), [weights[name] for name in weights if name != target]
+        for seed in w.columns:
+            of_starts = [w[other] for other in w.columns.drop(seed)]
+            of_targets = [other[seed] for other in others if seed in other]
+            of_planted = [] if planted is None else [planted]
+            rows.append((target, seed, *(_correlation(w[seed], of) for of in (of_starts, of_targets, of_planted))))
+    return pd.DataFrame(rows, columns=["target", "seed", *FOLLOWS])
+
+
+def _correlation(w: pd.Series, others: Sequence[pd.Series]) -> float:
+    """Rank correlation with others over the sources that both have, the mean of those that are defined."""
+    pairs = (w.align(other, join="inner") for other in others)
+    return pd.Series([dynamics.rank_correlation(*pair) for pair in pairs], dtype=float).mean()
+
+
+FOLLOWS = {
+    "other_starts": "same target, other start",
+    "other_targets": "same start, other target",
+    "planted": "what was planted",
+}
+"""Columns of `choices` in words: what the weights of one target and start are correlated with."""
+
+
+def choice_wide(table: pd.DataFrame) -> pd.DataFrame:
+    """Format `choices` for display: targets in rows, means over starts of what is known, and the mean over all last."""
+    means = table.groupby("target", sort=False)[list(FOLLOWS)].mean()
+    means.loc["Mean"] = means.mean()
+    return means.dropna(axis=1, how="all").rename(columns=FOLLOWS).rename_axis(index=None)
+
+
+def mean_over(table: pd.DataFrame, value: str) -> Estimate:
+    """Mean of a column of `choices` with a 95 % interval by Student's t, the wider of two: over targets, over starts.
+    NaN where nothing is known."""
+    wide = table.pivot(index="target", columns="seed", values=value)
+    mean = float(np.nanmean(wide)) if wide.notna().any(axis=None) else np.nan
+    return around(mean, *(reach_of_mean(wide.mean(axis=axis).dropna()) for axis in (0, 1)))
+
+
+def sources_over_starts(courses: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """How the choice of sources varies over starts, a row per target: target, starts, largest (the sources that got the
+    largest w, with how often), distinct (how many those are), always and never (sources used in every start, in none),
+    sources (in all)."""
+    rows = []
+    for target, course in courses.items():
+        by_source, starts = dynamics.by_source(course), course["seed"].nunique()
+        top = by_source.loc[by_source["top"] > 0, "top"].sort_values(ascending=False, kind="stable")
+        largest = ", ".join(f"{name} ({n})" for name, n in top.items())
+        always, never = ((by_source["used"] == n).sum() for n in (starts, 0))
+        rows.append((target, starts, largest, len(top), always, never, len(by_source)))
+    return pd.DataFrame(rows, columns=["target", "starts", "largest", "distinct", "always", "never", "sources"])
+
+
+def start_gains(starts: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
+    """What each start gains over the cancer's own model on each target: target, seed, on (which patients: those with
+    the least noise), c_index, gain. starts: STEPH's results from several starts on one fold; own: those of vanilla."""
+    value = primary_outcome(pd.concat([starts, own], ignore_index=True))
+    both = starts.merge(own[["dataset", "fold", value]], on=["dataset", "fold"], how="left", suffixes=("", "_own"))
+    both["c_index"], both["on"] = both[value].astype(float), VALUES[value]
+    both["gain"] = both["c_index"] - both[f"{value}_own"].astype(float)
+    return both.rename(columns={"dataset": "target"})[["target", "seed", "on", "c_index", "gain"]]
+
+
+def c_index_by_start(gains: pd.DataFrame) -> pd.DataFrame:
+    """How the C-index varies over starts, a row per target of `start_gains`: target; of the C-index mean, std, least,
+    largest, NaN where a start has none."""
+    of_target = gains.groupby("target", sort=False)["c_index"]
+    table = of_target.agg(["mean", "std", "min", "max"]).where(of_target.count() == of_target.size())
+    return table.set_axis([f"C-index, {name}" for name in ("mean", "std", "least", "largest")], axis=1).reset_index()
+
+
+def gain_by_start(gains: pd.DataFrame) -> pd.DataFrame:
+    """The mean over targets of what each start gains, of `start_gains`: seed, on, difference, low, high, conclusion."""
+    rows = []
+    for (seed, on), of_start in gains.groupby(["seed", "on"]):
+        undefined = of_start.loc[of_start["gain"].isna(), "target"]
+        gain = mean_of(of_start["gain"]) if undefined.empty else Estimate(np.nan)
+        rows.append({"seed": seed, "on": on, **answer(gain, f"undefined for {', '.join(undefined)}")})
+    return pd.DataFrame(rows)
