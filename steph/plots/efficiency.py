@@ -116,8 +116,8 @@ def predictions(times: pd.DataFrame, counted: pd.DataFrame) -> Figure:
 
 
 def sampling(costs: pd.DataFrame) -> Figure:
-    """What a prediction by STEPH takes over one by the cancer's own model, against the size of the bag: measured (dots)
-    and by operations (lines), a colour for each number of patches that the hypernetwork reads. costs:
+    """What a prediction by STEPH takes over one by the cancer's own model, against the size of the bag: measured (dots,
+    with quartiles) and by operations (lines), a colour for each number of patches that the hypernetwork reads. costs:
     `steph.analysis.cost.efficiency.sampling_costs`."""
     fig, ax = plt.subplots(figsize=(WIDTH * 0.72, 2.9))
     whole = costs["reads"] == costs["patches"]
@@ -127,6 +127,7 @@ def sampling(costs: pd.DataFrame) -> Figure:
     for (label, part), colour in zip(parts, [colour_of("steph"), *shades], strict=False):
         ax.plot(part["patches"], part["× Vanilla (operations)"], "-", color=colour, linewidth=1)
         ax.plot(part["patches"], part["× Vanilla"], "o", color=colour, markersize=4.5, label=label)
+        ax.vlines(part["patches"], part["low"], part["high"], color=colour, linewidth=1)
     ax.axhline(1, color=MUTED, linewidth=0.7)
     ax.set(xscale="log", xlabel="patches of the bag", ylabel="a prediction by STEPH\n÷ one by Vanilla")
     ax.xaxis.set_major_formatter("{x:,.0f}")

@@ -60,7 +60,7 @@ def bag_sizes(bench: Workbench) -> np.ndarray:
 def sampling_costs(times: pd.DataFrame) -> pd.DataFrame:
     """Format `steph.analysis.cost.timing.sampling_times` for display: of each bag and sample, how many times the
     operations and the seconds of the cancer's own model a prediction by STEPH takes; seconds are compared round by
-    round, and medians shown."""
+    round, and medians shown, of the ratio of seconds (× Vanilla) also the quartiles low and high."""
     vanilla = times[times["reads"] == 0].set_index(["patches", "round"])[["seconds", "products"]]
     steph = times[times["reads"] > 0].join(vanilla, on=["patches", "round"], rsuffix=" (vanilla)")
     shown = steph[["patches", "reads"]].assign(**{
@@ -69,7 +69,9 @@ def sampling_costs(times: pd.DataFrame) -> pd.DataFrame:
         "seconds": steph["seconds"],
         "× Vanilla": steph["seconds"] / steph["seconds (vanilla)"],
     })  # fmt: skip
-    return shown.groupby(["patches", "reads"]).median().reset_index()
+    by_sample = shown.groupby(["patches", "reads"])
+    quartiles = {name: by_sample["× Vanilla"].quantile(at) for name, at in (("low", 0.25), ("high", 0.75))}
+    return by_sample.median().assign(**quartiles).reset_index()
 
 
 def sampling_scores(results: pd.DataFrame, study: Study, sizes: np.ndarray, value: str) -> pd.DataFrame:

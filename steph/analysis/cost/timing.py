@@ -36,7 +36,10 @@ from steph.training.memory import random_bags
 
 BUDGET = 3.0
 """Seconds within which rounds of measuring are repeated; `LEAST` rounds are made in any case, `MOST` at most."""
-LEAST, MOST = 3, 25
+LEAST, MOST = 5, 25
+WIDE = 1.25
+"""A ratio whose upper quartile is more than so many times its lower one was not measured: the machine was busy, or the
+times are too short."""
 
 
 def machine(device: str) -> str:
@@ -148,7 +151,27 @@ def epoch_ratios(times: pd.DataFrame, reference: str) -> pd.DataFrame:
     wide = of_both_stages(times)
     if reference not in wide or not (wide[reference] > 0).all():
         raise Refused(f"no epochs of {reference!r} were timed; there are those of {', '.join(map(str, wide.columns))}.")
-    return _quartiles(wide.div(wide[reference], axis=0), "ratio").reset_index()
+    return _ratios(wide, reference).reset_index()
+
+
+def _ratios(wide: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Of each column over another's, round (row) by round: the median ratio, and the quartiles low and high."""
+    return _quartiles(wide.div(wide[reference], axis=0), "ratio")
+
+
+def is_wide(low: float, high: float) -> bool:
+    """Whether quartiles of a ratio are too far apart to call it measured (`WIDE`)."""
+    return high > WIDE * low
+
+
+def ratio_text(ratio: float, low: float, high: float) -> str:
+    """A ratio with its quartiles as text: "1.52 (1.49 to 1.56)", or "not measurable here (0.72 to 1.31)"."""
+    return f"{'not measurable here' if is_wide(low, high) else f'{ratio:.2f}'} ({low:.2f} to {high:.2f})"
+
+
+def ratio_texts(table: pd.DataFrame, ratio: str = "ratio") -> pd.Series:
+    """`ratio_text` of each row of a table with a ratio, low and high."""
+    return pd.Series(map(ratio_text, table[ratio], table["low"], table["high"]), index=table.index, dtype=object)
 
 
 def _quartiles(wide: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -162,8 +185,8 @@ def paper_seconds(table: str) -> pd.Series:
 
 
 def epoch_table(times: pd.DataFrame, table: str, reference: str, counted: dict[str, int]) -> pd.DataFrame:
-    """Format Table S6 or S7 for display: seconds measured here, how many times the reference's, the same in the paper,
-    and by the operations of training (`training_operations`)."""
+    """Format Table S6 or S7 for display: seconds measured here, how many times the reference's, round by round
+    (`ratio_text`), the same in the paper, and by the operations of training (`training_operations`)."""
     printed, seconds = paper_seconds(table), _quartiles(of_both_stages(times), "median")
     names = [name for name in printed.index if name in seconds.index]
     seconds, printed = seconds.loc[names], printed[names]
@@ -174,7 +197,7 @@ def epoch_table(times: pd.DataFrame, table: str, reference: str, counted: dict[s
             "method": seconds.index.map(title),
             "seconds (median)": seconds["median"],
             "quartiles": seconds["low"].map("{:.4g}".format) + " to " + seconds["high"].map("{:.4g}".format),
-            ratio: epoch_ratios(times, reference).set_index("method")["ratio"][names],
+            ratio: ratio_texts(epoch_ratios(times, reference).set_index("method"))[names],
             "seconds (paper)": printed,
             f"{ratio} (paper)": printed / printed[reference],
             f"{ratio} (operations)": pd.Series(in_both_stages) / in_both_stages[reference],
@@ -255,16 +278,22 @@ def sampling_times(bench: Workbench, device: str = "cpu", precision: str = "fp32
     return measured(bench, "sampling_times", device, {"patches": sizes, "precision": precision}, measure)
 
 
+def prediction_ratios(times: pd.DataFrame) -> pd.DataFrame:
+    """How many times as long as the cancer's own model's a prediction takes, taken round by round: by method, ratio
+    (median), low and high (quartiles)."""
+    return _ratios(times.pivot(index="round", columns="method", values="seconds"), "vanilla")
+
+
 def prediction_table(times: pd.DataFrame, counted: pd.DataFrame) -> pd.DataFrame:
-    """Format `prediction_times` for display, beside what was counted (`operations.of_methods`): median seconds and
-    their range, how many times those of the cancer's own model they are, the same by operations, memory."""
-    seconds = times.groupby("method", sort=False)["seconds"].agg(["median", "min", "max"])
+    """Format `prediction_times` for display, beside what was counted (`operations.of_methods`): patches, median
+    seconds, how many times those of the cancer's own model they are (`ratio_text`), the same by operations, memory."""
+    seconds = times.groupby("method", sort=False)["seconds"].median()
     products = counted.set_index("method")["products"].reindex(seconds.index)
     shown = {
         "method": seconds.index.map(title),
-        "seconds": seconds["median"],
-        "range": seconds["min"].map("{:.3g}".format) + " to " + seconds["max"].map("{:.3g}".format),
-        f"× {title('vanilla')}": seconds["median"] / seconds["median"]["vanilla"],
+        "patches": times["patches"].iloc[0],
+        "seconds (median)": seconds,
+        f"× {title('vanilla')}": ratio_texts(prediction_ratios(times)),
         f"× {title('vanilla')} (operations)": products / products["vanilla"],
         "memory (MB)": times.groupby("method")["memory"].first() / 1e6,
     }
