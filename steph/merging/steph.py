@@ -40,9 +40,14 @@ RELEASED_NAMES = {
 
 EXPORTED = (
     "top_k", "mix", "weight", "dim_hidden", "hyper_head", "bounded_lambda", "clamp_weights", "merge_head",
-    "sample_patches", "sample_seed",
+    "sample_patches", "sample_seed", "w_activation", "lambda_activation", "separate_encoders",
 )  # fmt: skip
 """Options that a model folder must know: they decide which parameters there are, or what is predicted."""
+
+
+W_ACTIVATIONS = {"relu": F.relu, "softplus": F.softplus, "sigmoid": torch.sigmoid}
+LAMBDA_ACTIVATIONS = {"ratio": lambda z: 1 / (1 + F.relu(z)), "sigmoid": torch.sigmoid}
+"""What makes w and lambda of the hypernetwork's output; by default as released."""
 
 
 class Mixtures(NamedTuple):
@@ -68,8 +73,12 @@ class STEPH(BagEncoder):
     Options for what the paper says otherwise than the release (numbers of the book's list of differences):
     hyper_head "linear" (D1: one layer in place of two); balance_term False (D2: Eq. 7 alone); fresh_head False (D3: the
     target's head, frozen, in place of a new one that is trained); bounded_lambda (D4: keeps a trained lambda vector in
-    (0, 1]); clamp_weights (D10: w stays in [0, 1], as in the original AdaMerging); merge_head (D5: the head is merged
+    (0, 1]); lambda_activation "sigmoid" (D4: lambda covers (0, 1) with a gradient everywhere, in place of "ratio",
+    1 / (1 + ReLU)); clamp_weights (D10: w stays in [0, 1], as in the original AdaMerging); merge_head (D5: the head is merged
     like the encoder); base "target" (D12: mixtures are added to M_t).
+
+    Options of the release that no number of the paper stands on: w_activation "softplus" or "sigmoid" in place of
+    "relu"; separate_encoders (its `fnn`: lambda's hypernetwork has a patch embedding of its own).
 
     Raises `Refused` for states of different networks, models with another M_0, an empty pool, K outside 1..m.
     """
@@ -96,6 +105,9 @@ class STEPH(BagEncoder):
         clamp_weights: bool = False,
         merge_head: bool = False,
         base: Literal["null", "target"] = "null",
+        w_activation: Literal["relu", "softplus", "sigmoid"] = "relu",
+        lambda_activation: Literal["ratio", "sigmoid"] = "ratio",
+        separate_encoders: bool = False,
     ) -> None:
         super().__init__()
         m = len(source_states)
@@ -107,6 +119,11 @@ class STEPH(BagEncoder):
             raise Refused(f"mix = {mix!r}; expected 'hypernetwork', 'parameter' or a constant lambda from 0 to 1.")
         if weight not in ("hypernetwork", "parameter"):
             raise Refused(f"weight = {weight!r}; expected 'hypernetwork' or 'parameter'.")
+        if w_activation not in W_ACTIVATIONS or lambda_activation not in LAMBDA_ACTIVATIONS:
+            raise Refused(
+                f"w_activation = {w_activation!r}, lambda_activation = {lambda_activation!r}; expected one of "
+                f"{', '.join(W_ACTIVATIONS)}, and one of {', '.join(LAMBDA_ACTIVATIONS)}."
+            )
         if sample_patches is not None and sample_patches < 1:
             raise Refused(f"sample_patches = {sample_patches}; expected at least 1 patch per bag, or None for all.")
         self.sample_patches, self.sample_seed = sample_patches, sample_seed
@@ -115,6 +132,8 @@ class STEPH(BagEncoder):
         self.dim_hidden, self.hyper_head, self.merge_head = dim_hidden, hyper_head, merge_head
         self.bounded_lambda, self.clamp_weights = bounded_lambda, clamp_weights
         self.beta, self.gamma, self.balance_term = beta, gamma, balance_term
+        self.w_activation, self.lambda_activation = w_activation, lambda_activation
+        self.separate_encoders = separate_encoders
 
         network = network or _abmil_of(null_state, dropout)
         vectors = [task_vector(state, null_state) for state in (target_state, *source_states.values())]
@@ -128,7 +147,8 @@ class STEPH(BagEncoder):
             self.merged_head = Merged(Layout.of(merged), start, vectors)
         first = next(module for module in network.modules() if isinstance(module, nn.Linear))
         weights, ratios = weight == "hypernetwork", mix == "hypernetwork"
-        self.hyper = Hypernetwork(first.in_features, dim_hidden, m, weights, ratios, dropout, hyper_head)
+        form = hyper_head, separate_encoders
+        self.hyper = Hypernetwork(first.in_features, dim_hidden, m, weights, ratios, dropout, *form)
         self.weight_vector = nn.Parameter(torch.full((m,), 1 / m)) if weight == "parameter" else None
         self.ratio_vector = nn.Parameter(torch.zeros(m)) if mix == "parameter" else None
         self.monitored = [f"{number}_{name}" for number in ("w", "lambda") for name in self.source_names]
@@ -168,11 +188,14 @@ class STEPH(BagEncoder):
         read = batch if self.sample_patches is None else sample_each(batch, self.sample_patches, self.sample_seed)
         w_logits, z = self.hyper(read)
         n = len(batch)
-        w = F.relu(w_logits) if w_logits is not None else self.weight_vector.expand(n, -1)  # type: ignore[union-attr]
+        if w_logits is not None:
+            w = W_ACTIVATIONS[self.w_activation](w_logits)
+        else:
+            w = self.weight_vector.expand(n, -1)  # type: ignore[union-attr]
         if self.clamp_weights:
             w = w.clamp(0, 1)
         if z is not None:
-            lam = 1 / (1 + F.relu(z))
+            lam = LAMBDA_ACTIVATIONS[self.lambda_activation](z)
         elif self.ratio_vector is not None:
             ratio = F.relu(self.ratio_vector) if self.bounded_lambda else self.ratio_vector
             lam = (1 / (1 + ratio)).expand(n, -1)
@@ -267,11 +290,13 @@ def keep_sources(
 
 
 class Hypernetwork(nn.Module):
-    """H_agg and H_mix: one shared patch embedding (linear, ReLU, mean over patches) with a head for each."""
+    """H_agg and H_mix: one shared patch embedding (linear, ReLU, mean over patches) with a head for each; separate: an
+    embedding for each too."""
 
     def __init__(
-        self, dim_in: int, dim_hidden: int, m: int, weights: bool, ratios: bool, dropout: float, head: str
-    ) -> None:
+        self, dim_in: int, dim_hidden: int, m: int, weights: bool, ratios: bool, dropout: float, head: str,
+        separate: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
 
         def new_head() -> nn.Module:
@@ -282,17 +307,18 @@ class Hypernetwork(nn.Module):
 
         self.embed = nn.Linear(dim_in, dim_hidden) if weights or ratios else None
         self.weight_head = new_head() if weights else None
+        self.mix_embed = nn.Linear(dim_in, dim_hidden) if weights and ratios and separate else None
         self.mix_head = new_head() if ratios else None
 
     def forward(self, batch: RaggedBatch) -> tuple[Tensor | None, Tensor | None]:
-        """Logits of w (B, m) and z (B, m), lambda = 1 / (1 + ReLU(z)); None where no hypernetwork gives them."""
+        """What w (B, m) and lambda (B, m) are activations of; None where no hypernetwork gives them."""
         if self.embed is None:
             return None, None
         mean = mean_of_embedded(batch, self.embed)
-        return (
-            None if self.weight_head is None else self.weight_head(mean),
-            None if self.mix_head is None else self.mix_head(mean),
-        )
+        w_logits = None if self.weight_head is None else self.weight_head(mean)
+        if self.mix_embed is not None:
+            mean = mean_of_embedded(batch, self.mix_embed)
+        return w_logits, None if self.mix_head is None else self.mix_head(mean)
 
 
 def mixture_coefficients(w: Tensor, lam: Tensor, selected: Tensor) -> Tensor:

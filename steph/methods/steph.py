@@ -96,9 +96,15 @@ METHODS = {
     "steph_as_written": _variant(
         "STEPH as written",
         "STEPH as the paper writes it where the release differs: one layer in each hypernetwork's head, Eq. 7 without "
-        "a balance term, no new prediction head, the head merged like the encoder",
-        options={"hyper_head": "linear", "balance_term": False, "fresh_head": False, "merge_head": True},
-        in_book=False,
+        "a balance term, no new prediction head, λ by a sigmoid, the head merged like the encoder, all added to M₀",
+        options={
+            "hyper_head": "linear",  # D1
+            "balance_term": False,  # D2
+            "fresh_head": False,  # D3
+            "lambda_activation": "sigmoid",  # D4
+            "merge_head": True,  # D5
+            "base": "null",  # D12: as released
+        },
     ),
     # Tables 4, 5 and S3: STEPH itself is beta 0.05 and K 5; its gamma follows the size of the data set
     **_sweep("beta", "β", "beta", (0, 0.01, 0.1)),

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from steph import Refused
+from steph.data.bags import RaggedBatch
 from steph.merging import task_vector
 from steph.merging.steph import STEPH, convert_released, mixture_coefficients
 from steph.mil import MeanMIL
@@ -10,6 +11,7 @@ from steph.mil.state import load_into, state_of
 from steph.survival import nll_loss
 from tests.helpers.made_pool import encoder, moved, released_pool
 
+WB = ("weight", "bias")
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
 
 
@@ -126,6 +128,34 @@ def test_paper_readings(problem):
     torch.testing.assert_close(encoder(onto_target.merged_state(bag)), expected, **EXACT)
 
 
+def test_the_releases_own_options_and_a_sigmoid_for_lambda(problem):
+    """Of the same hypernetwork's output: w by softplus or sigmoid, lambda by a sigmoid; all else stays."""
+    bag = problem.numbers.tensor("X_A")
+    plain = problem.released()
+    w_logits, z = (values[0] for values in plain.hyper(RaggedBatch.from_bags([bag])))
+    expected = {"softplus": (1 + w_logits.exp()).log(), "sigmoid": 1 / (1 + (-w_logits).exp())}
+    for name, w in expected.items():
+        model = problem.released(w_activation=name)
+        mixtures = model.coefficients(bag)
+        torch.testing.assert_close(mixtures.w, w, **EXACT)
+        torch.testing.assert_close(mixtures.lam, plain.coefficients(bag).lam, **EXACT)
+        assert mixtures.selected.tolist() == w_logits.argsort(descending=True)[:3].tolist()
+        assert not torch.allclose(model([bag]), plain([bag]))
+    lam = problem.released(lambda_activation="sigmoid").coefficients(bag).lam
+    torch.testing.assert_close(lam, 1 / (1 + (-z).exp()), **EXACT)
+    assert ((lam > 0.5) == (z > 0)).all()
+
+
+def test_separate_encoders_part_what_w_and_lambda_read(problem):
+    """With one embedding in both, it is STEPH; another embedding for lambda changes lambda alone."""
+    bag, plain, model = problem.numbers.tensor("X_A"), problem.released(), problem.model(separate_encoders=True)
+    load_into(model, {**problem.trained, **{f"hyper.mix_embed.{k}": problem.trained[f"hyper.embed.{k}"] for k in WB}})
+    torch.testing.assert_close(model([bag]), plain([bag]), **EXACT)
+    torch.nn.init.normal_(model.hyper.mix_embed.weight)
+    changed, before = model.coefficients(bag), plain.coefficients(bag)
+    assert torch.equal(changed.w, before.w) and not torch.allclose(changed.lam, before.lam)
+
+
 def test_means_of_w_and_lambda_are_monitored(problem):
     model = problem.released()
     bags = [problem.numbers.tensor("X_A"), problem.numbers.tensor("X_B"), problem.numbers.tensor("X_A")[:1]]
@@ -148,6 +178,8 @@ def test_lambda_and_w_stay_in_their_ranges(problem):
         ({"mix": 1.5}, "mix = 1.5"),
         ({"mix": "magic"}, "mix = 'magic'"),
         ({"weight": "magic"}, "weight = 'magic'"),
+        ({"w_activation": "tanh"}, "w_activation = 'tanh'.*softplus"),
+        ({"lambda_activation": "tanh"}, "lambda_activation = 'tanh'.*sigmoid"),
     ],
 )
 def test_options_that_cannot_be_are_refused(problem, options, message):

@@ -393,16 +393,18 @@ PAPERS = {"transmil": (2_949_680, 116.2), "ilra": (4_214_560, 55.1), "r2t_mil": 
 
 
 def test_trained_parameters_are_the_papers():
-    """1.34 M of STEPH in Table S4; with a linear head in its hypernetworks (difference D1); of ROUPKT on 13 models."""
+    """1.34 M of STEPH in Table S4; with a linear head in its hypernetworks (difference D1); with the release's `fnn`; of
+    ROUPKT on 13 models."""
     with torch.device("meta"):
         target, *others = (new_network("abmil", 1536, Network()) for _ in range(13))
         states = {str(i): dict(other.named_parameters()) for i, other in enumerate(others)}
         null = dict(target.named_parameters())
         models = [STEPH(null, null, states, hyper_head=head) for head in ("mlp", "linear")]
+        models.append(STEPH(null, null, states, separate_encoders=True))
         experts = {str(i): expert for i, expert in enumerate([target, *others])}
         models.append(ROUPKT(new_network("abmil", 1536, Network()), experts))
     counts = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models]
-    assert counts == [1_340_984, 815_672, 4_618_913]
+    assert counts == [1_340_984, 815_672, 2_127_928, 4_618_913]
 
 
 @pytest.mark.parametrize("name", PAPERS)
