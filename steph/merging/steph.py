@@ -45,8 +45,15 @@ EXPORTED = (
 """Options that a model folder must know: they decide which parameters there are, or what is predicted."""
 
 
-W_ACTIVATIONS = {"relu": F.relu, "softplus": F.softplus, "sigmoid": torch.sigmoid}
-LAMBDA_ACTIVATIONS = {"ratio": lambda z: 1 / (1 + F.relu(z)), "sigmoid": torch.sigmoid}
+W_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "softplus": F.softplus,
+    "sigmoid": torch.sigmoid,
+}
+LAMBDA_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ratio": lambda z: 1 / (1 + F.relu(z)),
+    "sigmoid": torch.sigmoid,
+}
 """What makes w and lambda of the hypernetwork's output; by default as released."""
 
 
@@ -74,8 +81,8 @@ class STEPH(BagEncoder):
     hyper_head "linear" (D1: one layer in place of two); balance_term False (D2: Eq. 7 alone); fresh_head False (D3: the
     target's head, frozen, in place of a new one that is trained); bounded_lambda (D4: keeps a trained lambda vector in
     (0, 1]); lambda_activation "sigmoid" (D4: lambda covers (0, 1) with a gradient everywhere, in place of "ratio",
-    1 / (1 + ReLU)); clamp_weights (D10: w stays in [0, 1], as in the original AdaMerging); merge_head (D5: the head is merged
-    like the encoder); base "target" (D12: mixtures are added to M_t).
+    1 / (1 + ReLU)); clamp_weights (D10: w stays in [0, 1], as in the original AdaMerging); merge_head (D5: the head is
+    merged like the encoder); base "target" (D12: mixtures are added to M_t).
 
     Options of the release that no number of the paper stands on: w_activation "softplus" or "sigmoid" in place of
     "relu"; separate_encoders (its `fnn`: lambda's hypernetwork has a patch embedding of its own).
@@ -188,10 +195,8 @@ class STEPH(BagEncoder):
         read = batch if self.sample_patches is None else sample_each(batch, self.sample_patches, self.sample_seed)
         w_logits, z = self.hyper(read)
         n = len(batch)
-        if w_logits is not None:
-            w = W_ACTIVATIONS[self.w_activation](w_logits)
-        else:
-            w = self.weight_vector.expand(n, -1)  # type: ignore[union-attr]
+        activation = W_ACTIVATIONS[self.w_activation]
+        w = activation(w_logits) if w_logits is not None else self.weight_vector.expand(n, -1)  # type: ignore[union-attr]
         if self.clamp_weights:
             w = w.clamp(0, 1)
         if z is not None:
