@@ -45,15 +45,9 @@ EXPORTED = (
 """Options that a model folder must know: they decide which parameters there are, or what is predicted."""
 
 
-W_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "softplus": F.softplus,
-    "sigmoid": torch.sigmoid,
-}
-LAMBDA_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "ratio": lambda z: 1 / (1 + F.relu(z)),
-    "sigmoid": torch.sigmoid,
-}
+Activation = Callable[[Tensor], Tensor]
+W_ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "softplus": F.softplus, "sigmoid": torch.sigmoid}
+LAMBDA_ACTIVATIONS: dict[str, Activation] = {"ratio": lambda z: 1 / (1 + F.relu(z)), "sigmoid": torch.sigmoid}
 """What makes w and lambda of the hypernetwork's output; by default as released."""
 
 

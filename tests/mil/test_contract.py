@@ -393,8 +393,8 @@ PAPERS = {"transmil": (2_949_680, 116.2), "ilra": (4_214_560, 55.1), "r2t_mil": 
 
 
 def test_trained_parameters_are_the_papers():
-    """1.34 M of STEPH in Table S4; with a linear head in its hypernetworks (difference D1), with the release's `fnn`; of
-    ROUPKT on 13 models."""
+    """1.34 M of STEPH in Table S4; with a linear head in its hypernetworks (difference D1), with the release's `fnn`;
+    of ROUPKT on 13 models."""
     with torch.device("meta"):
         target, *others = (new_network("abmil", 1536, Network()) for _ in range(13))
         states = {str(i): dict(other.named_parameters()) for i, other in enumerate(others)}
