@@ -4,7 +4,7 @@ The paper shows one training each for three cancers and reads from it which othe
 property of the cancers or of the random start is seen only when the start changes and everything else stays.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -87,6 +87,16 @@ def by_source_wide(table: pd.DataFrame, n_starts: int) -> pd.DataFrame:
 
     counts = {f"used (of {n_starts})": table["used"], f"largest w (of {n_starts})": table["top"]}
     return pd.DataFrame({"w": spread("w"), "λ": spread("lambda")}, table.index).assign(**counts).reset_index()
+
+
+def sums_of_w(courses: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """How much is merged at all, a row per target: first and last, the sum over all sources of w in the first and in
+    the last epoch, the mean over starts. Where it is 0, the merged model is M_0. courses: of `by_target`."""
+    rows = []
+    for target, course in courses.items():
+        total = course.groupby(["epoch", "seed"])["w"].sum().groupby("epoch").mean()
+        rows.append((target, total.iloc[0], total.iloc[-1]))
+    return pd.DataFrame(rows, columns=["target", "first", "last"])
 
 
 def chosen_sources(course: pd.DataFrame, n: int = SHOWN) -> pd.DataFrame:

@@ -72,6 +72,12 @@ def test_where_training_ends():
     assert used == [(1, "A"), (1, "C"), (2, "A"), (2, "C"), (3, "A"), (3, "B"), (3, "C"), (3, "D")]
 
 
+def test_the_sum_of_all_w_tells_whether_anything_is_merged():
+    sums = dynamics.sums_of_w({"T": made(), "U": made().assign(w=0.0)})
+    assert sums.loc[0].tolist() == ["T", 28, pytest.approx((1.6 + 1.5 + 1.8) / 3)]
+    assert sums.loc[1].tolist() == ["U", 0, 0]
+
+
 def test_sources_over_starts_and_for_display():
     table = dynamics.by_source(made())
     assert list(table.index) == ["A", "B", "C", "D"]
