@@ -138,7 +138,7 @@ def _hardly_slower(evidence: Evidence, _: str, slow: str, fast: str) -> Finding:
         raise Refused("the epochs of these methods were not timed.")
     row = timing.epoch_ratios(times, fast).set_index("method").loc[slow]
     ours = f"× {row['ratio']:.3f} (quartiles {row['low']:.3f} to {row['high']:.3f}; {times['device'].iloc[0]})"
-    if timing.is_wide(row["low"], row["high"]):
+    if timing.is_wide(float(row["low"]), float(row["high"])):
         return Finding(ours, "unclear", "not measurable here: the quartiles are too far apart")
     answer = "agrees" if row["ratio"] <= MARGINAL else "refuted" if row["low"] > MUCH else "unclear"
     return Finding(ours, answer, f"reproduced up to × {MARGINAL}, not where the lower quartile is above × {MUCH}")
