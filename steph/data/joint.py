@@ -47,9 +47,12 @@ class JointDataset(PatientData):
         return [f"{name}/{patient}" for name, patient in training]
 
     def labels(self, patient_ids: Sequence[str]) -> pd.DataFrame:
-        members = [(name, *self._member(name)) for name in patient_ids]
-        tables = [data.labels([patient]).assign(patient_id=name) for name, data, patient in members]
-        return pd.concat(tables, ignore_index=True)
+        members, tables = [(name, *self._member(name)) for name in patient_ids], []
+        for part in self.parts.values():
+            names = {name: patient for name, data, patient in members if data is part}
+            if names:
+                tables.append(part.labels(list(names.values())).assign(patient_id=list(names)))
+        return pd.concat(tables).set_index("patient_id", drop=False).loc[list(patient_ids)].reset_index(drop=True)
 
     def n_patches(self, patient_ids: Sequence[str]) -> np.ndarray:
         return np.concatenate([data.n_patches([patient]) for data, patient in map(self._member, patient_ids)])

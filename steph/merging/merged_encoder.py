@@ -48,10 +48,11 @@ class Merged(nn.Module):
         """The base, and each of the task vectors; views."""
         return [{name: value[i] for name, value in self.stacked().items()} for i in range(1 + self.n_vectors)]
 
-    def weights(self, coefficients: Tensor) -> dict[str, Tensor]:
-        """Merged parameters (B, *shape) for coefficients (B, m)."""
+    def weights(self, coefficients: Tensor, without: str | None = None) -> dict[str, Tensor]:
+        """Merged parameters (B, *shape) for coefficients (B, m). without: the beginning of names that are left out."""
         coefficients = _with_base(coefficients)
-        return {k: (coefficients @ v.flatten(1)).view(-1, *v.shape[1:]) for k, v in self.stacked().items()}
+        stacked = {k: v for k, v in self.stacked().items() if without is None or not k.startswith(without)}
+        return {k: (coefficients @ v.flatten(1)).view(-1, *v.shape[1:]) for k, v in stacked.items()}
 
     def state(self, coefficients: Tensor) -> dict[str, Tensor]:
         """Merged parameters for one bag's coefficients (m,)."""
