@@ -332,13 +332,17 @@ def data_labels(
 
 @data_app.command("check")
 def data_check(study: Study = "tcga", dataset: Datasets = None) -> None:
-    """List every slide file that cannot be used, and why; check the content of stores that are there."""
+    """List who stands in two data sets and every slide file that cannot be used; check the content of stores."""
     from steph.data.dataset import check_dataset
     from steph.data.features import problems_message
     from steph.data.manifest import load_study
     from steph.data.store import Store
+    from steph.data.twice import find_twice
 
     manifest, unusable = load_study(study), False
+    for twice in find_twice(manifest, dataset or ()):
+        print(f"{twice.found}. {twice.fix}.")
+        unusable |= twice.leaks
     for name in dataset or manifest.datasets:
         table = check_dataset(manifest, name)
         problems = problems_message(table)

@@ -33,6 +33,7 @@ from steph.book.notebooks import NOTEBOOKS, declared
 from steph.data.dataset import is_made, open_dataset
 from steph.data.manifest import Study
 from steph.data.store import COORDS, DTYPES
+from steph.data.twice import find_twice
 from steph.files.atomic import free_bytes, in_words
 from steph.files.records import COMPLETION, Record, read_json, read_record
 from steph.files.tables import shortened
@@ -304,6 +305,15 @@ def data(case: Case) -> Answers:
         yield PASS, f"{unmade} synthetic data sets are not made yet; their first run makes them"
 
 
+def patients(case: Case) -> Answers:
+    """Whether a patient stands in two data sets, or a slide under two names."""
+    twice = list(find_twice(case.study))
+    for each in twice:
+        yield FAIL if each.leaks else WARN, each.found, each.fix
+    if not twice:
+        yield PASS, "nobody stands in two data sets, no slide under two names, in the label tables and stores there are"
+
+
 def disk(case: Case) -> Answers:
     """Free space against what the missing records, and the stores that are not packed, will take."""
     study, runs = case.study, case.planned if case.missing is None else case.missing
@@ -408,4 +418,4 @@ def book(case: Case) -> Answers:
 
 
 MACHINE = (packages, device, threads, kernel, notebooks, manifest)  # the manifest's last: the others need what it reads
-STUDY = (build_folder, data, disk, memory, runs, book)
+STUDY = (build_folder, data, patients, disk, memory, runs, book)

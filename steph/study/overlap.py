@@ -1,8 +1,9 @@
 """No patient twice: nobody whom a run is tested on has trained a model that takes part in it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from steph import Refused
+from steph.data.twice import remedy
 from steph.files.tables import shortened
 from steph.study.runs import Run, Workbench
 
@@ -19,17 +20,23 @@ def refuse_overlap(bench: Workbench, runs: Iterable[Run]) -> None:
     trained a model that it merges, transfers or trains on."""
     asked = set()
     for run in runs:
+        data = bench.dataset(run.dataset)
         for name, fold in sorted(trained_on(bench, run)):
             question = run.dataset, run.fold, name, fold
-            if question in asked:
-                continue
-            asked.add(question)
-            data, trained = bench.dataset(run.dataset), set(bench.dataset(name).splits.train(fold))
-            tested = [*data.splits.test(run.fold), *(data.external.cohort.slides_of if data.external else ())]
-            shared = [patient for patient in tested if patient in trained]
-            if shared:
-                raise Refused(
-                    f"{run}: {len(shared)} of the {len(tested)} patients that it is tested on have trained the model "
-                    f"of {name}, fold {fold}, which it builds on: {shortened(shared)}. What it predicts for them is no "
-                    f"prediction. Drop them from the labels of {name} or {run.dataset}, or make one data set of both."
-                )
+            if question not in asked:
+                asked.add(question)
+                external = data.external.cohort.slides_of if data.external else ()
+                tested = [*data.splits.test(run.fold), *external]
+                refuse_trained(bench, f"{run}", run.dataset, tested, name, fold)
+
+
+def refuse_trained(bench: Workbench, what: str, dataset: str, tested: Sequence[str], name: str, fold: int) -> None:
+    """Raise `Refused`, naming them, where patients of a data set whom `what` tests trained the model of data set `name`
+    and a fold."""
+    trained = set(bench.dataset(name).splits.train(fold))
+    if shared := [patient for patient in tested if patient in trained]:
+        raise Refused(
+            f"{what}: {len(shared)} of the {len(tested)} patients that it is tested on have trained the model of "
+            f"{name}, fold {fold}, which it builds on: {shortened(shared)}. What it predicts for them is no "
+            f"prediction. {remedy(name, dataset)}."
+        )

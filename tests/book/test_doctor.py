@@ -101,8 +101,8 @@ def test_a_healthy_study_passes_and_nothing_is_touched(build):
     findings = examine("tiny")
     assert [f for f in findings if f.status == "FAIL"] == []
     assert {f.check for f in findings} == {
-        "packages", "device", "threads", "kernel", "notebooks", "manifest", "build folder", "data", "disk", "memory",
-        "runs", "book",
+        "packages", "device", "threads", "kernel", "notebooks", "manifest", "build folder", "data", "patients",
+        "disk", "memory", "runs", "book",
     }  # fmt: skip
     for finding in findings:
         assert_fix_is_real(finding.fix)

@@ -1,4 +1,4 @@
-"""Joint learning: the union of data sets is each of them, patient by patient, and nobody's test patient."""
+"""Joint learning: the union of data sets is each of them, patient by patient."""
 
 from dataclasses import replace
 
@@ -9,7 +9,6 @@ import torch
 from steph import Refused
 from steph.data.dataset import Dataset
 from steph.data.joint import JointDataset
-from steph.data.splits import Splits
 from steph.study.runs import Workbench
 
 
@@ -57,15 +56,10 @@ def test_training_patients_are_everybodys_and_nobodys_test_patients(parts, n_par
     assert tested and not tested & set(training)
 
 
-def test_a_patient_who_trains_here_and_tests_there_and_an_external_set_are_refused(parts):
-    """Two overlapping cohorts, such as one cancer and a group of cancers that holds it."""
+def test_two_data_sets_may_use_the_same_ids_and_an_external_set_is_refused(parts):
     data = parts[0]
-    turned = Splits(tuple(reversed(data.splits.folds)), "file")
-    other = replace(data, name="SARC2", splits=turned)
-    with pytest.raises(Refused, match=r"one data set test another: .* \(trains SARC, tests SARC2\).*share no"):
-        JointDataset([data, other]).train(0)
-    same = JointDataset([data, replace(data, name="SARC2")])  # the same patients in the same folds leak nothing
-    assert len(same.train(0)) == 2 * len(data.splits.train(0))
+    same = JointDataset([data, replace(data, name="SARC2")]).train(0)
+    assert len(set(same)) == 2 * len(data.splits.train(0))
     with pytest.raises(Refused, match="external set"):
         JointDataset([data.external]).train(0)
 

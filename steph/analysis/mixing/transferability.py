@@ -18,6 +18,7 @@ from steph.data.manifest import Study
 from steph.merging.task_vectors import Layout, encoder_part, task_vector
 from steph.mil.base import Model
 from steph.study.cache import cached_table
+from steph.study.overlap import refuse_trained
 from steph.study.runs import SOURCE_FOLD, Run, Workbench
 from steph.survival import concordance_index, risk_score
 from steph.training.device import Compute, single_thread
@@ -34,7 +35,7 @@ def transferred(bench: Workbench, targets: Sequence[str], precision: str = "fp32
     c_index, n, events, problem (why it has none).
 
     Each bag is read once for all models; each target's table is computed once. The models (`source_runs`) must be
-    finished; one that is not is refused.
+    finished; one that is not is refused, and so is one that a patient of the target has trained.
     """
     tables = [_on_target(bench, target, precision, device) for target in targets]
     table = pd.concat(tables, ignore_index=True).fillna({"problem": ""})
@@ -44,6 +45,8 @@ def transferred(bench: Workbench, targets: Sequence[str], precision: str = "fp32
 def _on_target(bench: Workbench, target: str, precision: str, device: str) -> pd.DataFrame:
     study, data = bench.study, bench.dataset(target)
     runs = {name: run for name, run in source_runs(study, precision).items() if name in study.sources_of(target)}
+    for name in runs:
+        refuse_trained(bench, f"{name} on {target}", target, list(data.cohort.slides_of), name, SOURCE_FOLD)
     inputs = {
         "models": {name: bench.key(run) for name, run in runs.items()}, "data": data.fingerprint,
         "max_patches": study.recipe.max_patches,
