@@ -30,10 +30,12 @@ NOTEBOOKS, REFERENCE = "build/book/notebooks", "build/book/reference"
 
 RIVALS = {
     "vanilla": "the cancer's own model",
+    "vanilla_longer": "that model trained for as long as STEPH has behind it",
     "roupkt": "ROUPKT, which runs all models",
     "model_average": "the plain average of all models",
     "hypernetwork_only": "its hypernetwork alone, without other cancers",
     "steph_random_sources": "itself with noise for the other cancers",
+    "joint": "one model trained on the patients of all cancers",
 }
 """The methods that the first page compares STEPH with, in words."""
 
@@ -117,24 +119,32 @@ def git(project: Path, *command: str) -> str:
 
 
 def findings(study: Study, runs: pd.DataFrame) -> str:
-    """The first page's findings, in Markdown: what STEPH gains over other methods with intervals, how we read
-    it, and how the scorecard ends. runs: of `steph.study.runs.results`."""
+    """The first page's findings, in Markdown: what the controls say, what STEPH gains over other methods with
+    intervals, from start to start, and how the scorecard ends. runs: of `steph.study.runs.results`."""
     chosen = runs[(runs["seed"] == study.seed) & (runs["precision"] == runs["precision"].mode()[0])]
     value = primary_outcome(chosen)
-    path = study.build / "tables" / "scorecard.csv"
-    if not path.is_file():
-        raise Refused(f"{path} is not there; the scorecard writes it: steph run 10_scorecard -p study={study.address}")
-    card = pd.read_csv(path)
+    says, by_start = (_written(study, name, "11_controls") for name in ("controls_say", "controls_gain_by_start"))
+    card = _written(study, "scorecard", "10_scorecard")
     return render(
         "steph.book",
         "findings.md",
         study=study,
+        says=says["sentence"],
+        starts=by_start.dropna(subset="difference"),
         outcome=VALUES[value],
         gains=pd.DataFrame([_gain(chosen, rival, value) for rival in RIVALS]),
         claims=len(card),
         verdicts=card["verdict"].value_counts(),
         directions=card["points"].value_counts(),
     )
+
+
+def _written(study: Study, table: str, notebook: str) -> pd.DataFrame:
+    """A table that a notebook wrote. Raises `Refused` where it is not there."""
+    path = study.build / "tables" / f"{table}.csv"
+    if not path.is_file():
+        raise Refused(f"{path} is not there; a chapter writes it: steph run {notebook} -p study={study.address}")
+    return pd.read_csv(path)
 
 
 def _gain(runs: pd.DataFrame, rival: str, value: str) -> dict[str, str]:
@@ -146,11 +156,12 @@ def _gain(runs: pd.DataFrame, rival: str, value: str) -> dict[str, str]:
     try:
         compared = compare(runs, "steph", rival, value)
         gain, base = compared.gain, compared.base
-        measured = [f"{base + gain.value:.3f}", f"{base:.3f}", with_interval(gain.value, gain.low, gain.high)]
+        values = [f"{base + gain.value:.3f}", f"{base:.3f}", with_interval(gain.value, gain.low, gain.high)]
+        measured = [str(compared.n_folds), *values]
         answer = conclusion(gain)
     except Refused as reason:
-        measured, answer = ["—"] * 3, f"no answer: {reason}"
-    names = ["Is STEPH ...", "STEPH", "the other", "gain (95 % interval)", "in the paper", "conclusion"]
+        measured, answer = ["—"] * 4, f"no answer: {reason}"
+    names = ["Is STEPH ...", "folds", "STEPH", "the other", "gain (95 % interval)", "in the paper", "conclusion"]
     return dict(zip(names, [f"better than {RIVALS[rival]}?", *measured, published, answer], strict=True))
 
 

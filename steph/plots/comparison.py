@@ -63,7 +63,7 @@ def c_index(results: pd.DataFrame, oracle: pd.DataFrame | None = None, value: st
 
 def intervals(table: pd.DataFrame) -> Figure:
     """Differences with their intervals, a row each: columns label, difference, low, high, paper (an open diamond;
-    may be NaN). In the grey band differences are too small to be interpreted."""
+    may be NaN)."""
     fig, ax = plt.subplots(figsize=(WIDTH, 0.29 * len(table) + 1.0))
     style.zero_line(ax)
     rows, look = list(table["label"]), {"markeredgecolor": INK, "markersize": 5, **PAPERS}

@@ -17,7 +17,7 @@ from steph.scorecard import analyses, comparisons
 from steph.scorecard.analyses import MARGINAL
 from steph.scorecard.comparisons import hypernetwork_pairs
 from steph.scorecard.evidence import gather
-from steph.scorecard.rules import NOT_REPRODUCED, OTHER_PATIENTS, REPRODUCED, TOO_SMALL, Claim, Evidence, verdict
+from steph.scorecard.rules import DECIDED, NOT_REPRODUCED, OTHER_PATIENTS, REPRODUCED, Claim, Evidence, verdict
 from steph.study.paper import PAPER, paper_gain
 
 RULES = {**comparisons.RULES, **analyses.RULES}
@@ -58,14 +58,14 @@ def by_part(card: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def differences(results: pd.DataFrame) -> pd.DataFrame:
-    """What the scorecard's figure shows, a row for each of the `CLAIMS` about one mean gain: label, difference, low,
-    high, paper (the paper's difference)."""
+    """What the scorecard's figure shows, a row for each of the `CLAIMS` about one mean gain: label, difference, low and
+    high of the interval that decides (`Comparison.on_these`), paper (the paper's difference)."""
     rows = []
     for claim in CLAIMS:
         if claim.rule is not RULES["gain"]:
             continue
         try:
-            gain = compare(results, *claim.arguments).gain
+            gain = compare(results, *claim.arguments).on_these()
         except Refused:
             continue  # what is undefined stands, with its reason, in the tables
         label = " − ".join(map(title, claim.arguments))

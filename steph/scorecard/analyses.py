@@ -35,12 +35,15 @@ def _pairs(evidence: Evidence, target: str = "") -> pd.DataFrame:
     return pairs.assign(inside=pairs["lambda_test"].between(0, 1, inclusive="neither"))
 
 
-def _better_direction(evidence: Evidence) -> Finding:
-    """4.2.2: there are mixtures with less loss than M_t on training and on test patients alike."""
+def _better_direction(evidence: Evidence, reading: str) -> Finding:
+    """4.2.2, Fig. 4 (c): there are mixtures with less loss than M_t on training and on test patients alike. reading:
+    "both", of the mixture itself, or "scaled", of the mixture that w scales (`landscape.summaries`)."""
     pairs = _pairs(evidence)
-    both, n = int(pairs["both_low"].notna().sum()), len(pairs)
+    both, n = pairs[f"{reading}_low"].notna(), len(pairs)
     ours = f"pairs on both; on test patients alone {pairs['inside'].sum()} of {n}"
-    return _often(both, n, ours, "pairs with a λ of less loss than λ = 1 on training and test patients")
+    if reading == "scaled":
+        ours = f"pairs on both, by a w for each set; by one w for both {pairs['scaled_alike'].sum()} of {n}"
+    return _often(both.sum(), n, ours, "pairs with a λ < 1 of less loss than M_t on training and test patients")
 
 
 def _more_pairs(evidence: Evidence) -> Finding:

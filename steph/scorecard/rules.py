@@ -11,23 +11,18 @@ from steph import Refused
 from steph.analysis.performance.estimates import Estimate
 from steph.analysis.performance.statistics import Comparison
 from steph.data.manifest import Study
-from steph.study.paper import paper_table
-
-PAPER_FOLDS, PAPER_ENCODER, PAPER_WIDTH = 5, "UNI2-h", 1536
+from steph.study.paper import other_data
 
 POINTS = {
-    "agrees": "same direction",
-    "weaker": "same direction, weaker",
-    "refuted": "weaker or none",
-    "reversed": "opposite",
-    "small": "open",
-    "unclear": "open",
-}
+    "agrees": "same direction", "weaker": "weaker or none", "refuted": "weaker or none", "reversed": "opposite",
+    "small": "open", "unclear": "open",
+}  # fmt: skip
 """Where the numbers of a study point, whether or not it can decide."""
 
 TINY = 1e-9  # what two ways to take the same mean may differ by
 
 REPRODUCED, WEAKER, NOT_REPRODUCED, REVERSED = "reproduced", "same direction but weaker", "not reproduced", "reversed"
+DECIDED = (REPRODUCED, WEAKER, NOT_REPRODUCED, REVERSED)
 TOO_SMALL, OPEN, OTHER_PATIENTS = "too small for this design", "open", "not asked of the paper's patients"
 VERDICTS = {
     "agrees": REPRODUCED, "weaker": WEAKER, "refuted": NOT_REPRODUCED, "reversed": REVERSED, "small": TOO_SMALL,
@@ -68,18 +63,10 @@ class Evidence:
     @property
     def limits(self) -> str:
         """Why these records cannot decide a claim about the paper's experiment; "" where they can."""
-        if self.study.synthetic:
-            return "synthetic cohort"
-        lacking = sorted(set(paper_table("table_s1")["dataset"]) - set(self.study.datasets))
-        if lacking:
-            return f"{len(lacking)} of the paper's 13 data sets are not in this study"
-        found = [self.study.endpoint.name, self.study.folds, self.study.features.encoder, self.study.features.dim]
-        expected = ["DSS", PAPER_FOLDS, PAPER_ENCODER, PAPER_WIDTH]
-        names = ["endpoint", "folds", "encoder", "width"]
-        differing = [f"{n} {a} (the paper's: {b})" for n, a, b in zip(names, found, expected, strict=True) if a != b]
-        if self.cohort is not None and (off := len(differing_counts(self.cohort))):
-            differing.append(f"{off} of the numbers of Table S1")
-        return f"other data than the paper's: {', '.join(differing)}" if differing else ""
+        if (differing := other_data(self.study)) or self.cohort is None:
+            return differing
+        off = len(differing_counts(self.cohort))
+        return f"{off} of the numbers of Table S1 are others here" if off else ""
 
     def analysis(self, name: str, lacking: str) -> Any:
         """One of the tables that may be missing or empty; then raises `Refused`, saying what is lacking."""
@@ -100,8 +87,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper, decided by a rule. printed: the paper's number where no table of it has it. needs_cohort:
-    it is about the paper's patients, so other patients can neither confirm nor refute it."""
+    """A claim of the paper, decided by a rule. printed: the paper's number where no table of it has it, or what its
+    text says besides. needs_cohort: it is about the paper's patients, so other patients can neither confirm nor refute
+    it."""
 
     id: str
     section: str
@@ -113,7 +101,8 @@ class Claim:
 
     def paper(self) -> str:
         """The paper's number as text."""
-        return self.rule.paper(*self.arguments) if self.rule.paper else self.printed
+        of_tables = self.rule.paper(*self.arguments) if self.rule.paper else ""
+        return "; ".join(filter(None, [of_tables, self.printed]))
 
     def check(self, evidence: Evidence) -> Finding:
         """What our records say."""

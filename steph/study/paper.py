@@ -110,5 +110,19 @@ def methods_beyond(study: Study | None = None) -> list[str]:
     return [name for name, m in METHODS.items() if m.in_book and name not in printed and _possible(study, name)]
 
 
+def other_data(study: Study) -> str:
+    """In what a study differs from the paper's experiment, by its manifest; "" where it is the same."""
+    if study.synthetic:
+        return "synthetic cohort"
+    if lacking := set(paper_table("table_s1")["dataset"]) - set(study.datasets):
+        return f"{len(lacking)} of the paper's 13 data sets are not in this study"
+    asked = {
+        "endpoint": (study.endpoint.name, "DSS"), "folds": (study.folds, 5),
+        "encoder": (study.features.encoder, "UNI2-h"), "width": (study.features.dim, 1536),
+    }  # fmt: skip
+    differing = [f"{name} {here} (the paper's: {theirs})" for name, (here, theirs) in asked.items() if here != theirs]
+    return f"other data than the paper's: {', '.join(differing)}" if differing else ""
+
+
 def _possible(study: Study | None, method: str) -> bool:
     return study is None or not any(METHODS[method].refusal(study, dataset) for dataset in study.datasets)

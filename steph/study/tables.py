@@ -12,7 +12,7 @@ import pandas as pd
 from steph import Refused
 from steph.data.manifest import Study
 from steph.methods.registry import METHODS, title
-from steph.study.paper import AVERAGE, paper_table, paper_values
+from steph.study.paper import AVERAGE, other_data, paper_table, paper_values
 
 VALUES = {"c_index": "test folds", "external_c_index": "external patients"}
 """What a result's C-indices are of."""
@@ -151,12 +151,13 @@ def primary_outcome(results: pd.DataFrame) -> str:
 
 
 def sources_line(results: pd.DataFrame, study: Study) -> str:
-    """Which records a page stands on, in one sentence."""
+    """Which records a page stands on, in a sentence; and where the paper's numbers are of other data, why."""
     seeds, devices = (", ".join(map(str, sorted(results[c].unique()))) for c in ("seed", "device"))
+    other = other_data(study)
     return (
         f"{len(results)} finished runs below `build/{study.name}/runs`: {results['dataset'].nunique()} data set(s), "
         f"{results['method'].nunique()} method(s), fold(s) {', '.join(map(str, sorted(results['fold'].unique())))}, "
-        f"seed {seeds}, on {devices}."
+        f"seed {seeds}, on {devices}.{f' Numbers of the paper are of other data ({other}).' * bool(other)}"
     )
 
 

@@ -63,17 +63,28 @@ def test_contents_follow_the_study():
 
 def test_findings_are_made_of_records(tiny):
     table = results(tiny)
-    with pytest.raises(Refused, match=r"scorecard\.csv is not there; .*steph run 10_scorecard"):
-        pages.findings(tiny.study, table)
-    written = tiny.study.build / "tables" / "scorecard.csv"
-    written.parent.mkdir(exist_ok=True)
-    pd.DataFrame({"verdict": ["reproduced", "x", "x"], "points": ["open"] * 3}).to_csv(written)
+    written = {
+        "controls_say": pd.DataFrame({"sentence": ["Other ways do better.", "No gain is shown."]}),
+        "controls_gain_by_start": pd.DataFrame({"on": ["external patients"] * 3, "difference": [0.043, 0.012, None]}),
+        "scorecard": pd.DataFrame({"verdict": ["reproduced", "x", "x"], "points": ["open"] * 3}),
+    }
+    folder = tiny.study.build / "tables"
+    folder.mkdir(exist_ok=True)
+    for name, chapter in zip(written, ("11_controls", "11_controls", "10_scorecard"), strict=True):
+        with pytest.raises(Refused, match=rf"{name}\.csv is not there; .*steph run {chapter}"):
+            pages.findings(tiny.study, table)
+        written[name].to_csv(folder / f"{name}.csv")
     text, lacking = pages.findings(tiny.study, table), pages.findings(tiny.study, table[table["method"] != "roupkt"])
-    written.unlink()
+    for name in written:
+        (folder / f"{name}.csv").unlink()
+    assert text.startswith("**Other ways do better.** **No gain is shown.** This is what")
+    assert "Over 2 starts" in text and "is +0.012 to +0.043 (on external patients)" in text
     assert "**synthetic**" in text and "Of 3 claims of the paper: 2 x, 1 reproduced." in text
-    row = re.search(r"than the cancer's own model\? \| (0\.\d{3}) \| (0\.\d{3}) \| ([+-]0\.\d{3}) .*\| \+0\.03", text)
+    row = re.search(
+        r"than the cancer's own model\? \| \d \| (0\.\d{3}) \| (0\.\d{3}) \| ([+-]0\.\d{3}) .*\| \+0\.03", text
+    )
     assert float(row[1]) - float(row[2]) == pytest.approx(float(row[3]), abs=0.0015)
-    assert "better than ROUPKT, which runs all models? | — | — | — | +0.014 | no answer" in lacking
+    assert "better than ROUPKT, which runs all models? | — | — | — | — | +0.014 | no answer" in lacking
 
 
 @pytest.fixture

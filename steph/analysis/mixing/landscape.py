@@ -204,10 +204,12 @@ def summaries(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     And across sets: moved_test (and moved_external), the gain there of the lambda that is best on training patients,
     what one would really get; tested_external, that of the lambda that is best on test patients; both_low, both_high,
     the least and largest lambda with less loss than M_t on training and on test patients alike (NaN: there is none).
+    The paper's Fig. 4 (c) can be read so, or as the least loss when w scales the mixture: scaled_low, scaled_high, the
+    same for lambda < 1 with the best w on each set; scaled_alike, is there a mixture of less loss with one w for both?
     """
     rows = []
     for source, table in tables.items():
-        line, rays = lambda_line(table).set_index("lambda"), best_magnitude(table)
+        line, rays = (losses.set_index("lambda") for losses in (lambda_line(table), best_magnitude(table)))
         gain = line.iloc[-1] - line
         row: dict[str, Any] = {"source": source}
         for column in line.columns:
@@ -217,8 +219,12 @@ def summaries(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             row |= {f"plane_{name}": table[column].min(), f"moved_{name}": gain[column][row["lambda_train"]]}
         if "loss_external" in line:
             row["tested_external"] = gain["loss_external"][row["lambda_test"]]
-        lower = line.index[(gain[["loss_train", "loss_test"]] > 0).all(axis=1)]
-        rows.append({**row, "both_low": lower.min(), "both_high": lower.max()})
+        both = ["loss_train", "loss_test"]
+        for name, losses in (("both", line), ("scaled", rays)):
+            lower = losses.index[(losses[both] < line[both].iloc[-1]).all(axis=1) & (losses.index < 1)]
+            row |= {f"{name}_low": lower.min(), f"{name}_high": lower.max()}
+        mixed = table.loc[table["c_s"] > 0, both]
+        rows.append({**row, "scaled_alike": (mixed < line[both].iloc[-1]).all(axis=1).any()})
     return pd.DataFrame(rows)
 
 

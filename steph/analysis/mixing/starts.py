@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from steph.analysis.mixing import dynamics
-from steph.analysis.performance.estimates import Estimate, answer, around, mean_of, reach_of_mean
+from steph.analysis.performance.estimates import Estimate, answer, mean_of
 from steph.data.manifest import Study
 from steph.study.runs import Run
 from steph.study.tables import VALUES, primary_outcome
@@ -62,14 +62,6 @@ def choice_wide(table: pd.DataFrame) -> pd.DataFrame:
     means = table.groupby("target", sort=False)[list(FOLLOWS)].mean()
     means.loc["Mean"] = means.mean()
     return means.dropna(axis=1, how="all").rename(columns=FOLLOWS).rename_axis(index=None)
-
-
-def mean_over(table: pd.DataFrame, value: str) -> Estimate:
-    """Mean of a column of `choices` with a 95 % interval by Student's t, the wider of two: over targets, over starts.
-    NaN where nothing is known."""
-    wide = table.pivot(index="target", columns="seed", values=value)
-    mean = float(np.nanmean(wide)) if wide.notna().any(axis=None) else np.nan
-    return around(mean, *(reach_of_mean(wide.mean(axis=axis).dropna()) for axis in (0, 1)))
 
 
 def sources_over_starts(courses: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -175,6 +175,7 @@ def test_a_landscape_in_numbers():
     assert found["tested_external"] == pytest.approx(-2 * (1 - found["lambda_test"]) ** 2)
     # On the line, train is below M_t for lambda above 0.6, test above 0.4.
     assert (found["both_low"], found["both_high"]) == (0.64, 0.96)
+    assert found["scaled_low"] < 0.64 and found["scaled_high"] == 0.96 and found["scaled_alike"]
 
 
 def test_no_lambda_is_better_on_both_where_training_wants_the_target():
@@ -188,6 +189,16 @@ def test_no_lambda_is_better_on_both_where_training_wants_the_target():
     steps = module.wide(found, module.MAGNITUDES).set_index("source")
     assert (steps.diff(axis=1).iloc[:, 1:] < 1e-12).all(axis=None)  # each has what the one before it has, and more
     assert steps.loc["CESC"].tolist() == pytest.approx([1.08, 1, 1, 1])
+
+
+def test_a_scaled_mixture_may_be_better_on_both_where_no_mixture_on_the_line_is():
+    more = bowl(0.3, 1.4)  # more of both vectors than on the line
+    far, apart = made(more, more), made(bowl(-0.15, 0.8), more)  # apart: training wants the opposite way from M_t
+    target = made(bowl(0, 1), bowl(0, 1))
+    found = module.summaries({"far": far, "apart": apart, "target": target}).set_index("source")
+    assert found["both_low"].isna().tolist() == [True, True, True]
+    assert found["scaled_low"].notna().tolist() == [True, True, False]
+    assert found["scaled_alike"].tolist() == [True, False, False]
 
 
 def test_smoothing_is_scipys_in_grid_steps():

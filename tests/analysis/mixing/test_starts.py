@@ -61,15 +61,6 @@ def test_the_runs_are_of_every_target_and_start():
     assert {(r.method, r.fold, r.precision) for r in found} == {("steph", 0, "bf16")} and len(found) == 2 * 5
 
 
-def test_the_interval_is_the_wider_of_targets_and_starts():
-    wide = pd.DataFrame({0: [0.1, 0.5, 0.9], 1: [0.1, 0.5, 0.9]}, index=pd.Index(["A", "B", "C"], name="target"))
-    table = wide.melt(ignore_index=False, var_name="seed", value_name="other_starts").reset_index()
-    found = starts.mean_over(table, "other_starts")
-    reach = 4.302653 * 0.4 / np.sqrt(3)  # t of 2 degrees of freedom; the starts do not differ
-    assert (found.low, found.value, found.high) == pytest.approx((0.5 - reach, 0.5, 0.5 + reach))
-    assert np.isnan(starts.mean_over(table.assign(other_starts=np.nan), "other_starts").value)
-
-
 def test_sources_chosen_over_starts():
     table = starts.sources_over_starts(courses(1, 0)).set_index("target")
     assert (table["distinct"] == 1).all() and table["largest"].str.endswith(" (4)").all()
