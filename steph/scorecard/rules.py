@@ -180,4 +180,5 @@ def judge_wins(wins: Estimate, n: int, paper: int) -> tuple[str, str]:
         return answer, f"the paper's {paper} lies above the interval"
     if most:
         return "agrees", "the interval lies above one half, and holds the paper's count"
-    return "small", f"between {wins.low:.0f} and {wins.high:.0f} of {n} are compatible with these folds"
+    held = f"between {wins.low:.0f} and {wins.high:.0f} of {n} are compatible with these folds"
+    return "small", f"{held}; more patients, or independent repetitions, would narrow it"

@@ -121,7 +121,7 @@ def other_data(study: Study) -> str:
         "encoder": (study.features.encoder, "UNI2-h"), "width": (study.features.dim, 1536),
     }  # fmt: skip
     differing = [f"{name} {here} (the paper's: {theirs})" for name, (here, theirs) in asked.items() if here != theirs]
-    return f"other data than the paper's: {', '.join(differing)}" if differing else ""
+    return ", ".join(differing)
 
 
 def _possible(study: Study | None, method: str) -> bool:

@@ -153,11 +153,11 @@ def primary_outcome(results: pd.DataFrame) -> str:
 def sources_line(results: pd.DataFrame, study: Study) -> str:
     """Which records a page stands on, in a sentence; and where the paper's numbers are of other data, why."""
     seeds, devices = (", ".join(map(str, sorted(results[c].unique()))) for c in ("seed", "device"))
-    other = other_data(study)
+    but = f" Not the paper's data: {other}." if (other := other_data(study)) else ""
     return (
         f"{len(results)} finished runs below `build/{study.name}/runs`: {results['dataset'].nunique()} data set(s), "
         f"{results['method'].nunique()} method(s), fold(s) {', '.join(map(str, sorted(results['fold'].unique())))}, "
-        f"seed {seeds}, on {devices}.{f' Numbers of the paper are of other data ({other}).' * bool(other)}"
+        f"seed {seeds}, on {devices}.{but}"
     )
 
 

@@ -17,6 +17,7 @@ from steph.data.manifest import Study, load_study
 from steph.scorecard import NOT_REPRODUCED, OTHER_PATIENTS, REPRODUCED, RULES, Evidence, comparisons
 from steph.scorecard.rules import OPEN, REVERSED, Finding, all_of, judge_gain, judge_wins
 from steph.study import paper, plan, run_all
+from steph.study import tables as results
 from tests.helpers.made_results import DATASETS, frame, shifted
 
 
@@ -261,6 +262,13 @@ def test_part_of_the_papers_cohort_decides_nothing():
     assert row["verdict"] == OTHER_PATIENTS and "8 of the paper's 13" in row["why"]
     other = TCGA.model_copy(update={"endpoint": TCGA.endpoint.model_copy(update={"name": "OS"})})
     assert "endpoint OS (the paper's: DSS)" in card(shifted(0.2), other).loc["gain", "why"]
+    other = TCGA.model_copy(update={"features": TCGA.features.model_copy(update={"dim": 48})})
+    assert "width 48 (the paper's: 1536)" in card(shifted(0.2), other).loc["gain", "why"]
+    assert results.sources_line(shifted(0.2), other).endswith(" Not the paper's data: width 48 (the paper's: 1536).")
+    counted = pd.DataFrame({f"{of}{c}": [1] for of in ("", "paper_") for c in ("patients", "slides")})
+    counted = counted.assign(survival_rate_pct=80.0, paper_survival_rate_pct=81.0)
+    row = card(shifted(0.2), cohort=counted).loc["gain"]
+    assert row["verdict"] == OTHER_PATIENTS and row["why"].startswith("1 of the numbers of Table S1 are others here; ")
 
 
 def test_an_undefined_fold_decides_nothing_and_says_so():
