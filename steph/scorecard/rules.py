@@ -19,7 +19,7 @@ POINTS = {
 }  # fmt: skip
 """Where the numbers of a study point, whether or not it can decide."""
 
-TINY = 1e-9  # what two ways to take the same mean may differ by
+ROUNDING = 1e-4  # what a difference of two averages may be off by that are printed with four decimals
 
 REPRODUCED, WEAKER, NOT_REPRODUCED, REVERSED = "reproduced", "same direction but weaker", "not reproduced", "reversed"
 DECIDED = (REPRODUCED, WEAKER, NOT_REPRODUCED, REVERSED)
@@ -154,7 +154,7 @@ def judge_gain(found: Comparison, paper: float, of: int = 1) -> tuple[str, str]:
         return "unclear", "one fold of one data set gives no interval"
     if against.high < 0:
         return "reversed", "the interval lies below 0"
-    if against.high < paper - TINY:
+    if against.high < paper - ROUNDING:
         answer = "weaker" if seen.low > 0 else "refuted"
         return answer, f"the paper's {paper:+.4f} lies above the interval{', which lies above 0' * (seen.low > 0)}"
     if seen.low > 0:

@@ -123,6 +123,7 @@ def replicated(differences: np.ndarray) -> Comparison:
     return Comparison(pd.DataFrame({"gain": differences.mean(axis=1), "error": errors}), 0.6, j)
 
 
+@cache
 def cells() -> dict[str, np.ndarray]:
     """The paper's own C-indices (13,) by method; where it has an average alone, STEPH's moved to it."""
     steph = paper.paper_c_index("steph").drop(paper.AVERAGE)
@@ -304,8 +305,8 @@ def test_sources_used_asks_for_several_starts(used, answer):
 def test_sources_that_only_scale_the_target_have_lambda_one_and_a_larger_w(scaled, answer):
     rows = []
     for seed, n in enumerate(scaled):
-        rows += [(seed, 2, f"S{i}", 0.9 if i < n else 0.1, 0.99) for i in range(7)]  # all have lambda 1, n a larger w
-        rows += [(seed, 2, f"L{i}", 0.95, 0.2) for i in range(3)]
+        rows += [(seed, 2, f"S{i}", 0.9 if i < n else 0.1, 0.99) for i in range(8)]  # all have lambda 1, n a larger w
+        rows += [(seed, 2, f"L{i}", 0.95, 0.2) for i in range(2)]
     course = pd.DataFrame(rows, columns=["seed", "epoch", "source", "w", "lambda"])
     found = check("scaled-BRCA", dynamics={"BRCA": course})
     assert found.answer == answer

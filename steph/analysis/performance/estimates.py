@@ -20,9 +20,9 @@ class Estimate:
 
 def student_reach(error: Any, degrees: int, level: float = 0.95) -> Any:
     """Half the width of Student's interval around a mean with this standard error (a number or an array)."""
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
-    return t.ppf((1 + level) / 2, degrees) * error
+    return stdtrit(degrees, (1 + level) / 2) * error
 
 
 def reach_of_mean(values: Any, level: float = 0.95) -> float:
