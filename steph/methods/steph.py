@@ -159,4 +159,13 @@ METHODS = {
         network="patch_gcn",
         base="patch_gcn",
     ),
+    "steph_patch_gcn_softplus": _variant(
+        "STEPH on Patch-GCN, softplus",
+        "STEPH on Patch-GCN models, w by softplus (an option of the release) in place of ReLU, so that none dies",
+        group="beyond",
+        network="patch_gcn",
+        base="patch_gcn",
+        options={"w_activation": "softplus"},
+        in_book=False,
+    ),
 }

@@ -132,6 +132,7 @@ HYPER = {"hyper.embed", "hyper.weight_head", "head"}
 MIXING = HYPER | {"hyper.mix_head"}
 TRAINS = {
     **dict.fromkeys(["steph", "steph_dense", "steph_gamma_search", "steph_random_sources", "steph_patch_gcn"], MIXING),
+    "steph_patch_gcn_softplus": MIXING,
     **dict.fromkeys(["steph_subsampled", "steph_r256", "steph_r1024"], MIXING),
     **dict.fromkeys(["steph_lambda0", "steph_lambda0_with_target", "steph_lambda1"], HYPER),
     "steph_param_lambda": HYPER | {"ratio_vector"},

@@ -132,3 +132,11 @@ def test_memory_in_half_precision_is_counted_where_shapes_allow_it():
     for name, halved in (("vanilla", True), ("transmil", False)):  # TransMIL's layers choose their precision themselves
         single, half = (operations.prediction_memory(name, study, 3000, p) for p in ("fp32", "bf16"))
         assert half < 0.7 * single if halved else half == single
+
+
+def test_roupkt_needs_what_one_of_its_networks_needs_or_its_experts():
+    """It asks one network after the other; on a small bag the experts' stacked weights (5 MB) are the most."""
+    study = operations.paper_study()
+    few, many = ([operations.prediction_memory(m, study, n) for m in ("vanilla", "roupkt")] for n in (100, 10_000))
+    assert few[0] < 1e6 < 5 * 512 * 512 * 4 <= few[1] < 6e6
+    assert many[0] == many[1] > 60e6
