@@ -49,7 +49,7 @@ def test_names_and_titles_are_unique_and_described():
     assert len({m.title for m in METHODS.values()}) == len(METHODS)
     for name, m in METHODS.items():
         assert re.fullmatch(r"[a-z0-9_.]+", name) and m.description and m.group
-        assert m.after is None or METHODS[m.after].needs_target
+        assert m.after is None or m.after in METHODS
 
 
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.group == "sweep"])
