@@ -18,6 +18,7 @@ from steph.plots import show_link
 from steph.plots.display import FOLDER_VARIABLE
 from steph.study.runs import Run, Workbench, results
 from tests.conftest import REFERENCE, in_copy
+from tests.helpers.made_results import FIRST_PAGE
 
 
 def write_notebook(path, *html):
@@ -40,7 +41,8 @@ def shelf(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(book, "SHELF", tmp_path / "book")
     tables = tiny.study.build / "tables"
     tables.mkdir(exist_ok=True)
-    pd.DataFrame({"verdict": ["x"], "points": ["open"]}).to_csv(tables / "scorecard.csv")
+    for name, table in FIRST_PAGE.items():
+        table.to_csv(tables / f"{name}.csv")
     for chapter in chapters(tiny.study):
         finish(executed_path(tiny.study, chapter), "../tables/scorecard.csv")
     yield tmp_path / "book"

@@ -10,7 +10,6 @@ from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import pandas as pd
 import pytest
 import yaml
 
@@ -21,6 +20,7 @@ from steph.data.manifest import load_study
 from steph.methods.registry import METHODS
 from steph.study.runs import results
 from tests.helpers.devtools import Browser, find_browser
+from tests.helpers.made_results import FIRST_PAGE
 
 sys.path.append(str(PROJECT / "book" / "_ext"))
 book_parts = import_module("book_parts")
@@ -63,19 +63,14 @@ def test_contents_follow_the_study():
 
 def test_findings_are_made_of_records(tiny):
     table = results(tiny)
-    written = {
-        "controls_say": pd.DataFrame({"sentence": ["Other ways do better.", "No gain is shown."]}),
-        "controls_gain_by_start": pd.DataFrame({"on": ["external patients"] * 3, "difference": [0.043, 0.012, None]}),
-        "scorecard": pd.DataFrame({"verdict": ["reproduced", "x", "x"], "points": ["open"] * 3}),
-    }
     folder = tiny.study.build / "tables"
     folder.mkdir(exist_ok=True)
-    for name, chapter in zip(written, ("11_controls", "11_controls", "10_scorecard"), strict=True):
+    for name, chapter in zip(FIRST_PAGE, ("11_controls", "11_controls", "10_scorecard"), strict=True):
         with pytest.raises(Refused, match=rf"{name}\.csv is not there; .*steph run {chapter}"):
             pages.findings(tiny.study, table)
-        written[name].to_csv(folder / f"{name}.csv")
+        FIRST_PAGE[name].to_csv(folder / f"{name}.csv")
     text, lacking = pages.findings(tiny.study, table), pages.findings(tiny.study, table[table["method"] != "roupkt"])
-    for name in written:
+    for name in FIRST_PAGE:
         (folder / f"{name}.csv").unlink()
     assert text.startswith("**Other ways do better.** **No gain is shown.** This is what")
     assert "Over 2 starts" in text and "is +0.012 to +0.043 (on external patients)" in text

@@ -33,3 +33,11 @@ def shifted(gain: float, wobble: float = 0.01, datasets: list[str] = DATASETS, f
         values[dataset, "steph"] = list(0.6 + gain + own)
         values[dataset, "hypernetwork_only"] = list(0.6 + gain - own)
     return frame(values)
+
+
+FIRST_PAGE = {
+    "controls_say": pd.DataFrame({"sentence": ["Other ways do better.", "No gain is shown."]}),
+    "controls_gain_by_start": pd.DataFrame({"on": ["external patients"] * 3, "difference": [0.043, 0.012, None]}),
+    "scorecard": pd.DataFrame({"verdict": ["reproduced", "x", "x"], "points": ["open"] * 3}),
+}
+"""The tables of chapters that the first page is made of, by name."""
