@@ -1,4 +1,4 @@
-"""Figures of the evidence: discrimination and accuracy, calibration, risk groups, transferability (chapter 09)."""
+"""Figures of the evidence: power, discrimination, accuracy, calibration, risk groups, transferability (chapter 09)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +13,26 @@ from matplotlib.ticker import MaxNLocator
 from steph.analysis.performance.estimates import p_text, with_interval
 from steph.methods.registry import title
 from steph.plots import style
-from steph.plots.style import BLUE, DAYS_PER_YEAR, INK, MUTED, ORANGE, WIDTH, key, look_of
+from steph.plots.style import BLUE, DAYS_PER_YEAR, GREEN, GREY, INK, MUTED, ORANGE, PURPLE, WIDTH, YELLOW, key, look_of
 
 RISKS: Any = (("low risk", "-", BLUE), ("high risk", (0, (5, 1.2)), ORANGE))
+
+
+def power(curves: pd.DataFrame, claims: Sequence[float], wanted: float) -> Figure:
+    """The chance that a true gain (the index) is shown, a line per column, of `power.power_curves`. claims: gains that
+    are marked. wanted: a chance that is marked."""
+    fig, ax = plt.subplots(figsize=(WIDTH, 3.2))
+    ax.axhline(wanted, color=MUTED, linewidth=0.8)
+    for claim in claims:
+        ax.axvline(claim, color=MUTED, linewidth=0.8, linestyle=":")
+        ax.text(claim, 1.03, f"{claim:+.3f}", ha="center", va="bottom", fontsize=7.5, color=MUTED)
+    colours = (YELLOW, GREEN, PURPLE, BLUE, GREY)
+    for (name, column), colour in zip(curves.items(), colours, strict=True):
+        line = "--" if str(name).startswith("mean") else "-"
+        ax.plot(curves.index, column, color=colour, linewidth=1.6, linestyle=line, label=name)
+    ax.set(xlabel="true gain in C-index", ylabel="chance to show it", ylim=(0, 1.02), xlim=(0, curves.index.max()))
+    style.legend(fig, ax, 3)
+    return fig
 
 
 def auc_by_year(table: pd.DataFrame) -> Figure:

@@ -16,6 +16,8 @@ from steph.study.paper import AVERAGE, other_data, paper_table, paper_values
 
 VALUES = {"c_index": "test folds", "external_c_index": "external patients"}
 """What a result's C-indices are of."""
+BELOW = "†"
+"""Marks a mean C-index below one half, worse than a coin; chapter 01 says what that means."""
 
 
 def described(methods: Sequence[str]) -> pd.DataFrame:
@@ -49,10 +51,15 @@ def summary(results: pd.DataFrame, value: str = "c_index") -> pd.DataFrame:
 
 
 def cell(row: pd.Series) -> str:
-    """A row of `summary` as text: "0.6648 (± 0.032)", or "undefined (fold 3)"."""
+    """A row of `summary` as text: "0.665 (± 0.032)", "0.393† (± 0.042)", or "undefined (fold 3)"."""
     if row["undefined"]:
         return f"undefined ({row['undefined']})"
-    return f"{row['mean']:.4f}" + ("" if pd.isna(row["std"]) else f" (± {row['std']:.3f})")
+    return _marked(row["mean"]) + ("" if pd.isna(row["std"]) else f" (± {row['std']:.3f})")
+
+
+def _marked(mean: float, form: str = ".3f") -> str:
+    """A mean C-index, marked where it lies below one half (`BELOW`)."""
+    return f"{mean:{form}}" + (BELOW if mean < 0.5 else "")
 
 
 def c_index_table(results: pd.DataFrame, methods: Sequence[str] | None = None, value: str = "c_index") -> pd.DataFrame:
@@ -71,7 +78,7 @@ def seconds_table(results: pd.DataFrame) -> pd.DataFrame:
 def fold_table(results: pd.DataFrame) -> pd.DataFrame:
     """The C-index of each fold: a row per data set and method, a column per fold; "undefined" where there is none."""
     refuse_repeats(results)
-    text = results["c_index"].map(lambda x: "undefined" if pd.isna(x) else f"{x:.4f}")
+    text = results["c_index"].map(lambda x: "undefined" if pd.isna(x) else f"{x:.3f}")
     table = results.assign(text=text, fold=results["fold"].map("fold {}".format))
     table = table.pivot(index=["dataset", "method"], columns="fold", values="text").fillna("not run")
     order = results[["dataset", "method"]].drop_duplicates()
@@ -118,13 +125,14 @@ def beside_paper(results: pd.DataFrame, methods: Sequence[str] | None = None, ta
 
 def as_the_paper(table: pd.DataFrame) -> pd.DataFrame:
     """The means of `beside_paper` laid out as the paper's tables are: methods in rows, one here and one of the paper;
-    data sets in columns. Of one data set: here, paper and their difference in columns. What is undefined says so."""
+    data sets in columns. Of one data set: here, paper and their difference in columns. What is undefined says so, means
+    below one half are marked, the paper's too (`BELOW`)."""
     text = table.assign(
-        here=[f"undefined ({u})" if u else f"{m:.4f}" for u, m in zip(table["undefined"], table["mean"], strict=True)],
-        paper=table["paper"].map("{:.4f}".format).where(table["paper"].notna(), ""),
+        here=[f"undefined ({u})" if u else _marked(m) for u, m in zip(table["undefined"], table["mean"], strict=True)],
+        paper=[_marked(m, ".4f") if m == m else "" for m in table["paper"]],
     )
     if table["dataset"].nunique() == 1:
-        text["here − paper"] = table["difference"].map("{:+.4f}".format).where(table["difference"].notna(), "")
+        text["here − paper"] = table["difference"].map("{:+.3f}".format).where(table["difference"].notna(), "")
         one = text.set_index(text["method"].map(title))[["here", "paper", "here − paper"]]
         return one.loc[:, (one != "").any()].rename_axis(index=None)
     parts = {part: wide_table(text, part).T for part in ("here", "paper")}
@@ -143,6 +151,22 @@ def gains_over(table: pd.DataFrame, reference: str) -> dict[str, pd.DataFrame]:
         if len(gains):
             found[name] = gains
     return found
+
+
+def few_events_line(results: pd.DataFrame, events: tuple[int, int] = (8, 12)) -> str:
+    """How much a C-index varies between test folds with so few events, in one sentence; "" where no data set has two
+    such folds."""
+    few = results[results["events_test"].between(*events) & results["c_index"].notna()]
+    few = few[few.groupby(["dataset", "method"])["fold"].transform("size") > 1]
+    if few.empty:
+        return ""
+    of, cells = few["c_index"].astype(float), [few["dataset"], few["method"]]
+    squares = ((of - of.groupby(cells).transform("mean")) ** 2).sum()
+    spread = np.sqrt(squares / (len(few) - len(few.drop_duplicates(["dataset", "method"]))))
+    return (
+        f"In test folds with {events[0]} to {events[1]} events, the C-index of a method has a standard deviation of "
+        f"{spread:.2f} from fold to fold ({len(few)} runs on {few['dataset'].nunique()} data set(s))."
+    )
 
 
 def primary_outcome(results: pd.DataFrame) -> str:

@@ -12,9 +12,9 @@ from tests.helpers.made_results import DATASETS, frame
 def test_mean_and_sample_standard_deviation():
     table = frame({("SARC", "vanilla"): [0.5, 0.6, 0.7], ("LIHC", "vanilla"): [0.8, 0.8, 0.8]})
     text = results.c_index_table(table)
-    assert text.loc["SARC", "Vanilla"] == "0.6000 (± 0.100)"
-    assert text.loc["LIHC", "Vanilla"] == "0.8000 (± 0.000)"
-    assert text.loc[results.AVERAGE, "Vanilla"] == "0.7000"
+    assert text.loc["SARC", "Vanilla"] == "0.600 (± 0.100)"
+    assert text.loc["LIHC", "Vanilla"] == "0.800 (± 0.000)"
+    assert text.loc[results.AVERAGE, "Vanilla"] == "0.700"
     assert list(text.index) == ["SARC", "LIHC", results.AVERAGE]
 
 
@@ -26,11 +26,28 @@ def test_an_undefined_fold_is_shown_and_never_averaged_away():
     assert "nan" not in text.to_string().lower()
     assert results.summary(table)["mean"].isna().tolist() == [True, False, True]
     folds = results.fold_table(table)
-    assert folds.loc[0, "fold 3"] == "undefined" and folds.loc[0, "fold 2"] == "0.7000"
+    assert folds.loc[0, "fold 3"] == "undefined" and folds.loc[0, "fold 2"] == "0.700"
     reasons = results.undefined_folds(table)
     assert reasons[["dataset", "fold", "problem"]].to_numpy().tolist() == [
         ["SARC", 3, "no comparable pair among 9 patients"]
     ]
+
+
+def test_a_mean_below_one_half_is_marked_the_papers_too():
+    table = frame({(d, "model_average"): [0.4, 0.5] for d in ("SARC", "LIHC")} | {("SARC", "steph"): [0.5, 0.5]})
+    text = results.c_index_table(table[table["method"] == "model_average"])
+    assert text["Model Avg."].tolist() == ["0.450† (± 0.071)"] * 2 + ["0.450†"]
+    wide = results.as_the_paper(results.beside_paper(table[table["method"] == "model_average"]))
+    assert wide.loc["Model Avg.", "SARC"].tolist() == ["0.450†", "0.4448†"]
+    assert results.c_index_table(table, ["steph"]).loc["SARC", "STEPH"] == "0.500 (± 0.000)"
+
+
+def test_the_spread_of_small_folds_is_that_within_a_method_and_data_set():
+    table = frame({("SARC", "vanilla"): [0.5, 0.7, 0.9], ("LIHC", "vanilla"): [0.3, 0.5, None]})
+    table = table.assign(events_test=[10, 8, 30, 12, 9, 10])
+    line = results.few_events_line(table)
+    assert f"standard deviation of {np.sqrt((0.02 + 0.02) / 2):.2f} from fold to fold (4 runs on 2" in line
+    assert results.few_events_line(table.assign(events_test=30)) == ""
 
 
 def test_two_seeds_in_one_table_are_refused():
@@ -51,7 +68,7 @@ def test_beside_paper_takes_the_right_cells():
     assert list(one.index) == ["vanilla", "steph"]
     assert one.loc["steph", "paper"] == 0.6024 and one.loc["steph", "difference"] == pytest.approx(0.6 - 0.6024)
     shown = results.as_the_paper(beside)
-    assert shown.loc["STEPH"].to_dict() == {"here": "0.6000", "paper": "0.6024", "here − paper": "-0.0024"}
+    assert shown.loc["STEPH"].to_dict() == {"here": "0.600", "paper": "0.6024", "here − paper": "-0.002"}
     undefined = results.as_the_paper(results.beside_paper(frame({("SARC", "steph"): [0.5, None]})))
     assert undefined.loc["STEPH"].to_dict() == {"here": "undefined (fold 1)", "paper": "0.6024"}
 
@@ -61,7 +78,7 @@ def test_several_data_sets_are_laid_out_as_in_the_paper():
     wide = results.as_the_paper(results.beside_paper(table, table="table_s5"))
     assert list(wide.columns) == ["SARC", "LIHC", results.AVERAGE]
     assert wide.loc[("param. w", "paper")].tolist() == ["0.5299", "0.7035", ""]
-    assert wide.loc[("param. w", "here")].tolist() == ["0.6000"] * 3
+    assert wide.loc[("param. w", "here")].tolist() == ["0.600"] * 3
     assert ("Vanilla", "paper") not in wide.index  # Table S5 has no such row
 
 

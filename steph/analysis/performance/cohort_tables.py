@@ -96,7 +96,7 @@ def oracle_wide(oracle: pd.DataFrame) -> pd.DataFrame:
     table = c_index_table(oracle).set_axis([VALUES["c_index"]], axis=1)
     if primary_outcome(oracle) == "external_c_index":
         means = summary(oracle, "external_c_index").set_index("dataset")["mean"]
-        table[VALUES["external_c_index"]] = means.map("{:.4f}".format)
+        table[VALUES["external_c_index"]] = means.map("{:.3f}".format)
     return table
 
 

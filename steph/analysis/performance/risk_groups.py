@@ -18,23 +18,25 @@ from steph.analysis.performance.estimates import estimates_text, p_text
 from steph.analysis.performance.predictions import MODEL, once, rows_by
 from steph.methods.registry import title
 from steph.study.cache import cached_table
+from steph.study.execute import c_index
 from steph.study.runs import Run, Workbench
+from steph.study.tables import VALUES, summary
 from steph.training.device import single_thread
 from steph.training.engine import predict
 
 
-def training_medians(bench: Workbench, runs: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
-    """Median risk of the patients that each finished run was trained on, under its model: median, dataset, method,
-    fold. It reads every training bag once, and keeps what it finds."""
-    return pd.concat([_training_median(bench, run, device) for run in runs], ignore_index=True)
+def on_training(bench: Workbench, runs: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
+    """What each finished run's model makes of the patients that it was trained on: median (of their risk), c_index,
+    dataset, method, fold. It reads every training bag once, and keeps what it finds."""
+    return pd.concat([_on_training(bench, run, device) for run in runs], ignore_index=True)
 
 
-def _training_median(bench: Workbench, run: Run, device: str) -> pd.DataFrame:
+def _on_training(bench: Workbench, run: Run, device: str) -> pd.DataFrame:
     def compute() -> pd.DataFrame:
         data, together = bench.dataset(run.dataset), bench.study.recipe.bags_per_step
         with single_thread():
             known = predict(bench.model(run), data, data.splits.train(run.fold), bench.compute(run, device), together)
-        return pd.DataFrame({"median": [known["risk"].median()]})
+        return pd.DataFrame([{"median": known["risk"].median(), "c_index": c_index(known)["c_index"]}])
 
     table = cached_table(bench, f"training_risk-{run.dataset}-{run.method}", bench.key(run), compute)
     return table.assign(dataset=run.dataset, method=run.method, fold=run.fold)
@@ -45,6 +47,32 @@ def grouped(predictions: pd.DataFrame, medians: pd.DataFrame) -> pd.DataFrame:
     table, key = once(predictions), [*MODEL, "fold"]
     median = medians.set_index(key)["median"].loc[pd.MultiIndex.from_frame(table[key])]
     return table.assign(high=table["risk"].to_numpy() > median.to_numpy())
+
+
+def lowest(
+    bench: Workbench, runs: Iterable[Run], results: pd.DataFrame, device: str = "cpu", n: int = 5
+) -> pd.DataFrame:
+    """The n lowest mean C-indices of test folds below one half, of models that were trained on the target's outcomes:
+    dataset, method, the mean on test folds and, if there are some, external patients, and that on the patients the very
+    same models were trained on; all by the same code, so a sign that was wrong would be wrong for all."""
+    own: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        own.setdefault((run.dataset, run.method), []).append(run)
+    means, rows = summary(results), list[dict[str, Any]]()
+    for dataset, method in means[means["mean"] < 0.5].sort_values("mean", kind="stable")[MODEL].to_numpy():
+        of_cell = own.get((dataset, method), [])
+        if len(rows) == n or not of_cell or not _learns(bench, of_cell[0]):
+            continue
+        of = results[(results["dataset"] == dataset) & (results["method"] == method)]
+        known = {name: of[value].astype(float).mean() for value, name in VALUES.items() if of[value].notna().all()}
+        trained = on_training(bench, of_cell, device)["c_index"].mean()
+        rows.append({"data set": dataset, "method": title(method)} | known | {"its training patients": trained})
+    return pd.DataFrame(rows)
+
+
+def _learns(bench: Workbench, run: Run) -> bool:
+    """Whether a finished run was trained on outcomes: not all that is trained is."""
+    return bench.finished(run).info["trained_parameters"] > 0 and bench.untrained(run).supervised
 
 
 def compared(groups: pd.DataFrame) -> pd.DataFrame:

@@ -81,5 +81,5 @@ def by_dataset_wide(table: pd.DataFrame) -> pd.DataFrame:
 
 def _tests(table: pd.DataFrame, names: dict[str, Any]) -> pd.DataFrame:
     """Tests in words: what they are about, the mean gain and the p-values."""
-    shown = {**names, "mean gain": estimates_text(table, "gain", "+.4f", "+.3f")}
+    shown = {**names, "mean gain": estimates_text(table, "gain", "+.3f")}
     return pd.DataFrame(shown | {name: table[column].map(p_text) for name, column in CORRECTED.items()})

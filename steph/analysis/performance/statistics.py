@@ -1,6 +1,7 @@
 """Statistics of two methods compared: gains with intervals that know what folds share, beside the paper's."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,9 +160,9 @@ def compared_wide(table: pd.DataFrame, reference: str = "STEPH") -> pd.DataFrame
     known = table["mean"].notna()
     mean, paper, paper_gain = (
         table[column].map(form.format).where(table[column].notna(), "")
-        for column, form in (("mean", "{:.4f}"), ("paper", "{:.4f}"), ("paper_gain", "{:+.4f}"))
+        for column, form in (("mean", "{:.3f}"), ("paper", "{:.4f}"), ("paper_gain", "{:+.4f}"))
     )
-    gain = estimates_text(table.drop(columns="problem"), "gain", "+.4f", "+.3f")
+    gain = estimates_text(table.drop(columns="problem"), "gain", "+.3f")
     shown = {"": table["method"].map(title), "here": mean.where(known, "undefined (" + table["problem"] + ")")}
     shown |= {
         "paper": paper,
@@ -198,3 +199,21 @@ def in_words(results: pd.DataFrame, first: str, second: str, value: str = "c_ind
     except Refused as reason:
         return f"no answer: {str(reason).rstrip('.')}"
     return f"{gain.value:+.3f} ({interval(gain)}): {conclusion(gain)}"
+
+
+def classical_lead(results: pd.DataFrame, networks: Sequence[str], value: str = "c_index") -> str:
+    """Whether a Cox model on mean features is ahead of networks, in words: ahead of all of them, it is a warning."""
+    gains = {}
+    for name in networks:
+        with suppress(Refused):  # of one of them, no result or an undefined one
+            gains[name] = compare(results, "cox_mean", name, value).gain.value
+    if not gains:
+        return ""
+    best, ahead = min(gains, key=gains.__getitem__), sum(gain > 0 for gain in gains.values())
+    text = (
+        f"Cox on mean features is ahead of {ahead} of {len(gains)} methods of Table 1; less the best of them, "
+        f"{title(best)}: {in_words(results, 'cox_mean', best, value)}."
+    )
+    if ahead == len(gains):
+        text += " **A classical model that leads all networks warns of an undertrained or overfitted recipe.**"
+    return text

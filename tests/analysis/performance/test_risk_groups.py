@@ -6,7 +6,8 @@ import pytest
 
 from steph.analysis.performance import risk_groups
 from steph.analysis.performance.predictions import out_of_fold
-from steph.study.runs import plan
+from steph.study.runs import plan, results
+from steph.survival import concordance_index
 from steph.training.engine import predict
 
 
@@ -16,18 +17,36 @@ def runs(tiny):
 
 
 def test_the_median_is_that_of_the_training_patients_and_is_kept(tiny, runs, monkeypatch):
-    table = risk_groups.training_medians(tiny, runs)
+    table = risk_groups.on_training(tiny, runs)
     run, data = runs[0], tiny.dataset("SARC")
     known = predict(tiny.model(run), data, data.splits.train(0))
     row = table[(table["method"] == run.method) & (table["fold"] == 0)].iloc[0]
     assert row["median"] == pytest.approx(known["risk"].median(), abs=1e-5)
     monkeypatch.setattr(risk_groups, "predict", None)
-    pd.testing.assert_frame_equal(risk_groups.training_medians(tiny, runs), table)
+    pd.testing.assert_frame_equal(risk_groups.on_training(tiny, runs), table)
+
+
+def test_the_lowest_means_stand_beside_those_of_the_patients_that_the_models_were_trained_on(tiny):
+    runs = plan(tiny.study, methods=["vanilla", "model_average"])
+    table = results(tiny).query("method in ['vanilla', 'model_average'] and seed == @tiny.study.seed")
+    of_sarc = (table["method"] == "vanilla") & (table["dataset"] == "SARC")
+    low = table.assign(c_index=np.where(table["method"] == "model_average", 0.1, np.where(of_sarc, 0.3, 0.4)))
+    found = risk_groups.lowest(tiny, runs, low, n=2)
+    assert found["method"].tolist() == ["Vanilla"] * 2  # an average is trained on nobody
+    assert found.loc[0, ["data set", "test folds"]].tolist() == ["SARC", 0.3]
+    assert found.loc[0, "external patients"] == pytest.approx(table.loc[of_sarc, "external_c_index"].mean())
+    data, expected = tiny.dataset("SARC"), []
+    for run in runs:
+        if (run.dataset, run.method) == ("SARC", "vanilla"):
+            known = predict(tiny.model(run), data, data.splits.train(run.fold))
+            expected.append(concordance_index(known["time_days"], known["event"], known["risk"]))
+    assert found.loc[0, "its training patients"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert risk_groups.lowest(tiny, runs, table.assign(c_index=0.6)).empty
 
 
 def test_every_patient_is_in_one_group(tiny, runs):
     predicted = out_of_fold(tiny, runs)
-    medians = risk_groups.training_medians(tiny, runs)
+    medians = risk_groups.on_training(tiny, runs)
     groups = risk_groups.grouped(predicted, medians)
     assert len(groups) == len(predicted) and groups["high"].dtype == bool
     for (method, fold), own in groups.groupby(["method", "fold"]):

@@ -78,7 +78,7 @@ def test_methods_beside_a_default_and_its_row():
     assert found.loc["model_average", ["gain", "low", "high"]].tolist() == [other.value, other.low, other.high]
     shown = statistics.compared_wide(found.reset_index()).set_index("")
     assert shown.loc["STEPH, β = 0", "here"] == "undefined (no results)"
-    assert shown.loc["Model Avg.", "here − STEPH"].startswith("-0.1000 (-0.1")
+    assert shown.loc["Model Avg.", "here − STEPH"].startswith("-0.100 (-0.1")
 
 
 def test_each_method_has_its_own_reference():
@@ -112,7 +112,7 @@ def test_comparisons_in_words_and_tables():
     beside = statistics.beside_two(table, ["vanilla", "steph", "hypernetwork_only"], ("vanilla", "steph"))
     assert list(beside.columns) == ["", "here", "here − Vanilla", "here − STEPH"]
     assert beside["here − Vanilla"][0] == "" and beside["here − STEPH"][1] == ""
-    assert beside["here − Vanilla"][2].startswith("+0.0500 (")
+    assert beside["here − Vanilla"][2].startswith("+0.050 (")
 
 
 def test_folds_of_a_repeated_or_partial_cross_validation_share_what_its_folds_share():
@@ -127,3 +127,16 @@ def test_folds_of_a_repeated_or_partial_cross_validation_share_what_its_folds_sh
     some = table[table["fold"] < 2].assign(folds=5)  # 2 of 5 folds
     assert error(some) == pytest.approx(np.sqrt((1 / 2 + 1 / 4) * gains[:2].var(ddof=1)))
     assert error(table) == error(table.assign(folds=6))
+
+
+def test_a_cox_model_ahead_of_every_network_is_a_warning():
+    values = {("SARC", "cox_mean"): [0.7, 0.71], ("SARC", "vanilla"): [0.6, 0.62], ("SARC", "steph"): [0.65, 0.67]}
+    table, names = frame(values), ["vanilla", "steph", "roupkt"]
+    told = statistics.classical_lead(table, names)
+    assert told.startswith(
+        "Cox on mean features is ahead of 2 of 2 methods of Table 1; less the best of them, STEPH: +0.045"
+    )
+    assert "undertrained or overfitted" in told
+    behind = statistics.classical_lead(frame(values | {("SARC", "steph"): [0.8, 0.8]}), names)
+    assert "ahead of 1 of 2" in behind and "undertrained" not in behind
+    assert statistics.classical_lead(table, ["roupkt"]) == ""
