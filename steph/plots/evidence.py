@@ -25,7 +25,8 @@ def power(curves: pd.DataFrame, claims: Sequence[float], wanted: float) -> Figur
     ax.axhline(wanted, color=MUTED, linewidth=0.8)
     for claim in claims:
         ax.axvline(claim, color=MUTED, linewidth=0.8, linestyle=":")
-        ax.text(claim, 1.03, f"{claim:+.3f}", ha="center", va="bottom", fontsize=7.5, color=MUTED)
+        text = f"{claim:+.3f}".replace("0.", ".", 1)
+        ax.text(claim, 1.03, text, ha="center", va="bottom", fontsize=7, color=MUTED)
     colours = (YELLOW, GREEN, PURPLE, BLUE, GREY)
     for (name, column), colour in zip(curves.items(), colours, strict=True):
         line = "--" if str(name).startswith("mean") else "-"

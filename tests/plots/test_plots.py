@@ -287,7 +287,7 @@ FIGURES = {
 
 WORDS = {
     "c_index": "the paper's mean",
-    "power": "+0.034",
+    "power": "+.034",
     "c_index, undefined": "STEPH: undefined (fold 2)",
     "hazard ratios": "STEPH: undefined",
     "risk groups": "HR 0.50 (0.05 to 0.90)",
