@@ -296,7 +296,8 @@ def decision(table: pd.DataFrame) -> str:
     missing = f" Not asked: {', '.join(unanswered)}." if len(unanswered) else ""
     failed = others[others["conclusion"] != HOLDS]
     if failed.empty:
-        return f"There is a gain, and all {len(others)} conditions that were asked hold: it is transfer.{missing}"
+        held = f"all {len(others)} conditions that were asked hold"
+        return f"There is a gain, and {held}: as far as they reach, it is transfer.{missing}"
     words = [f"{row['control']} ({row['conclusion']})" for _, row in failed.iterrows()]
     return (
         f"There is a gain, and it is not shown to be transfer: {len(others) - len(failed)} of {len(others)} conditions "

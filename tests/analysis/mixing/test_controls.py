@@ -187,7 +187,10 @@ def test_a_gain_that_meets_every_condition_is_transfer_also_where_a_simpler_way_
     summary = asked(TRANSFER, {})
     table = controls.conditions(summary)
     assert set(table["conclusion"]) == {"holds"} and len(table) == len(NECESSARY) + 1
-    assert controls.decision(table) == "There is a gain, and all 5 conditions that were asked hold: it is transfer."
+    assert (
+        controls.decision(table)
+        == "There is a gain, and all 5 conditions that were asked hold: as far as they reach, it is transfer."
+    )
     assert "Other ways do better: Joint learning (+0.0" in controls.simpler(summary)
     assert "; and as well, as far as can be told: λ = 0 (" in controls.simpler(summary)
     assert controls.simpler(asked({"steph": 0.1}, {})) == ""
@@ -214,7 +217,7 @@ def test_on_real_patients_the_twin_falls_away_and_it_is_said():
     table = controls.conditions(summary)
     assert set(table["on"]) == {"test folds"} and controls.instrument(summary) == ""
     assert controls.decision(table).endswith(
-        "all 4 conditions that were asked hold: it is transfer. Not asked: no-sharing twin."
+        "all 4 conditions that were asked hold: as far as they reach, it is transfer. Not asked: no-sharing twin."
     )
 
 
