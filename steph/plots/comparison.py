@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MultipleLocator
+from matplotlib.ticker import MaxNLocator
 
 from steph.methods.registry import title
 from steph.plots import style
@@ -156,7 +156,7 @@ def transfer_controls(summary: pd.DataFrame, titles: dict[str, str]) -> Figure:
         ax.set_title(name)
         style.name_rows(ax, rows)
         ax.xaxis.set_major_formatter(style.short_signed)
-        ax.xaxis.set_major_locator(MultipleLocator(0.1 if len(titles) > 1 else 0.05))
+        ax.xaxis.set_major_locator(MaxNLocator(4))
     for label in axes[0, 0].get_yticklabels():
         if label.get_text() in HEADS.values():
             label.set_fontweight("bold")
