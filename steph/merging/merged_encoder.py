@@ -6,7 +6,7 @@ gradient with each task vector, again a product.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,25 @@ PADDING, SMALL, LARGE = 1.25, 768, 1024
 all: below that, a call costs more than what it computes. A larger bag than the last goes alone: nothing is gained by
 more, and padding copies it. On 16 bags of 33 to 400 patches an update takes 1.3 times as long with each bag alone, and
 1.7 times with all padded to the longest."""
+
+
+class Weights(NamedTuple):
+    """Parameters of n models in one piece of memory: by name, (n, *shape), and as matrices, (n, size); views. They are
+    made once: an update of the demo's size would take 1.08 times as long if every product made its own."""
+
+    memory: Tensor
+    of: dict[str, Tensor]
+    matrices: list[Tensor]
+
+    @classmethod
+    def inside(cls, memory: Tensor, layout: Layout, n: int) -> "Weights":
+        """Those of n models, as `layout` places them at the beginning of some memory."""
+        of = layout.stacked(memory[: n * layout.size], n)
+        return cls(memory, of, [value.flatten(1) for value in of.values()])
+
+    def between(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Parameters of models start to stop - 1."""
+        return {name: value[start:stop] for name, value in self.of.items()}
 
 
 class Merged(nn.Module):
@@ -71,8 +90,8 @@ class MergedEncoder(Merged):
         super().__init__(Layout.of(encoder_part(base)), base, vectors)
         self.network = network.requires_grad_(False)
         self.calls = 0
-        self._workspace: dict[str, Tensor] = {}
-        self._fixed: tuple[Tensor, Tensor] | None = None
+        self._workspace: dict[str, Weights] = {}
+        self._fixed: tuple[Tensor, Weights] | None = None
 
     def forward(self, coefficients: Tensor, bags: Bags) -> Tensor:
         """Bag features (B, H), bag i under the weights base + coefficients[i] @ vectors. One row of coefficients,
@@ -87,20 +106,26 @@ class MergedEncoder(Merged):
         single = {f"network.{name}": value[0] for name, value in weights.items()}
         return functional_call(Encoder(self.network), single, (batch,), tie_weights=False)
 
-    def workspace(self, name: str, n: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Uninitialised parameters (n, *shape) of n models in memory that is used again: with new memory for each, an
-        update of 16 bags of 64 patches takes 1.4 times as long at the paper's width."""
-        memory, size = self._workspace.get(name), n * self.layout.size
-        device = self.stack.device
-        if memory is None or len(memory) < size or memory.dtype != dtype or memory.device != device:
-            memory = self._workspace[name] = self.stack.new_empty(size, dtype=dtype)
-        return self.layout.stacked(memory[:size], n)
+    def workspace(self, name: str, n: int, dtype: torch.dtype) -> Weights:
+        """Uninitialised parameters of n models in memory that is used again: with new memory for each, an update of 16
+        bags of 64 patches takes 1.4 times as long at the paper's width."""
+        weights = self._workspace.get(name)
+        if weights is not None and (weights.memory.dtype, weights.memory.device) == (dtype, self.stack.device):
+            if len(weights.matrices[0]) == n:
+                return weights
+            memory = weights.memory
+        else:
+            memory = self.stack.new_empty(0, dtype=dtype)
+        if len(memory) < n * self.layout.size:
+            memory = self.stack.new_empty(n * self.layout.size, dtype=dtype)
+        self._workspace[name] = Weights.inside(memory, self.layout, n)
+        return self._workspace[name]
 
-    def fixed(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """`stacked` in the precision of the patches; a copy in another one is made once."""
-        if self._fixed is None or self._fixed[0] is not self.stack or self._fixed[1].dtype != dtype:
-            self._fixed = self.stack, self.stack.to(dtype)
-        return self.layout.stacked(self._fixed[1], 1 + self.n_vectors)
+    def fixed(self, dtype: torch.dtype) -> Weights:
+        """The base's parameters and the task vectors', like `stacked`, in the precision of the patches."""
+        if self._fixed is None or self._fixed[0] is not self.stack or self._fixed[1].memory.dtype != dtype:
+            self._fixed = self.stack, Weights.inside(self.stack.to(dtype), self.layout, 1 + self.n_vectors)
+        return self._fixed[1]
 
 
 class _MergeAndEncode(torch.autograd.Function):
@@ -118,14 +143,14 @@ class _MergeAndEncode(torch.autograd.Function):
         index = torch.tensor(order, device=device)
         rows = _with_base(coefficients.index_select(0, index)).to(dtype)
         weights = merged.workspace("weights", len(sizes), dtype)
-        for name, fixed in merged.fixed(dtype).items():
-            torch.mm(rows, fixed.flatten(1), out=weights[name].flatten(1))
+        for fixed, of_bags in zip(merged.fixed(dtype).matrices, weights.matrices, strict=True):
+            torch.mm(rows, fixed, out=of_bags)
         kept = to_save(len(batch.features), device, merged.network.recompute)
         save = kept if ctx.needs_input_grad[0] else "nothing"
         features, saved = [], []
         for start, stop in groups:
             bags = _padded(batch, order[start:stop])
-            encoded, for_backward = merged.network.encode_each(_between(weights, start, stop), *bags, save)
+            encoded, for_backward = merged.network.encode_each(weights.between(start, stop), *bags, save)
             features.append(encoded)
             saved.append(for_backward)
         merged.calls += 1
@@ -141,18 +166,12 @@ class _MergeAndEncode(torch.autograd.Function):
             raise RuntimeError("backward must follow its own forward: the weights' workspace has been used again")
         d_weights = merged.workspace("gradients", len(grad), ctx.dtype)
         for start, stop in reversed(ctx.groups):
-            d_bags = _between(d_weights, start, stop)
-            merged.network.encode_each_backward(ctx.saved.pop(), grad[start:stop], d_bags)
+            merged.network.encode_each_backward(ctx.saved.pop(), grad[start:stop], d_weights.between(start, stop))
         ctx.saved = None
         # Few rows and a million columns: this order of the factors is the one that libraries are good at.
-        both = [(fixed[1:].flatten(1), d_weights[name].flatten(1)) for name, fixed in merged.fixed(ctx.dtype).items()]
-        d_coefficients = torch.stack([vectors @ d.T for vectors, d in both]).to(grad.dtype).sum(0).T
+        both = zip(merged.fixed(ctx.dtype).matrices, d_weights.matrices, strict=True)
+        d_coefficients = torch.stack([fixed[1:] @ d.T for fixed, d in both]).to(grad.dtype).sum(0).T
         return _in_old_order(d_coefficients, ctx.index), None, None
-
-
-def _between(weights: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-    """Parameters of models start to stop - 1."""
-    return {name: value[start:stop] for name, value in weights.items()}
 
 
 def _in_old_order(rows: Tensor, index: Tensor) -> Tensor:
