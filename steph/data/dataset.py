@@ -84,7 +84,7 @@ class Dataset(PatientData):
                 rows = np.split(np.r_[tuple(rows)][drawn], np.searchsorted(drawn, np.cumsum(sizes)[:-1]))
             named = zip(slides, rows, strict=True)
             pieces = (Piece(slide, store.tensor, store.coords, r, str(store.path)) for slide, r in named)
-            self._pieces[key] = [piece for piece in pieces if len(piece)]
+            self._pieces[key] = [piece for piece in pieces if piece.size]
         return self._pieces[key]
 
     def prefetch(self, patient_ids: Sequence[str]) -> None:

@@ -35,9 +35,6 @@ class Piece:
     rows: slice | np.ndarray
     store: str | None = None
 
-    def __len__(self) -> int:
-        return self.size
-
     @cached_property
     def size(self) -> int:
         """The number of patches."""
@@ -101,7 +98,7 @@ class PatientData(ABC):
         if not coords:
             return RaggedBatch(features, offsets)
         places = torch.from_numpy(np.concatenate([piece.coords[piece.rows] for piece in slides]))
-        return RaggedBatch(features, offsets, places, (0, *accumulate(map(len, slides))))
+        return RaggedBatch(features, offsets, places, (0, *accumulate(piece.size for piece in slides)))
 
     def check_coords(self, patient_ids: Sequence[str], network: str) -> None:
         """Raise `Refused` where slides of these patients have no coordinates, which `network` needs."""
