@@ -62,6 +62,7 @@ def test_what_is_stacked_and_what_is_merged_lie_in_one_piece(problem):
     merging = merging_encoder((null, vectors))
     gradient(merging, coefficients, bags)
     spaces = [merging.workspace(name, len(bags), torch.float64) for name in ("weights", "gradients")]
+    spaces = [space.of for space in (*spaces, merging.fixed(torch.float64))]
     assert all(value.is_contiguous() for space in (merging.stacked(), *spaces) for value in space.values())
     for state, expected in zip(merging.states(), [null, *vectors], strict=True):
         assert all(torch.equal(value, expected[name]) for name, value in state.items())
@@ -71,9 +72,9 @@ def test_memory_is_used_again_by_calls_of_any_size(problem):
     models, bags, coefficients = problem
     merging = merging_encoder(models)
     merging(coefficients, bags)
-    address = merging._workspace["weights"].data_ptr()
+    address = merging._workspace["weights"].memory.data_ptr()
     features = merging(coefficients[:2], bags[:2])
-    assert merging._workspace["weights"].data_ptr() == address
+    assert merging._workspace["weights"].memory.data_ptr() == address
     torch.testing.assert_close(features, merging_encoder(models)(coefficients[:2], bags[:2]))
 
 
