@@ -187,6 +187,10 @@ def _write(table: Any, path: Path) -> None:
 
 
 def _print_means(table: Any) -> None:
+    from steph.study.health import notes
+
+    for note in notes(table):
+        print(note)
     undefined = table["problem"] != ""
     for row in table[undefined].itertuples():
         print(f"no C-index: {row.dataset} {row.method} fold {row.fold}: {row.problem}")
@@ -249,7 +253,7 @@ def predict_patient(
     if table is not None and out is not None:
         rows = loaded.predict_table(table)
         _write(rows, out)
-        print(f"{out}: {len(rows)} patients")
+        print("\n".join([f"{out}: {len(rows)} patients", *loaded.config.warnings]))
         return
     prediction = loaded.predict(slides, patient, patch_px)
     print(summary(prediction))

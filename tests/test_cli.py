@@ -12,6 +12,7 @@ import typer
 
 from steph import cli
 from tests.helpers.command import steph as call
+from tests.helpers.dead import start_steph
 
 pytestmark = pytest.mark.usefixtures("build_folder")
 
@@ -23,6 +24,15 @@ def test_study_run_then_results(tiny, tmp_path):
     assert done.exit_code == 0
     table = pd.read_csv(tmp_path / "all.csv")
     assert set(table["dataset"]) == set(tiny.study.datasets) and table["c_index"].between(0, 1).all()
+
+
+def test_a_dead_model_is_told_where_results_are_printed_and_a_living_one_is_not(tiny, monkeypatch):
+    run = ["study", "run", "--study", "tiny", "--dataset", "SARC", "--method", "steph", "--fold", 0, "--workers", 1]
+    start_steph(monkeypatch, tiny, start=1)
+    assert "Dead:" not in call(*run).output
+    start_steph(monkeypatch, tiny, start=-1)
+    for command in (run, ["results", "--study", "tiny"]):
+        assert call(*command).output.startswith("Dead: every selected w is 0 for ")
 
 
 def test_lists_and_plans(tiny):
