@@ -134,11 +134,14 @@ def study_run(
     workers: Workers = None,
 ) -> None:
     """Carry out the runs that are not finished yet, and print the mean C-index of all."""
+    from steph.data.plausibility import cohorts_of, doubts
     from steph.study.execute import Workbench, plan, run_all
     from steph.training.device import precision_for
 
     bench = Workbench(study)
     runs = plan(bench.study, dataset, method, fold, seed, precision_for(precision, device))
+    for doubt, fix in doubts(bench.study, cohorts_of(bench.study, {run.dataset for run in runs})):
+        print(f"{doubt}. {fix}.", file=sys.stderr)
     _print_means(run_all(bench, runs, device=device, workers=workers))
 
 
@@ -317,16 +320,17 @@ def data_fetch(
 @data_app.command("labels")
 def data_labels(
     cdr: Annotated[Path, Option(help="TCGA-CDR table, .csv or .xlsx")],
-    slides: Annotated[Path, Option(help="slide list (text or CSV), or a folder of feature files")],
+    slides: Annotated[Path, Option(help="slide list (text or CSV), or a folder of slides or feature files")],
     out: Annotated[Path | None, Option(help="default: labels/ of the study's data root")] = None,
     study: Study = "tcga",
+    dataset: Datasets = None,
 ) -> None:
     """Build the label tables of a study from TCGA-CDR."""
     from steph.data.labels import build_labels
     from steph.data.manifest import load_study
 
     manifest = load_study(study)
-    summary = build_labels(manifest, cdr, slides, out or manifest.data / "labels")
+    summary = build_labels(manifest, cdr, slides, out or manifest.data / "labels", dataset or ())
     print(summary.to_string(index=False))
     for reason, count in summary.attrs["dropped"].items():
         print(f"left out: {count} slide(s): {reason}")
@@ -340,10 +344,16 @@ def data_check(study: Study = "tcga", dataset: Datasets = None) -> None:
     from steph.data.dataset import check_dataset
     from steph.data.features import problems_message
     from steph.data.manifest import load_study
+    from steph.data.plausibility import cohorts_of, doubts, follow_up
     from steph.data.store import Store
     from steph.data.twice import find_twice
 
     manifest, unusable = load_study(study), False
+    cohorts = cohorts_of(manifest, dataset or ())
+    for cohort in cohorts:
+        print(f"{cohort.dataset}: {len(cohort)} patients, {follow_up(cohort, manifest.network)}")
+    for doubt, fix in doubts(manifest, cohorts):
+        print(f"{doubt}. {fix}.")
     for twice in find_twice(manifest, dataset or ()):
         print(f"{twice.found}. {twice.fix}.")
         unusable |= twice.leaks

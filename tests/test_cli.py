@@ -40,7 +40,7 @@ def test_lists_and_plans(tiny):
     assert done.exit_code == 0 and "hours for what is missing" in done.output and "STEPH" in done.output
     done = call("data", "list", "--study", "tcga")
     assert done.exit_code == 0 and "UNI2-h" in done.output and "licence" in done.output
-    assert re.search(r"^dataset +projects +labels +archives +features +store +size$", done.output, re.M)
+    assert re.search(r"^dataset +projects +labels +follow-up +archives +features +store +size$", done.output, re.M)
 
 
 @pytest.mark.parametrize(
