@@ -1,17 +1,17 @@
 """The command `steph`: it parses, calls, prints. Everything it does can be called from Python too."""
 
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from typer import Argument, Exit, Option, Typer
 from typer.core import TyperGroup
 
-from steph import Refused
+from steph import Refused, __version__
 
 
 @contextmanager
@@ -64,11 +64,28 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
 
 
-app = Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
 data_app = Typer(no_args_is_help=True, help="Labels, features and stores of a study.")
 study_app = Typer(no_args_is_help=True, help="Runs of a study.")
 app.add_typer(data_app, name="data")
 app.add_typer(study_app, name="study")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"steph {__version__}")
+        raise Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, Option("--version", is_eager=True, callback=_version, help="print it and end")] = False,
+) -> None:
+    """Options of the command itself."""
+
 
 Names = list[str] | None
 Paths = list[Path] | None
@@ -80,49 +97,71 @@ Precision = Annotated[str, Option("--precision", help="auto, fp32, fp64, bf16 or
 Workers = Annotated[int | None, Option("--workers", min=1, help="processes on the CPU; default: one per core")]
 Device = Annotated[str, Option("--device", help="cpu, cuda or cuda:N")]
 Pixels = Annotated[int | None, Option(min=1, help="edge of a patch in level-0 pixels; default: as found")]
+NEXT = ("data check", "data pack", "study plan", "study run")
 Table = Annotated[Path | None, Option(help="many patients: a CSV with patient_id and path, a row per slide")]
 
 
-@app.command("doctor")
+@app.command("doctor", epilog="Example: steph doctor --study tcga --dataset SARC --device cuda")
 def doctor(
     study: Study = "demo",
+    dataset: Datasets = None,
     device: Device = "cpu",
     form: Annotated[Literal["text", "json"], Option("--format", help="text for people, json for programs")] = "text",
 ) -> None:
     """Check the environment, the machine and a study; say what is wrong and how to mend it. Exit code 1 for a FAIL."""
     from steph.book.doctor import as_json, as_text, examine
 
-    findings = examine(study, device)
+    findings = examine(study, device, dataset or ())
     print(as_json(findings, study, device) if form == "json" else as_text(findings))
     if any(finding.status == "FAIL" for finding in findings):
         raise Exit(1)
 
 
-@app.command("run")
+@app.command(
+    "init",
+    epilog="Example: steph init clinic.yaml --dataset GASTRIC --features h5 --labels a.csv --unit days --endpoint OS",
+)
+def init_study(
+    manifest: Annotated[Path, Argument(help="the manifest to be written, such as clinic.yaml")],
+    dataset: Annotated[list[str], Option(help="name of a data set; repeat, with --features and --labels, for several")],
+    features: Annotated[list[Path], Option(help="its folder of slide files, .h5 or .pt")],
+    labels: Annotated[list[Path], Option(help="its table: patient_id, slide_id, time_days, event")],
+    endpoint: Annotated[str, Option(prompt="Endpoint (DSS, OS, PFI, ...)", help="what an event is, such as DSS or OS")],
+    unit: Annotated[Literal["days", "months", "years"], Option(prompt="Unit of the times", help="of the times")],
+    encoder: Annotated[str | None, Option(help="where the files do not name it")] = None,
+) -> None:
+    """Write a study's manifest, and its label tables in days, from folders of slide files and tables of follow-up."""
+    from steph.data.draft import draft
+
+    if manifest.suffix not in {".yaml", ".yml"}:
+        raise Refused(f"{manifest}: a manifest's name ends in .yaml.")
+    if not len(dataset) == len(features) == len(labels):
+        raise Refused("give --dataset, --features and --labels equally often, in the same order.")
+    cohorts = list(zip(dataset, features, labels, strict=True))
+    print("\n".join([*draft(manifest, cohorts, endpoint, unit, encoder), f"{manifest}: written. Now:"]))
+    print("\n".join(f"  steph {words} --study {shlex.quote(str(manifest))}" for words in NEXT))
+
+
+@app.command("run", epilog="Example: steph run 01_baselines --study tcga --dataset SARC --device cuda -p folds=0,1")
 def run_notebook(
     notebook: Annotated[str, Argument(help="a notebook of notebooks/ (01_baselines or baselines), or a path")],
     parameter: Annotated[Names, Option("--parameter", "-p", help="name=value, as YAML; repeat")] = None,
     study: Annotated[str | None, Option(help="short for -p study=...")] = None,
+    dataset: Annotated[str | None, Option(help="short for -p dataset=...")] = None,
+    device: Annotated[str | None, Option(help="short for -p device=...")] = None,
     output: Annotated[Path | None, Option("--output", "-o", help="where the executed copy goes")] = None,
 ) -> None:
     """Execute a notebook with parameters, all of them checked before any work."""
     from steph.book import notebooks
 
-    chosen = dict(_assignment(text) for text in parameter or [])
-    if study is not None:
-        chosen["study"] = study
-    print(notebooks.execute(notebooks.find(notebook), chosen, output, progress=sys.stderr.isatty()))
+    chosen = dict(map(notebooks.assignment, parameter or []))
+    for name, value in {"study": study, "dataset": dataset, "device": device}.items():
+        if value is not None and chosen.setdefault(name, value) != value:
+            raise Refused(f"--{name} {value} and -p {name}={chosen[name]} contradict each other: give one.")
+    print(notebooks.execute(notebooks.find(notebook), chosen, output))
 
 
-def _assignment(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    with suppress(yaml.YAMLError):
-        if equals and name.isidentifier():
-            return name, yaml.safe_load(value)
-    raise Refused(f"-p {text!r}: expected name=value, such as -p dataset=SARC, its value readable as YAML.")
-
-
-@study_app.command("run")
+@study_app.command("run", epilog="Example: steph study run --study tcga --dataset SARC --method steph --fold 0")
 def study_run(
     study: Study = "demo",
     dataset: Datasets = None,
@@ -134,18 +173,15 @@ def study_run(
     workers: Workers = None,
 ) -> None:
     """Carry out the runs that are not finished yet, and print the mean C-index of all."""
-    from steph.data.plausibility import cohorts_of, doubts
     from steph.study.execute import Workbench, plan, run_all
     from steph.training.device import precision_for
 
     bench = Workbench(study)
     runs = plan(bench.study, dataset, method, fold, seed, precision_for(precision, device))
-    for doubt, fix in doubts(bench.study, cohorts_of(bench.study, {run.dataset for run in runs})):
-        print(f"{doubt}. {fix}.", file=sys.stderr)
     _print_means(run_all(bench, runs, device=device, workers=workers))
 
 
-@study_app.command("plan")
+@study_app.command("plan", epilog="Example: steph study plan --study tcga --dataset SARC --by-method")
 def study_plan(
     study: Study = "demo",
     dataset: Datasets = None,
@@ -167,19 +203,30 @@ def study_plan(
     print("\n".join(planning.report(bench, table, taken, device, kind, by_method)))
 
 
-@app.command("results")
+@app.command("results", epilog="Example: steph results --study tcga --dataset SARC --method vanilla --method steph")
 def show_results(
-    study: Study = "demo", csv: Annotated[Path | None, Option(help="write all rows to this file")] = None
+    study: Study = "demo",
+    dataset: Datasets = None,
+    method: Methods = None,
+    csv: Annotated[Path | None, Option(help="write a row per run, of every seed, to this file")] = None,
 ) -> None:
-    """Print the mean C-index of every finished run, by data set and method."""
-    from steph.study.runs import results
+    """Print mean C-indices of the finished runs of the study's seed, on folds that all methods of a table have."""
+    from steph.data.manifest import refuse_unknown
+    from steph.study.runs import Workbench, results
 
-    table = results(study)
+    bench = Workbench(study)
+    table = results(bench)
     if table.empty:
         raise Refused(f"study {study} has no finished run yet: steph study run --study {study}")
+    for column, names in (("dataset", dataset), ("method", method)):
+        refuse_unknown(column, names or (), list(table[column].unique()), f"the finished runs of study {study}")
+        table = table[table[column].isin(names)] if names else table
     if csv:
         _write(table, csv)
-    _print_means(table)
+    of_seed = table[table["seed"] == bench.study.seed]
+    _print_means(of_seed if len(of_seed) else table)
+    if others := len(table) - len(of_seed):
+        print(f"{others} runs of other seeds than {bench.study.seed}: --csv writes them too")
 
 
 def _write(table: Any, path: Path) -> None:
@@ -190,27 +237,22 @@ def _write(table: Any, path: Path) -> None:
 
 
 def _print_means(table: Any) -> None:
-    from steph.study.health import notes
+    from steph.study.tables import BELOW, like_with_like
 
-    for note in notes(table):
-        print(note)
-    undefined = table["problem"] != ""
-    for row in table[undefined].itertuples():
+    for row in table[table["problem"] != ""].itertuples():
         print(f"no C-index: {row.dataset} {row.method} fold {row.fold}: {row.problem}")
-    if not undefined.all():
-        counts = sorted(set(table[~undefined].value_counts(["dataset", "method"])))
-        means = table[~undefined].pivot_table(index="dataset", columns="method", values="c_index", sort=False)
-        print(f"mean C-index over {', '.join(map(str, counts))} runs each")
-        print(means.round(4).to_string(na_rep=""))
+    for folds, means in like_with_like(table):
+        print(f"\nmean C-index on {folds}\n{means.to_string(line_width=100)}")
+    print(f"{BELOW}: worse than a coin")
 
 
-@app.command("export")
+@app.command("export", epilog="Example: steph export --study demo --dataset BRCA --method steph --fold 0 --out brca")
 def export_model(
     dataset: Annotated[str, Option(help="the target cancer")],
     out: Annotated[Path, Option(help="a new folder")],
     study: Study = "demo",
-    method: Annotated[str, Option()] = "steph",
-    fold: Annotated[int, Option()] = 0,
+    method: Annotated[str, Option(help="the method whose model is taken")] = "steph",
+    fold: Annotated[int, Option(help="the fold whose model is taken")] = 0,
     seed: Annotated[int | None, Option(help="default: the study's")] = None,
     drop_unused: Annotated[bool, Option("--drop-unused", help="leave out sources that no patient has in use")] = False,
     device: Device = "cpu",
@@ -229,7 +271,7 @@ def export_model(
         print(config.dropped.text)
 
 
-@app.command("predict")
+@app.command("predict", epilog="Example: steph predict --model brca --features slide.h5 --out report")
 def predict_patient(
     model: Annotated[Path, Option(help="a folder that `steph export` made")],
     features: Annotated[Paths, Option(help="a slide's feature file, .h5 or .pt")] = None,
@@ -256,7 +298,7 @@ def predict_patient(
     if table is not None and out is not None:
         rows = loaded.predict_table(table)
         _write(rows, out)
-        print("\n".join([f"{out}: {len(rows)} patients", *loaded.config.warnings]))
+        print(f"{out}: {len(rows)} patients")
         return
     prediction = loaded.predict(slides, patient, patch_px)
     print(summary(prediction))
@@ -265,7 +307,7 @@ def predict_patient(
         print(f"report: {out / 'report.html'}")
 
 
-@app.command("book")
+@app.command("book", epilog="Example: steph book --study demo --workers 2")
 def build_book(study: Study = "demo", device: Device = "cpu", workers: Workers = None) -> None:
     """Run what is missing, execute the notebooks, build the book."""
     from steph.book import build as book
@@ -274,7 +316,7 @@ def build_book(study: Study = "demo", device: Device = "cpu", workers: Workers =
     print(book.build_book(Workbench(study), device=device, workers=workers))
 
 
-@app.command("convert")
+@app.command("convert", epilog="Example: steph convert authors.pth own.safetensors --null null.pth")
 def convert_weights(
     source: Annotated[Path, Argument(help="weights: the authors' .pth, or our .safetensors")],
     target: Annotated[Path, Argument(help="where they go, in the format of this name's ending")],
@@ -286,8 +328,8 @@ def convert_weights(
     print(f"{target}: {convert(source, target, null)}")
 
 
-@data_app.command("list")
-def data_list(study: Study = "tcga") -> None:
+@data_app.command("list", epilog="Example: steph data list --study tcga")
+def data_list(study: Study = "demo") -> None:
     """Data sets of a study, what of their data is there, and where the rest can be had."""
     from steph.data.inventory import inventory
     from steph.data.manifest import load_study
@@ -302,9 +344,9 @@ def data_list(study: Study = "tcga") -> None:
         print(f"\n{source.name}: {source.provides}\n  {source.address}\n  {gate}licence: {source.licence}")
 
 
-@data_app.command("fetch")
+@data_app.command("fetch", epilog="Example: steph data fetch --study tcga --dataset SARC --source features")
 def data_fetch(
-    study: Study = "tcga",
+    study: Study = "demo",
     dataset: Datasets = None,
     source: Annotated[Names, Option(help="labels, splits or features; repeat; default: all")] = None,
     out: Annotated[Path | None, Option(help="default: the study's data root")] = None,
@@ -317,20 +359,22 @@ def data_fetch(
         print(f"{path}: {note}")
 
 
-@data_app.command("labels")
+@data_app.command("labels", epilog="Example: steph data labels --study tcga --cdr cdr.xlsx --slides slides.txt")
 def data_labels(
     cdr: Annotated[Path, Option(help="TCGA-CDR table, .csv or .xlsx")],
-    slides: Annotated[Path, Option(help="slide list (text or CSV), or a folder of slides or feature files")],
-    out: Annotated[Path | None, Option(help="default: labels/ of the study's data root")] = None,
-    study: Study = "tcga",
+    slides: Annotated[Path, Option(help="slide list (text or CSV), or a folder of feature files")],
+    study: Study = "demo",
     dataset: Datasets = None,
+    out: Annotated[Path | None, Option(help="default: labels/ of the study's data root")] = None,
 ) -> None:
     """Build the label tables of a study from TCGA-CDR."""
     from steph.data.labels import build_labels
     from steph.data.manifest import load_study
 
     manifest = load_study(study)
-    summary = build_labels(manifest, cdr, slides, out or manifest.data / "labels", dataset or ())
+    chosen = {name: manifest.entry(name) for name in dataset or manifest.datasets}
+    out = out or manifest.data / "labels"
+    summary = build_labels(manifest.model_copy(update={"datasets": chosen}), cdr, slides, out)
     print(summary.to_string(index=False))
     for reason, count in summary.attrs["dropped"].items():
         print(f"left out: {count} slide(s): {reason}")
@@ -338,22 +382,16 @@ def data_labels(
         print(f"{dataset}: these counts are not those of the study's manifest; is the slide list complete?")
 
 
-@data_app.command("check")
-def data_check(study: Study = "tcga", dataset: Datasets = None) -> None:
+@data_app.command("check", epilog="Example: steph data check --study clinic.yaml --dataset GASTRIC")
+def data_check(study: Study = "demo", dataset: Datasets = None) -> None:
     """List who stands in two data sets and every slide file that cannot be used; check the content of stores."""
     from steph.data.dataset import check_dataset
     from steph.data.features import problems_message
     from steph.data.manifest import load_study
-    from steph.data.plausibility import cohorts_of, doubts, follow_up
     from steph.data.store import Store
     from steph.data.twice import find_twice
 
     manifest, unusable = load_study(study), False
-    cohorts = cohorts_of(manifest, dataset or ())
-    for cohort in cohorts:
-        print(f"{cohort.dataset}: {len(cohort)} patients, {follow_up(cohort, manifest.network)}")
-    for doubt, fix in doubts(manifest, cohorts):
-        print(f"{doubt}. {fix}.")
     for twice in find_twice(manifest, dataset or ()):
         print(f"{twice.found}. {twice.fix}.")
         unusable |= twice.leaks
@@ -370,9 +408,9 @@ def data_check(study: Study = "tcga", dataset: Datasets = None) -> None:
         raise Exit(1)
 
 
-@data_app.command("pack")
+@data_app.command("pack", epilog="Example: steph data pack --study clinic.yaml --allow-missing")
 def data_pack(
-    study: Study = "tcga",
+    study: Study = "demo",
     dataset: Datasets = None,
     allow_missing: Annotated[bool, Option(help="leave out missing slides of patients who keep one")] = False,
 ) -> None:

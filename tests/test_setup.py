@@ -2,9 +2,11 @@
 
 import ast
 import json
+import os
 import pkgutil
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -238,7 +240,7 @@ def test_the_readme_draws_every_room():
     tree = read("README.md").split("`steph/` is a handful of rooms.")[1].split("How to change things")[0]
     rows = [line[4:].split("  ") for line in tree.splitlines() if line.startswith("    ")]
     drawn = {name.strip() for row in rows for name in row[:2] if re.fullmatch(r"[a-z]+(/|\.py)", name.strip())}
-    modules = [path for path in (PROJECT / "steph").iterdir() if not path.name.startswith("_")]
+    modules = [path for path in (PROJECT / "steph").iterdir() if not path.name.startswith(("_", "py.typed"))]
     assert drawn == {f"{path.name}/" if path.is_dir() else path.name for path in modules}
 
 
@@ -261,3 +263,27 @@ def test_commands_in_the_text_exist():
             assert not unknown, f"{page}: `steph {line}` has no option {sorted(unknown)}"
             checked += 1
     assert checked > 5
+
+
+def test_an_installed_package_finds_studies_and_notebooks_and_writes_where_one_stands(tmp_path):
+    source, there, stands = tmp_path / "source", tmp_path / "installed", tmp_path / "I stand here"
+    for path in tracked():
+        copy = source / path.relative_to(PROJECT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    stands.mkdir()
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*pip, "--target", there, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (there / "steph" / "py.typed").is_file()
+    code = """
+import steph
+from steph.book.notebooks import find
+from steph.data.manifest import load_study
+from steph.study.paper import paper_table
+print(steph.__file__, find("01_baselines"), load_study("tiny").build, len(paper_table("table1")), sep="\\n")"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("STEPH_")} | {"PYTHONPATH": str(there)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=stands, env=environment, capture_output=True, text=True)
+    file, notebook, build, rows = done.stdout.splitlines() or [done.stderr] * 4
+    assert file.startswith(str(there)) and notebook.startswith(str(there)) and int(rows) > 0, done.stderr
+    assert build == str(stands / "build" / "tiny")

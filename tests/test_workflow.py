@@ -15,7 +15,7 @@ import pytest
 
 from steph import PROJECT
 from steph.book import build as book
-from steph.cli import _assignment
+from steph.book.notebooks import assignment
 from steph.files.records import COMPLETION, read_record
 from steph.study.execute import run_all
 from steph.study.runs import Run, Workbench, plan
@@ -100,7 +100,7 @@ def test_the_book_is_asked_for_as_it_asks_itself(fresh, jobs):
     assert len(found["chapters"]) == len(chapters)
     for job, chapter in zip(found["chapters"], chapters, strict=True):
         words = shlex.split(job["command"])
-        arguments = dict(_assignment(words[i + 1]) for i, word in enumerate(words) if word == "-p")
+        arguments = dict(assignment(words[i + 1]) for i, word in enumerate(words) if word == "-p")
         assert arguments == chapter.arguments("cpu") and str(chapter.source) in words
         assert words[-2:] == ["--output", str(book.executed_path(fresh.study, chapter))]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from steph import PROJECT, Refused
+from steph import INSTALLED, PROJECT, WORKPLACE, Refused
 from steph.analysis.mixing import controls
 from steph.book import notebooks, pages
 from steph.data.manifest import Study, refuse_unknown
@@ -22,7 +22,7 @@ from steph.study.execute import run_all, worker_pool
 from steph.study.runs import Run, Workbench, plan, results
 from steph.training.device import precision_for
 
-SHELF = PROJECT / "build" / "book"
+SHELF = WORKPLACE / "build" / "book"
 """What the builder reads besides book/: gated notebooks, the files they link to, pages of `steph.book.pages`."""
 
 BUILDER = "from jupyter_book.cli.main import main; main()"  # the package cannot be run with -m
@@ -99,6 +99,8 @@ def chapter_runs(bench: Workbench, kind: str, precision: str = "fp32") -> list[R
 
 def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None) -> Path:
     """Everything from records to pages; what is finished is not repeated. Returns the path of the first page."""
+    if INSTALLED:
+        raise Refused("the book's text lies in the project's checkout, not in this installed package: build it there.")
     precision = precision_for("auto", device)
     run_all(bench, needed_runs(bench, precision), device=device, workers=workers)
     run_all(bench, chapter_runs(bench, "further_runs", precision), device=device, workers=workers)

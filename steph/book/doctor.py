@@ -14,7 +14,7 @@ import sys
 import tempfile
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,13 +32,12 @@ from steph.book import build, pages
 from steph.book.notebooks import NOTEBOOKS, declared
 from steph.data.dataset import is_made, open_dataset
 from steph.data.manifest import Study
-from steph.data.plausibility import cohorts_of, doubts, follow_up
 from steph.data.store import COORDS, DTYPES
 from steph.data.twice import find_twice
 from steph.files.atomic import free_bytes, in_words
 from steph.files.records import COMPLETION, Record, read_json, read_record
 from steph.files.tables import shortened
-from steph.study.runs import Run, Workbench, plan
+from steph.study.runs import Run, Workbench, plan, stages
 from steph.training.device import Compute, check_device, precision_for
 from steph.training.memory import available, control_groups
 
@@ -60,10 +59,14 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """What is examined: a study, by name or path of its manifest, on a device."""
+    """What is examined: a study, by name or path of its manifest, on a device; of its data sets those that are named.
+
+    What they borrow from the others is theirs to need: `needed` are all data sets that their planned runs stand on.
+    """
 
     name: str
     device: str = "cpu"
+    datasets: tuple[str, ...] = ()
 
     @cached_property
     def bench(self) -> Workbench:
@@ -80,33 +83,38 @@ class Case:
 
     @cached_property
     def planned(self) -> list[Run]:
-        return plan(self.study, precision=precision_for("auto", self.device))
+        return plan(self.study, self.datasets or None, precision=precision_for("auto", self.device))
 
     @cached_property
-    def missing(self) -> list[Run] | str:
-        """The planned runs that are not finished; or why keys of runs cannot be known, such as missing data."""
-        try:
+    def needed(self) -> list[str]:
+        among = {run.dataset for run in stages(self.bench, self.planned)}
+        return [name for name in self.study.datasets if name in among or not self.datasets]
+
+    @cached_property
+    def missing(self) -> list[Run] | None:
+        """The planned runs that are not finished; None where data are missing: keys of runs are not known then."""
+        with suppress(Refused):
             return [run for run in self.planned if not (self.bench.folder(run) / COMPLETION).is_file()]
-        except Refused as reason:
-            return str(reason)
+        return None
 
     @cached_property
     def sizes(self) -> dict[str, planning.Patients]:
         """Patients of the data sets whose sizes are known, or given in the manifest, without anything being made."""
         sizes = {}
-        for name in self.study.datasets:
+        for name in self.needed:
             with suppress(Refused):  # the check of the data says so
                 if not self.study.synthetic or is_made(self.study, name):
                     sizes[name] = planning.patients(self.bench, name)
         return sizes
 
 
-def examine(study: str = "demo", device: str = "cpu") -> list[Finding]:
-    """Everything that can be said about a study on this machine. Nothing is changed, nothing measured for speed.
+def examine(study: str = "demo", device: str = "cpu", datasets: Sequence[str] = ()) -> list[Finding]:
+    """Everything that can be said about a study, or about some of its data sets, on this machine. Nothing is changed,
+    nothing measured for speed.
 
     A study whose manifest cannot be read gets no finding beyond that one. A check that fails itself is a FAIL.
     """
-    case = Case(study, device)
+    case = Case(study, device, tuple(datasets))
     findings = [finding for check in MACHINE for finding in carried_out(check, case)]
     if findings[-1].status != FAIL:
         findings += [finding for check in STUDY for finding in carried_out(check, case)]
@@ -257,6 +265,8 @@ def manifest(case: Case) -> Answers:
     """The study's manifest: readable, valid, and its plan possible."""
     study, runs = case.study, case.planned
     folds = f"{study.folds} folds" + (f", {study.repeats} times" if study.repeats > 1 else "")
+    for name in case.datasets:
+        study.entry(name)
     yield PASS, f"study {study.name}: {len(study.datasets)} data sets, {folds}, {len(runs)} runs"
 
 
@@ -285,7 +295,8 @@ def _existing(folder: Path) -> Path:
 def data(case: Case) -> Answers:
     """Labels, splits and features of each data set: there, missing, or not to be used."""
     study, usable, without_labels = case.study, [], []
-    made = [name for name in study.datasets if not study.synthetic or is_made(study, name)]
+    made = [name for name in case.needed if not study.synthetic or is_made(study, name)]
+    asked = case.datasets or study.datasets
     for name in made:
         if not (study.data / "labels" / f"{name}.csv").is_file():
             without_labels.append(name)
@@ -296,24 +307,21 @@ def data(case: Case) -> Answers:
         except Refused as reason:
             option = f"{case.option} --dataset {shlex.quote(name)}"
             real = f"; `steph data fetch {option}` gets slides, `steph data check {option}` lists what is there"
-            yield FAIL, f"{name}: {reason}", "the message says what to do" + ("" if study.synthetic else real)
+            status, borrowed = (FAIL, "") if name in asked else (WARN, ", for what borrows its model")
+            yield (
+                status,
+                f"{name}{borrowed}: {reason}",
+                "the message says what to do" + ("" if study.synthetic else real),
+            )
     if without_labels:
         fetch = f"`steph data fetch {case.option} --source labels`, then " if study.sources else ""
         fix = f"{fetch}`steph data labels {case.option} --cdr FILE --slides FILE`; or tables of your own there"
-        yield FAIL, f"no label table of {', '.join(without_labels)} in {study.data / 'labels'}", fix
+        status = FAIL if set(without_labels) & set(asked) else WARN
+        yield status, f"no label table of {', '.join(without_labels)} in {study.data / 'labels'}", fix
     if usable:
         yield PASS, f"{len(usable)} data sets can be used: {', '.join(usable)} (in {study.data})"
-    if unmade := len(study.datasets) - len(made):
+    if unmade := len(case.needed) - len(made):
         yield PASS, f"{unmade} synthetic data sets are not made yet; their first run makes them"
-
-
-def labels(case: Case) -> Answers:
-    """Events and follow-up as the label tables have them, and what makes one doubt their unit or their projects."""
-    cohorts = cohorts_of(case.study)
-    numbers = [f"{c.dataset}: {len(c)} patients, {follow_up(c, case.study.network)}" for c in cohorts]
-    yield PASS, "\n".join(numbers) or "no label table can be read yet"
-    for doubt, fix in doubts(case.study, cohorts):
-        yield WARN, doubt, fix
 
 
 def patients(case: Case) -> Answers:
@@ -327,7 +335,7 @@ def patients(case: Case) -> Answers:
 
 def disk(case: Case) -> Answers:
     """Free space against what the missing records, and the stores that are not packed, will take."""
-    study, runs = case.study, case.planned if isinstance(case.missing, str) else case.missing
+    study, runs = case.study, case.planned if case.missing is None else case.missing
     records = planning.record_bytes(study, case.sizes, [(run.dataset, run.method) for run in runs])
     patch = study.features.dim * DTYPES[study.features.precision].itemsize + 2 * COORDS.itemsize
     stores = sum(patch * int(size.patches.sum()) for size in case.sizes.values() if not size.known)
@@ -383,8 +391,8 @@ def runs(case: Case) -> Answers:
         text = f"{len(temporary)} temporary file(s) or folder(s) of killed processes; first {temporary[0]}"
         roots = shlex.join([str(study.build), str(study.data)])
         yield WARN, text, f"if nothing runs now: `find {roots} -name '.*.tmp' -prune -exec rm -r {{}} +`"
-    if isinstance(case.missing, str):
-        yield PASS, f"{len(folders)} records; which are current is not known yet: {case.missing.splitlines()[0]}"
+    if case.missing is None:
+        yield PASS, f"{len(folders)} records; which are current is known when all data are there"
     else:
         text = f"{len(case.planned) - len(case.missing)} of {len(case.planned)} runs of the study are finished"
         yield PASS, f"{text}, in {study.build / 'runs'}", f"{again} makes the others" if case.missing else ""
@@ -401,7 +409,7 @@ def _is_current(case: Case, record: Record) -> bool:
         path = record.path / name
         if not path.is_file() or path.stat().st_mtime_ns > finished:
             record.file(name)
-    if "run" not in record.info or isinstance(case.missing, str):
+    if "run" not in record.info or case.missing is None:
         return True
     with suppress(Refused):  # a data set or a method that is no more
         return case.bench.folder(Run(**record.info["run"])) == record.path
@@ -429,4 +437,4 @@ def book(case: Case) -> Answers:
 
 
 MACHINE = (packages, device, threads, kernel, notebooks, manifest)  # the manifest's last: the others need what it reads
-STUDY = (build_folder, data, labels, patients, disk, memory, runs, book)
+STUDY = (build_folder, data, patients, disk, memory, runs, book)

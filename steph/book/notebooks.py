@@ -12,8 +12,8 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,10 +21,12 @@ from types import NoneType
 from typing import Any
 from urllib.parse import unquote
 
-from steph import PROJECT, Refused
-from steph.data.manifest import MANIFESTS, Study, load_study, refuse_unknown, unknown
+import yaml
+
+from steph import INSTALLED, PACKAGE, PROJECT, Refused
+from steph.data.manifest import MANIFESTS, Study, expand_user, load_study, refuse_unknown, unknown
 from steph.files.atomic import atomic_path
-from steph.files.records import file_sha256, fingerprint, read_json, read_sealed, versions, write_sealed
+from steph.files.records import file_sha256, fingerprint, read_json, read_sealed, versions, write_json, write_sealed
 from steph.study.runs import Workbench
 from steph.training.device import check_device, precision_for
 
@@ -72,11 +74,26 @@ PARAMETERS: dict[str, tuple[Any, tuple[type, ...]]] = {
 """Every parameter that a notebook may declare: its default, and the types it may have."""
 
 
+def assignment(text: str) -> tuple[str, Any]:
+    """A parameter's name and value from ``name=value``. The value is YAML in which 007, no and 1_000 are text: what a
+    person writes is an id or a name, but for parameters that can be nothing else than a number.
+
+    Raises `Refused` for a text that is no assignment.
+    """
+    name, equals, value = text.partition("=")
+    types = PARAMETERS.get(name, (None, (str,)))[1]
+    with suppress(yaml.YAMLError):
+        if equals and name.isidentifier():
+            return name, yaml.load(value, yaml.BaseLoader if str in types else yaml.SafeLoader)
+    raise Refused(f"-p {text!r}: expected name=value, such as -p dataset=SARC, its value readable as YAML.")
+
+
 def check(chosen: Mapping[str, Any], takes: Mapping[str, Any], where: str) -> Parameters:
     """Check parameters by name, type and value, and complete them.
 
-    chosen: by a person. takes: names and defaults of the notebook's parameters cell. where: whose they are, for
-    messages. Raises `Refused` for the first that cannot be used.
+    chosen: by a person. takes: names and defaults of the notebook's parameters cell; where the chosen study is another
+    than theirs and lacks their data set, its first target takes the place. where: whose they are, for messages. Raises
+    `Refused` for the first that cannot be used.
     """
     refuse_unknown("parameter", chosen, takes, where)
     refuse_unknown("parameter", takes, PARAMETERS, "the parameters of notebooks")
@@ -87,6 +104,8 @@ def check(chosen: Mapping[str, Any], takes: Mapping[str, Any], where: str) -> Pa
             expected = " or ".join("none" if kind is NoneType else kind.__name__ for kind in types)
             raise Refused(f"parameter {name} = {value!r} is of type {type(value).__name__}; expected {expected}.")
     study, dataset = load_study(values["study"]), values["dataset"]
+    if chosen.get("study", takes.get("study")) != takes.get("study") and "dataset" not in chosen:
+        values["dataset"] = dataset = dataset if dataset in (*study.datasets, "all") else study.target_names[0]
     if dataset != "all":
         study.entry(dataset)
     if values["seed"] is None:
@@ -97,6 +116,8 @@ def check(chosen: Mapping[str, Any], takes: Mapping[str, Any], where: str) -> Pa
     others = list(study.datasets) if dataset == "all" else study.sources_of(dataset)
     sources = others if values["sources"] == "all" else _names(values["sources"])
     refuse_unknown("source", sources or [], others, f"study {study.name}, target {dataset}")
+    if any(not isinstance(patient, str) for patient in values["patients"]):
+        raise Refused(f'patients = {values["patients"]}: ids are text, and 007 is not 7. Write them as "007,010".')
     values["sources"], values["patients"] = sources, _names(values["patients"])
     values["folds"] = list(range(study.n_folds)) if values["folds"] == "all" else _folds(values["folds"], study)
     values["precision"] = precision_for(values["precision"], values["device"])
@@ -109,7 +130,7 @@ def _names(value: str | int | list) -> list[str] | None:
     if value == "auto":
         return None
     items = value if isinstance(value, list) else str(value).strip("[] ").split(",")
-    return list(dict.fromkeys(str(item).strip() for item in items))
+    return list(dict.fromkeys(str(item).strip(" \"'") for item in items))
 
 
 def _folds(value: str | int | list, study: Study) -> list[int]:
@@ -137,13 +158,19 @@ def start(namespace: Mapping[str, Any]) -> Parameters:
     # Some packages ask for widgets when they are imported; progress is text here.
     warnings.filterwarnings("ignore", message="IProgress not found")
     cells = [_assignments(source) for source in namespace.get("In", []) if source.lstrip().startswith(MARK)]
-    chosen = {name: namespace[name] for cell in cells for name in cell}
-    checked = check(chosen, cells[0] if cells else {}, "this notebook")
+    takes = {name: namespace[name] for name in (cells[0] if cells else {})}
+    if cells and isinstance(default := cells[0].get("study"), ast.Constant):
+        takes["study"] = default.value
+    # Where nothing was injected, a person chose what stands in the one cell.
+    chosen = {name: namespace[name] for cell in cells[1:] or cells for name in cell}
+    checked = check(chosen, takes, "this notebook")
     set_style()
     if FOLDER_VARIABLE not in os.environ:
         _follow_library(checked.bench)
     if checked.study.synthetic:
         display(Markdown(f"> **Synthetic demo cohort — not TCGA, not patients.** Study `{checked.study.name}`."))
+    if checked.dataset != namespace.get("dataset", checked.dataset):
+        display(Markdown(f"No {namespace['dataset']} in study `{checked.study.name}`: {checked.dataset} is shown."))
     return checked
 
 
@@ -153,7 +180,7 @@ def _follow_library(bench: Workbench) -> None:
     from IPython.core.getipython import get_ipython
 
     def change_times() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in (PROJECT / "steph").rglob("*.py")}
+        return {path: path.stat().st_mtime_ns for path in PACKAGE.rglob("*.py")}
 
     shell, times = get_ipython(), change_times()
 
@@ -184,7 +211,7 @@ def _assignments(source: str) -> dict[str, ast.expr]:
 def find(name: str | Path) -> Path:
     """A notebook by path, also below ``notebooks/`` (``templates/new_method``), or by name (``01_baselines``,
     ``baselines``). Raises `Refused` for one that is not there."""
-    path, known = Path(name), sorted(NOTEBOOKS.glob("*.ipynb"))
+    path, known = expand_user(str(name)), sorted(NOTEBOOKS.glob("*.ipynb"))
     named = [notebook for notebook in known if path.stem in (notebook.stem, notebook.stem.partition("_")[2])]
     for candidate in (path, (NOTEBOOKS / path).with_suffix(".ipynb"), *named):
         if candidate.suffix == ".ipynb" and candidate.is_file():
@@ -221,13 +248,17 @@ def execute(notebook: Path, chosen: Mapping[str, Any], output: Path | None = Non
     target = output or study.build / "notebooks" / f"{notebook.stem}{suffix}.ipynb"
     completed = target.with_suffix(".json")
     completed.unlink(missing_ok=True)
-    with atomic_path(target) as temporary:
-        _run_cells(notebook, chosen, temporary, target, progress)
+    if checked.dataset not in (chosen.get("dataset"), takes.get("dataset", checked.dataset)):
+        print(f"no {takes['dataset']} in study {study.name}: {checked.dataset} is taken", file=sys.stderr)
+    given = {**chosen, "study": study.address, "dataset": checked.dataset}
+    values = {name: given.get(name, default) for name, default in takes.items()}
+    with atomic_path(target) as temporary, _handed_over(study, target.parent.resolve()):
+        _run_cells(notebook, values if values != takes else {}, temporary, target, progress)
     info = {
         "status": "complete",
         "study": study.name,
         "synthetic": study.synthetic is not None,
-        "parameters": dict(chosen),
+        "parameters": {name: given[name] for name in chosen},
         "state": state(notebook, chosen, checked.bench),
         "notebook": file_sha256(target),
         "seconds": round(time.perf_counter() - started, 1),
@@ -239,25 +270,49 @@ def execute(notebook: Path, chosen: Mapping[str, Any], output: Path | None = Non
     return target
 
 
-def _run_cells(notebook: Path, chosen: Mapping[str, Any], output: Path, target: Path, progress: bool) -> None:
+@contextmanager
+def _handed_over(study: Study, folder: Path) -> Iterator[None]:
+    """What a kernel is told by its environment, in paths that mean the same in every folder: where the copy will lie,
+    the build folder, the data root, and, of a checkout, which library this process uses."""
+    from steph.plots.display import FOLDER_VARIABLE
+
+    before = dict(os.environ)
+    os.environ |= {FOLDER_VARIABLE: str(folder), "STEPH_BUILD": str(study.build.parent)}
+    if replaced := before.get("STEPH_DATA"):
+        os.environ["STEPH_DATA"] = str(expand_user(replaced).absolute())
+    if not INSTALLED:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT), before.get("PYTHONPATH")]))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _run_cells(notebook: Path, values: Mapping[str, Any], output: Path, target: Path, progress: bool) -> None:
     """Run a notebook's cells in a kernel and write the executed copy to `output`; one that stopped at an error is saved
-    beside `target`, where the copy will lie and from where its links lead."""
+    beside `target`, where the copy will lie and from where its links lead. values: in place of those of its cell of
+    parameters, so that a copy that is run again, by whatever tool, begins with them; none: as it is."""
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
-
-    from steph.plots.display import FOLDER_VARIABLE
+    from papermill.translators import PythonTranslator
 
     working, failed = output.with_suffix(".ipynb"), target.with_name(f"{target.stem}.failed.ipynb")
-    os.environ[FOLDER_VARIABLE] = str(target.parent.resolve())
+    content = read_json(notebook)
+    if values:
+        cell = next(c for c in content["cells"] if "parameters" in c.get("metadata", {}).get("tags", []))
+        cell["source"] = PythonTranslator.codify(values).strip()
+    write_json(working, content)
+    address = str(working).replace("{", "{{").replace("}", "}}")  # it fills in braces
     try:
         papermill.execute_notebook(
-            *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, working)),  # it fills in braces
-            dict(chosen),
+            address,
+            address,
             language="python",
             kernel_name="python3",
-            progress_bar=progress,
-            cwd=PROJECT,
+            progress_bar=False,
+            stderr_file=sys.stderr if progress else None,
             request_save_on_cell_execute=False,  # what is executed is whole at its end, or saved as failed
             # Else it warns that it listens on this machine, and may call its regular end an error.
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
@@ -271,7 +326,6 @@ def _run_cells(notebook: Path, chosen: Mapping[str, Any], output: Path, target: 
             "are kept: run the same command again, with fewer workers or on a larger machine."
         ) from None
     finally:
-        del os.environ[FOLDER_VARIABLE]
         if working.exists():
             working.replace(output)
     failed.unlink(missing_ok=True)
@@ -309,7 +363,7 @@ def state(notebook: Path, chosen: Mapping[str, Any], bench: Workbench) -> str:
     twin = f"{bench.study.name}_twin"
     studies = [bench.study, *([load_study(twin)] if (MANIFESTS / f"{twin}.yaml").is_file() else [])]
     real = [study.data for study in studies if study.synthetic is None]
-    files = [*(PROJECT / "steph").rglob("*.py"), *(MANIFESTS / "paper").glob("*")]
+    files = [*PACKAGE.rglob("*.py"), *(MANIFESTS / "paper").glob("*")]
     files += [path for data in real for path in data.glob("labels/*.csv")]
     stores = [path for data in real for path in data.glob("stores/*.h5")]
     shown = [

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from steph import PROJECT, Refused
+from steph import PROJECT, WORKPLACE, Refused
 from steph.data.splits import check_fold
 
 MANIFESTS = PROJECT / "data_manifest"
@@ -158,12 +158,13 @@ class StephSettings(Strict):
 class Study(Strict):
     """A study: data sets, features, endpoint, networks, recipe.
 
-    data_root: labels/, splits/, features/ and stores/ lie in it; relative to the checkout; STEPH_DATA replaces it for a
-    real study; empty: data/ in the study's build folder. folds: of one cross-validation; repeats: cross-validations,
-    each of splits of its own; fold f belongs to repeat f // folds. targets: the data sets that methods are run on where
-    nobody names some, the others being sources only; none: all. positive_control: a made study in which transfer is
-    planted, shown beside this one by the chapter of controls. book_folds: by group of methods, or method: how many
-    folds, from the first, it gets where nobody names folds; others get all.
+    data_root: labels/, splits/, features/ and stores/ lie in it; relative to the manifest's folder, in data_manifest/
+    to the checkout; STEPH_DATA replaces it for a real study; empty: data/ in the study's build folder. folds: of one
+    cross-validation; repeats: cross-validations, each of splits of its own; fold f belongs to repeat f // folds.
+    targets: the data sets that methods are run on where nobody names some, the others being sources only; none: all.
+    positive_control: a made study in which transfer is planted, shown beside this one by the chapter of controls.
+    book_folds: by group of methods, or method: how many folds, from the first, it gets where nobody names folds; others
+    get all.
     """
 
     name: Name
@@ -211,13 +212,14 @@ class Study(Strict):
     @property
     def data(self) -> Path:
         """The data root."""
-        root = self.data_root if self.synthetic else os.environ.get("STEPH_DATA", "") or self.data_root
-        return PROJECT / expand_user(root) if root else self.build / "data"
+        if (replaced := os.environ.get("STEPH_DATA")) and not self.synthetic:
+            return expand_user(replaced).absolute()
+        return WORKPLACE / expand_user(self.data_root) if self.data_root else self.build / "data"
 
     @property
     def build(self) -> Path:
         """Where everything made for the study goes: ``build/<study>``; STEPH_BUILD replaces ``build``."""
-        return expand_user(os.environ.get("STEPH_BUILD") or str(PROJECT / "build")).resolve() / self.name
+        return expand_user(os.environ.get("STEPH_BUILD") or str(WORKPLACE / "build")).resolve() / self.name
 
     @property
     def n_folds(self) -> int:
@@ -248,9 +250,9 @@ def expand_user(text: str) -> Path:
 
 def unknown(what: str, name: str, known: list[str], where: str) -> str:
     """The message for a name that does not exist: the nearest names, and all of them."""
-    near = get_close_matches(str(name).lower(), [name.lower() for name in known], n=3, cutoff=0.5)
-    near = [name for name in known if name.lower() in near]
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    spelt = {other.lower(): other for other in known}
+    near = [name.lower()] if name.lower() in spelt else get_close_matches(name.lower(), spelt, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(spelt[other] for other in near)}?" if near else ""
     return f"unknown {what} {name!r} in {where}.{hint} It has: {', '.join(known)}."
 
 
@@ -258,7 +260,7 @@ def refuse_unknown(what: str, names: Iterable[str], known: Collection[str], wher
     """Raise `Refused` for the first name that is not known, with the message of `unknown`."""
     for name in names:
         if name not in known:
-            raise Refused(unknown(what, name, list(known), where))
+            raise Refused(unknown(what, str(name), list(known), where))
 
 
 def load_study(name: str | Path) -> Study:
@@ -278,7 +280,7 @@ def load_study(name: str | Path) -> Study:
 
 
 def _manifest_path(name: str | Path) -> Path:
-    path = Path(name)
+    path = expand_user(str(name))
     if path.suffix not in {".yaml", ".yml"}:
         path = MANIFESTS / f"{name}.yaml"
     if not path.is_file():
@@ -294,6 +296,8 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise Refused(f"study manifest {path} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise Refused(f"study manifest {path} holds {type(values).__name__}; expected keys and values.")
+    if isinstance(root := values.get("data_root"), str) and root and not path.resolve().is_relative_to(MANIFESTS):
+        values["data_root"] = str(path.resolve().parent / expand_user(root))
     if "extends" not in values:
         return values
     if path.resolve() in extended_by:

@@ -29,5 +29,14 @@ def track(iterable: Iterable[Item], label: str, total: int | None = None) -> Ite
         now = time.monotonic()
         if now - reported >= LINE_EVERY_SECONDS and count != total:
             reported = now
-            say(f"{label}: {count}{of}, {now - began:.0f} s")
+            left = (now - began) / count * (total - count) if total else None
+            say(f"{label}: {count}{of}, {in_words(now - began)}" + (f", {in_words(left)} to go" if left else ""))
     say(f"{label}: {count}{of}, done in {time.monotonic() - began:.1f} s")
+
+
+def in_words(seconds: float) -> str:
+    """A duration for people."""
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{int(seconds < 10 * size)}f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.1g} s"

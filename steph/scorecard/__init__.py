@@ -16,7 +16,7 @@ from steph.methods.registry import title
 from steph.scorecard import analyses, comparisons
 from steph.scorecard.analyses import MARGINAL
 from steph.scorecard.comparisons import hypernetwork_pairs
-from steph.scorecard.evidence import gather
+from steph.scorecard.evidence import gather, planned
 from steph.scorecard.rules import DECIDED, NOT_REPRODUCED, OTHER_PATIENTS, REPRODUCED, Claim, Evidence, verdict
 from steph.study.paper import PAPER, paper_gain
 

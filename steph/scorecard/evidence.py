@@ -1,15 +1,32 @@
 """The evidence that claims are judged on, gathered from records and kept analyses."""
 
+import shlex
+
 import pandas as pd
 
+from steph import Refused
 from steph.analysis.cost import operations, timing
 from steph.analysis.mixing import attention, dynamics, landscape, sar, trajectory
 from steph.analysis.performance import cohort_tables
 from steph.scorecard.rules import Evidence
-from steph.study.runs import Workbench
+from steph.study.runs import Run, Workbench, plan
 
 PAPER_TARGETS = ("BRCA", "BLCA")
 """The cancers of the paper's landscapes (Figs. 4, 6, S3; S5)."""
+
+
+def planned(bench: Workbench, precision: str = "fp32") -> list[Run]:
+    """The study's whole plan, which the scorecard stands on. Raises `Refused` where runs of it on real patients are not
+    finished: hours of training are not begun by opening a page."""
+    runs = plan(bench.study, precision=precision)
+    missing = [run for run in runs if bench.record(run) is None]
+    if missing and bench.study.synthetic is None:
+        option = f"--study {shlex.quote(bench.study.address)}"
+        raise Refused(
+            f"the scorecard stands on the study's whole plan, and {len(missing)} of its {len(runs)} runs are missing. "
+            f"`steph study plan {option}` says what they take, `steph study run {option}` carries them out."
+        )
+    return runs
 
 
 def gather(bench: Workbench, results: pd.DataFrame, device: str = "cpu", precision: str = "fp32") -> Evidence:

@@ -20,15 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from steph import Refused
 from steph.data.manifest import Study
 from steph.files.lock import exclusive
-from steph.files.progress import track
-from steph.files.records import Record, write_record
+from steph.files.progress import in_words, track
+from steph.files.records import COMPLETION, Record, read_record, write_record
 from steph.mil.state import save_state, state_of
-from steph.study import health
 from steph.study.overlap import refuse_overlap
 from steph.study.runs import Run, Workbench, plan, results, row_of, stages
 from steph.survival import concordance_index, nll_loss, targets
@@ -75,11 +73,27 @@ def run_all(
     # Other processes do not see a method that was defined in a notebook.
     if device != "cpu" or any(run.entry.build.__module__ == "__main__" for run in runs):
         workers = 1
-    missing = [run for run in stages(bench, runs) if bench.record(run) is None]
+    missing = [run for run in stages(bench, runs) if _record(bench, run, runs) is None]
     refuse_overlap(bench, missing)
     if missing:
         _carry_out(bench, missing, device, workers)
     return pd.DataFrame([row_of(bench, bench.finished(run)) for run in runs])
+
+
+def _record(bench: Workbench, run: Run, asked: Sequence[Run]) -> Record | None:
+    """The finished record of a run. Where its data cannot be used, and another data set's runs stand on it, the refusal
+    says which and why."""
+    try:
+        return bench.record(run)
+    except Refused as reason:
+        standing = [other for other in asked if other.dataset != run.dataset]
+        if not standing or run in asked:
+            raise
+        raise Refused(
+            f"{reason}\n{standing[0]} stands on {run}: what borrows from other cancers needs their models. Add the "
+            f"data of {run.dataset}, make a study of the cancers that you have (`extends: {bench.study.address}`), or "
+            f"run what needs no other cancer: --dataset {standing[0].dataset} --method vanilla --method cox_mean."
+        ) from None
 
 
 def _check(study: Study, run: Run, device: str) -> None:
@@ -99,6 +113,8 @@ def _carry_out(bench: Workbench, missing: Sequence[Run], device: str, workers: i
     others = f" and {len(names) - 3} other methods" if len(names) > 4 else ""
     label = f"{bench.study.name}: {', '.join(names[:3] if others else names)}{others}"
     workers = min(workers, len(missing))
+    if expected := _expected_seconds(bench, missing, device):
+        label += f", {in_words(expected / workers)} expected"
     if workers <= 1:
         for run in track(missing, label):
             _execute(bench, run, device)
@@ -111,6 +127,19 @@ def _carry_out(bench: Workbench, missing: Sequence[Run], device: str, workers: i
     with worker_pool(bench.study, workers) as pool:
         for _ in track(_spread(pool, workers, bench, missing, device), label, total=len(missing)):
             pass
+
+
+def _expected_seconds(bench: Workbench, missing: Sequence[Run], device: str) -> float:
+    """What runs take together by finished runs of their methods on such a device; 0 where a method has none."""
+    seconds: dict[str, float] = {}
+    for name in {run.method for run in missing}:
+        paths = sorted(bench.study.build.glob(f"runs/*/{name}/*/{COMPLETION}"))[:10]
+        records = [record.info for path in paths if (record := read_record(path.parent))]
+        taken = [info["seconds"] for info in records if info["device"] == device_name(device)]
+        if not taken:
+            return 0
+        seconds[name] = sum(taken) / len(taken)
+    return sum(seconds[run.method] for run in missing)
 
 
 def _spread(
@@ -220,12 +249,6 @@ def _build_train_record(bench: Workbench, run: Run, device: str) -> None:
         external = predict(model, data.external, everyone, compute, together=study.recipe.bags_per_step)
         tables["predictions_external.csv"] = external
         metrics["external_c_index"] = c_index(external)["c_index"]
-    train, width = data.splits.train(run.fold), study.network.bin_width_days
-    how = compute, study.recipe.bags_per_step
-    of_train = health.rows_of(lambda bags: torch.sigmoid(model(bags)), model, data, train, *how)
-    metrics["training_c_index"] = c_index(prediction_table(data, train, of_train))["c_index"]
-    metrics["expected_test"] = health.expected_events(hazards, predictions["time_days"], width)
-    metrics |= health.weights(model, data, patients, *how)
     origin = bench.null_state(run.entry.network).origin
     state = state_of(model, origin, trainable_only=trained > 0)
     writers = {"model.safetensors": lambda path: save_state(state, path)}

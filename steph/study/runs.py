@@ -20,7 +20,6 @@ from steph.files.records import Record, fingerprint, read_record, write_record
 from steph.methods import METHODS, Inputs, Method, known_method, method
 from steph.mil import Model, new_network
 from steph.mil.state import ModelState, load_into, load_state, save_state, state_fingerprint, state_of
-from steph.study import health
 from steph.study.keys import method_code
 from steph.training.device import Compute
 from steph.training.engine import seed_everything
@@ -148,6 +147,7 @@ class Workbench:
 
     def finished(self, run: Run) -> Record:
         """The record of a run. Raises `Refused`, with the command that makes it, where it is not finished."""
+        self.study.check_fold(run.fold)
         record = self.record(run)
         if record is None:
             raise Refused(
@@ -203,7 +203,7 @@ def plan(
 
     None takes all: of data sets the study's targets; of methods those that the book shows, without settings of a sweep
     that ask for more sources than the study has; of folds every one, or as many as the study's `book_folds` gives a
-    method; of seeds the study's own.
+    method; of seeds the study's own. A study of one cancer leaves out what needs other cancers.
 
     Raises `Refused` for a name or fold that the study does not have.
     """
@@ -211,7 +211,8 @@ def plan(
     refuse_unknown("group or method", study.book_folds, kinds, f"book_folds of study {study.name}")
     if methods is None:
         some = next(iter(study.datasets))
-        methods = [n for n, m in METHODS.items() if m.in_book and not (m.group == "sweep" and m.refusal(study, some))]
+        left_out = {n for n, m in METHODS.items() if m.group == "sweep" or len(study.datasets) == 1}
+        methods = [n for n, m in METHODS.items() if m.in_book and not (n in left_out and m.refusal(study, some))]
 
     def folds_of(name: str) -> Sequence[int]:
         if folds is not None:
@@ -245,9 +246,8 @@ def stages(bench: Workbench, runs: Iterable[Run]) -> dict[Run, int]:
 
 def results(study: Study | str | Path | Workbench) -> pd.DataFrame:
     """Every finished run of a study, a row each: dataset, method, fold, seed, precision, c_index, problem, loss,
-    n_test, events_test, external_c_index, what tells whether the model is alive (`steph.study.health.MEASURES`),
-    seconds, device, key, path, folds (of each cross-validation). Runs of other data, code or configuration than
-    today's, by their keys, are left out.
+    n_test, events_test, external_c_index, seconds, device, key, path, folds (of each cross-validation). Runs of other
+    data, code or configuration than today's, by their keys, are left out.
     """
     bench = study if isinstance(study, Workbench) else Workbench(study)
     rows = []
@@ -270,5 +270,4 @@ def row_of(bench: Workbench, record: Record) -> dict[str, Any]:
     """A record as a row of `results`."""
     info = record.info
     told = {name: info[name] for name in ("seconds", "device", "key")}
-    measured = dict.fromkeys(health.MEASURES) | info["metrics"]
-    return {**info["run"], **measured, **told, "path": str(record.path), "folds": bench.study.folds}
+    return {**info["run"], **info["metrics"], **told, "path": str(record.path), "folds": bench.study.folds}

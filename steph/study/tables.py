@@ -4,7 +4,7 @@ Tables are tidy and hold numbers; `c_index_table`, `fold_table` and `as_the_pape
 without a C-index keeps its reason: it is never averaged away, and neither is what stands on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -92,6 +92,29 @@ def on_common_folds(results: pd.DataFrame, methods: Sequence[str]) -> pd.DataFra
     own = results[results["method"].isin(methods)]
     counts = own.groupby(["dataset", "fold"])["method"].transform("nunique")
     return own[counts == own["method"].nunique()]
+
+
+def like_with_like(results: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Mean C-indices that can be compared with each other: for every choice of folds that a method was run on, which
+    folds, seed and precision they are, and a table of the methods that have them all: methods in rows, data sets in
+    columns, and `AVERAGE` of those that have every data set of the table, as text.
+
+    results: as `steph.study.runs.results` gives them, of any seeds and precisions.
+    """
+    for (seed, precision), of_one in results.groupby(["seed", "precision"], sort=False):
+        folds_of = of_one.groupby(["dataset", "method"])["fold"].agg(frozenset)
+        for folds in sorted(set(folds_of), key=lambda choice: (-len(choice), sorted(choice))):
+            among = of_one[of_one["fold"].isin(folds)]
+            complete = among.groupby(["dataset", "method"])["fold"].transform("size") == len(folds)
+            means = summary(among[complete])
+            text = means["mean"].map(lambda mean: "undefined" if pd.isna(mean) else _marked(mean))
+            wide = means.assign(text=text).pivot(index="method", columns="dataset", values="text").fillna("")
+            names = [name for name in means["dataset"].unique() if name != AVERAGE]
+            if len(names) > 1:
+                wide[AVERAGE] = wide[AVERAGE].where((wide[names] != "").all(axis=1), "")
+            table = wide.loc[means["method"].unique(), [*names, AVERAGE][: len(names) + (len(names) > 1)]]
+            listed = ", ".join(map(str, sorted(folds)))
+            yield f"fold{'s' * (len(folds) > 1)} {listed} (seed {seed}, {precision})", table.rename_axis(None, axis=1)
 
 
 def folds_line(results: pd.DataFrame) -> str:

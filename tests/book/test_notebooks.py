@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 
 from steph import PROJECT, Refused
 from steph.book import notebooks
-from steph.book.notebooks import check, completion, declared, execute, find, start, state, up_to_date
+from steph.book.notebooks import assignment, check, completion, declared, execute, find, start, state, up_to_date
 from steph.study.runs import Workbench
 
 PARAMETERS = '# Parameters\nstudy = "tiny"\ndataset = "all"\nfolds = "all"\nseed = 42\ndevice = "cpu"\n'
@@ -74,6 +74,29 @@ def test_lists_can_be_written_in_many_ways(name, value, expected):
     assert getattr(checked(**{"dataset": "SARC", name: value}), name) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("patients=[007,010]", ["007", "010"]), ("patients=010", "010"), ("dataset=NO", "NO"), ("seed=7", 7),
+        ("seed=null", None), ("folds=[0,2]", ["0", "2"]), ("patients=[1_000, 12:30]", ["1_000", "12:30"]),
+    ],
+)  # fmt: skip
+def test_ids_stay_as_they_are_written(text, value):
+    assert assignment(text)[1] == value
+    with pytest.raises(Refused, match="007 is not 7"):
+        checked(dataset="SARC", patients=[7, 8])
+
+
+def test_a_study_without_the_default_data_set_shows_its_first(capsys):
+    takes = {**EVERY, "study": "demo", "dataset": "BRCA"}
+    assert check({"study": "tiny"}, takes, "a notebook").dataset == "LIHC"
+    with pytest.raises(Refused, match="unknown data set 'BRCA'"):
+        check({"study": "tiny", "dataset": "BRCA"}, takes, "a notebook")
+    declared_cell, injected = 'study = "demo"\ndataset = "BRCA"', '# Parameters\nstudy = "tiny"\n'
+    cells = ["", f"# Parameters\n{declared_cell}", injected]
+    assert start({"In": cells, "study": "tiny", "dataset": "BRCA"}).dataset == "LIHC"
+
+
 def test_defaults_come_from_the_study():
     found = checked(n_seeds=2)
     assert found.seeds == [found.study.seed, found.study.seed + 1] and found.datasets == ["LIHC", "CESC", "SARC"]
@@ -110,6 +133,7 @@ def test_notebooks_are_found_by_name():
 def test_execution_leaves_a_copy_with_its_completion(notebook):
     executed = execute(notebook, {"folds": "1", "dataset": "SARC"}, progress=False)
     assert executed.name == "a-SARC.ipynb" and "folds [1] of ['SARC']" in executed.read_text()
+    assert declared(executed)["dataset"] == "SARC", "run again, by whatever tool, it begins with the same parameters"
     info = completion(executed)
     assert info["parameters"] == {"folds": "1", "dataset": "SARC"} and info["synthetic"] is True
     bench = Workbench("tiny")

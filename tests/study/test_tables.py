@@ -33,6 +33,23 @@ def test_an_undefined_fold_is_shown_and_never_averaged_away():
     ]
 
 
+def test_means_are_of_like_with_like():
+    """What a chapter adds, one fold or another seed, moves no mean that stands."""
+    of = {("SARC", "steph"): [0.5, 0.7], ("SARC", "vanilla"): [0.6, 0.4], ("LIHC", "steph"): [0.8, 0.8]}
+    table = frame(of, precision="fp32")
+    ((folds, both),) = results.like_with_like(table)
+    assert folds.startswith("folds 0, 1 (seed 42") and both.loc["steph"].tolist() == ["0.600", "0.800", "0.700"]
+    assert both.loc["vanilla"].tolist() == ["0.500", "", ""], "an average is of all data sets or of none"
+    more = pd.concat([table, frame({("SARC", "iso_c"): [0.9]}, precision="fp32")])
+    more = pd.concat([more, frame({("SARC", "steph"): [0.1]}, precision="fp32", seed=43)])
+    (_, same), (one, first), (other, _) = results.like_with_like(more)
+    pd.testing.assert_frame_equal(same, both)
+    assert one.startswith("fold 0 (seed 42") and first["SARC"].to_dict() == {
+        "steph": "0.500", "vanilla": "0.600", "iso_c": "0.900"
+    }  # fmt: skip
+    assert "seed 43" in other
+
+
 def test_a_mean_below_one_half_is_marked_the_papers_too():
     table = frame({(d, "model_average"): [0.4, 0.5] for d in ("SARC", "LIHC")} | {("SARC", "steph"): [0.5, 0.5]})
     text = results.c_index_table(table[table["method"] == "model_average"])

@@ -33,6 +33,7 @@ from steph.data.dataset import open_dataset
 from steph.data.manifest import Study
 from steph.data.store import DTYPES
 from steph.files.atomic import free_bytes, in_words
+from steph.files.progress import in_words as duration
 from steph.files.progress import track
 from steph.methods.registry import method, title
 from steph.mil.base import Model
@@ -112,10 +113,11 @@ def cost_of(name: str, study: Study, n: int) -> Cost:
 def work(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
     """Every run of a plan and all that it builds on, a row each.
 
-    dataset, method, fold, seed, precision; stage (of `steph.study.runs.stages`), finished; took (seconds, by its
-    record) and device, of finished runs. updates, training (patients), tested and external (patients), mean and largest
-    (patches of a patient), known (read, not assumed). operations (multiplications and additions) and bytes (of features
-    that are read): of training, of what is computed once before it, and of predictions.
+    dataset, method, fold, seed, precision; asked (or stood on by such); stage (of `steph.study.runs.stages`), finished;
+    took (seconds, by its record) and device, of finished runs. updates, training (patients), tested and external
+    (patients), mean and largest (patches of a patient), known (read, not assumed). operations (multiplications and
+    additions) and bytes (of features that are read): of training, of what is computed once before it, and of
+    predictions.
     """
     study, stage_of = bench.study, stages(bench, runs)
     recipe, joint = study.recipe, any(run.entry.joint for run in stage_of)
@@ -141,7 +143,7 @@ def work(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
         once = training * mean if cost.once else 0.0
         looked = training * mean * entry.looks(len(study.datasets) - 1)
         rows.append({
-            **asdict(run), "stage": stage, "finished": record is not None,
+            **asdict(run), "asked": run in runs, "stage": stage, "finished": record is not None,
             "took": record.info["seconds"] if record else np.nan, "device": record.info["device"] if record else "",
             "updates": updates, "training": training, "tested": tested, "external": len(size.external), "mean": mean,
             "largest": int(size.patches.max()), "known": size.known,
@@ -292,9 +294,18 @@ def report(
         f"{len(sizes)} data sets, {table['stage'].max() + 1} stages"
     ]
     for by in ("dataset", "method")[: 1 + methods]:
-        lines += [totals(table, taken, by).to_string(index=False, float_format="{:.3g}".format), ""]
+        of = totals(table, taken, by)
+        of = of.assign(hours=(of["hours"] * 3600).map(duration)).rename(columns={"hours": "time alone"})
+        lines += [of.to_string(index=False, float_format="{:.3g}".format), ""]
+    borrowed = missing[~missing["dataset"].isin(missing.loc[missing["asked"], "dataset"])]
+    for name, of_method in borrowed.groupby("method", sort=False):
+        lines.append(
+            f"of this, {duration(taken[of_method.index].sum())} for {title(str(name))} of other cancers, on which they "
+            f"stand: {', '.join(of_method['dataset'].unique())}"
+        )
     spread = ", ".join(f"{hours(missing, taken[missing.index], n):.2g} on {n}" for n in WORKERS)
-    lines.append(f"hours for what is missing, {machine(device)}, {precision}: {spread}")
+    alone = duration(taken[missing.index].sum())
+    lines.append(f"hours for what is missing, {machine(device)}, {precision}: {spread} ({alone} of one worker)")
     done = table[table["device"] == device_name(device)]
     if len(done):
         line = f"  the {len(done)} finished runs took {done['took'].sum():,.0f} s by their records, which give the pace"
