@@ -26,6 +26,7 @@ def test_study_run_then_results(tiny, tmp_path):
     assert done.exit_code == 0 and "steph" in done.output and "SARC" in done.output
     done = call("results", "--study", "tiny", "--csv", tmp_path / "all.csv")
     assert done.exit_code == 0
+    assert "Did you mean steph" in call("results", "--study", "tiny", "--method", "stef").output
     table = pd.read_csv(tmp_path / "all.csv")
     assert set(table["dataset"]) == set(tiny.study.datasets) and table["c_index"].between(0, 1).all()
 
@@ -53,7 +54,6 @@ def test_lists_and_plans(tiny):
         (["run", ""], "unknown notebook ''"),
         (["data", "pack", "--study", "tiny"], "synthetic"),
         (["results", "--study", "nosuch"], "unknown study 'nosuch'"),
-        (["results", "--study", "tiny", "--method", "stef"], "Did you mean steph"),
         (["run", "01_baselines", "--study", "tiny", "-p", "study=demo"], "contradict each other"),
         (["export", "--study", "tiny", "--dataset", "SARC", "--fold", "-1", "--out", "x"], "its folds are 0 to 1"),
         (["study", "run", "--study", "tiny", "--dataset", "sarc"], "Did you mean SARC? It has"),
