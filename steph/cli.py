@@ -173,11 +173,14 @@ def study_run(
     workers: Workers = None,
 ) -> None:
     """Carry out the runs that are not finished yet, and print the mean C-index of all."""
+    from steph.data.plausibility import cohorts_of, doubts
     from steph.study.execute import Workbench, plan, run_all
     from steph.training.device import precision_for
 
     bench = Workbench(study)
     runs = plan(bench.study, dataset, method, fold, seed, precision_for(precision, device))
+    for doubt, fix in doubts(bench.study, cohorts_of(bench.study, {run.dataset for run in runs})):
+        print(f"{doubt}. {fix}.", file=sys.stderr)
     _print_means(run_all(bench, runs, device=device, workers=workers))
 
 
@@ -237,8 +240,11 @@ def _write(table: Any, path: Path) -> None:
 
 
 def _print_means(table: Any) -> None:
+    from steph.study.health import notes
     from steph.study.tables import BELOW, like_with_like
 
+    for note in notes(table):
+        print(note)
     for row in table[table["problem"] != ""].itertuples():
         print(f"no C-index: {row.dataset} {row.method} fold {row.fold}: {row.problem}")
     for folds, means in like_with_like(table):
@@ -298,7 +304,7 @@ def predict_patient(
     if table is not None and out is not None:
         rows = loaded.predict_table(table)
         _write(rows, out)
-        print(f"{out}: {len(rows)} patients")
+        print("\n".join([f"{out}: {len(rows)} patients", *loaded.config.warnings]))
         return
     prediction = loaded.predict(slides, patient, patch_px)
     print(summary(prediction))
@@ -362,7 +368,7 @@ def data_fetch(
 @data_app.command("labels", epilog="Example: steph data labels --study tcga --cdr cdr.xlsx --slides slides.txt")
 def data_labels(
     cdr: Annotated[Path, Option(help="TCGA-CDR table, .csv or .xlsx")],
-    slides: Annotated[Path, Option(help="slide list (text or CSV), or a folder of feature files")],
+    slides: Annotated[Path, Option(help="slide list (text or CSV), or a folder of slides or feature files")],
     study: Study = "demo",
     dataset: Datasets = None,
     out: Annotated[Path | None, Option(help="default: labels/ of the study's data root")] = None,
@@ -372,9 +378,7 @@ def data_labels(
     from steph.data.manifest import load_study
 
     manifest = load_study(study)
-    chosen = {name: manifest.entry(name) for name in dataset or manifest.datasets}
-    out = out or manifest.data / "labels"
-    summary = build_labels(manifest.model_copy(update={"datasets": chosen}), cdr, slides, out)
+    summary = build_labels(manifest, cdr, slides, out or manifest.data / "labels", dataset or ())
     print(summary.to_string(index=False))
     for reason, count in summary.attrs["dropped"].items():
         print(f"left out: {count} slide(s): {reason}")
@@ -388,10 +392,16 @@ def data_check(study: Study = "demo", dataset: Datasets = None) -> None:
     from steph.data.dataset import check_dataset
     from steph.data.features import problems_message
     from steph.data.manifest import load_study
+    from steph.data.plausibility import cohorts_of, doubts, follow_up
     from steph.data.store import Store
     from steph.data.twice import find_twice
 
     manifest, unusable = load_study(study), False
+    cohorts = cohorts_of(manifest, dataset or ())
+    for cohort in cohorts:
+        print(f"{cohort.dataset}: {len(cohort)} patients, {follow_up(cohort, manifest.network)}")
+    for doubt, fix in doubts(manifest, cohorts):
+        print(f"{doubt}. {fix}.")
     for twice in find_twice(manifest, dataset or ()):
         print(f"{twice.found}. {twice.fix}.")
         unusable |= twice.leaks

@@ -17,6 +17,7 @@ import steph
 from steph import PROJECT, cli
 from steph.data.manifest import load_study
 from tests.helpers.command import steph as call
+from tests.helpers.dead import start_steph
 
 pytestmark = pytest.mark.usefixtures("build_folder")
 
@@ -31,12 +32,21 @@ def test_study_run_then_results(tiny, tmp_path):
     assert set(table["dataset"]) == set(tiny.study.datasets) and table["c_index"].between(0, 1).all()
 
 
+def test_a_dead_model_is_told_where_results_are_printed_and_a_living_one_is_not(tiny, monkeypatch):
+    run = ["study", "run", "--study", "tiny", "--dataset", "SARC", "--method", "steph", "--fold", 0, "--workers", 1]
+    start_steph(monkeypatch, tiny, start=1)
+    assert "Dead:" not in call(*run).output
+    start_steph(monkeypatch, tiny, start=-1)
+    for command in (run, ["results", "--study", "tiny"]):
+        assert call(*command).output.startswith("Dead: every selected w is 0 for ")
+
+
 def test_lists_and_plans(tiny):
     done = call("study", "plan", "--study", "tiny", "--dataset", "SARC", "--method", "steph", "--by-method")
     assert done.exit_code == 0 and "hours for what is missing" in done.output and "STEPH" in done.output
     done = call("data", "list", "--study", "tcga")
     assert done.exit_code == 0 and "UNI2-h" in done.output and "licence" in done.output
-    assert re.search(r"^dataset +projects +labels +archives +features +store +size$", done.output, re.M)
+    assert re.search(r"^dataset +projects +labels +follow-up +archives +features +store +size$", done.output, re.M)
 
 
 @pytest.mark.parametrize(

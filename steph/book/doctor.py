@@ -32,6 +32,7 @@ from steph.book import build, pages
 from steph.book.notebooks import NOTEBOOKS, declared
 from steph.data.dataset import is_made, open_dataset
 from steph.data.manifest import Study
+from steph.data.plausibility import cohorts_of, doubts, follow_up
 from steph.data.store import COORDS, DTYPES
 from steph.data.twice import find_twice
 from steph.files.atomic import free_bytes, in_words
@@ -91,11 +92,12 @@ class Case:
         return [name for name in self.study.datasets if name in among or not self.datasets]
 
     @cached_property
-    def missing(self) -> list[Run] | None:
-        """The planned runs that are not finished; None where data are missing: keys of runs are not known then."""
-        with suppress(Refused):
+    def missing(self) -> list[Run] | str:
+        """The planned runs that are not finished; or why keys of runs cannot be known, such as missing data."""
+        try:
             return [run for run in self.planned if not (self.bench.folder(run) / COMPLETION).is_file()]
-        return None
+        except Refused as reason:
+            return str(reason)
 
     @cached_property
     def sizes(self) -> dict[str, planning.Patients]:
@@ -324,6 +326,15 @@ def data(case: Case) -> Answers:
         yield PASS, f"{unmade} synthetic data sets are not made yet; their first run makes them"
 
 
+def labels(case: Case) -> Answers:
+    """Events and follow-up as the label tables have them, and what makes one doubt their unit or their projects."""
+    cohorts = cohorts_of(case.study)
+    numbers = [f"{c.dataset}: {len(c)} patients, {follow_up(c, case.study.network)}" for c in cohorts]
+    yield PASS, "\n".join(numbers) or "no label table can be read yet"
+    for doubt, fix in doubts(case.study, cohorts):
+        yield WARN, doubt, fix
+
+
 def patients(case: Case) -> Answers:
     """Whether a patient stands in two data sets, or a slide under two names."""
     twice = list(find_twice(case.study))
@@ -335,7 +346,7 @@ def patients(case: Case) -> Answers:
 
 def disk(case: Case) -> Answers:
     """Free space against what the missing records, and the stores that are not packed, will take."""
-    study, runs = case.study, case.planned if case.missing is None else case.missing
+    study, runs = case.study, case.planned if isinstance(case.missing, str) else case.missing
     records = planning.record_bytes(study, case.sizes, [(run.dataset, run.method) for run in runs])
     patch = study.features.dim * DTYPES[study.features.precision].itemsize + 2 * COORDS.itemsize
     stores = sum(patch * int(size.patches.sum()) for size in case.sizes.values() if not size.known)
@@ -391,8 +402,8 @@ def runs(case: Case) -> Answers:
         text = f"{len(temporary)} temporary file(s) or folder(s) of killed processes; first {temporary[0]}"
         roots = shlex.join([str(study.build), str(study.data)])
         yield WARN, text, f"if nothing runs now: `find {roots} -name '.*.tmp' -prune -exec rm -r {{}} +`"
-    if case.missing is None:
-        yield PASS, f"{len(folders)} records; which are current is known when all data are there"
+    if isinstance(case.missing, str):
+        yield PASS, f"{len(folders)} records; which are current is not known yet: {case.missing.splitlines()[0]}"
     else:
         text = f"{len(case.planned) - len(case.missing)} of {len(case.planned)} runs of the study are finished"
         yield PASS, f"{text}, in {study.build / 'runs'}", f"{again} makes the others" if case.missing else ""
@@ -409,7 +420,7 @@ def _is_current(case: Case, record: Record) -> bool:
         path = record.path / name
         if not path.is_file() or path.stat().st_mtime_ns > finished:
             record.file(name)
-    if "run" not in record.info or case.missing is None:
+    if "run" not in record.info or isinstance(case.missing, str):
         return True
     with suppress(Refused):  # a data set or a method that is no more
         return case.bench.folder(Run(**record.info["run"])) == record.path
@@ -437,4 +448,4 @@ def book(case: Case) -> Answers:
 
 
 MACHINE = (packages, device, threads, kernel, notebooks, manifest)  # the manifest's last: the others need what it reads
-STUDY = (build_folder, data, patients, disk, memory, runs, book)
+STUDY = (build_folder, data, labels, patients, disk, memory, runs, book)

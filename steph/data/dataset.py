@@ -1,5 +1,6 @@
 """A data set, ready to use: labels, splits and features of one cancer, aligned by patient."""
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -216,6 +217,7 @@ def feature_folders(study: Study, name: str) -> list[Path]:
             base = Path(path.anchor) if path.is_absolute() else study.data
             rest = str(path.relative_to(path.anchor))
             try:
+                rest = re.sub(r"(?<!\[)\[(?![*?[]\])", "[[]", rest)  # a bracket is one; [*], [?] and [[] are *, ? and [
                 folders.update(base.glob(rest) if set(rest) & set("*?[") else [base / rest])
             except (ValueError, NotImplementedError) as error:
                 raise Refused(f"{pattern!r} in `folders` of study {study.name} is no pattern: {error}.") from None

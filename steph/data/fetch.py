@@ -171,7 +171,7 @@ def names_of(source: Source, project: str, dataset: str) -> list[str]:
 
 def is_like(path: str, patterns: Iterable[str]) -> bool:
     """Does a path in a source have one of its names, small and capital letters alike?"""
-    return any(fnmatch(path.lower(), pattern.lower()) for pattern in patterns)
+    return any(fnmatch(path.lower(), pattern.lower().replace("[", "[[]")) for pattern in patterns)
 
 
 def _present(item: Item) -> str | None:

@@ -11,11 +11,13 @@ from steph.data.dataset import feature_folders
 from steph.data.features import files_in, find_slides
 from steph.data.fetch import is_like, names_of
 from steph.data.manifest import Study
+from steph.data.plausibility import follow_up
 from steph.files.atomic import in_words
 
 
 def inventory(study: Study) -> pd.DataFrame:
-    """A row per data set, as text: dataset, projects, labels, archives, features, store, size; "-" where nothing is.
+    """A row per data set, as text: dataset, projects, labels, follow-up, archives, features, store, size; "-" where
+    nothing is.
 
     Files are counted and measured, not read; `steph data check` reads them. Downloads that are not finished are counted
     with the archives.
@@ -37,8 +39,11 @@ def _row(study: Study, name: str, packed: dict[Path, str]) -> dict[str, str]:
     archives = [path for path, file in packed.items() if is_like(file, names)]
     begun = sum(path.suffix == ".part" for path in archives)
     counts = {f"{len(archives) - begun}": len(archives) - begun, f"{begun} begun": begun}
+    patients = followed = ""
     try:
-        patients = f"{len(read_cohort(labels, name))} patients" if labels.is_file() else ""
+        if labels.is_file():
+            cohort = read_cohort(labels, name)
+            patients, followed = f"{len(cohort)} patients", follow_up(cohort, study.network)
     except Refused:
         patients = "unusable"
     slides: dict[str, Path] = {}
@@ -53,6 +58,7 @@ def _row(study: Study, name: str, packed: dict[Path, str]) -> dict[str, str]:
         "dataset": name,
         "projects": " + ".join(projects),
         "labels": patients,
+        "follow-up": followed,
         "archives": ", ".join(text for text, n in counts.items() if n),
         "features": features,
         "store": in_words(store.stat().st_size) if store.is_file() else "",

@@ -4,44 +4,50 @@ TCGA-CDR (Liu et al., Cell 2018;173:400-416) has one row per patient: ``bcr_pati
 and, for each endpoint (DSS, OS, PFI, DFI), 1 = event, 0 = censored, and the time in days.
 """
 
-from pathlib import Path, PurePosixPath
+from collections.abc import Sequence
+from pathlib import Path, PureWindowsPath
 
 import pandas as pd
 
 from steph import Refused
-from steph.data.cohort import cohort_from, write_cohort
-from steph.data.features import find_slides
+from steph.data.cohort import ENDINGS, cohort_from, slide_ids, write_cohort
+from steph.data.features import files_in
 from steph.data.manifest import Study
-from steph.files.tables import read_csv, shortened
+from steph.files.tables import read_csv, read_text, shortened
 
 SHEET = "TCGA-CDR"
 MISSING = ["", "#N/A", "NA", "NaN", "nan"]
 BARCODE = r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}"
+SLIDE = rf"{BARCODE}(-[A-Z0-9]+)*(\.[A-Za-z0-9-]+)?"  # X_patches, X_mask are other files of slide X
 FROZEN = rf"{BARCODE}-\d{{2}}[A-Z]-\d{{2}}-[TBM]S"  # top, bottom, middle section; diagnostic slides say DX there
 
 
-def build_labels(study: Study, cdr: Path, slides: Path, out: Path) -> pd.DataFrame:
+def build_labels(study: Study, cdr: Path, slides: Path, out: Path, names: Sequence[str] = ()) -> pd.DataFrame:
     """Write ``<out>/<data set>.csv`` (columns of `steph.data.cohort`, by patient, then slide) for a study's data sets;
     a data set that none of the slides belongs to gets no file.
 
-    cdr: TCGA-CDR as CSV or xlsx. slides: see `read_slides`. Returns one row per data set: dataset, patients, slides,
-    events, survival_rate_pct (patients without an event), slides_dropped (slides of its projects without a label), the
-    manifest's numbers as expected_patients, expected_slides, expected_survival_rate_pct, and `matches` (all three
-    agree; missing where the manifest has none). ``.attrs["dropped"]`` counts the dropped slides by reason.
+    cdr: TCGA-CDR as CSV or xlsx. slides: see `read_slides`. names: of data sets; none: all. Returns one row per
+    data set: dataset, patients, slides, events, survival_rate_pct (patients without an event), slides_dropped (slides
+    of its projects without a label), the manifest's numbers as expected_patients, expected_slides,
+    expected_survival_rate_pct, and `matches` (all three agree; missing where the manifest has none).
+    ``.attrs["dropped"]`` counts the dropped slides by reason.
     Raises `Refused` as `label_slides` does, and where no slide at all gets a label.
     """
+    chosen = {name: study.entry(name) for name in names or study.datasets}
     matched = label_slides(study, cdr, slides).sort_values(["patient_id", "slide_id"])
+    ours, all_of = ({p for entry in of.values() for p in entry.projects} for of in (chosen, study.datasets))
+    matched = matched[~matched["project"].isin(all_of - ours)]
     dropped = matched["dropped"] != ""
     reasons = matched.loc[dropped, "dropped"].value_counts().to_dict()
     if dropped.all():
         counts = "; ".join(f"{reason}: {n}" for reason, n in reasons.items())
         raise Refused(
-            f"none of the {len(matched)} slides of {slides} gets a label from {cdr} in study {study.name}: {counts}. "
-            "Are the slide list and the study's projects those of the same cancers?"
+            f"none of the {len(matched)} slides of {slides} gets a label from {cdr} in {', '.join(chosen)} of study "
+            f"{study.name}: {counts}. Are the slide list and the study's projects those of the same cancers?"
         )
     # All data sets are checked before the first is written, so a refusal leaves no half of the labels behind.
     cohorts, rows = [], []
-    for name, entry in study.datasets.items():
+    for name, entry in chosen.items():
         of_projects = matched["project"].isin(entry.projects)
         labelled = matched[of_projects & ~dropped]
         if len(labelled):
@@ -90,6 +96,7 @@ def label_slides(study: Study, cdr: Path, slides: Path) -> pd.DataFrame:
         ("project not in the study", ~table["project"].isin(groups)),
         ("patient not in TCGA-CDR", table["project"].isna()),
         ("frozen section, not a diagnostic slide", table["slide_id"].str.match(FROZEN)),
+        ("no slide by its name, but another file of its folder", ~table["slide_id"].str.fullmatch(SLIDE)),
     ):
         table.loc[applies, "dropped"] = reason  # the last reason that applies is the one nearest to the slide
     return table.drop(columns="listed")
@@ -144,11 +151,13 @@ def read_slides(path: Path) -> pd.DataFrame:
     """The slide list, in its order: slide_id, project (as the list says it, else "").
 
     path: a text file with a slide id, a file name or a path per line; a CSV with a column slide_id or pathology_id and
-    perhaps project; or a folder of feature files, searched with its subfolders. Raises `Refused` for a missing,
-    unreadable or empty list, identifiers that are no TCGA barcodes, and a slide that stands twice.
+    perhaps project; or a folder of slides or feature files, searched with its subfolders, in which a slide may have
+    several files (other encoders', coordinates in ``*_patches.h5``). Raises `Refused` for a missing, unreadable or
+    empty list, one without slides of TCGA or, if it is no folder, with anything else, and a slide that stands twice.
     """
     if path.is_dir():
-        table = pd.DataFrame({"slide_id": list(find_slides([path]))}, dtype=str)
+        files = [file.name for file in files_in([path]) if file.suffix.lower().lstrip(".") in ENDINGS.split()]
+        table = pd.DataFrame({"slide_id": sorted(name for name in files if not name.startswith("."))}, dtype=str)
     elif not path.is_file():
         raise Refused(f"no slide list at {path}. Give a text file or CSV of slides, or the folder of feature files.")
     elif path.suffix.lower() == ".csv":
@@ -156,19 +165,22 @@ def read_slides(path: Path) -> pd.DataFrame:
         if list(table.columns).count("slide_id") != 1:
             raise Refused(f"{path}: expected one column slide_id (or pathology_id); found {', '.join(table.columns)}.")
     else:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_text(path).splitlines()
         table = pd.DataFrame({"slide_id": [line for line in lines if line.strip()]}, dtype=str)
+    names = table["slide_id"].map(lambda name: PureWindowsPath(name.strip()).name)  # which knows both kinds of slashes
+    ids = slide_ids(names)
+    table = table.assign(slide_id=ids, project=table["project"].str.strip() if "project" in table else "")
+    table = table[~ids.str.endswith("_patches")][["slide_id", "project"]]
     if table.empty:
         raise Refused(f"{path} lists no slides. Expected a slide per line, or .h5 / .pt files in a folder.")
-    names = table["slide_id"].map(lambda name: PurePosixPath(name.strip()).name)
-    ids = names.str.replace(r"\.(h5|pt|svs)$", "", regex=True, case=False)
+    ids = table["slide_id"]
     strange = [repr(name) for name in ids[~ids.str.match(rf"{BARCODE}(?:[-.]|$)")]]
-    if strange:
+    if strange and (len(strange) == len(ids) or not path.is_dir()):
         raise Refused(
             f"{path}: {len(strange)} of {len(ids)} entries are no TCGA barcodes: {shortened(strange)}. Expected "
             "names like TCGA-3C-AALI-01Z-00-DX1.<UUID>. A cohort of your own needs no TCGA-CDR: write its label table."
         )
     twice = list(ids[ids.duplicated()].unique())
-    if twice:
+    if twice and not path.is_dir():
         raise Refused(f"{path}: {len(twice)} slide(s) stand twice: {shortened(twice)}. Keep one of each.")
-    return pd.DataFrame({"slide_id": ids, "project": table["project"].str.strip() if "project" in table else ""})
+    return table.drop_duplicates("slide_id", ignore_index=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.data.cohort import Cohort
+from steph.data.cohort import Cohort, patient_ids
 from steph.files.records import fingerprint
 from steph.files.tables import read_csv, shortened, write_csv
 
@@ -129,8 +129,8 @@ def _authors_folds(cohort: Cohort, folder: Path, n_folds: int) -> Iterable[Fold]
     if files != sorted(paths):
         raise Refused(
             f"{folder} holds {', '.join(path.name for path in files)}; expected splits_0.csv to "
-            f"splits_{n_folds - 1}.csv, as the study has {n_folds} folds. Complete the files or change `folds` in the "
-            "manifest."
+            f"splits_{n_folds - 1}.csv, as the study has {n_folds} folds. "
+            + _mended([path.stem.removeprefix("splits_") for path in files], range(n_folds))
         )
     for path in paths:
         table = read_csv(path)
@@ -142,22 +142,31 @@ def _authors_folds(cohort: Cohort, folder: Path, n_folds: int) -> Iterable[Fold]
 
 def _our_folds(cohort: Cohort, path: Path, table: pd.DataFrame, numbers: range) -> Iterable[Fold]:
     patients, folds = _columns(path, table, ["patient_id", "fold"])
+    folds = folds.str.replace(r"\.0+$", "", regex=True)  # a spreadsheet's 3.0
     expected = [str(k) for k in numbers]
     strange = [f"{p} in fold {fold!r}" for p, fold in zip(patients, folds, strict=True) if fold not in expected]
     if strange:
         raise Refused(
-            f"{path}: {shortened(strange)}; the study has folds {numbers[0]} to {numbers[-1]} there. Change `folds` in "
-            "the manifest, or delete the file and new splits are made."
+            f"{path}: {shortened(strange)}; the study has folds {numbers[0]} to {numbers[-1]} there. "
+            + _mended(folds, numbers)
         )
     for k in expected:
         yield _fold(cohort, path, list(patients[folds != k]), list(patients[folds == k]), [], f" fold {k}")
+
+
+def _mended(folds: Iterable[str], numbers: range) -> str:
+    """What to do about folds that are not the study's `numbers`."""
+    there = sorted(int(fold) for fold in {*folds} if fold.isdecimal())
+    if there and there == list(range(there[0], there[0] + len(numbers))):
+        return f"Number them from {numbers[0]}, not from {there[0]}."
+    return "Correct them, change `folds` in the manifest, or move the files away and new splits are made."
 
 
 def _columns(path: Path, table: pd.DataFrame, names: list[str]) -> list[pd.Series]:
     missing = [name for name in names if name not in table]
     if missing:
         raise Refused(f"{path}: no column {', '.join(missing)}; found {', '.join(table.columns)}.")
-    return [table[name].str.strip() for name in names]
+    return [patient_ids(table[name]) for name in names]
 
 
 def _fold(cohort: Cohort, path: Path, train: list[str], test: list[str], val: list[str], which: str = "") -> Fold:

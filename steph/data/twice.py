@@ -24,7 +24,7 @@ class Twice(NamedTuple):
 def find_twice(study: Study, names: Collection[str] = ()) -> Iterator[Twice]:
     """What stands twice in a study, as far as its label tables and stores are there and can be read; nothing is made.
 
-    Patient ids are compared as the label tables write them, blanks around them left out. Slides are compared by the
+    Patient ids are compared in one spelling (`steph.data.cohort.patient_ids`). Slides are compared by the
     hash of their features and coordinates in the stores (`steph.data.store`): bit for bit, so a slide that was
     extracted twice with other patches is not found. names: report only what concerns one of these data sets.
     """

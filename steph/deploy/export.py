@@ -29,7 +29,8 @@ from steph.files.progress import track
 from steph.files.templates import render
 from steph.merging.steph import keep_sources
 from steph.mil.state import load_into
-from steph.study.runs import STAGE, TARGET, Run, Workbench
+from steph.study import health
+from steph.study.runs import STAGE, TARGET, Run, Workbench, row_of
 from steph.training.device import Compute, check_device, single_thread
 from steph.training.engine import predict
 
@@ -93,6 +94,7 @@ def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False, dev
         scores=_scores(bench, run),
         dropped=dropped,
         differs=difference,
+        warnings=health.notes(pd.DataFrame([row_of(bench, record)])),
         files={},
     )
     card = render("steph.deploy", "card.md", c=config, folder=shlex.quote(out.name))

@@ -96,7 +96,7 @@ class Dropped(Strict):
 
 class Config(Strict):
     """What ``config.json`` says. run: the run's key. differs: largest difference of a risk from the study's own
-    predictions for the test patients, found when the model was exported."""
+    predictions for the test patients, found when the model was exported. warnings: what is wrong with the model."""
 
     study: str
     study_title: str
@@ -122,6 +122,7 @@ class Config(Strict):
     scores: list[Score]
     dropped: Dropped | None
     differs: float
+    warnings: list[str] = Field(default=[])
     files: dict[str, str]
 
     @property

@@ -20,6 +20,7 @@ import torch
 from steph import Refused, mil
 from steph.analysis.mixing.attention import attention_of, bag_of, mixture, patch_size, with_attention
 from steph.data.bags import sampled
+from steph.data.cohort import no_id, patient_ids, refuse_rows
 from steph.data.features import check_slides, open_slide
 from steph.data.packing import stored_features
 from steph.data.patients import PatientData, Piece
@@ -143,7 +144,8 @@ class LoadedModel:
 
     def predict_table(self, table: str | Path) -> pd.DataFrame:
         """Predictions for many patients: patient_id, risk, percentile, survival_1..T. table: a CSV with the columns
-        patient_id and path, a row per slide in each patient's order; paths are relative to the table."""
+        patient_id and path, a row per slide in each patient's order; paths are relative to the table. Raises `Refused`
+        for rows without an id or a path and for a slide that stands twice."""
         table = Path(table)
         if not table.is_file():
             raise Refused(f"no table at {table}; expected a CSV with the columns patient_id and path.")
@@ -151,6 +153,14 @@ class LoadedModel:
         lacking = [name for name in ("patient_id", "path") if name not in slides]
         if lacking or slides.empty:
             raise Refused(f"{table} lacks {' and '.join(lacking) or 'rows'}; expected the columns patient_id and path.")
+        slides = slides.assign(patient_id=patient_ids(slides["patient_id"]), path=slides["path"].str.strip())
+        files = slides["path"].map(lambda path: (table.parent / path).resolve())
+        problems = (
+            (no_id(slides["patient_id"]), "no patient_id"),
+            (slides["path"] == "", "no path"),
+            (files.duplicated(keep=False), "a slide that stands twice; keep one row per slide"),
+        )
+        refuse_rows(str(table), slides, problems)
         rows = []
         for patient, paths in track(list(slides.groupby("patient_id", sort=False)["path"]), "predict"):
             bag = read_bag([table.parent / path for path in paths], self.config, str(patient))

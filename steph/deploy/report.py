@@ -68,7 +68,7 @@ def summary(prediction: Prediction) -> str:
     if p.mixture is not None:
         rows = sources_in_use(p.mixture)[["source", "w", "lambda"]].to_numpy()
         used = [f"{source} (w {w:.3f}, λ {lam:.2f})" for source, w, lam in rows]
-        lines.append(f"in use: {', '.join(used) or 'no source'}")
+        lines.append(f"in use: {', '.join(used) or 'no source: the encoder is M₀, untrained'}")
     return "\n".join([*lines, *p.notes, *_limits(p)])
 
 
@@ -93,7 +93,8 @@ def as_data(prediction: Prediction) -> dict[str, Any]:
 
 def _limits(prediction: Prediction) -> list[str]:
     """What nobody may overlook."""
-    return [*([SYNTHETIC] if prediction.model.config.synthetic else []), RESEARCH]
+    config = prediction.model.config
+    return [*([SYNTHETIC] if config.synthetic else []), *config.warnings, RESEARCH]
 
 
 def geojson(patches: DataFrame, edge: int, n: int) -> dict[str, Any]:

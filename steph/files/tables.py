@@ -1,5 +1,6 @@
 """Tables in CSV files: reading them, writing them with a checksum, naming what is wrong in them."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -7,6 +8,8 @@ import pandas as pd
 from steph import Refused
 from steph.files.atomic import atomic_path
 from steph.files.records import file_sha256
+
+SAVE_AS = "Save it as UTF-8 with commas (Excel calls that CSV UTF-8), with points in its decimal numbers."
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -23,8 +26,11 @@ def read_csv(path: Path) -> pd.DataFrame:
                 f"{path} is not the table that was written, as {seal.name} says: it was damaged or changed. Delete it "
                 f"and make it again; where you changed it on purpose, delete {seal}."
             )
+        names = read_text(path).partition("\n")[0]
+        if "," not in names and {*names} & {*";\t|"}:
+            raise Refused(f"{path} is not a readable CSV table: other marks than commas between its cells. {SAVE_AS}")
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise Refused(f"{path} is not a readable CSV table: {error}") from None
     if len(table) and not isinstance(table.index, pd.RangeIndex):  # pandas has taken the first cells for row names
         raise Refused(
@@ -32,6 +38,15 @@ def read_csv(path: Path) -> pd.DataFrame:
             "so nobody can tell which cell is what. Give every column a name; a table saved with row names lacks one."
         )
     return table
+
+
+def read_text(path: Path) -> str:
+    """A text file. Raises `Refused` where it is not UTF-8."""
+    content = path.read_bytes()
+    with suppress(UnicodeDecodeError):
+        if b"\0" not in content:  # as UTF-16 has it
+            return content.decode("utf-8-sig")
+    raise Refused(f"{path} is not a readable CSV table or list: no UTF-8 text (but UTF-16, Latin-1, xlsx?). {SAVE_AS}")
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from steph import Refused
 from steph.data.manifest import Study
@@ -27,6 +28,7 @@ from steph.files.lock import exclusive
 from steph.files.progress import in_words, track
 from steph.files.records import COMPLETION, Record, read_record, write_record
 from steph.mil.state import save_state, state_of
+from steph.study import health
 from steph.study.overlap import refuse_overlap
 from steph.study.runs import Run, Workbench, plan, results, row_of, stages
 from steph.survival import concordance_index, nll_loss, targets
@@ -249,6 +251,12 @@ def _build_train_record(bench: Workbench, run: Run, device: str) -> None:
         external = predict(model, data.external, everyone, compute, together=study.recipe.bags_per_step)
         tables["predictions_external.csv"] = external
         metrics["external_c_index"] = c_index(external)["c_index"]
+    train, width = data.splits.train(run.fold), study.network.bin_width_days
+    how = compute, study.recipe.bags_per_step
+    of_train = health.rows_of(lambda bags: torch.sigmoid(model(bags)), model, data, train, *how)
+    metrics["training_c_index"] = c_index(prediction_table(data, train, of_train))["c_index"]
+    metrics["expected_test"] = health.expected_events(hazards, predictions["time_days"], width)
+    metrics |= health.weights(model, data, patients, *how)
     origin = bench.null_state(run.entry.network).origin
     state = state_of(model, origin, trainable_only=trained > 0)
     writers = {"model.safetensors": lambda path: save_state(state, path)}

@@ -20,6 +20,7 @@ from steph.files.records import Record, fingerprint, read_record, write_record
 from steph.methods import METHODS, Inputs, Method, known_method, method
 from steph.mil import Model, new_network
 from steph.mil.state import ModelState, load_into, load_state, save_state, state_fingerprint, state_of
+from steph.study import health
 from steph.study.keys import method_code
 from steph.training.device import Compute
 from steph.training.engine import seed_everything
@@ -246,8 +247,9 @@ def stages(bench: Workbench, runs: Iterable[Run]) -> dict[Run, int]:
 
 def results(study: Study | str | Path | Workbench) -> pd.DataFrame:
     """Every finished run of a study, a row each: dataset, method, fold, seed, precision, c_index, problem, loss,
-    n_test, events_test, external_c_index, seconds, device, key, path, folds (of each cross-validation). Runs of other
-    data, code or configuration than today's, by their keys, are left out.
+    n_test, events_test, external_c_index, what tells whether the model is alive (`steph.study.health.MEASURES`),
+    seconds, device, key, path, folds (of each cross-validation). Runs of other data, code or configuration than
+    today's, by their keys, are left out.
     """
     bench = study if isinstance(study, Workbench) else Workbench(study)
     rows = []
@@ -270,4 +272,5 @@ def row_of(bench: Workbench, record: Record) -> dict[str, Any]:
     """A record as a row of `results`."""
     info = record.info
     told = {name: info[name] for name in ("seconds", "device", "key")}
-    return {**info["run"], **info["metrics"], **told, "path": str(record.path), "folds": bench.study.folds}
+    measured = dict.fromkeys(health.MEASURES) | info["metrics"]
+    return {**info["run"], **measured, **told, "path": str(record.path), "folds": bench.study.folds}

@@ -101,7 +101,8 @@ def test_a_healthy_study_passes_and_nothing_is_touched(build):
     findings = examine("tiny")
     assert [f for f in findings if f.status == "FAIL"] == []
     assert {f.check for f in findings} == {
-        "packages", "device", "threads", "kernel", "notebooks", "manifest", "build folder", "data", "patients",
+        "packages", "device", "threads", "kernel", "notebooks", "manifest", "build folder", "data", "labels",
+        "patients",
         "disk", "memory", "runs", "book",
     }  # fmt: skip
     for finding in findings:
@@ -340,6 +341,24 @@ def real(build, tmp_path):
     }  # fmt: skip
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(values))
     return tmp_path / "small.yaml", data
+
+
+def test_labels_are_told_in_numbers_and_months_are_doubted(real):
+    manifest, data = real
+    unnamed = [f.found for f in found("labels", manifest, status="WARN")]
+    assert unnamed == [f"{n}: its labels have project DEMO-{n}, the manifest {n}" for n in ("LIHC", "SARC")]
+    assert re.search(r"LIHC: \d+ patients, \d+ events, followed for \d+ days", one("labels", "PASS", manifest).found)
+    path = data / "labels" / "SARC.csv"
+    cohort = read_cohort(path, "SARC")
+    months = cohort.slides.assign(time_days=cohort.slides["time_days"] / 30.44)
+    write_cohort(type(cohort)("SARC", months), path)
+    _, _, finding = found("labels", manifest, status="WARN")
+    assert "of project DEMO-SARC" in finding.found and "are these months?" in finding.found and "30.44" in finding.fix
+
+
+def test_why_current_records_are_not_known_is_told(real):
+    manifest, _ = real
+    assert "which are current is not known yet: no feature store of LIHC" in one("runs", "PASS", manifest).found
 
 
 def test_data_that_is_missing_is_told_step_by_step(real):

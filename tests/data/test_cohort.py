@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steph import PROJECT, Refused
-from steph.data.cohort import COLUMNS, cohort_from, read_cohort, write_cohort
+from steph.data.cohort import COLUMNS, cohort_from, read_cohort, slide_ids, write_cohort
 from steph.data.splits import load_splits
 
 TCGA = PROJECT.parent / "shared" / "tcga"
@@ -62,6 +62,39 @@ def test_the_fingerprint_follows_the_content(old, new, tmp_path):
     assert read_cohort(table(tmp_path, GOOD.replace(old, new)), "KIPAN").fingerprint != before
 
 
+SPELLINGS = {
+    "Müller": "Mu\u0308ller",
+    "P 1": "P\u00a0 1",
+    "P1": "\ufeffP\u00ad1\u200b",
+    "P-1": " P\u20131\u3000",
+}
+
+
+@pytest.mark.parametrize(("one", "other"), SPELLINGS.items())
+def test_an_id_in_two_spellings_is_one_patient(one, other, tmp_path):
+    text = GOOD.replace("\nP1,P1-DX2", f"\n{one},P1-DX2").replace("\nP1,P1-DX1", f"\n{other},P1-DX1")
+    both = read_cohort(table(tmp_path, text), "KIPAN")
+    assert list(both.slides_of) == ["P2", one, "P3"] and both.slides_of[one] == ["P1-DX2", "P1-DX1"]
+    with pytest.raises(Refused, match=r"2 row\(s\) with a patient with two different labels"):
+        read_cohort(table(tmp_path, text.replace("P1-DX1,KIRC,900", "P1-DX1,KIRC,9")), "KIPAN")
+
+
+ENDED = [".svs", ".SVS", ".tif", ".tiff", ".ome.tif", ".ndpi", ".mrxs", ".scn", ".bif", ".svs.h5", ".pt", "\u00a0"]
+
+
+@pytest.mark.parametrize("ending", ENDED)
+def test_the_ending_of_a_slide_is_no_part_of_its_name(ending, tmp_path):
+    ended = read_cohort(
+        table(tmp_path, GOOD.replace("-DX1", f"-DX1{ending}").replace(f"{ending}.uuid_1", f".uuid_1{ending}")), "X"
+    )
+    assert ended.fingerprint == read_cohort(table(tmp_path), "X").fingerprint
+
+
+def test_what_is_no_ending_stays():
+    names = ["S.2019.001", "P1.2", "a.pts", "svs", "P1-DX1.0A1B"]
+    assert slide_ids(pd.Series(names)).tolist() == names
+
+
 BAD = {
     "duplicate slide": ("P1-DX2", "P1-DX1", r"2 row\(s\) with a slide that stands twice.*\n  row 3: patient_id=P1"),
     "contradictory event": ("P1-DX1,KIRC,900,1", "P1-DX1,KIRC,900,0", r"2 row\(s\) with a patient with two different"),
@@ -75,6 +108,9 @@ BAD = {
     "event in words": ("KIRC,0,1", "KIRC,0,Dead", r"1 row\(s\) with an event that is neither"),
     "missing column": ("time_days", "months", r"no column time_days; found patient_id, slide_id, project, months"),
     "missing patient": ("P3,P3", ",P3", r"1 row\(s\) with no patient_id"),
+    "no id in words": ("P3,", "NA,P4-DX1,KIRC,0,1\nNA,", r"2 row\(s\) with no patient_id.*\n  row 5: patient_id=NA"),
+    "invisible patient": ("P3,P3", "\u200b\u00a0,P3", r"1 row\(s\) with no patient_id"),
+    "slide twice by its ending": ("P1-DX1", "P1-DX2.svs", r"2 row\(s\) with a slide that stands twice"),
     "missing slide": ("P3-DX1.uuid_1", " ", r"1 row\(s\) with no slide_id"),
     "path-like slide": ("P3-DX1.uuid_1", "../P3-DX1", r"1 row\(s\) with a slide_id that cannot be a file name"),
     "absolute slide": ("P3-DX1.uuid_1", "/data/P3.h5", r"1 row\(s\) with a slide_id that cannot be a file name"),

@@ -223,6 +223,19 @@ def test_packing_what_is_packed_does_nothing_and_a_damaged_store_is_packed_anew(
     assert pack_dataset(study, "LUNG").fingerprint == dataset.store.fingerprint
 
 
+def test_brackets_in_the_name_of_a_folder_are_brackets(study, tmp_path):
+    (tmp_path / "features").rename(tmp_path / "slides [2021]")
+    entry = study.datasets["LUNG"]
+    for pattern in (
+        "slides [2021]",
+        "slides [[]2021]",
+        "slides [2021]/TCGA/TCGA-L*",
+        str(tmp_path / "slides [20*" / "TCGA"),
+    ):
+        changed = study.model_copy(update={"datasets": {"LUNG": entry.model_copy(update={"folders": [pattern]})}})
+        assert len(find_slides(feature_folders(changed, "LUNG"))) == 24, pattern
+
+
 def test_folders_may_be_absolute_named_per_data_set_and_without_wildcards(study, tmp_path):
     entry = study.datasets["LUNG"]
     for pattern in (str(tmp_path / "features/TCGA/TCGA-L*"), "features/TCGA", ".", "features/*/TCGA-{project}"):

@@ -109,6 +109,34 @@ def test_every_kind_of_slide_list_names_the_same_slides(tmp_path):
         assert sorted(read_slides(path)["slide_id"]) == sorted(SLIDES)
 
 
+def test_a_whole_job_of_extraction_lists_its_slides_once(study, cdr, tmp_path):
+    job = tmp_path / "job"
+    for slide in SLIDES:
+        for place in (
+            "features_uni_v2/{}.h5",
+            "features_conch/{}.h5",
+            "patches/{}_patches.h5",
+            "wsi/{}.svs",
+            "x/{}.jpg",
+        ):
+            listed(job / place.format(slide), ["only the name counts"])
+    for other in ("weights.pt", "features_uni_v2/._SLIDE.h5", f"masks/{SLIDES[0]}_mask.tif"):
+        listed(job / other, ["no slide"])
+    assert read_slides(job)["slide_id"].isin([*SLIDES, f"{SLIDES[0]}_mask", "weights"]).all()
+    summary = build_labels(study, cdr, job, tmp_path / "labels").set_index("dataset")
+    assert summary[["slides", "patients"]].to_numpy().tolist() == [[3, 2], [2, 2], [0, 0]]
+    assert summary.attrs["dropped"]["no slide by its name, but another file of its folder"] == 2
+
+
+def test_labels_of_some_data_sets_say_nothing_of_others(study, cdr, tmp_path):
+    summary = build_labels(study, cdr, listed(tmp_path / "slides.txt", SLIDES), tmp_path / "labels", ["SARC"])
+    assert summary["dataset"].tolist() == ["SARC"] and summary["slides"].tolist() == [2]
+    assert [path.name for path in (tmp_path / "labels").glob("*.csv")] == ["SARC.csv"]
+    assert "DSS unknown" not in summary.attrs["dropped"] and summary.attrs["dropped"]["project not in the study"] == 1
+    with pytest.raises(Refused, match="Did you mean SARC"):
+        build_labels(study, cdr, tmp_path / "slides.txt", tmp_path / "labels", ["SARK"])
+
+
 def test_an_xlsx_gives_the_labels_of_the_csv(study, cdr, tmp_path):
     table = pd.read_csv(cdr)
     with pd.ExcelWriter(tmp_path / "cdr.xlsx", engine="openpyxl") as book:
@@ -174,7 +202,9 @@ def test_an_unreadable_outcome_table_is_refused(tmp_path):
         ("a.txt", "\n".join([*SLIDES, "SLIDE_17", "TCGA-AA-00"]), r"2 of 12 .* no TCGA barcodes: 'SLIDE_17', 'TCGA-"),
         ("a.txt", "\n".join([*SLIDES, SLIDES[0] + ".h5"]), r"1 slide\(s\) stand twice: TCGA-BB-0002"),
         ("a.txt", " \n\n", "lists no slides"),
-        ("a.txt", b"\x89HDF\xff\xfe", r"1 of 1 entries are no TCGA barcodes: .*HDF"),
+        ("a.txt", b"\x89HDF\xff\xfe", r"a\.txt is not a readable .* Save it as UTF-8 with commas"),
+        ("a.txt", SLIDES[0].encode("utf-16"), r"no UTF-8 text .* Save it as UTF-8 with commas"),
+        ("a.csv", f"slide_id;project\n{SLIDES[0]};SARC\n", r"other marks than commas .* Save it as UTF-8 with commas"),
         ("a.csv", f"case\n{SLIDES[0]}\n", r"expected one column slide_id .*found case"),
         ("nothing", None, "lists no slides"),
         ("other/absent.txt", None, "no slide list at"),

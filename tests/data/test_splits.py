@@ -71,6 +71,8 @@ OURS = {
     "patient twice": (lambda t: pd.concat([t, t.head(1)]), r"1 patient\(s\) listed twice: P000"),
     "patient missing": (lambda t: t[2:], r"2 patient\(s\) of the cohort SARC who are missing: P000, P001"),
     "fold 5": (lambda t: t.replace({"fold": {"4": "5"}}), r"in fold '5'.*folds 0 to 4"),
+    "from 1": (lambda t: t.assign(fold=(t["fold"].astype(int) + 1).astype(str)), r"Number them from 0, not from 1\.$"),
+    "10 folds": (lambda t: t.assign(fold=[str(i % 10) for i in range(len(t))]), r"change `folds` in the manifest"),
     "fold 1.5": (lambda t: t.replace({"fold": {"4": "1.5"}}), r"in fold '1\.5'.*folds 0 to 4"),
     "empty test": (lambda t: t.replace({"fold": {"4": "3"}}), r"nobody tests fold 4"),
     "empty train": (lambda t: t.assign(fold="0"), r"nobody trains fold 0"),
@@ -236,3 +238,21 @@ def test_a_file_of_folds_divides_the_cohort_or_is_refused(order, more):
     for fold in range(2):
         assert sorted(splits.train(fold) + splits.test(fold)) == list(cohort.slides_of)
         assert set(splits.test(fold)) == {patient for patient, of in rows if of == str(fold)}
+
+
+def test_ids_and_folds_are_read_as_spreadsheets_write_them(cohort, tmp_path):
+    made = load_splits(cohort, tmp_path, 5, 42)
+    table = pd.read_csv(tmp_path / "SARC.csv", dtype=str)
+    (tmp_path / "SARC.csv.sha256").unlink()
+    table.assign(patient_id="\u200b" + table["patient_id"] + "\u00a0", fold=table["fold"] + ".0").to_csv(
+        tmp_path / "SARC.csv"
+    )
+    assert load_splits(cohort, tmp_path, 5, 42).fingerprint == made.fingerprint
+
+
+def test_authors_files_numbered_from_1_are_told(cohort, tmp_path):
+    released(cohort, tmp_path / "SARC")
+    for k in reversed(range(5)):
+        (tmp_path / "SARC" / f"splits_{k}.csv").rename(tmp_path / "SARC" / f"splits_{k + 1}.csv")
+    with pytest.raises(Refused, match=r"expected splits_0\.csv to splits_4\.csv.*Number them from 0, not from 1\.$"):
+        load_splits(cohort, tmp_path, 5, 42)

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from steph import PROJECT, Refused
 from steph.analysis.mixing.attention import attention_map, bag_of, mixture
 from steph.cli import app
-from steph.deploy import export, load_model
+from steph.deploy import export, load_model, report
 from steph.deploy.predict import sources_in_use
 from steph.study.runs import Run
 from steph.training.device import Compute
+from tests.helpers.dead import start_steph
 
 METHODS = [
     "vanilla", "finetuned_head", "finetuned_representation", "roupkt", "model_average", "adamerging", "ties_am",
@@ -119,7 +120,7 @@ def test_the_card_says_what_a_reader_must_know(folder):
         "steph predict --model steph --features",
     ):  # fmt: skip
         assert shown in card
-    assert all(len(line) <= 200 for line in card.splitlines())
+    assert all(len(line) <= 200 for line in card.splitlines() if not line.startswith("> **Warning.**"))
 
 
 def test_sources_that_nobody_uses_are_dropped(tiny, patients, tmp_path):
@@ -212,3 +213,23 @@ def test_the_pages_code_works(tiny, tmp_path, monkeypatch):
     use = use.replace('["slides/P1-DX1.h5", "slides/P1-DX2.h5"]', repr(written))
     exec(use, scope)
     assert scope["prediction"].patient_id == "P1" and scope["prediction"].coords is not None
+
+
+def test_a_dead_model_says_so_on_its_card_in_its_predictions_and_a_living_one_does_not(
+    tiny, patients, tmp_path, monkeypatch
+):
+    alive = export.export(start_steph(monkeypatch, tiny, start=1), run_of("steph"), tmp_path / "alive")
+    assert not any("Dead:" in warning for warning in alive.warnings)
+    assert "Dead:" not in (tmp_path / "alive" / "README.md").read_text()
+    bench, path = start_steph(monkeypatch, tiny, start=-1), tmp_path / "dead"
+    (warning, *_), n = export.export(bench, run_of("steph"), path).warnings, len(tiny.dataset("SARC").splits.test(0))
+    assert warning.startswith(f"Dead: every selected w is 0 for {n} of {n} patients in fold 0 of SARC (STEPH).")
+    assert f"> **Warning.** {warning}" in (path / "README.md").read_text()
+    files = next(iter(patients.values()))
+    prediction = load_model(path).predict(files)
+    assert warning in report.html_report(prediction) and warning in report.as_data(prediction)["notes"]
+    summary = report.summary(prediction)
+    assert f"in use: no source: the encoder is M₀, untrained\n{report.SYNTHETIC}\n{warning}" in summary
+    (tmp_path / "table.csv").write_text("patient_id,path\n" + "".join(f"P,{file}\n" for file in files))
+    arguments = ["predict", "--model", path, "--table", tmp_path / "table.csv", "--out", tmp_path / "out.csv"]
+    assert warning in CliRunner().invoke(app, list(map(str, arguments))).stdout

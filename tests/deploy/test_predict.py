@@ -127,9 +127,24 @@ def test_a_table_of_patients(model, tmp_path):
     assert table["risk"].tolist() == [model.predict([files["c"]]).risk, model.predict([files["a"], files["b"]]).risk]
 
 
+def test_spellings_of_an_id_are_one_patient(model, tmp_path):
+    files = [write_slide(tmp_path / f"{name}.h5", patches(9 + i, seed=i)) for i, name in enumerate("abc")]
+    rows = ["M\u00fcller,a.h5", "Mu\u0308ller\u00a0, b.h5", "P1,c.h5"]
+    (tmp_path / "t.csv").write_text("\n".join(["patient_id,path", *rows]))
+    table = model.predict_table(tmp_path / "t.csv")
+    assert table["patient_id"].tolist() == ["M\u00fcller", "P1"]
+    assert table["risk"].tolist() == [model.predict(files[:2]).risk, model.predict(files[2:]).risk]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("patient_id,path\nP1,a.h5\n,b.h5\n", r"1 row\(s\) with no patient_id:\n  row 3: patient_id=, path=b\.h5"),
+        ("patient_id,path\nNA,a.h5\nNA,b.h5\n", r"2 row\(s\) with no patient_id"),
+        ("path,patient_id\na.h5,P1\nb.h5\n", r"1 row\(s\) with no patient_id"),
+        ("patient_id,path\nP1,a.h5\nP2,\n", r"1 row\(s\) with no path"),
+        ("patient_id,path\nP1,a.h5\nP2,x/../a.h5\n", r"2 row\(s\) with a slide that stands twice"),
+        ("patient_id;path\nP1;a.h5\n", "Save it as UTF-8 with commas"),
         ("patient,path\nP1,slides/a.h5\n", "lacks patient_id"),
         ("patient_id,path\n", "lacks rows"),
         ("patient_id,path\nP1,a.h5\n", "no feature file at"),

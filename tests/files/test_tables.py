@@ -18,6 +18,7 @@ def test_cells_stay_text_and_blanks_stay_blank(tmp_path):
 
 
 UNREADABLE = r"t\.csv is not a readable CSV table"
+SAVE_AS = rf"{UNREADABLE}.* Save it as UTF-8 with commas"
 SHIFTED = r"t\.csv: its rows have more cells than its first line has names \(a, b\)"
 
 
@@ -28,6 +29,13 @@ SHIFTED = r"t\.csv: its rows have more cells than its first line has names \(a, 
         (b"\x89HDF\r\n\x1a\n\xff\xfe", UNREADABLE),
         (b"a,b\n1,2,3,4\n1\n1,2,3,4,5\n", UNREADABLE),
         (b"a,b\n1,2,3\n4,5,6\n", SHIFTED),
+        ("a,b\n1,\u00fc\n".encode("latin-1"), SAVE_AS),
+        ("a,b\n1,2\n".encode("utf-16"), SAVE_AS),
+        ("a,b\n1,2\n".encode("utf-16-le"), SAVE_AS),
+        (b"PK\x03\x04\0\0", SAVE_AS),
+        (b"a;b\n1;2\n", SAVE_AS),
+        (b"\xef\xbb\xbfa;b\n1,5;2,5\n", SAVE_AS),
+        (b"a\tb\n1\t2\n", SAVE_AS),
         (b"a,b\nrow1,x,2,3\n", SHIFTED),
     ],
 )

@@ -22,6 +22,7 @@ from steph.analysis.performance.estimates import BETTER, WORSE, Estimate, answer
 from steph.analysis.performance.statistics import ceiling, compare
 from steph.data.manifest import MANIFESTS, Study, load_study
 from steph.methods.registry import method, title
+from steph.study import health
 from steph.study.runs import Run, plan
 from steph.study.tables import VALUES, primary_outcome
 
@@ -168,9 +169,10 @@ def control_table(
     where the study has some), difference (STEPH less the other), low, high, conclusion.
 
     of_twin: results of the study's twin; then difference is how much larger it is in the study (`gains_in_both`).
-    conclusion: as `estimates.conclusion` words it; "no answer: ..." where something is undefined or was not run.
+    conclusion: as `estimates.conclusion` words it; "no answer: ..." where something is undefined or was not run;
+    "void: ..." where a STEPH that is compared is dead (`health.void`).
     """
-    rows = []
+    rows, void = [], health.void(results) or ("" if of_twin is None else health.void(of_twin))
     asked = [control for control in (*NECESSARY, *RIVALS) if control.method in methods]
     for control, value in product(asked, VALUES):
         if value == "c_index" or results[value].notna().any():
@@ -183,6 +185,9 @@ def control_table(
             compared = results, "steph", control.method, value
             if of_twin is not None:
                 compared = gains_in_both(results, of_twin, control.method, value), HERE, HERE_TWIN, "gain"
+            if void:
+                rows.append(row | answer(Estimate(np.nan)) | {"conclusion": void})
+                continue
             try:
                 rows.append(row | answer(compare(*compared).gain))
             except Refused as reason:
@@ -286,7 +291,10 @@ def instrument(summary: pd.DataFrame) -> str:
 
 def decision(table: pd.DataFrame) -> str:
     """What the `conditions` together allow to say."""
-    asked = table[~table["conclusion"].str.startswith("no answer")].set_index("method")
+    asked = table[~table["conclusion"].str.startswith(("no answer", "void"))].set_index("method")
+    void = table.loc[table["conclusion"].str.startswith("void") & (table["method"] == "vanilla"), "conclusion"]
+    if len(void):
+        return f"V{void.iloc[0][1:]}: nothing can be said of transfer."
     if "vanilla" not in asked.index:
         return "STEPH and the cancers' own models could not be compared: nothing can be said."
     if asked.loc["vanilla", "conclusion"] != HOLDS:

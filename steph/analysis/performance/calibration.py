@@ -14,22 +14,9 @@ from steph.analysis.performance.estimates import estimates_text, p_text
 from steph.analysis.performance.predictions import MODEL, curves, once, rows_by
 from steph.analysis.performance.time_dependent import end_of_year
 from steph.methods.registry import title
+from steph.study.health import survival_at
 
 GROUPS, BINS = 4, 10
-
-
-def survival_at(curve: Any, time: Any, width_days: float = 365) -> np.ndarray:
-    """Predicted survival (N,) of each patient at a time of their own, (N,) days, from curves (N, T) that hold the
-    survival past each interval: 1 at day 0, a constant hazard within each interval, the last value after the last.
-    """
-    curve, time = np.asarray(curve, float), np.asarray(time, float)
-    whole = np.concatenate([np.ones((len(curve), 1)), curve], axis=1)
-    place = np.minimum(time / width_days, curve.shape[1])
-    before = np.minimum(place.astype(int), curve.shape[1] - 1)
-    rows = np.arange(len(curve))
-    low, high = whole[rows, before], whole[rows, before + 1]
-    part = place - before
-    return low ** (1 - part) * high**part
 
 
 def observed_survival(time: Any, event: Any, day: float) -> tuple[float, float, float]:

@@ -39,6 +39,17 @@ def cohort_numbers(datasets: Iterable[Dataset]) -> pd.DataFrame:
     return table.astype(dict.fromkeys(whole, "Int64")).assign(match=same[0] & same[1] & same[2])
 
 
+def events_line(datasets: Sequence[Dataset], splits: pd.DataFrame) -> str:
+    """Where events are fewest and most, and how many a test fold of the former holds (`split_table`), in a sentence."""
+    events = pd.Series({data.name: int(data.cohort.patients["event"].sum()) for data in datasets})
+    few, many = events.idxmin(), events.idxmax()
+    spread = f"{events[few]} in {few}, {events[many]} in {many}"
+    if events[few] == events[many]:
+        spread = f"{events[few]} in {few if len(events) == 1 else 'each data set'}"
+    tests = splits.set_index("data set").loc[few, "test events"]
+    return f"Events, not patients, are what is scarce: {spread}. A test fold of {few} holds {tests} of them."
+
+
 def cohort_table(numbers: pd.DataFrame, synthetic: bool) -> pd.DataFrame:
     """Format `cohort_numbers` for display: for each number ours and the paper's, and whether they agree (a synthetic
     cohort is smaller on purpose, so it is not asked)."""

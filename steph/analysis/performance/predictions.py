@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.study.runs import Run, Workbench
+from steph.study.runs import Run, Workbench, results
+from steph.study.tables import fold_table
 
 MODEL = ["dataset", "method"]
 
@@ -40,6 +41,23 @@ def out_of_fold(bench: Workbench, runs: Iterable[Run], external: bool = False) -
             "precision and of one seed, of folds whose test patients do not overlap."
         )
     return together
+
+
+def result_of(bench: Workbench, dataset: str, method: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A data set's result by the study's own seed: the C-index of every method there, fold by fold (`fold_table`), and
+    what one method predicts for every patient, by the model of the fold that tests them (`out_of_fold`).
+
+    Raises `Refused` where the method has no finished run there, and where some have been made in two precisions.
+    """
+    table = results(bench)
+    rows = table[(table["dataset"] == dataset) & (table["seed"] == bench.study.seed)] if len(table) else table
+    own = rows[rows["method"] == method] if len(rows) else rows
+    columns = ["dataset", "method", "fold", "seed", "precision"]
+    runs = [Run(*row) for row in own.reindex(columns=columns).to_numpy(object).tolist()]
+    if not runs:
+        command = f"steph study run --study {bench.study.address} --dataset {dataset} --method {method}"
+        raise Refused(f"{method} has no finished run on {dataset} of study {bench.study.name}: {command}")
+    return fold_table(rows), out_of_fold(bench, runs)
 
 
 def _of_run(bench: Workbench, run: Run, external: bool) -> pd.DataFrame:

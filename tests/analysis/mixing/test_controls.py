@@ -23,6 +23,7 @@ from steph.analysis.performance.statistics import compare
 from steph.data import manifest
 from steph.data.manifest import MANIFESTS, load_study
 from steph.methods.registry import METHODS
+from steph.plots.comparison import transfer_controls
 from steph.study import run_all
 from tests.helpers.made_results import DATASETS, frame, shifted
 
@@ -231,6 +232,30 @@ def test_an_instrument_that_cannot_say_yes_is_told():
     assert "In its twin, where there is nothing to transfer, STEPH gains" in controls.instrument(able)
     assert "does not say yes where transfer is planted (not shown: equal training" in controls.instrument(unable)
     assert set(able["where"]) == {HERE, HERE_TWIN, HERE_APART, POSITIVE, POSITIVE_TWIN, POSITIVE_APART}
+
+
+def test_controls_of_a_dead_model_are_void():
+    def with_weights(dead):
+        at_zero = [25 if (m, d, f) == ("steph", DATASETS[0], 1) and dead else 0
+                   for m, d, f in alive[["method", "dataset", "fold"]].itertuples(index=False)]  # fmt: skip
+        return alive.assign(n_test=40, unmerged_test=at_zero)
+
+    alive = made(TRANSFER)
+    void = f"void: the weights of STEPH are 0 for 25 of 40 patients in fold 1 of {DATASETS[0]}"
+    table = controls.control_table(with_weights(dead=True))
+    assert set(table["conclusion"]) == {void} and table["difference"].isna().all()
+    assert not controls.control_table(with_weights(dead=False))["conclusion"].str.contains("void").any()
+    summary = controls.side_by_side({HERE: with_weights(dead=True), HERE_TWIN: made({}, seed=1)})
+    assert controls.decision(controls.conditions(summary)) == f"V{void[1:]}: nothing can be said of transfer."
+    assert controls.simpler(summary) == ""
+    both = controls.side_by_side({HERE: with_weights(dead=True), HERE_TWIN: with_weights(dead=True)})
+    for some in (summary, both):
+        transfer_controls(some, {HERE: "study", HERE_TWIN: "its twin"})
+    # Where only the twin's is dead, the gain stands, and what would need the twin was not asked.
+    summary = controls.side_by_side({HERE: with_weights(dead=False), HERE_TWIN: with_weights(dead=True)})
+    conditions = controls.conditions(summary)
+    assert conditions["conclusion"].tolist()[-1] == void and set(conditions["conclusion"][:-1]) == {"holds"}
+    assert controls.decision(conditions).endswith("it is transfer. Not asked: no-sharing twin.")
 
 
 def test_with_trained_models_the_instrument_says_yes_where_transfer_is_planted_and_no_in_its_twin(

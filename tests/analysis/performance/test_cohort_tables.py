@@ -1,5 +1,10 @@
 """Tables of the cohort, its folds and its true risk."""
 
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
 from steph.analysis.performance import cohort_tables
 from steph.data.manifest import load_study
 from steph.study.tables import primary_outcome
@@ -25,3 +30,18 @@ def test_cohort_and_splits_of_a_small_study(tmp_path, monkeypatch):
         list(shown.columns) == ["test folds", "external patients"] and "±" not in shown.loc["SARC", "external patients"]
     )
     assert primary_outcome(oracle) == "external_c_index" and primary_outcome(shifted(0)) == "c_index"
+
+
+@pytest.mark.parametrize(
+    ("events", "text"),
+    [
+        ({"A": 12, "B": 30}, "12 in A, 30 in B. A test fold of A holds 2 to 3 of them."),
+        ({"A": 12, "B": 12}, "12 in each data set. A test fold of A holds 2 to 3 of them."),
+        ({"A": 12}, "12 in A. A test fold of A holds 2 to 3 of them."),
+    ],
+)
+def test_events_are_counted_and_a_tie_is_no_difference(events, text):
+    patients = {name: pd.DataFrame({"event": [True] * n + [False]}) for name, n in events.items()}
+    data = [SimpleNamespace(name=name, cohort=SimpleNamespace(patients=table)) for name, table in patients.items()]
+    splits = pd.DataFrame({"data set": list(events), "test events": "2 to 3"})
+    assert cohort_tables.events_line(data, splits).endswith(f"scarce: {text}")

@@ -8,7 +8,8 @@ import pytest
 
 from steph import Refused
 from steph.analysis.performance import predictions
-from steph.study.runs import plan
+from steph.methods.registry import title
+from steph.study.runs import plan, results
 
 
 @pytest.fixture
@@ -37,6 +38,24 @@ def test_every_patient_is_predicted_once_by_the_fold_that_tests_them(tiny, runs)
 def test_what_cannot_be_read_is_refused(tiny, runs, more, message):
     with pytest.raises(Refused, match=message):
         predictions.out_of_fold(tiny, [*runs, replace(runs[0], **more)])
+
+
+def test_a_result_is_of_one_data_set_one_seed_and_of_everybody_once(tiny, monkeypatch):
+    table = results(tiny)
+    again = table.assign(seed=7, c_index=0.0)  # what a chapter adds
+    monkeypatch.setattr(predictions, "results", lambda _: pd.concat([table, again], ignore_index=True))
+    c_index, risks = predictions.result_of(tiny, "SARC", "vanilla")
+    assert set(c_index["data set"]) == {"SARC"} and c_index["method"].is_unique
+    of_seed = table[table["seed"] == tiny.study.seed]  # other tests add seeds of their own
+    expected = of_seed[(of_seed["dataset"] == "SARC") & (of_seed["method"] == "vanilla")].sort_values("fold")
+    shown = c_index.set_index("method").loc[title("vanilla"), [f"fold {k}" for k in expected["fold"]]]
+    assert shown.tolist() == [f"{value:.3f}" for value in expected["c_index"]]
+    assert sorted(risks["patient_id"]) == sorted(tiny.dataset("SARC").cohort.slides_of)
+    with pytest.raises(Refused, match=r"nothing has no finished run on LIHC .*steph study run --study tiny"):
+        predictions.result_of(tiny, "LIHC", "nothing")
+    monkeypatch.setattr(predictions, "results", lambda _: pd.DataFrame())
+    with pytest.raises(Refused, match=r"vanilla has no finished run on SARC"):
+        predictions.result_of(tiny, "SARC", "vanilla")
 
 
 def test_external_patients_are_predicted_by_every_fold(tiny, runs):
