@@ -152,6 +152,14 @@ METHODS = {
         )
         for r in (256, 1024)
     },
+    "steph_on_target": _variant(
+        "STEPH, on the target",
+        "remedy for a STEPH that dies with few updates: mixtures are added to the target's own model, its head stays, "
+        "w is a softplus; with little weight, it is nearly the target's own model, not the untrained one",
+        group="beyond",
+        options={"base": "target", "fresh_head": False, "w_activation": "softplus"},
+        in_book=False,
+    ),
     "steph_patch_gcn": _variant(
         "STEPH on Patch-GCN",
         "STEPH on Patch-GCN models of all cancers (the paper's future work)",

@@ -234,6 +234,9 @@ def _build_train_record(bench: Workbench, run: Run, device: str) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trained:
         history = fit(model, *bench.training_set(run), study.recipe, study.network, run.seed, compute)
+    train, how = data.splits.train(run.fold), (compute, study.recipe.bags_per_step)
+    of_train = health.rows_of(lambda bags: torch.sigmoid(model(bags)), model, data, train, *how)
+    training = c_index(prediction_table(data, train, of_train))["c_index"]
     patients = data.splits.test(run.fold)
     hazards = predict_hazards(model, data, patients, compute)
     predictions = prediction_table(data, patients, hazards)
@@ -244,6 +247,8 @@ def _build_train_record(bench: Workbench, run: Run, device: str) -> None:
         "n_test": len(predictions),
         "events_test": int(event.sum()),
         "external_c_index": None,
+        "training_c_index": training,
+        "expected_test": health.expected_events(hazards, predictions["time_days"], study.network.bin_width_days),
     }
     tables = {"history.csv": history, "predictions.csv": predictions}
     if data.external is not None:
@@ -251,11 +256,6 @@ def _build_train_record(bench: Workbench, run: Run, device: str) -> None:
         external = predict(model, data.external, everyone, compute, together=study.recipe.bags_per_step)
         tables["predictions_external.csv"] = external
         metrics["external_c_index"] = c_index(external)["c_index"]
-    train, width = data.splits.train(run.fold), study.network.bin_width_days
-    how = compute, study.recipe.bags_per_step
-    of_train = health.rows_of(lambda bags: torch.sigmoid(model(bags)), model, data, train, *how)
-    metrics["training_c_index"] = c_index(prediction_table(data, train, of_train))["c_index"]
-    metrics["expected_test"] = health.expected_events(hazards, predictions["time_days"], width)
     metrics |= health.weights(model, data, patients, *how)
     origin = bench.null_state(run.entry.network).origin
     state = state_of(model, origin, trainable_only=trained > 0)

@@ -43,6 +43,7 @@ def rows_of(
 ) -> Tensor:
     """What a step makes of patients' bags, a row for each, in double precision on the CPU. So many bags are read
     together, as in training: whatever could be trained can be measured."""
+    model.to(compute.device, compute.parameter_dtype).eval()
     batch_of, rows = loader(model, data, patients, compute), []
     with products(compute.precision):
         for group in groups_of(patients, together):
@@ -102,7 +103,7 @@ def dead_note(results: pd.DataFrame) -> str:
     listed = _listed(dead(results), counts=True, names=True)
     return listed and (
         f"Dead: every selected w is 0 for {listed}. The encoder is then the untrained M₀: nothing is merged, and no "
-        "comparison with it says anything of transfer (Your own cohort: A dead STEPH)."
+        "comparison with it says anything of transfer (Your own cohort: A dead STEPH; method steph_on_target)."
     )
 
 

@@ -137,7 +137,7 @@ TRAINS = {
     **dict.fromkeys(["steph_lambda0", "steph_lambda0_with_target", "steph_lambda1"], HYPER),
     "steph_param_lambda": HYPER | {"ratio_vector"},
     "steph_param_w": {"weight_vector", "hyper.embed", "hyper.mix_head", "head"},
-    "steph_as_written": MIXING - {"head"},
+    **dict.fromkeys(["steph_as_written", "steph_on_target"], MIXING - {"head"}),
     **{name: set() for name in ("model_average", "steph_free_cosine", "steph_free_concordance", "steph_free_scores")},
     "adamerging": AM,
     "adamerging_hyper": HYPER,
@@ -201,7 +201,8 @@ def test_a_bag_goes_through_the_sum_of_base_and_weighted_vectors(name, bags):
         bag = bags.single(i)
         coefficients = mixture_coefficients(*model.batch_coefficients(bag))[0]
         network = model._network(bag)
-        assert_states_close(encoder(state_of(network)), moved(encoder(pool.null), vectors, coefficients))
+        start = pool.target if METHODS[name].options.get("base") == "target" else pool.null
+        assert_states_close(encoder(state_of(network)), moved(encoder(start), vectors, coefficients))
         torch.testing.assert_close(model(bag), network(bag), **EXACT)
 
 
