@@ -50,6 +50,6 @@ def doubts(study: Study, cohorts: Iterable[Cohort]) -> Iterator[tuple[str, str]]
             likely = [unit for unit, days in UNITS.items() if 2 * UNITS["years"] < days * longest < 40 * UNITS["years"]]
             found = f"{cohort.dataset}: {intervals[most]} of {len(times)} patients of project {project} lie in interval"
             found += f" {most + 1} of {study.network.n_bins}, and the longest follow-up is {longest:g} days"
-            asked = "".join(f"; are these {unit}?" for unit in likely)
+            asked = f" (are these {' or '.join(likely)}?)" if likely else ""
             remedy = "".join(f"If they are {unit}, multiply them by {UNITS[unit]}. " for unit in likely)
             yield found + asked, f"{remedy}If they are days, choose shorter intervals (network: bin_width_days)"
