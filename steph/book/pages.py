@@ -15,6 +15,8 @@ import pandas as pd
 import yaml
 
 from steph import PROJECT, Refused, __version__
+from steph.analysis.mixing.controls import in_words
+from steph.analysis.mixing.starts import MEAN
 from steph.analysis.performance.estimates import conclusion, with_interval
 from steph.analysis.performance.statistics import compare
 from steph.data.manifest import Study
@@ -23,7 +25,7 @@ from steph.files.templates import render
 from steph.methods.registry import METHODS
 from steph.study.paper import paper_gain, tables_of_methods
 from steph.study.runs import Workbench
-from steph.study.tables import VALUES, primary_outcome
+from steph.study.tables import BELOW_LINE, VALUES, marked, primary_outcome
 
 NOTEBOOKS, REFERENCE = "build/book/notebooks", "build/book/reference"
 """Where executed notebooks and pages of the reference lie, as the table of contents names them."""
@@ -130,9 +132,11 @@ def findings(study: Study, runs: pd.DataFrame) -> str:
         "findings.md",
         study=study,
         says=says["sentence"],
-        starts=by_start.dropna(subset="difference"),
+        starts=by_start[by_start["seed"] != MEAN].dropna(subset="difference"),
+        together=[in_words(row) for row in by_start[by_start["seed"] == MEAN].to_dict("records")],
         outcome=VALUES[value],
         gains=pd.DataFrame([_gain(chosen, rival, value) for rival in RIVALS]),
+        mark=BELOW_LINE,
         claims=len(card),
         verdicts=card["verdict"].value_counts(),
         directions=card["points"].value_counts(),
@@ -156,7 +160,7 @@ def _gain(runs: pd.DataFrame, rival: str, value: str) -> dict[str, str]:
     try:
         compared = compare(runs, "steph", rival, value)
         gain, base = compared.gain, compared.base
-        values = [f"{base + gain.value:.3f}", f"{base:.3f}", with_interval(gain.value, gain.low, gain.high)]
+        values = [marked(base + gain.value), marked(base), with_interval(gain.value, gain.low, gain.high)]
         measured = [str(compared.n_folds), *values]
         answer = conclusion(gain)
     except Refused as reason:

@@ -59,7 +59,7 @@ def attention_maps(
             _bar(fig, ax, image, shares, ticks, "attention, × even share")
             _ring(ax, part, part[f"rank_{model}"], size)
             ax.set_title(f"{heading}\n{names[model]}")
-        image = _map(line[2], part, part["difference"], size, "RdBu_r", (-1, 1))
+        image = _map(line[2], part, part["difference"], size, style.DIVERGING, (-1, 1))
         _bar(fig, line[2], image, [-0.8, 0, 0.8], ["−80", "0", "+80"], "difference of percentiles")
         _scale_bar(line[0], part["x"].to_numpy(int), size)
         line[2].set_title(f"\n{names[second]} − {names[first]}")

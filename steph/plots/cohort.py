@@ -80,7 +80,7 @@ def similarity(matrix: pd.DataFrame) -> Figure:
     """Heat map of the planted similarity between data sets (C, C), -1 to 1."""
     size = min(6.0, 1.6 + 0.36 * len(matrix))
     fig, ax = plt.subplots(figsize=(size + 0.8, size))
-    image = style.heat_map(ax, matrix, "RdBu_r", (-1, 1), "{:z.1f}", size=6.5, rotate=True)
+    image = style.heat_map(ax, matrix, style.DIVERGING, (-1, 1), "{:z.1f}", size=6.5, rotate=True)
     ax.spines[["left", "bottom"]].set_visible(True)
     ax.tick_params(length=3.5)
     ax.set_aspect("equal")

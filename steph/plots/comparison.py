@@ -79,20 +79,22 @@ def intervals(table: pd.DataFrame) -> Figure:
 
 def gains(tables: Mapping[str, pd.DataFrame], reference: str) -> Figure:
     """Heat maps of what each method (rows) gains over one of them on each data set (columns), one below the other: of
-    `steph.study.tables.gains_over`. All share one scale; a blank cell has no number."""
+    `steph.study.tables.gains_over`. All share one scale, and cells beyond it have its last colour; a blank cell
+    has no number."""
     columns = max((list(t.columns) for t in tables.values()), key=len)
     heights = [len(t) for t in tables.values()]
     size = (WIDTH if len(columns) > 4 else 4.5, 0.25 * sum(heights) + 1.15 * len(tables) + 0.3)
     fig, axes = plt.subplots(len(tables), 1, figsize=size, height_ratios=heights, squeeze=False, sharex=True)
-    largest = max(0.02, *(np.nanmax(np.abs(t.to_numpy(float))) for t in tables.values()))
+    gained = np.abs(np.concatenate([t.to_numpy(float).ravel() for t in tables.values()]))
+    reach = max(0.02, min(np.nanmax(gained), 4 * np.nanmedian(gained)))  # an outlier does not wash out the rest
     for ax, (name, table) in zip(axes[:, 0], tables.items(), strict=True):
         wide = table.reindex(columns=columns).astype(float)
         cells = (100 * wide).map("{:+.1f}".format).where(wide.notna(), "")
-        image = style.heat_map(ax, wide, "RdBu", (-largest, largest), cells, size=6.5, rotate=True)
+        image = style.heat_map(ax, wide, style.DIVERGING, (-reach, reach), cells, size=6.5, rotate=True)
         ax.set_title("the paper (TCGA)" if name == "paper" else name)
         ax.tick_params(labelbottom=True)
     words: Any = {"label": f"C-index − {reference}'s (in the cells: × 100)", "format": "{x:+.2f}"}
-    style.colour_bar(fig, image, axes[:, 0], shrink=0.5, pad=0.02, aspect=30, **words)
+    style.colour_bar(fig, image, axes[:, 0], shrink=0.5, pad=0.02, aspect=30, extend="both", **words)
     return fig
 
 
@@ -176,7 +178,7 @@ def starts_of_all(choice: pd.DataFrame, gains: pd.DataFrame) -> Figure:
         choice = pd.DataFrame(np.nan, rows, [""])
         left.text(0.5, 0.5, "it takes\nthree sources", transform=left.transAxes, ha="center", va="center", color=MUTED)
     names = [name.replace(", ", ",\n").replace("what was ", "what was\n") for name in choice.columns]
-    style.heat_map(left, choice.astype(float).set_axis(names, axis=1), "RdBu_r", (-1, 1), "{:+.2f}")
+    style.heat_map(left, choice.astype(float).set_axis(names, axis=1), style.DIVERGING, (-1, 1), "{:+.2f}")
     left.set_title("Rank correlation of w (1 − λ) with …")
 
     style.zero_line(right)

@@ -168,7 +168,7 @@ def transferability(matrix: pd.DataFrame, planted: pd.DataFrame | None) -> Figur
     fig, axes = plt.subplots(*shape, figsize=size, squeeze=False)
     for ax, (table, middle, reach, name) in zip(axes.flat, tables, strict=True):
         limits = (middle - reach, middle + reach)
-        image = style.heat_map(ax, table.astype(float), "RdBu_r", limits, "{:z.2f}", middle=middle, rotate=True)
+        image = style.heat_map(ax, table.astype(float), style.DIVERGING, limits, "{:z.2f}", middle=middle, rotate=True)
         for i, j in np.argwhere(np.equal.outer(table.index.to_numpy(), table.columns.to_numpy())):
             ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.4))
         ax.set(xlabel="patients of", ylabel="model of", title=name)

@@ -195,6 +195,6 @@ def starts(last: pd.DataFrame, planted: pd.Series | None = None) -> Figure:
     axes[0, 0].set(xlabel="seed of the hypernetwork", title="final w (colour)")
     style.colour_bar(fig, image, axes[0, 0], shrink=0.8, pad=0.02)
     if planted is not None:
-        heat_map(axes[0, 1], planted.loc[order].to_frame(), "RdBu_r", (-1, 1), "{:.2f}")
+        heat_map(axes[0, 1], planted.loc[order].to_frame(), style.DIVERGING, (-1, 1), "{:.2f}")
         axes[0, 1].set(xticks=[], yticks=[], title="planted")
     return fig

@@ -157,6 +157,6 @@ def convexity(table: pd.DataFrame) -> Figure:
     wide = wide.loc[table["place"].unique(), list(STATEMENTS)].rename(columns=STATEMENTS)
     fig, ax = plt.subplots(figsize=(5.6, 0.42 * len(wide) + 1.1))
     texts = (100 * wide).map("{:.0f} %".format).where(wide.notna(), "–")
-    style.heat_map(ax, wide, "RdBu", (0, 1), texts, middle=0.5, dark=0.7, size=9)
+    style.heat_map(ax, wide, style.DIVERGING, (0, 1), texts, middle=0.5, dark=0.7, size=9)
     ax.set_title("share of components in which it holds")
     return fig

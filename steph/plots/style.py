@@ -28,6 +28,7 @@ DAYS_PER_YEAR = 365.25
 _PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4D4D4D"]
 BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW, GREY = _PALETTE
 CENSORED, INK, MUTED, STAMP = "#9AA5B1", "#1F2937", "#6B7280", "#B4232A"
+DIVERGING = "RdBu"  # of every map with a middle: blue is above it, red below
 DASHED: Any = (0, (4, 1.5))
 PAPERS: Any = {"marker": "D", "markerfacecolor": "white", "linestyle": ""}  # the paper's numbers: open diamonds
 _MARKERS = ["o", "s", "D", "^", "v", "P", "X"]

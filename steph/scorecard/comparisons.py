@@ -11,10 +11,13 @@ from steph.analysis.cost.operations import built, trained_numbers
 from steph.analysis.performance.estimates import BETTER, WORSE, conclusion, interval
 from steph.analysis.performance.statistics import Comparison, compare
 from steph.methods.registry import METHODS, title
-from steph.scorecard.rules import VERDICTS, Evidence, Finding, Rule, all_of, differing_counts, judge_gain, judge_wins
+from steph.scorecard import rules
+from steph.scorecard.rules import Evidence, Finding, Rule, all_of, judge_gain, judge_wins
 from steph.study import paper
 from steph.study.tables import on_common_folds
 
+OURS, PAPERS = "+.3f", "+.4f"
+"""How gains are written: the paper's with as many decimals as it prints."""
 IS_ONE = 0.95
 """A lambda from here on is read off the paper's figure as 1."""
 
@@ -37,40 +40,46 @@ def pairs_of(first: str, others: str | Sequence[str]) -> list[tuple[str, str]]:
     return [(first, other) for other in others]
 
 
-def _text(gain: float, percent: float) -> str:
-    return f"{gain:+.4f} ({percent:+.2f} %)"
+def _text(gain: float, percent: float, form: str = PAPERS) -> str:
+    return f"{gain:{form}} ({percent:+.2f} %)"
 
 
 def _gain_here(comparison: Comparison) -> str:
-    return _text(comparison.gain.value, 100 * comparison.gain.value / comparison.base)
+    return _text(comparison.gain.value, 100 * comparison.gain.value / comparison.base, OURS)
+
+
+def _interval(comparison: Comparison) -> str:
+    return f"{interval(comparison.on_these())}; {comparison.n_folds} fold(s)"
 
 
 def _gain(evidence: Evidence, first: str, second: str) -> Finding:
     """The first method is better than the second on average."""
     found = compare(evidence.results, first, second)
     answer, because = judge_gain(found, paper.paper_gain(first, second)[0])
-    return Finding(f"{_gain_here(found)}, {interval(found.on_these())}", answer, because)
+    return Finding(f"{_gain_here(found)}, {_interval(found)}", answer, because)
 
 
 def _wins(evidence: Evidence, first: str, second: str) -> Finding:
     """The first method is better than the second on so many data sets; of fewer than the paper's, on the same share."""
     found = compare(evidence.results, first, second)
-    n, count = len(found.gains), found.wins
     won, of = paper.paper_wins(first, second)
-    answer, because = judge_wins(count, n, int(np.ceil(won * n / of)))
-    return Finding(f"{count.value} of {n}, {interval(count, '.0f')}", answer, because)
+    answer, because = judge_wins(found, int(np.ceil(won * len(found.gains) / of)))
+    return Finding(found.wins_text, answer, because)
 
 
-def _above_zero(gains: Sequence[float]) -> str:
-    return f"{sum(g > 0 for g in gains)} of {len(gains)}; from {min(gains):+.4f} to {max(gains):+.4f}"
+def _above_zero(gains: Sequence[float], form: str = PAPERS) -> str:
+    return f"{sum(g > 0 for g in gains)} of {len(gains)}; from {min(gains):{form}} to {max(gains):{form}}"
 
 
 def _gain_over_each(evidence: Evidence, first: str, others: str | Sequence[str]) -> Finding:
     """The first method is better than each of others on average."""
     found = {pair: compare(evidence.results, *pair) for pair in pairs_of(first, others)}
-    answers = [judge_gain(gains, paper.paper_gain(*pair)[0], len(found))[0] for pair, gains in found.items()]
-    counts = ", ".join(f"{answers.count(a)} {VERDICTS[a]}" for a in VERDICTS if a in answers)
-    return Finding(_above_zero([each.gain.value for each in found.values()]), all_of(answers), f"one by one: {counts}")
+    judged = [judge_gain(gains, paper.paper_gain(*pair)[0], len(found)) for pair, gains in found.items()]
+    answers, answer = [a for a, _ in judged], all_of(a for a, _ in judged)
+    counts = ", ".join(f"{answers.count(a)} {words}" for a, words in rules.VERDICTS.items() if a in answers)
+    because = next(because for a, because in judged if a == answer)
+    ours = _above_zero([each.gain.value for each in found.values()], OURS)
+    return Finding(ours, answer, f"one by one: {counts}; {because}")
 
 
 def _gain_over_best(evidence: Evidence, first: str, others: str) -> Finding:
@@ -78,7 +87,7 @@ def _gain_over_best(evidence: Evidence, first: str, others: str) -> Finding:
     found = {other: compare(evidence.results, first, other) for _, other in pairs_of(first, others)}
     best = min(found, key=lambda m: found[m].gain.value)
     answer, because = judge_gain(found[best], min(paper.paper_gain(first, m)[0] for m in found))
-    text = f"{_gain_here(found[best])} over {title(best)}, {interval(found[best].on_these())}"
+    text = f"{_gain_here(found[best])} over {title(best)}, {_interval(found[best])}"
     return Finding(text, answer, because)
 
 
@@ -98,7 +107,7 @@ def _hypernetwork_weights(evidence: Evidence) -> Finding:
     mean = compare(cells.groupby(cell)["c_index"].mean().reset_index(), "hypernetwork", "own")
     percent = float(np.mean([100 * c.gain.value / c.base for c in alone]))
     answer, because = judge_gain(mean, float(np.mean([paper.paper_gain(*pair)[0] for pair in pairs])))
-    return Finding(f"{_text(mean.gain.value, percent)}, {interval(mean.on_these())}", answer, because)
+    return Finding(f"{_text(mean.gain.value, percent, OURS)}, {_interval(mean)}", answer, because)
 
 
 def _paper_hypernetwork_weights() -> str:
@@ -115,7 +124,7 @@ def _mild_penalty(evidence: Evidence, table: str, symbol: str, mild: str) -> Fin
     because = next(because for a, because in judged if a == answer)
     cells = on_common_folds(evidence.results, [mild, *names])
     means = cells.groupby(["method", "dataset"])["c_index"].mean().groupby("method").mean()
-    texts = [f"{each.gain.value:+.4f} ({interval(each.on_these())})" for each in found]
+    texts = [f"{each.gain.value:{OURS}} ({_interval(each)})" for each in found]
     return Finding(_best(means, table, symbol, *texts), answer, because)
 
 
@@ -141,18 +150,23 @@ def _smaller_beta_on_blca(evidence: Evidence) -> Finding:
     if results.empty:
         raise Refused("BLCA is not in this study.")
     smaller = [name for name, beta in paper.paper_labels("table4").items() if float(beta) < 0.05]
-    gains = {m: compare(results, m, "steph").on_these(1 - 0.05 / len(smaller)) for m in smaller}
-    ours = "; ".join(f"{title(m)}: {gain.value:+.4f}, {interval(gain)}" for m, gain in gains.items())
-    said = {conclusion(gain) for gain in gains.values()}
-    answer = "agrees" if BETTER in said else "reversed" if said == {WORSE} else "small"
-    return Finding(
-        ours, answer, "decided by whether an interval lies above 0; two are asked, so each is a little wider"
-    )
+    found = {m: compare(results, m, "steph") for m in smaller}
+    gains = {m: each.on_these(1 - 0.05 / len(smaller)) for m, each in found.items()}
+    ours = "; ".join(f"{title(m)}: {gain.value:{OURS}}, {interval(gain)}" for m, gain in gains.items())
+    conclusions = {conclusion(gain) for gain in gains.values()}
+    answer = "agrees" if BETTER in conclusions else "reversed" if conclusions == {WORSE} else "small"
+    because = "decided by whether an interval lies above 0; two are asked, so each is a little wider"
+    best = max(gains, key=lambda m: gains[m].value)
+    if np.isnan(gains[best].low):
+        return Finding(ours, "unclear", "one fold of one data set gives no interval")
+    if answer == "small":
+        because += f"; were all gains as they are here, {rules.to_show(found[best], gains[best].value)}"
+    return Finding(ours, answer, because)
 
 
-def _ahead(gains: pd.Series) -> str:
+def _ahead(gains: pd.Series, form: str = PAPERS) -> str:
     ahead = gains[gains > 0]
-    where = f", most on {ahead.idxmax()} ({ahead.max():+.4f})" if len(ahead) else ""
+    where = f", most on {ahead.idxmax()} ({ahead.max():{form}})" if len(ahead) else ""
     return f"{len(ahead)} of {len(gains)}{where}"
 
 
@@ -164,12 +178,12 @@ def _paper_roupkt_ahead() -> pd.Series:
 def _roupkt_ahead(evidence: Evidence) -> Finding:
     """Appendix E: ROUPKT is ahead on some data sets, most on BLCA."""
     found = compare(evidence.results, "roupkt", "steph")
-    ours = f"{_ahead(found.gains['gain'])}, {interval(found.wins, '.0f')}"
+    ours = f"{_ahead(found.gains['gain'], OURS)}, {interval(found.wins(), '.0f')}; {found.n_folds} fold(s)"
     if "BLCA" not in found.gains.index:
         return Finding(ours, "unclear", "BLCA is not in this study")
     there = compare(evidence.results[evidence.results["dataset"] == "BLCA"], "roupkt", "steph")
     answer, because = judge_gain(there, float(_paper_roupkt_ahead()["BLCA"]))
-    return Finding(ours, answer, f"decided on BLCA, {there.gain.value:+.4f} ({interval(there.on_these())}): {because}")
+    return Finding(ours, answer, f"decided on BLCA, {there.gain.value:{OURS}} ({_interval(there)}): {because}")
 
 
 def _last_epoch(evidence: Evidence, target: str) -> pd.DataFrame:
@@ -208,7 +222,7 @@ def _cohort(evidence: Evidence) -> Finding:
     """Table S1, number by number."""
     table = evidence.analysis("cohort", "the cohort was not counted.").dropna(subset="paper_patients")
     total = 3 * len(paper.paper_table("table_s1"))
-    same = 3 * len(table) - len(differing_counts(table))
+    same = 3 * len(table) - len(rules.differing_counts(table))
     ours = f"{same} of {total} numbers; {table['patients'].sum():,} patients, {table['slides'].sum():,} slides"
     if evidence.study.synthetic:
         scale = evidence.study.synthetic.scale

@@ -1,5 +1,6 @@
 """How records decide a claim: what is shown, what is not, and what this cohort cannot decide."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from steph import Refused
-from steph.analysis.performance.estimates import Estimate
 from steph.analysis.performance.statistics import Comparison
 from steph.data.manifest import Study
 from steph.study.paper import other_data
@@ -159,19 +159,30 @@ def judge_gain(found: Comparison, paper: float, of: int = 1) -> tuple[str, str]:
         return answer, f"the paper's {paper:+.4f} lies above the interval{', which lies above 0' * (seen.low > 0)}"
     if seen.low > 0:
         return "agrees", "the interval lies above 0 and reaches the paper's"
-    error = (seen.high - seen.low) / 2 / 1.96
-    return "small", (
-        f"the interval holds 0 and the paper's {paper:+.4f}; to tell them apart it would take about "
-        f"{(2.8 * error / paper) ** 2:.0f} times the patients, or a mean over as many independent repetitions"
-    )
+    return "small", f"the interval holds 0 and the paper's {paper:+.4f}; {to_show(found, paper)}"
 
 
-def judge_wins(wins: Estimate, n: int, paper: int) -> tuple[str, str]:
+def to_show(found: Comparison, gain: float) -> str:
+    """What it would take to see such a mean gain over these data sets with a chance of 80 %, in words."""
+    if gain <= 0:
+        return "no number of patients would show a gain above 0"
+    seen = found.on_these()
+    return _it_takes(((seen.high - seen.low) / 2 / 1.96 * 2.8 / gain) ** 2)
+
+
+def _it_takes(times: float) -> str:
+    amount = f"{times:,.{int(times < 10)}f}"
+    return f"it would take about {amount} times the patients, or a mean over as many independent repetitions"
+
+
+def judge_wins(found: Comparison, paper: int) -> tuple[str, str]:
     """Does a count of data sets won agree with the paper's? By the interval for how many true gains are above 0.
 
     agrees: it lies above one half and holds the paper's count; weaker: it lies above one half and below the paper's;
-    reversed: it lies below one half; refuted: the paper's count lies above it; else small.
+    reversed: it lies below one half; refuted: the paper's count lies above it; else small, and `why` says how many
+    times the patients would give "agrees", were all gains as they are here.
     """
+    n, wins = len(found.gains), found.wins()
     if np.isnan(wins.low):
         return "unclear", "one fold gives no interval"
     most = wins.low > n / 2
@@ -180,5 +191,10 @@ def judge_wins(wins: Estimate, n: int, paper: int) -> tuple[str, str]:
         return answer, f"the paper's {paper} lies above the interval"
     if most:
         return "agrees", "the interval lies above one half, and holds the paper's count"
+    times = np.geomspace(1, 1e6, 241)
+    enough = bisect_left(times, True, key=lambda more: found.wins(more).low > n / 2)
+    takes = f"no number of patients would show the paper's {paper}"
+    if enough < len(times) and found.wins(times[enough]).high >= paper:
+        takes = _it_takes(times[enough])
     held = f"between {wins.low:.0f} and {wins.high:.0f} of {n} are compatible with these folds"
-    return "small", f"{held}; more patients, or independent repetitions, would narrow it"
+    return "small", f"{held}; were all gains as they are here, {takes}"

@@ -17,7 +17,8 @@ from steph.study.paper import AVERAGE, other_data, paper_table, paper_values
 VALUES = {"c_index": "test folds", "external_c_index": "external patients"}
 """What a result's C-indices are of."""
 BELOW = "†"
-"""Marks a mean C-index below one half, worse than a coin; chapter 01 says what that means."""
+BELOW_LINE = f"{BELOW} marks a C-index below 0.5: *Worse than a coin?*, in *Baselines*, says what that means."
+"""The mark of a C-index below one half (`marked`), and what a page that bears it says of it, once."""
 
 
 def described(methods: Sequence[str]) -> pd.DataFrame:
@@ -54,18 +55,21 @@ def cell(row: pd.Series) -> str:
     """A row of `summary` as text: "0.665 (± 0.032)", "0.393† (± 0.042)", or "undefined (fold 3)"."""
     if row["undefined"]:
         return f"undefined ({row['undefined']})"
-    return _marked(row["mean"]) + ("" if pd.isna(row["std"]) else f" (± {row['std']:.3f})")
+    return marked(row["mean"]) + ("" if pd.isna(row["std"]) else f" (± {row['std']:.3f})")
 
 
-def _marked(mean: float, form: str = ".3f") -> str:
-    """A mean C-index, marked where it lies below one half (`BELOW`)."""
-    return f"{mean:{form}}" + (BELOW if mean < 0.5 else "")
+def marked(c_index: float, form: str = ".3f") -> str:
+    """A C-index as text, marked where it lies below one half (`BELOW`)."""
+    return f"{c_index:{form}}" + (BELOW if c_index < 0.5 else "")
 
 
 def c_index_table(results: pd.DataFrame, methods: Sequence[str] | None = None, value: str = "c_index") -> pd.DataFrame:
-    """C-index of data sets (rows; the last is `AVERAGE`) and methods (columns, by title), as text; see `summary`."""
+    """C-index of data sets (rows; the last is `AVERAGE`) and methods (columns, by title), as text; see `summary`. Where
+    methods were run on different numbers of folds, the first row says on how many."""
     table = summary(_choose(results, methods), value)
-    return wide_table(table.assign(text=table.apply(cell, axis=1)), "text")
+    wide = wide_table(table.assign(text=table.apply(cell, axis=1)), "text")
+    folds = results.groupby("method")["fold"].nunique()[list(table["method"].unique())].rename(title)
+    return wide if folds.nunique() == 1 else pd.concat([folds.to_frame("folds").T, wide])
 
 
 def seconds_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -107,7 +111,7 @@ def like_with_like(results: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
             among = of_one[of_one["fold"].isin(folds)]
             complete = among.groupby(["dataset", "method"])["fold"].transform("size") == len(folds)
             means = summary(among[complete])
-            text = means["mean"].map(lambda mean: "undefined" if pd.isna(mean) else _marked(mean))
+            text = means["mean"].map(lambda mean: "undefined" if pd.isna(mean) else marked(mean))
             wide = means.assign(text=text).pivot(index="method", columns="dataset", values="text").fillna("")
             names = [name for name in means["dataset"].unique() if name != AVERAGE]
             if len(names) > 1:
@@ -115,6 +119,14 @@ def like_with_like(results: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
             table = wide.loc[means["method"].unique(), [*names, AVERAGE][: len(names) + (len(names) > 1)]]
             listed = ", ".join(map(str, sorted(folds)))
             yield f"fold{'s' * (len(folds) > 1)} {listed} (seed {seed}, {precision})", table.rename_axis(None, axis=1)
+
+
+def on_folds_of(results: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
+    """The results on the folds that all of these methods were run on, theirs and those of each other method that was
+    run on all of them too."""
+    folds = on_common_folds(results, methods)[["dataset", "fold"]].drop_duplicates()
+    on_them = results.merge(folds)
+    return on_them[on_them.groupby("method")["fold"].transform("size") == len(folds)]
 
 
 def folds_line(results: pd.DataFrame) -> str:
@@ -151,8 +163,8 @@ def as_the_paper(table: pd.DataFrame) -> pd.DataFrame:
     data sets in columns. Of one data set: here, paper and their difference in columns. What is undefined says so, means
     below one half are marked, the paper's too (`BELOW`)."""
     text = table.assign(
-        here=[f"undefined ({u})" if u else _marked(m) for u, m in zip(table["undefined"], table["mean"], strict=True)],
-        paper=[_marked(m, ".4f") if m == m else "" for m in table["paper"]],
+        here=[f"undefined ({u})" if u else marked(m) for u, m in zip(table["undefined"], table["mean"], strict=True)],
+        paper=[marked(m, ".4f") if m == m else "" for m in table["paper"]],
     )
     if table["dataset"].nunique() == 1:
         text["here − paper"] = table["difference"].map("{:+.3f}".format).where(table["difference"].notna(), "")

@@ -19,6 +19,7 @@ from steph.book.build import chapters
 from steph.data.manifest import load_study
 from steph.methods.registry import METHODS
 from steph.study.runs import results
+from steph.study.tables import BELOW, BELOW_LINE
 from tests.helpers.devtools import Browser, find_browser
 from tests.helpers.made_results import FIRST_PAGE
 
@@ -73,7 +74,9 @@ def test_findings_are_made_of_records(tiny):
     for name in FIRST_PAGE:
         (folder / f"{name}.csv").unlink()
     assert text.startswith("**Other ways do better.** **No gain is shown.** This is what")
-    assert "Over 2 starts" in text and "is +0.012 to +0.043 (on external patients)" in text
+    assert "Over 3 starts" in text and "\n+0.012 to +0.043 (on external patients)" in text
+    assert "to all data sets alike in the interval: +0.025 (95 % interval +0.002 to +0.048), better." in text
+    assert (BELOW_LINE in text) == (BELOW in text.replace(BELOW_LINE, ""))
     assert "**synthetic**" in text and "Of 3 claims of the paper: 2 x, 1 reproduced." in text
     row = re.search(
         r"than the cancer's own model\? \| \d \| (0\.\d{3}) \| (0\.\d{3}) \| ([+-]0\.\d{3}) .*\| \+0\.03", text
@@ -200,6 +203,13 @@ def test_every_notebook_has_its_buttons_and_offers_files_to_take_away(html):
         assert any(address.endswith(f"_sources/build/book/notebooks/{path.stem}.ipynb") for address in addresses)
         assert any("localhost:8888/lab/tree/notebooks/" in address for address in addresses)
         assert any(re.match(r"\.\./(tables|figures)/", address) for address in addresses), f"{path.name}: no file"
+
+
+def test_a_page_that_bears_the_mark_of_c_indices_below_one_half_explains_it_once(html):
+    words = BELOW_LINE.split(":")[0]
+    pages = [path.read_text(encoding="utf-8") for path in pages_of(html)]
+    marked = [text for text in pages if re.search(rf"\d{BELOW}", text)]
+    assert len(marked) > 1 and {text.count(words) for text in marked} == {1}
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,10 @@ def shifted(gain: float, wobble: float = 0.01, datasets: list[str] = DATASETS, f
 
 FIRST_PAGE = {
     "controls_say": pd.DataFrame({"sentence": ["Other ways do better.", "No gain is shown."]}),
-    "controls_gain_by_start": pd.DataFrame({"on": ["external patients"] * 3, "difference": [0.043, 0.012, None]}),
+    "controls_gain_by_start": pd.DataFrame(
+        [("1", 0.043, 0.01, 0.07), ("2", 0.012, -0.02, 0.04), ("3", 0.02, 0.0, 0.04), ("mean", 0.025, 0.002, 0.048)],
+        columns=["seed", "difference", "low", "high"],
+    ).assign(on="external patients", conclusion="better"),
     "scorecard": pd.DataFrame({"verdict": ["reproduced", "x", "x"], "points": ["open"] * 3}),
 }
 """The tables of chapters that the first page is made of, by name."""

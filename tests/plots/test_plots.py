@@ -357,6 +357,15 @@ def test_cells_of_a_map_are_hundredths_and_a_missing_one_is_blank():
     assert cells == ["+10.0", "-20.0", "", "+0.0", "+1.0", "+2.0"]
 
 
+def test_one_outlier_does_not_wash_out_a_map_of_gains_and_all_maps_mean_the_same():
+    table = pd.DataFrame(0.01, index=["A", "B"], columns=DATASETS)
+    table.iloc[0, 0] = 0.47
+    assert plots.gains({"here": table}, "Vanilla").axes[0].images[0].get_clim() == pytest.approx((-0.04, 0.04))
+    for name in ("gains", "similarity", "starts of all", "transferability", "convexity"):
+        maps = [image.get_cmap().name for ax in FIGURES[name]().axes for image in ax.images]
+        assert set(maps) == {style.DIVERGING}, name
+
+
 def test_a_sweep_is_drawn_around_its_default_and_leaves_out_what_is_undefined():
     ax = FIGURES["sweeps"]().axes[0]
     here, paper = ax.lines[-2].get_ydata(), ax.lines[-1].get_ydata()

@@ -127,5 +127,10 @@ def test_means_are_compared_on_folds_that_all_methods_have():
     own = results.on_common_folds(table, ["steph", "ilra"])
     assert own.groupby("method")["fold"].max().to_dict() == {"ilra": 1, "steph": 1}
     assert len(results.on_common_folds(table, ["steph", "vanilla"])) == 6
+    shown = results.c_index_table(table)
+    assert shown.loc["folds"].to_dict() == {"STEPH": 3, "Vanilla": 3, "ILRA": 2} and shown.index[0] == "folds"
+    assert "folds" not in results.c_index_table(own).index
+    assert set(results.on_folds_of(table, ["vanilla"])["method"]) == {"steph", "vanilla"}  # ILRA lacks one of its folds
+    assert len(results.on_folds_of(table, ["vanilla", "ilra"])) == 6
     assert results.folds_line(own) == "All methods stand on 2 fold(s)."
     assert results.folds_line(table).startswith("3 fold(s): STEPH, Vanilla; 2 fold(s): ILRA. Differences")

@@ -19,7 +19,7 @@ import pandas as pd
 from steph import Refused
 from steph.analysis.mixing import starts
 from steph.analysis.performance.estimates import BETTER, WORSE, Estimate, answer, interval
-from steph.analysis.performance.statistics import ceiling, compare
+from steph.analysis.performance.statistics import compare
 from steph.data.manifest import MANIFESTS, Study, load_study
 from steph.methods.registry import method, title
 from steph.study import health
@@ -128,15 +128,11 @@ def positive(study: Study) -> Study | None:
 def companions(study: Study, precision: str = "fp32") -> dict[str, tuple[Study, list[Run]]]:
     """The studies that the chapter shows beside a study, and their runs, by place (`POSITIVE`, `POSITIVE_TWIN`,
     `HERE_TWIN`)."""
-    found: dict[str, tuple[Study, list[Run]]] = {}
-    control, own_twin = positive(study), twin(study)
-    if control is not None:
-        found[POSITIVE] = control, comparisons(control, control.seed, precision)
-        its_twin = twin(control)
-        assert its_twin is not None
-        found[POSITIVE_TWIN] = its_twin, plan(its_twin, None, TWIN_METHODS, None, None, precision)
-    if own_twin is not None:
-        found[HERE_TWIN] = own_twin, plan(own_twin, None, TWIN_METHODS, None, None, precision)
+    control = positive(study)
+    found = {POSITIVE: (control, comparisons(control, control.seed, precision))} if control else {}
+    for where, of in ((POSITIVE_TWIN, control), (HERE_TWIN, study)):
+        if of is not None and (its_twin := twin(of)) is not None:
+            found[where] = its_twin, plan(its_twin, None, TWIN_METHODS, None, None, precision)
     return found
 
 
@@ -166,7 +162,7 @@ def control_table(
     results: pd.DataFrame, methods: Sequence[str] = METHODS, of_twin: pd.DataFrame | None = None
 ) -> pd.DataFrame:
     """A row per control and kind of patients: method, rival (is it one?), comparison, on (test folds; external patients
-    where the study has some), difference (STEPH less the other), low, high, conclusion.
+    where the study has some), folds (how many), difference (STEPH less the other), low, high, conclusion.
 
     of_twin: results of the study's twin; then difference is how much larger it is in the study (`gains_in_both`).
     conclusion: as `estimates.conclusion` words it; "no answer: ..." where something is undefined or was not run;
@@ -189,9 +185,10 @@ def control_table(
                 rows.append(row | answer(Estimate(np.nan)) | {"conclusion": void})
                 continue
             try:
-                rows.append(row | answer(compare(*compared).gain))
+                found = compare(*compared)
+                rows.append(row | {"folds": str(found.n_folds)} | answer(found.gain))
             except Refused as reason:
-                rows.append(row | answer(Estimate(np.nan), str(reason)))
+                rows.append(row | {"folds": ""} | answer(Estimate(np.nan), str(reason)))
     return pd.DataFrame(rows)
 
 
@@ -212,13 +209,19 @@ def gains_in_both(results: pd.DataFrame, of_twin: pd.DataFrame, other: str, valu
 
 
 def ceilings(parts: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]) -> pd.DataFrame:
-    """`statistics.ceiling` of studies side by side: a row per method, and for each study its mean C-index, the true
-    risk's and the share, on the patients with the least noise. parts: by name, the results and the oracle's."""
-    tables = [
-        ceiling(results, oracle, primary_outcome(results)).set_index("method").add_suffix(f", {name}")
-        for name, (results, oracle) in parts.items()
-    ]
-    return pd.concat(tables, axis=1).reset_index()
+    """How near methods come to the true risk in studies side by side, a row per method, on the patients with the least
+    noise: folds (how many), mean C-index, the true risk's on the same cells (oracle), and the share of the way from a
+    coin (0.5) to it. parts: by name, the results and the oracle's. Raises `Refused` where a value is undefined."""
+    tables = []
+    for name, (results, oracle) in parts.items():
+        value, rows = primary_outcome(results), {}
+        for own in results["method"].unique():
+            found = compare(pd.concat([results[results["method"] == own], oracle]), own, "oracle", value)
+            mean = found.base + found.gain.value
+            rows[title(own)] = str(found.n_folds), mean, found.base, (mean - 0.5) / (found.base - 0.5)
+        columns = [f"{column}, {name}" for column in ("folds", "mean", "oracle", "share")]
+        tables.append(pd.DataFrame.from_dict(rows, orient="index", columns=columns))
+    return pd.concat(tables, axis=1).rename_axis("method").reset_index()
 
 
 # ------------------------------------------------------------------------------------------- what they say

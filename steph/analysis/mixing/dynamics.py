@@ -63,16 +63,18 @@ def finished_runs(
 
 
 def at_the_end(course: pd.DataFrame) -> pd.DataFrame:
-    """w and lambda in the last epoch: seed, source, w, lambda, used (w > 0 and lambda < `USED_BELOW`)."""
+    """w and lambda in the last epoch: seed, source, w, lambda, share = w (1 - lambda), used (w > 0 and lambda <
+    `USED_BELOW`). Where lambda is 1, it is the target's own model that counts, however large w."""
     last = course[course["epoch"] == course["epoch"].max()].drop(columns="epoch").reset_index(drop=True)
-    return last.assign(used=(last["w"] > 0) & (last["lambda"] < USED_BELOW))
+    used = (last["w"] > 0) & (last["lambda"] < USED_BELOW)
+    return last.assign(share=last["w"] * (1 - last["lambda"]), used=used)
 
 
 def by_source(course: pd.DataFrame) -> pd.DataFrame:
     """A row per source, by falling mean w: w_mean, w_min, w_max, lambda_mean, lambda_min, lambda_max over seeds, used
-    (in how many of them) and top (in how many it has the largest w)."""
+    (in how many of them) and top (in how many it has the largest share)."""
     last = at_the_end(course)
-    last["top"] = last.index.isin(last.groupby("seed")["w"].idxmax())
+    last["top"] = last.index.isin(last.groupby("seed")["share"].idxmax())
     grouped = last.groupby("source")
     spreads = [grouped[name].agg(["mean", "min", "max"]).add_prefix(f"{name}_") for name in ("w", "lambda")]
     return pd.concat([*spreads, grouped[["used", "top"]].sum()], axis=1).sort_values("w_mean", ascending=False)
@@ -85,7 +87,7 @@ def by_source_wide(table: pd.DataFrame, n_starts: int) -> pd.DataFrame:
         columns = (table[f"{name}_{part}"] for part in ("mean", "min", "max"))
         return [with_interval(*numbers, form=".2f") for numbers in zip(*columns, strict=True)]
 
-    counts = {f"used (of {n_starts})": table["used"], f"largest w (of {n_starts})": table["top"]}
+    counts = {f"used (of {n_starts})": table["used"], f"largest share (of {n_starts})": table["top"]}
     return pd.DataFrame({"w": spread("w"), "λ": spread("lambda")}, table.index).assign(**counts).reset_index()
 
 
@@ -103,11 +105,10 @@ def chosen_sources(course: pd.DataFrame, n: int = SHOWN) -> pd.DataFrame:
     """Sources to look at, from the course of one STEPH run: the n of largest final w and the one of smallest, which
     STEPH left out. Of equal ones the source that comes first in the study has the lower rank.
 
-    Returns source, rank (of w, 1 = largest), w, lambda, share = w (1 - lambda), by falling share: a w may be large
-    where lambda is 1; then it is the target's own model that counts.
+    Returns source, rank (of w, 1 = largest), w, lambda, share (of `at_the_end`), by falling share.
     """
     ranked = at_the_end(course).sort_values("w", ascending=False, kind="stable").reset_index(drop=True)
-    ranked["rank"], ranked["share"] = ranked.index + 1, ranked["w"] * (1 - ranked["lambda"])
+    ranked["rank"] = ranked.index + 1
     few = pd.concat([ranked.head(n), ranked.tail(1)]).drop_duplicates("source")
     few = few.sort_values("share", ascending=False, kind="stable")
     return few[["source", "rank", "w", "lambda", "share"]].reset_index(drop=True)
@@ -119,11 +120,8 @@ def planted(study: Study, target: str) -> pd.Series | None:
 
 
 def final_shares(course: pd.DataFrame) -> pd.DataFrame:
-    """Each source's share of the mixture in the last epoch, w (1 - lambda), a row per source and a column per seed:
-    where lambda is 1, it is the target's own model that counts, however large w."""
-    last = at_the_end(course)
-    last["share"] = last["w"] * (1 - last["lambda"])
-    return last.pivot(index="source", columns="seed", values="share")
+    """Each source's share of the mixture in the last epoch, w (1 - lambda), a row per source and a column per seed."""
+    return at_the_end(course).pivot(index="source", columns="seed", values="share")
 
 
 def agreement(course: pd.DataFrame) -> pd.DataFrame:

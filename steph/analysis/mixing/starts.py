@@ -9,13 +9,16 @@ import numpy as np
 import pandas as pd
 
 from steph.analysis.mixing import dynamics
-from steph.analysis.performance.estimates import Estimate, answer, mean_of
+from steph.analysis.performance.estimates import Estimate, answer
+from steph.analysis.performance.statistics import over_starts
 from steph.data.manifest import Study
 from steph.study.runs import Run
 from steph.study.tables import VALUES, primary_outcome
 
 FOLD = 0
 """The fold on which starts are compared."""
+MEAN = "mean"
+"""In place of a seed: all starts together."""
 
 
 def runs(study: Study, seeds: Sequence[int], precision: str = "fp32") -> list[Run]:
@@ -66,8 +69,8 @@ def choice_wide(table: pd.DataFrame) -> pd.DataFrame:
 
 def sources_over_starts(courses: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """How the choice of sources varies over starts, a row per target: target, starts, largest (the sources that got the
-    largest w, with how often), distinct (how many those are), always and never (sources used in every start, in none),
-    sources (in all)."""
+    largest share w (1 - lambda), with how often), distinct (how many those are), always and never (sources used in
+    every start, in none), sources (in all)."""
     rows = []
     for target, course in courses.items():
         by_source, starts = dynamics.by_source(course), course["seed"].nunique()
@@ -97,10 +100,15 @@ def c_index_by_start(gains: pd.DataFrame) -> pd.DataFrame:
 
 
 def gain_by_start(gains: pd.DataFrame) -> pd.DataFrame:
-    """The mean over targets of what each start gains, of `start_gains`: seed, on, difference, low, high, conclusion."""
-    rows = []
-    for (seed, on), of_start in gains.groupby(["seed", "on"]):
-        undefined = of_start.loc[of_start["gain"].isna(), "target"]
-        gain = mean_of(of_start["gain"]) if undefined.empty else Estimate(np.nan)
-        rows.append({"seed": seed, "on": on, **answer(gain, f"undefined for {', '.join(undefined)}")})
+    """The mean over targets of what each start gains, of `start_gains`: seed, on, difference, low, high, conclusion.
+    The interval of a row is for that start; of several, the last row is their mean (seed: `MEAN`), whose interval knows
+    what a start does to all targets alike (`over_starts`)."""
+    wide, rows = gains.pivot(index="target", columns="seed", values="gain").astype(float), []
+    parts: dict[int | str, pd.DataFrame] = {seed: wide[[seed]] for seed in wide}
+    if len(parts) > 1:
+        parts[MEAN] = wide
+    for seed, part in parts.items():
+        undefined = wide.index[part.isna().any(axis=1)]
+        gain = Estimate(np.nan) if len(undefined) else over_starts(part)
+        rows.append({"seed": seed, "on": gains["on"].iloc[0], **answer(gain, f"undefined for {', '.join(undefined)}")})
     return pd.DataFrame(rows)

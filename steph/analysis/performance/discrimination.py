@@ -16,7 +16,7 @@ import pandas as pd
 from steph.analysis.performance.estimates import estimates_text
 from steph.analysis.performance.predictions import MODEL
 from steph.study.paper import AVERAGE
-from steph.study.tables import wide_table
+from steph.study.tables import BELOW, wide_table
 from steph.survival import comparable_pairs, concordant_pairs
 
 MOST_UNDEFINED = 0.05
@@ -107,5 +107,9 @@ def intervals(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def wide(table: pd.DataFrame, value: str, by: str, form: str) -> pd.DataFrame:
-    """Format `intervals` (of C-indices) or `gains` for display: data sets in rows, methods in columns."""
-    return wide_table(table.assign(text=estimates_text(table, value, form)).reset_index(), "text", by)
+    """Format `intervals` (of C-indices, marked below one half) or `gains` for display: data sets in rows, methods in
+    columns."""
+    text = estimates_text(table, value, form)
+    if value == "value":
+        text = text.where(table[value].isna() | (table[value] >= 0.5), text.str.replace(" ", f"{BELOW} ", n=1))
+    return wide_table(table.assign(text=text).reset_index(), "text", by)

@@ -18,7 +18,7 @@ class Estimate:
     high: float = np.nan
 
 
-def student_reach(error: Any, degrees: int, level: float = 0.95) -> Any:
+def student_reach(error: Any, degrees: float, level: float = 0.95) -> Any:
     """Half the width of Student's interval around a mean with this standard error (a number or an array)."""
     from scipy.special import stdtrit
 

@@ -19,7 +19,7 @@ from steph.analysis.performance.estimates import (
 )
 from steph.methods.registry import title
 from steph.study.paper import AVERAGE, paper_average, paper_c_index, paper_labels, paper_wins
-from steph.study.tables import refuse_repeats, summary
+from steph.study.tables import marked, refuse_repeats, summary
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,48 @@ class Comparison:
         certain = np.where(gain == 0, 0.0, np.copysign(np.inf, gain))
         return np.divide(gain, error, out=certain, where=error > 0)
 
-    @property
-    def wins(self) -> Estimate:
+    def wins(self, times: float = 1) -> Estimate:
         """On how many data sets the first is better, with a 95 % interval for the number of them whose true gain is
         above 0: so many, at least, must be above 0, or below, for the t of all that are left to be seen (partial
-        conjunction; Benjamini and Heller, Biometrics 2008, by Fisher's combination)."""
+        conjunction; Benjamini and Heller, Biometrics 2008, by Fisher's combination).
+
+        times: the interval that so many times the patients would give, were all gains as they are here.
+        """
         from scipy.special import stdtr
 
-        wins, n = int((self.t > 0).sum()), len(self.gains)
+        t = self.t * np.sqrt(times)
+        wins, n = int((t > 0).sum()), len(t)
         if self.n_folds < 2:
             return Estimate(wins)
-        above, below = (_at_least(stdtr(self.n_folds - 1, -sign * self.t)) for sign in (1, -1))
+        above, below = (_at_least(stdtr(self.n_folds - 1, -sign * t)) for sign in (1, -1))
         return Estimate(wins, above, n - below)
+
+    @property
+    def wins_text(self) -> str:
+        """`wins` in words."""
+        wins = self.wins()
+        return f"{wins.value} of {len(self.gains)}, {interval(wins, '.0f')}; {self.n_folds} fold(s)"
+
+
+def over_starts(gains: pd.DataFrame) -> Estimate:
+    """Mean gain over data sets (rows) and starts (columns) with a 95 % interval that knows what a start does to all
+    data sets alike: of a crossed model in which data sets, starts and what is left are random. The variance of the mean
+    is (MS_D + MS_S - MS_DS) / (n_D n_S), its degrees of freedom are Satterthwaite's. Never narrower than the interval
+    over data sets alone, which is all that one start gives."""
+    values = gains.to_numpy(float)
+    (n_d, n_s), mean = values.shape, float(values.mean())
+    of_d, of_s = values.mean(axis=1), values.mean(axis=0)
+    alone = reach_of_mean(of_d)
+    if min(n_d, n_s) < 2:
+        return around(mean, alone)
+    freedom = np.array([n_d - 1, n_s - 1, (n_d - 1) * (n_s - 1)])
+    left = ((values - of_d[:, None] - of_s + mean) ** 2).sum() / freedom[2]
+    squares = np.array([n_s * of_d.var(ddof=1), n_d * of_s.var(ddof=1), left])
+    total = float(squares @ [1, 1, -1])
+    if total <= squares[0]:  # starts differ by no more than what is left
+        return around(mean, alone)
+    degrees = total**2 / float((squares**2 / freedom).sum())
+    return around(mean, alone, float(student_reach(np.sqrt(total / (n_d * n_s)), degrees)))
 
 
 def _at_least(p: np.ndarray) -> int:
@@ -115,18 +145,6 @@ def compare(results: pd.DataFrame, first: str, second: str, value: str = "c_inde
     return Comparison(gains, float(pairs[second].groupby("dataset").mean().mean()), j)
 
 
-def ceiling(results: pd.DataFrame, oracle: pd.DataFrame, value: str = "c_index") -> pd.DataFrame:
-    """Mean C-index of each method beside that of the true risk on the same cells, and the share of the way from a coin
-    (0.5) to it: method, mean, oracle, share. Raises `Refused` where a value is undefined."""
-    rows = []
-    for name in results["method"].unique():
-        both = pd.concat([results[results["method"] == name], oracle])
-        found = compare(both, name, "oracle", value)
-        mean = found.base + found.gain.value
-        rows.append((title(name), mean, found.base, (mean - 0.5) / (found.base - 0.5)))
-    return pd.DataFrame(rows, columns=["method", "mean", "oracle", "share"])
-
-
 def compared(
     results: pd.DataFrame,
     methods: Sequence[str],
@@ -159,8 +177,8 @@ def compared_wide(table: pd.DataFrame, reference: str = "STEPH") -> pd.DataFrame
     the paper. What is undefined says so."""
     known = table["mean"].notna()
     mean, paper, paper_gain = (
-        table[column].map(form.format).where(table[column].notna(), "")
-        for column, form in (("mean", "{:.3f}"), ("paper", "{:.4f}"), ("paper_gain", "{:+.4f}"))
+        table[column].map(form).where(table[column].notna(), "")
+        for column, form in (("mean", marked), ("paper", "{:.4f}".format), ("paper_gain", "{:+.4f}".format))
     )
     gain = estimates_text(table.drop(columns="problem"), "gain", "+.3f")
     shown = {"": table["method"].map(title), "here": mean.where(known, "undefined (" + table["problem"] + ")")}
@@ -184,8 +202,7 @@ def wins_table(results: pd.DataFrame, first: str, others: Sequence[str]) -> pd.D
     rows = []
     for other in others:
         try:
-            found = compare(results, first, other)
-            here = f"{found.wins.value} of {len(found.gains)}, {interval(found.wins, '.0f')}"
+            here = compare(results, first, other).wins_text
         except Refused as reason:
             here = f"undefined ({reason})"
         rows.append((title(other), here, "{} of {}".format(*paper_wins(first, other))))
@@ -193,12 +210,12 @@ def wins_table(results: pd.DataFrame, first: str, others: Sequence[str]) -> pd.D
 
 
 def in_words(results: pd.DataFrame, first: str, second: str, value: str = "c_index") -> str:
-    """A comparison in words: the difference, its interval, and the conclusion about the first method."""
+    """A comparison in words: the difference, its interval, on how many folds, and the conclusion about the first."""
     try:
-        gain = compare(results, first, second, value).gain
+        found = compare(results, first, second, value)
     except Refused as reason:
         return f"no answer: {str(reason).rstrip('.')}"
-    return f"{gain.value:+.3f} ({interval(gain)}): {conclusion(gain)}"
+    return f"{found.gain.value:+.3f} ({interval(found.gain)}; {found.n_folds} fold(s)): {conclusion(found.gain)}"
 
 
 def classical_lead(results: pd.DataFrame, networks: Sequence[str], value: str = "c_index") -> str:

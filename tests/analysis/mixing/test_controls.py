@@ -173,7 +173,7 @@ def test_ceilings_of_two_studies():
     found = found.set_index("method")
     assert found.loc["STEPH", "share, demo"] == pytest.approx(0.2 / 0.4, abs=0.01)  # of external patients
     assert found.loc["Vanilla", "share, twin"] == pytest.approx(0.1 / 0.4, abs=0.01)
-    assert np.isnan(found.loc["STEPH", "share, twin"])
+    assert np.isnan(found.loc["STEPH", "share, twin"]) and found.loc["STEPH", "folds, demo"] == "1"
 
 
 # ------------------------------------------------------------------------------------------- what they say

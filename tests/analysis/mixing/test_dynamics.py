@@ -86,7 +86,7 @@ def test_sources_over_starts_and_for_display():
     assert table.loc["A", ["w_mean", "w_min", "w_max"]].tolist() == pytest.approx([0.6, 0.1, 0.9])
     wide = dynamics.by_source_wide(table, 3)
     assert wide.iloc[0].tolist() == ["A", "0.60 (0.10 to 0.90)", "0.10 (0.10 to 0.10)", 3, 2]
-    assert list(wide.columns) == ["source", "w", "λ", "used (of 3)", "largest w (of 3)"]
+    assert list(wide.columns) == ["source", "w", "λ", "used (of 3)", "largest share (of 3)"]
 
 
 def test_only_a_synthetic_study_knows_what_is_shared():

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t
 
 from steph.analysis.mixing import dynamics, starts
 from steph.book.notebooks import declared, find
@@ -78,12 +79,17 @@ def test_what_each_start_gains():
     spread = starts.c_index_by_start(gains).set_index("target")
     assert spread.loc["SARC"].tolist() == pytest.approx([0.6, 0.1, 0.5, 0.7])
     table = starts.gain_by_start(gains).set_index("seed")
-    assert table["difference"].tolist() == pytest.approx([0.1, 0.0, 0.2]) and table.loc[1, "conclusion"] == "better"
+    assert list(table.index) == [1, 2, 3, starts.MEAN] and table.loc[1, "conclusion"] == "better"
+    assert table["difference"].tolist() == pytest.approx([0.1, 0.0, 0.2, 0.1])
+    reach = t.ppf(0.975, 2) * 0.1 / np.sqrt(3)  # both cancers gain the same from a start: as sure as three starts are
+    assert table.loc[starts.MEAN, ["low", "high"]].tolist() == pytest.approx([0.1 - reach, 0.1 + reach])
     assert set(gains["on"]) == set(table["on"]) == {"test folds"}
+    assert list(starts.gain_by_start(gains[gains["seed"] == 1])["seed"]) == [1]  # one start has no mean of several
     several.loc[several["seed"] == 2, "c_index"] = None
     gains = starts.start_gains(several, own)
     assert starts.c_index_by_start(gains).drop(columns="target").isna().all(axis=None)
-    assert starts.gain_by_start(gains).loc[1, "conclusion"] == "no answer: undefined for SARC, CESC"
+    found = starts.gain_by_start(gains)["conclusion"]
+    assert found[1] == found[3] == "no answer: undefined for CESC, SARC" and found[0] == "better"
 
 
 def test_a_large_weight_under_a_lambda_of_one_is_no_share():

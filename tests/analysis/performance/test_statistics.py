@@ -1,11 +1,13 @@
 """Comparisons of two methods: the intervals, the counts, what is refused."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import t, ttest_1samp
 
 from steph import Refused
 from steph.analysis.performance import statistics
+from steph.analysis.performance.estimates import Estimate, mean_of
 from tests.helpers.made_results import DATASETS, frame, shifted
 
 
@@ -27,12 +29,42 @@ def test_the_interval_over_data_sets_is_never_narrower_than_students():
 
 
 def test_counts_of_wins_know_their_noise():
-    sure = statistics.compare(shifted(0.1, 0.001), "steph", "vanilla").wins
+    sure = statistics.compare(shifted(0.1, 0.001), "steph", "vanilla").wins()
     assert (sure.value, sure.low, sure.high) == (13, 13, 13)
-    unsure = statistics.compare(shifted(0.001, 0.1), "steph", "vanilla").wins
-    assert (unsure.value, unsure.low, unsure.high) == (13, 0, 13)
-    tied = statistics.compare(frame({("SARC", m): [0.5, 0.6] for m in ("steph", "vanilla")}), "steph", "vanilla").wins
+    unsure = statistics.compare(shifted(0.001, 0.1), "steph", "vanilla")
+    assert unsure.wins() == Estimate(13, 0, 13) and unsure.wins(times=1e6) == Estimate(13, 13, 13)
+    tied = statistics.compare(frame({("SARC", m): [0.5, 0.6] for m in ("steph", "vanilla")}), "steph", "vanilla").wins()
     assert (tied.value, tied.low, tied.high) == (0, 0, 1)
+
+
+def crossed(n_s: int, shared: float, rng: np.random.Generator, n_d: int = 13, draws: int = 1000) -> np.ndarray:
+    """True mean 0: what 13 data sets gain from each of n_s starts, of which each has something in all of them alike."""
+    parts = ((n_d, 1), 0.03), ((1, n_s), shared), ((n_d, n_s), 0.03)
+    return sum(sd * rng.standard_normal((draws, *shape)) for shape, sd in parts)
+
+
+@pytest.mark.parametrize("n_s", [3, 4, 5])
+@pytest.mark.parametrize("shared", [0.0, 0.01, 0.02, 0.05])
+def test_the_interval_over_starts_covers_what_they_do_to_all_data_sets_alike(n_s, shared):
+    drawn = crossed(n_s, shared, np.random.default_rng(1))
+    found = [statistics.over_starts(pd.DataFrame(each)) for each in drawn]
+    assert np.mean([each.low <= 0 <= each.high for each in found]) >= 0.93
+    alone = [mean_of(each.mean(axis=1)) for each in drawn]
+    assert all(a.high - a.low <= f.high - f.low + 1e-12 for a, f in zip(alone, found, strict=True))
+    if shared >= 0.02:  # an interval that takes data sets as independent does not know
+        assert np.mean([each.low <= 0 <= each.high for each in alone]) < 0.85
+
+
+def test_the_interval_over_starts_is_that_of_a_crossed_analysis_of_variance():
+    values = np.array([[0.1, 0.3, 0.2], [0.0, 0.25, 0.1]])
+    of_d, of_s, left = 3 * 0.5 * (0.2 - 0.35 / 3) ** 2, np.var([0.05, 0.275, 0.15], ddof=1) * 2, 0.00125 / 3
+    total = of_d + of_s - left
+    degrees = total**2 / (of_d**2 / 1 + of_s**2 / 2 + left**2 / 2)
+    found = statistics.over_starts(pd.DataFrame(values))
+    reach = max(t.ppf(0.975, degrees) * np.sqrt(total / 6), mean_of(values.mean(axis=1)).high - values.mean())
+    assert (found.value, found.high) == pytest.approx((values.mean(), values.mean() + reach))
+    assert statistics.over_starts(pd.DataFrame(values[:, :1])) == mean_of(values[:, 0])
+    assert np.isnan(statistics.over_starts(pd.DataFrame(values[:1])).low)  # one data set: no interval over data sets
 
 
 @pytest.mark.parametrize(
@@ -59,12 +91,6 @@ def test_methods_are_compared_on_the_folds_that_both_were_run_on():
     table = frame({("SARC", "steph"): [0.6, 0.7, 0.9], ("SARC", "vanilla"): [0.5, 0.5]})
     found = statistics.compare(table, "steph", "vanilla")
     assert found.n_folds == 2 and found.gain.value == pytest.approx(0.15)
-
-
-def test_share_of_the_way_to_the_true_risk():
-    table = frame({("SARC", "vanilla"): [0.6, 0.6], ("SARC", "steph"): [0.7, 0.7]})
-    oracle = frame({("SARC", "oracle"): [0.9, 0.9]})
-    assert statistics.ceiling(table, oracle)["share"].tolist() == pytest.approx([0.25, 0.5])
 
 
 def test_methods_beside_a_default_and_its_row():
@@ -101,13 +127,13 @@ def test_an_undefined_fold_stands_in_the_comparison_as_what_it_is():
 def test_comparisons_in_words_and_tables():
     table = shifted(0.05).assign(external_c_index=lambda x: x["c_index"] - 0.1 * (x["method"] == "steph"))
     assert statistics.in_words(table, "steph", "vanilla").startswith("+0.050 (95 % interval +0.0")
-    assert statistics.in_words(table, "steph", "vanilla").endswith("): better")
+    assert statistics.in_words(table, "steph", "vanilla").endswith("; 5 fold(s)): better")
     assert statistics.in_words(table, "steph", "vanilla", "external_c_index").endswith("): worse")
     assert statistics.in_words(table, "steph", "roupkt") == (
         "no answer: STEPH, ROUPKT: one of them has no results to compare"
     )
     wins = statistics.wins_table(table, "steph", ["vanilla", "roupkt"]).set_index("against")
-    assert wins.loc["Vanilla"].tolist() == ["13 of 13, 95 % interval 13 to 13", "12 of 13"]
+    assert wins.loc["Vanilla"].tolist() == ["13 of 13, 95 % interval 13 to 13; 5 fold(s)", "12 of 13"]
     assert wins.loc["ROUPKT", "here"].startswith("undefined") and wins.loc["ROUPKT", "paper"] == "9 of 13"
     beside = statistics.beside_two(table, ["vanilla", "steph", "hypernetwork_only"], ("vanilla", "steph"))
     assert list(beside.columns) == ["", "here", "here − Vanilla", "here − STEPH"]
