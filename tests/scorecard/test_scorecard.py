@@ -88,7 +88,7 @@ def test_a_count_that_is_too_small_says_how_many_times_the_patients_it_would_tak
     assert answer == "small" and times > 1.5
     assert [judge_wins(of(gains, share * times), 10)[0] for share in (1.05, 0.9)] == ["agrees", "small"]
     divided = np.array([0.02] * 8 + [-0.02] * 5)
-    for found, printed in ((of(-gains, 0.01), 10), (of(divided), 13)):  # few are ahead; most, and fewer than the paper's
+    for found, printed in ((of(-gains, 0.01), 10), (of(divided), 13)):  # few are ahead; fewer than the paper's
         answer, why = judge_wins(found, printed)
         assert answer == "small" and why.endswith(f"no number of patients would show the paper's {printed}")
 
