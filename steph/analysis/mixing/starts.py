@@ -3,7 +3,7 @@
 They describe and decide nothing: where all sources help alike there is nothing to choose, and starts need not agree.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -104,7 +104,7 @@ def gain_by_start(gains: pd.DataFrame) -> pd.DataFrame:
     The interval of a row is for that start; of several, the last row is their mean (seed: `MEAN`), whose interval knows
     what a start does to all targets alike (`over_starts`)."""
     wide, rows = gains.pivot(index="target", columns="seed", values="gain").astype(float), []
-    parts: dict[int | str, pd.DataFrame] = {seed: wide[[seed]] for seed in wide}
+    parts: dict[Hashable, pd.DataFrame] = {seed: wide[[seed]] for seed in wide}
     if len(parts) > 1:
         parts[MEAN] = wide
     for seed, part in parts.items():

@@ -82,23 +82,18 @@ class Comparison:
 
 def over_starts(gains: pd.DataFrame) -> Estimate:
     """Mean gain over data sets (rows) and starts (columns) with a 95 % interval that knows what a start does to all
-    data sets alike: of a crossed model in which data sets, starts and what is left are random. The variance of the mean
-    is (MS_D + MS_S - MS_DS) / (n_D n_S), its degrees of freedom are Satterthwaite's. Never narrower than the interval
-    over data sets alone, which is all that one start gives."""
+    data sets alike: of a crossed model in which data sets, starts and what is left are random, the reach over data sets
+    and that of the starts' own part, squared and added (Howe, JASA 1974). One start gives the interval over data
+    sets."""
     values = gains.to_numpy(float)
     (n_d, n_s), mean = values.shape, float(values.mean())
     of_d, of_s = values.mean(axis=1), values.mean(axis=0)
     alone = reach_of_mean(of_d)
     if min(n_d, n_s) < 2:
         return around(mean, alone)
-    freedom = np.array([n_d - 1, n_s - 1, (n_d - 1) * (n_s - 1)])
-    left = ((values - of_d[:, None] - of_s + mean) ** 2).sum() / freedom[2]
-    squares = np.array([n_s * of_d.var(ddof=1), n_d * of_s.var(ddof=1), left])
-    total = float(squares @ [1, 1, -1])
-    if total <= squares[0]:  # starts differ by no more than what is left
-        return around(mean, alone)
-    degrees = total**2 / float((squares**2 / freedom).sum())
-    return around(mean, alone, float(student_reach(np.sqrt(total / (n_d * n_s)), degrees)))
+    left = ((values - of_d[:, None] - of_s + mean) ** 2).sum() / ((n_d - 1) * (n_s - 1))
+    of_starts = max(0.0, of_s.var(ddof=1) - left / n_d) / n_s
+    return around(mean, float(np.hypot(alone, student_reach(np.sqrt(of_starts), n_s - 1))))
 
 
 def _at_least(p: np.ndarray) -> int:

@@ -58,10 +58,9 @@ def test_the_interval_over_starts_covers_what_they_do_to_all_data_sets_alike(n_s
 def test_the_interval_over_starts_is_that_of_a_crossed_analysis_of_variance():
     rng = np.random.default_rng(0)
     values = rng.normal(size=(6, 4)) + 3 * rng.normal(size=4)
-    sums = 4 * 6 * values.mean(axis=1).var(), 4 * 6 * values.mean(axis=0).var()
-    of_d, of_s, left = sums[0] / 5, sums[1] / 3, (values.size * values.var() - sum(sums)) / 15
-    total = of_d + of_s - left
-    reach = t.ppf(0.975, total**2 / (of_d**2 / 5 + of_s**2 / 3 + left**2 / 15)) * np.sqrt(total / 24)
+    of_d, of_s = 4 * values.mean(axis=1).var(ddof=1), 6 * values.mean(axis=0).var(ddof=1)
+    left = (values.size * values.var() - 5 * of_d - 3 * of_s) / 15
+    reach = np.sqrt((t.ppf(0.975, 5) ** 2 * of_d + t.ppf(0.975, 3) ** 2 * (of_s - left)) / 24)
     found = statistics.over_starts(pd.DataFrame(values))
     assert (found.value, found.low, found.high) == pytest.approx((m := values.mean(), m - reach, m + reach))
     assert statistics.over_starts(pd.DataFrame(values[:, :1])) == mean_of(values[:, 0])
