@@ -182,7 +182,7 @@ def control_table(
             if of_twin is not None:
                 compared = gains_in_both(results, of_twin, control.method, value), HERE, HERE_TWIN, "gain"
             if void:
-                rows.append(row | answer(Estimate(np.nan)) | {"conclusion": void})
+                rows.append(row | {"folds": ""} | answer(Estimate(np.nan)) | {"conclusion": void})
                 continue
             try:
                 found = compare(*compared)
