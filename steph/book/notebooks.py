@@ -84,7 +84,7 @@ def assignment(text: str) -> tuple[str, Any]:
     types = PARAMETERS.get(name, (None, (str,)))[1]
     with suppress(yaml.YAMLError):
         if equals and name.isidentifier():
-            return name, yaml.load(value, yaml.BaseLoader if str in types else yaml.SafeLoader)
+            return name, (yaml.BaseLoader if str in types else yaml.SafeLoader)(value).get_single_data()
     raise Refused(f"-p {text!r}: expected name=value, such as -p dataset=SARC, its value readable as YAML.")
 
 

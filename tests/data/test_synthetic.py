@@ -261,7 +261,7 @@ def test_files_are_readable_and_say_that_they_are_synthetic(demo, tmp_path):
     ("change", "dataset", "message"),
     [
         (lambda values: values.update(synthetic=None), "SARC", "is not synthetic"),
-        (lambda values: None, "SARK", "Did you mean SKCM or SARC"),
+        (lambda values: None, "SARK", "Did you mean SARC or SKCM"),
         (lambda values: values["synthetic"].update(scale=0.01), "SARC", "leaves 2; at least 10"),
         (lambda values: values["datasets"]["SARC"].update(slides=2000), "SARC", "2000 slides of 248 patients"),
         (lambda values: values["datasets"]["SARC"].update(slides=200), "SARC", "200 slides of 248 patients"),
