@@ -13,10 +13,11 @@ from steph import Refused
 from steph.data.cohort import RELEASED_NAMES, cohort_from, write_cohort
 from steph.data.features import find_slides, open_slide
 from steph.data.manifest import Study
+from steph.data.plausibility import UNITS
 from steph.files.atomic import atomic_path, refuse_taken
 from steph.files.tables import read_csv
 
-DAYS = {"days": 1.0, "months": 30.4375, "years": 365.25}
+DAYS = {"days": 1.0, **UNITS}
 ENDPOINTS = {"DSS": "disease-specific survival", "OS": "overall survival", "PFI": "progression-free interval"}
 
 
