@@ -14,7 +14,7 @@ from tests.helpers.fabricate import fabricate
 @pytest.fixture
 def clinic(tmp_path, monkeypatch):
     """Slides in TRIDENT's layout below a job's folder, and a table in months without a project."""
-    rows = [(f"P{i:03}", f"P{i:03}-A", "GASTRIC", 30.4375 * (i + 1), i % 2) for i in range(20)]
+    rows = [(f"P{i:03}", f"P{i:03}-A", "GASTRIC", 30.44 * (i + 1), i % 2) for i in range(20)]
     table = pd.DataFrame(rows, columns=["patient_id", "slide_id", "project", "time_days", "event"])
     fabricate(cohort_from(table, "GASTRIC", "here"), tmp_path / "job", "trident", 8, 5)
     months = table.assign(time_days=range(1, 21)).drop(columns="project").rename(columns={"time_days": "time"})
