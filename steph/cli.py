@@ -175,13 +175,12 @@ def study_run(
     """Carry out the runs that are not finished yet, and print the mean C-index of all."""
     from steph.data.plausibility import cohorts_of, doubts
     from steph.study.execute import Workbench, plan, run_all
-    from steph.training.device import precision_for
 
-    bench = Workbench(study)
-    runs = plan(bench.study, dataset, method, fold, seed, precision_for(precision, device))
+    bench = Workbench(study, device, precision)
+    runs = plan(bench, dataset, method, fold, seed)
     for doubt, fix in doubts(bench.study, cohorts_of(bench.study, {run.dataset for run in runs})):
         print(f"{doubt}. {fix}.", file=sys.stderr)
-    _print_means(run_all(bench, runs, device=device, workers=workers))
+    _print_means(run_all(bench, runs, workers))
 
 
 @study_app.command("plan", epilog="Example: steph study plan --study tcga --dataset SARC --by-method")
@@ -197,13 +196,12 @@ def study_plan(
     """What runs there are and what they take, before anything starts; what no finished run tells is measured, once."""
     from steph.analysis.cost import planning
     from steph.study.runs import Workbench, plan
-    from steph.training.device import check_device, precision_for
+    from steph.training.device import check_device
 
     check_device(device)
-    bench, kind = Workbench(study), precision_for(precision, device)
-    table = planning.work(bench, plan(bench.study, dataset, method, fold, precision=kind))
-    taken = planning.seconds(bench, table, device, kind)
-    print("\n".join(planning.report(bench, table, taken, device, kind, by_method)))
+    bench = Workbench(study, device, precision)
+    table = planning.work(bench, plan(bench, dataset, method, fold))
+    print("\n".join(planning.report(bench, table, planning.seconds(bench, table), by_method)))
 
 
 @app.command("results", epilog="Example: steph results --study tcga --dataset SARC --method vanilla --method steph")
@@ -266,12 +264,10 @@ def export_model(
 ) -> None:
     """Write a finished run's model to a folder that predicts without the study."""
     from steph.deploy.export import export
-    from steph.study.runs import Run, Workbench
-    from steph.training.device import precision_for
+    from steph.study.runs import Workbench
 
-    bench = Workbench(study)
-    run = Run(dataset, method, fold, bench.study.seed if seed is None else seed, precision_for(precision, device))
-    config = export(bench, run, out, drop_unused, device)
+    bench = Workbench(study, device, precision)
+    config = export(bench, bench.run_of(dataset, method, fold, seed), out, drop_unused)
     print(f"{out}: {config.name}")
     if config.dropped:
         print(config.dropped.text)
@@ -319,7 +315,7 @@ def build_book(study: Study = "demo", device: Device = "cpu", workers: Workers =
     from steph.book import build as book
     from steph.study.runs import Workbench
 
-    print(book.build_book(Workbench(study), device=device, workers=workers))
+    print(book.build_book(Workbench(study, device), workers))
 
 
 @app.command("convert", epilog="Example: steph convert authors.pth own.safetensors --null null.pth")

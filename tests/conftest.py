@@ -81,13 +81,13 @@ def tiny(build_folder, tmp_path_factory, worker_id):
 
     bench = Workbench("tiny")
     if worker_id == "master":
-        run_all(bench, plan(bench.study), workers=1)
+        run_all(bench, plan(bench), workers=1)
         return bench
     shared = tmp_path_factory.getbasetemp().parent / "tiny"
     with shared.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not shared.is_dir():
-            run_all(bench, plan(bench.study), workers=2)
+            run_all(bench, plan(bench), workers=2)
             shutil.copytree(bench.study.build, shared)
     shutil.copytree(shared, bench.study.build, dirs_exist_ok=True)
     return Workbench("tiny")

@@ -330,8 +330,8 @@ def test_hours_are_read_from_what_the_plan_prints(build_folder):
     from steph.study.runs import Workbench, plan
 
     study = Workbench("tiny")
-    table = planning.work(study, plan(study.study, ["SARC"], ["vanilla"], [0]))
-    text = "\n".join(planning.report(study, table, table["mean"] * 1e6, "cpu", "fp32"))
+    table = planning.work(study, plan(study, ["SARC"], ["vanilla"], [0]))
+    text = "\n".join(planning.report(study, table, table["mean"] * 1e6))
     rows = gpu.hours_told(text)
     assert [row["gpus"] for row in rows] == list(planning.WORKERS) and rows[0]["hours"] >= rows[-1]["hours"]
     with pytest.raises(Refused, match="no hours in what"):

@@ -111,8 +111,8 @@ from steph.scorecard import Evidence, scorecard
 from steph.study import Run, Workbench, plan, results, run_all, tables
 
 bench, new = Workbench("more"), ["max_mil", "scaled"]
-everything = plan(bench.study)
-runs = plan(bench.study, ["SKCM"], ["vanilla", *new], [0])
+everything = plan(bench)
+runs = plan(bench, ["SKCM"], ["vanilla", *new], [0])
 work = planning.work(bench, runs)
 run_all(bench, runs, workers=1)
 table = results(bench)

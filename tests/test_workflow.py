@@ -56,8 +56,8 @@ def missing(bench, *runs):
 
 
 def test_every_missing_run_is_in_one_job_that_waits_for_what_it_builds_on(fresh, jobs):
-    runs = plan(fresh.study)
-    found = jobs.of_runs(fresh, runs, "cpu")
+    runs = plan(fresh)
+    found = jobs.of_runs(fresh, runs)
     job_of = {record: job for job in found for record in job["records"]}
     assert sum(len(job["records"]) for job in found) == len(job_of)
     heights = jobs.heights(fresh, runs)
@@ -76,10 +76,10 @@ def test_every_missing_run_is_in_one_job_that_waits_for_what_it_builds_on(fresh,
 
 
 def test_what_is_finished_is_no_job(copy, jobs):
-    assert jobs.of_runs(copy, plan(copy.study), "cpu") == []
+    assert jobs.of_runs(copy, plan(copy)) == []
     lost = Run("SARC", "steph", 1, 42), Run("SARC", "iso_c_am", 1, 42)
     missing(copy, *lost)
-    (job,) = jobs.of_runs(copy, plan(copy.study), "cpu")
+    (job,) = jobs.of_runs(copy, plan(copy))
     assert job["records"] == [str(copy.folder(run) / COMPLETION) for run in sorted(lost, key=lambda run: run.method)]
     assert job["needs"] == []
 

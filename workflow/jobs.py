@@ -18,7 +18,6 @@ from steph.book import build as book
 from steph.files.records import COMPLETION
 from steph.study.execute import run_all
 from steph.study.runs import Run, Workbench, plan
-from steph.training.device import precision_for
 
 STEPH = [sys.executable, "-m", "steph.cli"]
 
@@ -39,7 +38,7 @@ def heights(bench: Workbench, runs: Iterable[Run]) -> dict[Run, int]:
     return height_of
 
 
-def of_runs(bench: Workbench, runs: Iterable[Run], device: str) -> list[dict[str, Any]]:
+def of_runs(bench: Workbench, runs: Iterable[Run]) -> list[dict[str, Any]]:
     """The jobs of all that is missing, those first that most others wait for: name, command and the methods it is to be
     given, the records it makes, and those that must be there before."""
     batches: dict[tuple[int, str, int, int], list[Run]] = {}
@@ -53,7 +52,7 @@ def of_runs(bench: Workbench, runs: Iterable[Run], device: str) -> list[dict[str
     missing = {run for batch in batches.values() for run in batch}
     jobs = []
     for (height, dataset, fold, seed), batch in batches.items():
-        where = ["--dataset", dataset, "--fold", str(fold), "--seed", str(seed), "--device", device, "--workers", "1"]
+        where = ["--dataset", dataset, "--fold", str(fold), "--seed", str(seed), "--device", bench.compute.device]
         needs = {
             record(prerequisite)
             for run in batch
@@ -62,7 +61,7 @@ def of_runs(bench: Workbench, runs: Iterable[Run], device: str) -> list[dict[str
         }
         jobs.append({
             "name": f"{bench.study.name}_{dataset}_fold{fold}_seed{seed}_{height}",
-            "command": join([*STEPH, "study", "run", "--study", bench.study.address, *where]),
+            "command": join([*STEPH, "study", "run", "--study", bench.study.address, *where, "--workers", "1"]),
             "methods": [run.method for run in batch],
             "records": [record(run) for run in batch],
             "needs": sorted(needs),
@@ -70,12 +69,12 @@ def of_runs(bench: Workbench, runs: Iterable[Run], device: str) -> list[dict[str
     return jobs
 
 
-def of_chapters(bench: Workbench, device: str, all_of_them: bool) -> list[dict[str, Any]]:
+def of_chapters(bench: Workbench, all_of_them: bool) -> list[dict[str, Any]]:
     """The jobs of the chapters that have to be executed: name, command, the files it makes."""
     jobs = []
-    for chapter in book.chapters(bench.study) if all_of_them else book.outdated(bench, device):
+    for chapter in book.chapters(bench.study) if all_of_them else book.outdated(bench):
         executed = book.executed_path(bench.study, chapter)
-        arguments = chapter.arguments(device).items()
+        arguments = chapter.arguments(bench.compute.device).items()
         parameters = [word for name, value in arguments for word in ("-p", f"{name}={json.dumps(value)}")]
         jobs.append({
             "name": f"chapter_{chapter.name}",
@@ -90,24 +89,24 @@ def all_jobs(study: str, device: str, datasets: list[str] | None, methods: list[
 
     runs: see `of_runs`; chapters: see `of_chapters`; between them comes the command `further`, after them `book`.
     """
-    bench, precision = Workbench(study), precision_for("auto", device)
+    bench = Workbench(study, device)
     if datasets or methods:
-        return {"runs": of_runs(bench, _possible(bench, datasets, methods, precision), device)}
-    runs = of_runs(bench, book.needed_runs(bench, precision), device)
-    for beside, of_study in controls.companions(bench.study, precision).values():
-        runs += of_runs(Workbench(beside), of_study, device)
+        return {"runs": of_runs(bench, _possible(bench, datasets, methods))}
+    runs = of_runs(bench, book.needed_runs(bench))
+    for beside, of_study in controls.companions(bench).values():
+        runs += of_runs(beside, of_study)
     command = [bench.study.address, "--device", device]
     return {
         "runs": runs,
         "further": join([sys.executable, __file__, *command, "--further"]),
-        "chapters": of_chapters(bench, device, all_of_them=bool(runs)),
+        "chapters": of_chapters(bench, all_of_them=bool(runs)),
         "book": join([*STEPH, "book", "--study", *command, "--workers", "1"]),
     }
 
 
-def _possible(bench: Workbench, datasets: list[str] | None, methods: list[str] | None, precision: str) -> list[Run]:
+def _possible(bench: Workbench, datasets: list[str] | None, methods: list[str] | None) -> list[Run]:
     """The plan of a choice. Raises `Refused` for a name that the study does not have, before any job starts."""
-    runs = plan(bench.study, datasets, methods, precision=precision)
+    runs = plan(bench, datasets, methods)
     for run in runs:
         bench.study.entry(run.dataset)
     return runs
@@ -115,8 +114,8 @@ def _possible(bench: Workbench, datasets: list[str] | None, methods: list[str] |
 
 def run_further(study: str, device: str) -> None:
     """Carry out the runs that chapters show and that follow from the results of others; they cannot be told before."""
-    bench = Workbench(study)
-    run_all(bench, book.chapter_runs(bench, "further_runs", precision_for("auto", device)), device=device, workers=1)
+    bench = Workbench(study, device)
+    run_all(bench, book.chapter_runs(bench, "further_runs"), workers=1)
 
 
 def main() -> None:

@@ -20,7 +20,6 @@ from steph.files.atomic import atomic_path
 from steph.files.records import read_json
 from steph.study.execute import run_all, worker_pool
 from steph.study.runs import Run, Workbench, plan, results
-from steph.training.device import precision_for
 
 SHELF = WORKPLACE / "build" / "book"
 """What the builder reads besides book/: gated notebooks, the files they link to, pages of `steph.book.pages`."""
@@ -34,8 +33,8 @@ class Chapter:
 
     A notebook says under ``steph`` in its metadata what else the book needs to know (book/editing.md). targets: the
     cancers that a chapter about one is published for. runs: "module:function" that lists runs the chapter shows beyond
-    the study's plan; it gets what it takes of study, bench, dataset, fold, seed, seeds, precision. further_runs: the
-    same, for runs that follow from results of others.
+    the study's plan; it gets what it takes of study, bench, dataset, fold, seed, seeds. further_runs: the same, for
+    runs that follow from results of others.
     """
 
     notebook: str
@@ -53,13 +52,13 @@ class Chapter:
         values = {**self.parameters, "device": device}
         return {name: value for name, value in values.items() if name in takes and value != takes[name]}
 
-    def runs(self, kind: str, bench: Workbench, precision: str) -> list[Run]:
+    def runs(self, kind: str, bench: Workbench) -> list[Run]:
         """The runs that the notebook's metadata lists under "runs" or "further_runs"."""
         name = _metadata(self.source).get(kind)
         if name is None:
             return []
         p = notebooks.check(self.arguments("cpu"), notebooks.declared(self.source), f"notebook {self.notebook}")
-        values = {**vars(p), "bench": bench, "fold": p.folds[0], "seeds": p.seeds, "precision": precision}
+        values = {**vars(p), "bench": bench, "fold": p.folds[0], "seeds": p.seeds}
         function = pkgutil.resolve_name(name)
         return function(**{name: values[name] for name in inspect.signature(function).parameters if name in values})
 
@@ -87,26 +86,25 @@ def chapters(study: Study) -> list[Chapter]:
     return listed
 
 
-def needed_runs(bench: Workbench, precision: str = "fp32") -> list[Run]:
+def needed_runs(bench: Workbench) -> list[Run]:
     """Every run of the study that the book shows; made before the notebooks are executed, several at a time."""
-    return list(dict.fromkeys([*plan(bench.study, precision=precision), *chapter_runs(bench, "runs", precision)]))
+    return list(dict.fromkeys([*plan(bench), *chapter_runs(bench, "runs")]))
 
 
-def chapter_runs(bench: Workbench, kind: str, precision: str = "fp32") -> list[Run]:
+def chapter_runs(bench: Workbench, kind: str) -> list[Run]:
     """The runs that all chapters list under "runs" or "further_runs"; see `Chapter`."""
-    return list(dict.fromkeys(run for c in chapters(bench.study) for run in c.runs(kind, bench, precision)))
+    return list(dict.fromkeys(run for c in chapters(bench.study) for run in c.runs(kind, bench)))
 
 
-def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None) -> Path:
+def build_book(bench: Workbench, workers: int | None = None) -> Path:
     """Everything from records to pages; what is finished is not repeated. Returns the path of the first page."""
     if INSTALLED:
         raise Refused("the book's text lies in the project's checkout, not in this installed package: build it there.")
-    precision = precision_for("auto", device)
-    run_all(bench, needed_runs(bench, precision), device=device, workers=workers)
-    run_all(bench, chapter_runs(bench, "further_runs", precision), device=device, workers=workers)
-    for study, runs in controls.companions(bench.study, precision).values():
-        run_all(study, runs, device=device, workers=workers)
-    stale = outdated(bench, device)
+    run_all(bench, needed_runs(bench), workers)
+    run_all(bench, chapter_runs(bench, "further_runs"), workers)
+    for beside, runs in controls.companions(bench).values():
+        run_all(beside, runs, workers)
+    stale, device = outdated(bench), bench.compute.device
     for chapter in chapters(bench.study):
         if chapter not in stale:
             print(f"{chapter.name}: up to date", file=sys.stderr)
@@ -116,12 +114,12 @@ def build_book(bench: Workbench, device: str = "cpu", workers: int | None = None
     return build_pages(bench.study)
 
 
-def outdated(bench: Workbench, device: str = "cpu") -> list[Chapter]:
+def outdated(bench: Workbench) -> list[Chapter]:
     """The chapters whose executed copy is missing, unfinished, or not what a new execution would show."""
 
     def current(chapter: Chapter) -> bool:
         executed = executed_path(bench.study, chapter)
-        return notebooks.up_to_date(executed, chapter.source, chapter.arguments(device), bench)
+        return notebooks.up_to_date(executed, chapter.source, chapter.arguments(bench.compute.device), bench)
 
     return [chapter for chapter in chapters(bench.study) if not current(chapter)]
 

@@ -39,7 +39,7 @@ from steph.files.atomic import free_bytes, in_words
 from steph.files.records import COMPLETION, Record, read_json, read_record
 from steph.files.tables import shortened
 from steph.study.runs import Run, Workbench, plan, stages
-from steph.training.device import Compute, check_device, precision_for
+from steph.training.device import Compute, check_device
 from steph.training.memory import available, control_groups
 
 NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "beegfs", "gpfs", "fuse.sshfs", "9p", "afs"}
@@ -71,7 +71,7 @@ class Case:
 
     @cached_property
     def bench(self) -> Workbench:
-        return Workbench(self.name)
+        return Workbench(self.name, self.device)
 
     @property
     def study(self) -> Study:
@@ -84,7 +84,7 @@ class Case:
 
     @cached_property
     def planned(self) -> list[Run]:
-        return plan(self.study, self.datasets or None, precision=precision_for("auto", self.device))
+        return plan(self.bench, self.datasets or None)
 
     @cached_property
     def needed(self) -> list[str]:
@@ -433,7 +433,7 @@ def book(case: Case) -> Answers:
     for path in sorted((study.build / "notebooks").glob("*.failed.ipynb")):
         name = path.name.removesuffix(".failed.ipynb")
         yield WARN, f"{name} stopped with an error; {path} shows it", f"correct it, then {again}"
-    outdated = build.outdated(case.bench, case.device)
+    outdated = build.outdated(case.bench)
     if stale := [chapter.name for chapter in outdated if build.executed_path(study, chapter).is_file()]:
         text = f"{len(stale)} executed notebooks are not what they would be now: {', '.join(stale)}"
         yield WARN, text, f"{again} executes them again"

@@ -28,7 +28,7 @@ from steph.data.manifest import MANIFESTS, Study, expand_user, load_study, refus
 from steph.files.atomic import atomic_path
 from steph.files.records import file_sha256, fingerprint, read_json, read_sealed, versions, write_json, write_sealed
 from steph.study.runs import Workbench
-from steph.training.device import check_device, precision_for
+from steph.training.device import check_device
 
 NOTEBOOKS = PROJECT / "notebooks"
 MARK = "# Parameters"
@@ -39,7 +39,7 @@ MARK = "# Parameters"
 class Parameters:
     """Checked parameters of a notebook. What a notebook does not declare has its default.
 
-    sources, patients: by name; None leaves the choice to the analysis.
+    bench: of the study, device and precision. sources, patients: by name; None leaves the choice to the analysis.
     """
 
     study: Study
@@ -51,8 +51,6 @@ class Parameters:
     folds: list[int]
     seed: int
     n_seeds: int
-    device: str
-    precision: str
 
     @property
     def seeds(self) -> list[int]:
@@ -120,9 +118,9 @@ def check(chosen: Mapping[str, Any], takes: Mapping[str, Any], where: str) -> Pa
         raise Refused(f'patients = {values["patients"]}: ids are text, and 007 is not 7. Write them as "007,010".')
     values["sources"], values["patients"] = sources, _names(values["patients"])
     values["folds"] = list(range(study.n_folds)) if values["folds"] == "all" else _folds(values["folds"], study)
-    values["precision"] = precision_for(values["precision"], values["device"])
     datasets = study.target_names if dataset == "all" else [dataset]
-    return Parameters(bench=Workbench(study), datasets=datasets, **{**values, "study": study})
+    bench = Workbench(study, values.pop("device"), values.pop("precision"))
+    return Parameters(bench=bench, datasets=datasets, **{**values, "study": study})
 
 
 def _names(value: str | int | list) -> list[str] | None:
@@ -262,7 +260,7 @@ def execute(notebook: Path, chosen: Mapping[str, Any], output: Path | None = Non
         "state": state(notebook, chosen, checked.bench),
         "notebook": file_sha256(target),
         "seconds": round(time.perf_counter() - started, 1),
-        "device": checked.device,
+        "device": checked.bench.compute.device,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
     }

@@ -38,7 +38,7 @@ TOLERANCE = {"fp64": 1e-6, "fp32": 1e-3, "tf32": 0.05, "bf16": 0.2}
 """How far a risk, the sum of 32 probabilities, may be from the recorded one where device or libraries differ."""
 
 
-def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False, device: str = "cpu") -> Config:
+def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False) -> Config:
     """Write a finished run's model to the new folder `out`, whole or not at all, and return its configuration.
 
     drop_unused: leave out the sources that no patient of the data set, training or test, has in use.
@@ -46,8 +46,8 @@ def export(bench: Workbench, run: Run, out: Path, drop_unused: bool = False, dev
     not the recorded ones, sources to be dropped of a model that weighs none, and where `out` is taken.
     """
     refuse_taken(out)
-    check_device(device)
-    record, compute = bench.finished(run), bench.compute(run, device)
+    check_device(bench.compute.device)
+    record, compute = bench.finished(run), bench.compute_of(run)
     trained = bench.untrained(run).to(compute.parameter_dtype)
     load_into(trained, bench.state(run))
     architecture, tensors, dropped = trained.architecture(), tensors_of(trained), None

@@ -24,11 +24,12 @@ FOLDER_VARIABLE = "STEPH_NOTEBOOK_FOLDER"
 def file_name(name: str, p: Any) -> str:
     """A table's or figure's file name: what parameters narrow or change stands in it, so that a run on one data
     set does not replace what a run on all has written."""
+    compute = p.bench.compute
     changes = {
         p.dataset: p.dataset != "all",
         "fold" + "_".join(map(str, p.folds)): len(p.folds) < p.study.n_folds,
         f"seed{p.seed}": p.seed != p.study.seed,
-        p.precision: p.precision != precision_for("auto", p.device),
+        compute.precision: compute.precision != precision_for("auto", compute.device),
     }
     return "-".join([name, *(text for text, changed in changes.items() if changed)])
 

@@ -15,10 +15,10 @@ PAPER_TARGETS = ("BRCA", "BLCA")
 """The cancers of the paper's landscapes (Figs. 4, 6, S3; S5)."""
 
 
-def planned(bench: Workbench, precision: str = "fp32") -> list[Run]:
+def planned(bench: Workbench) -> list[Run]:
     """The study's whole plan, which the scorecard stands on. Raises `Refused` where runs of it on real patients are not
     finished: hours of training are not begun by opening a page."""
-    runs = plan(bench.study, precision=precision)
+    runs = plan(bench)
     missing = [run for run in runs if bench.record(run) is None]
     if missing and bench.study.synthetic is None:
         option = f"--study {shlex.quote(bench.study.address)}"
@@ -29,7 +29,7 @@ def planned(bench: Workbench, precision: str = "fp32") -> list[Run]:
     return runs
 
 
-def gather(bench: Workbench, results: pd.DataFrame, device: str = "cpu", precision: str = "fp32") -> Evidence:
+def gather(bench: Workbench, results: pd.DataFrame) -> Evidence:
     """What a study has to say. results: of one seed, as `run_all` gives them.
 
     Nothing is trained. Analyses of models that are finished are made where they are missing; only epochs on real
@@ -38,19 +38,19 @@ def gather(bench: Workbench, results: pd.DataFrame, device: str = "cpu", precisi
     study, datasets = bench.study, list(bench.study.datasets)
     targets = [name for name in PAPER_TARGETS if name in datasets]
     first = [*targets, *datasets][0]
-    models = sar.finished_models(bench, 0, precision)
-    alone = dynamics.finished_runs(bench, [first], precision=precision, single_source=True)
-    timed = study.synthetic is not None or device != "cpu"
-    epochs = timing.epoch_runs(study, first, 0, study.seed, precision) if timed else []
+    models = sar.finished_models(bench, 0)
+    alone = dynamics.finished_runs(bench, [first], single_source=True)
+    timed = study.synthetic is not None or bench.compute.device != "cpu"
+    epochs = timing.epoch_runs(bench, first, 0, study.seed) if timed else []
     return Evidence(
         study,
         results,
         cohort=cohort_tables.cohort_numbers([bench.dataset(name) for name in datasets]),
-        dynamics=dynamics.by_target(bench, dynamics.finished_runs(bench, datasets, precision=precision)),
-        landscapes={name: landscape.finished_landscapes(bench, name, precision=precision) for name in targets},
+        dynamics=dynamics.by_target(bench, dynamics.finished_runs(bench, datasets)),
+        landscapes={name: landscape.finished_landscapes(bench, name) for name in targets},
         trajectories=trajectory.ends(bench, alone),
         alignment=sar.attention_against_embedding(sar.every_pair(bench, models, study.seed)) if models else None,
         operations=operations.counted(bench),
-        epochs=timing.epoch_times(bench, epochs, device) if epochs else None,
-        attention=attention.measured(bench, attention.finished_runs(bench, [0], study.seed, precision), device),
+        epochs=timing.epoch_times(bench, epochs) if epochs else None,
+        attention=attention.measured(bench, attention.finished_runs(bench, [0], study.seed)),
     )

@@ -40,7 +40,7 @@ __all__ = ["Run", "Workbench", "plan", "results", "run", "run_all"]
 
 
 def run(
-    study: Study | str | Path | Workbench,
+    study: Study | str | Path,
     dataset: str,
     method: str,
     fold: int,
@@ -52,23 +52,19 @@ def run(
 
     Raises `Refused` for an unknown data set, method or precision, a fold out of range, a device that is not there.
     """
-    bench = study if isinstance(study, Workbench) else Workbench(study)
-    seed = bench.study.seed if seed is None else seed
-    this = Run(dataset, method, fold, seed, precision_for(precision, device))
-    run_all(bench, [this], device=device, workers=1)
+    bench = Workbench(study, device, precision)
+    this = bench.run_of(dataset, method, fold, seed)
+    run_all(bench, [this], workers=1)
     return bench.finished(this)
 
 
-def run_all(
-    study: Study | str | Path | Workbench, runs: Iterable[Run], device: str = "cpu", workers: int | None = None
-) -> pd.DataFrame:
+def run_all(bench: Workbench, runs: Iterable[Run], workers: int | None = None) -> pd.DataFrame:
     """Carry out runs and all that they build on, several at a time, and return their results (see `results`).
 
     What is finished is read, so an interrupted call is repeated to go on. On the CPU each run keeps to one thread and
     `workers` processes (default: one per core) share the work; the numbers do not depend on how many.
     """
-    bench = study if isinstance(study, Workbench) else Workbench(study)
-    runs = list(runs)
+    runs, device = list(runs), bench.compute.device
     for run in runs:
         _check(bench.study, run, device)
     workers = (os.cpu_count() or 1) if workers is None else workers
@@ -78,7 +74,7 @@ def run_all(
     missing = [run for run in stages(bench, runs) if _record(bench, run, runs) is None]
     refuse_overlap(bench, missing)
     if missing:
-        _carry_out(bench, missing, device, workers)
+        _carry_out(bench, missing, workers)
     return pd.DataFrame([row_of(bench, bench.finished(run)) for run in runs])
 
 
@@ -109,17 +105,17 @@ def _check(study: Study, run: Run, device: str) -> None:
     check_device(device)
 
 
-def _carry_out(bench: Workbench, missing: Sequence[Run], device: str, workers: int) -> None:
+def _carry_out(bench: Workbench, missing: Sequence[Run], workers: int) -> None:
     """Carry out runs, given in an order in which each comes behind what it builds on."""
     names = list(dict.fromkeys(run.method for run in missing))
     others = f" and {len(names) - 3} other methods" if len(names) > 4 else ""
     label = f"{bench.study.name}: {', '.join(names[:3] if others else names)}{others}"
     workers = min(workers, len(missing))
-    if expected := _expected_seconds(bench, missing, device):
+    if expected := _expected_seconds(bench, missing):
         label += f", {in_words(expected / workers)} expected"
     if workers <= 1:
         for run in track(missing, label):
-            _execute(bench, run, device)
+            _execute(bench, run)
         return
     # What workers would make at the same time.
     for network in {run.entry.network for run in missing}:
@@ -127,26 +123,25 @@ def _carry_out(bench: Workbench, missing: Sequence[Run], device: str, workers: i
     for dataset in {run.dataset for run in missing}:
         bench.dataset(dataset)
     with worker_pool(bench.study, workers) as pool:
-        for _ in track(_spread(pool, workers, bench, missing, device), label, total=len(missing)):
+        for _ in track(_spread(pool, workers, bench, missing), label, total=len(missing)):
             pass
 
 
-def _expected_seconds(bench: Workbench, missing: Sequence[Run], device: str) -> float:
+def _expected_seconds(bench: Workbench, missing: Sequence[Run]) -> float:
     """What runs take together by finished runs of their methods on such a device; 0 where a method has none."""
+    device = device_name(bench.compute.device)
     seconds: dict[str, float] = {}
     for name in {run.method for run in missing}:
         paths = sorted(bench.study.build.glob(f"runs/*/{name}/*/{COMPLETION}"))[:10]
         records = [record.info for path in paths if (record := read_record(path.parent))]
-        taken = [info["seconds"] for info in records if info["device"] == device_name(device)]
+        taken = [info["seconds"] for info in records if info["device"] == device]
         if not taken:
             return 0
         seconds[name] = sum(taken) / len(taken)
     return sum(seconds[run.method] for run in missing)
 
 
-def _spread(
-    pool: ProcessPoolExecutor, workers: int, bench: Workbench, missing: Sequence[Run], device: str
-) -> Iterator[Run]:
+def _spread(pool: ProcessPoolExecutor, workers: int, bench: Workbench, missing: Sequence[Run]) -> Iterator[Run]:
     """Have a pool carry out runs, each when what it builds on is finished; gives them as they finish."""
     among = set(missing)
     order = TopologicalSorter({run: among.intersection(bench.prerequisites(run).values()) for run in missing})
@@ -157,7 +152,7 @@ def _spread(
         ready += order.get_ready()
         while ready and len(running) < 2 * workers:  # one to go on with at once
             run = ready.popleft()
-            running[pool.submit(_work, run, bench.key(run), device)] = run
+            running[pool.submit(_work, run, bench.key(run))] = run
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             future.result()
             run = running.pop(future)
@@ -209,28 +204,28 @@ def _prepare_worker(study: Study, workers: int) -> None:
     gc.freeze()  # the hundred thousand objects of imported libraries are not looked through again and again
 
 
-def _work(run: Run, key: str, device: str) -> None:
+def _work(run: Run, key: str) -> None:
     assert _bench_of_worker is not None
     if _bench_of_worker.key(run) != key:
         raise Refused(
             "the library's code or the study's data changed while the study was starting. What is finished is kept; "
             "run the same command again."
         )
-    _execute(_bench_of_worker, run, device)
+    _execute(_bench_of_worker, run)
 
 
-def _execute(bench: Workbench, run: Run, device: str) -> None:
+def _execute(bench: Workbench, run: Run) -> None:
     """Carry out a run, unless it is finished: build, train, predict, measure, record. What another process carries out
     is waited for."""
     with exclusive(bench.folder(run)), single_thread():
         if bench.record(run) is None:
-            _build_train_record(bench, run, device)
+            _build_train_record(bench, run)
 
 
-def _build_train_record(bench: Workbench, run: Run, device: str) -> None:
+def _build_train_record(bench: Workbench, run: Run) -> None:
     started, study = time.perf_counter(), bench.study
-    data, compute = bench.dataset(run.dataset), bench.compute(run, device)
-    model, history = bench.untrained(run, device), pd.DataFrame()
+    data, compute = bench.dataset(run.dataset), bench.compute_of(run)
+    model, history = bench.untrained(run), pd.DataFrame()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trained:
         history = fit(model, *bench.training_set(run), study.recipe, study.network, run.seed, compute)
@@ -274,7 +269,7 @@ def _build_train_record(bench: Workbench, run: Run, device: str) -> None:
         "facts": model.facts,
         "trained_parameters": trained,
         "configuration": study.model_dump(include={"features", "network", "recipe", "steph", "endpoint"}, mode="json"),
-        "device": device_name(device),
+        "device": device_name(compute.device),
         "seconds": round(time.perf_counter() - started, 3),
     }
     write_record(bench.folder(run), writers, info)

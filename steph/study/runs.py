@@ -22,7 +22,7 @@ from steph.mil import Model, new_network
 from steph.mil.state import ModelState, load_into, load_state, save_state, state_fingerprint, state_of
 from steph.study import health
 from steph.study.keys import method_code
-from steph.training.device import Compute
+from steph.training.device import Compute, precision_for
 from steph.training.engine import seed_everything
 
 SOURCE_FOLD = 0
@@ -51,13 +51,21 @@ class Run:
 
 
 class Workbench:
-    """A study with its data opened and its keys known; what the functions below work with."""
+    """A study with its data opened and its keys known, and how it is computed; what the functions below work with.
 
-    def __init__(self, study: Study | str | Path) -> None:
+    device, precision: by name; "auto" goes by the device. What is finished in another precision is another run.
+    """
+
+    def __init__(self, study: Study | str | Path, device: str = "cpu", precision: str = "auto") -> None:
         self.study = study if isinstance(study, Study) else load_study(study)
+        self.compute = Compute(device, precision_for(precision, device), self.study.recipe.max_patches)
         self._datasets: dict[str, Dataset] = {}
         self._keys: dict[Run, str] = {}
         self._fingerprints: dict[str, str] = {}
+
+    def run_of(self, dataset: str, method: str, fold: int, seed: int | None = None) -> Run:
+        """A run in the workbench's precision. seed: None is the study's."""
+        return Run(dataset, method, fold, self.study.seed if seed is None else seed, self.compute.precision)
 
     def dataset(self, name: str) -> Dataset:
         """A data set, opened once (and made first, in a synthetic study)."""
@@ -119,9 +127,9 @@ class Workbench:
         data = self.dataset(run.dataset)
         return data, data.splits.train(run.fold)
 
-    def compute(self, run: Run, device: str = "cpu") -> Compute:
-        """How a run is computed on a device."""
-        return Compute(device, run.precision, self.study.recipe.max_patches)
+    def compute_of(self, run: Run) -> Compute:
+        """How a run is computed: in its own precision."""
+        return replace(self.compute, precision=run.precision)
 
     def folder(self, run: Run) -> Path:
         """Where a run's record lies."""
@@ -161,7 +169,7 @@ class Workbench:
         """The parameters that a finished run trained. Raises `Refused` where it is not finished."""
         return load_state(self.finished(run).file("model.safetensors"))
 
-    def untrained(self, run: Run, device: str = "cpu") -> Model:
+    def untrained(self, run: Run) -> Model:
         """The model of a run as its method builds it, before training, on the models it merges."""
         entry, study, data, record = run.entry, self.study, self.dataset(run.dataset), self.record(run)
         states = {name: self.state(needed) for name, needed in self.prerequisites(run).items()}
@@ -180,7 +188,7 @@ class Workbench:
             facts=record.info.get("facts", {}) if record else {},
             seed=run.seed,
             study_seed=study.seed,
-            compute=self.compute(run, device),
+            compute=self.compute_of(run),
         )
         seed_everything(run.seed)
         return entry.build(inputs, **entry.options)
@@ -193,14 +201,13 @@ class Workbench:
 
 
 def plan(
-    study: Study,
+    bench: Workbench,
     datasets: Sequence[str] | None = None,
     methods: Sequence[str] | None = None,
     folds: Sequence[int] | None = None,
     seeds: Sequence[int] | None = None,
-    precision: str = "fp32",
 ) -> list[Run]:
-    """The runs of a choice of data sets, methods, folds and seeds.
+    """The runs of a choice of data sets, methods, folds and seeds, in the workbench's precision.
 
     None takes all: of data sets the study's targets; of methods those that the book shows, without settings of a sweep
     that ask for more sources than the study has; of folds every one, or as many as the study's `book_folds` gives a
@@ -208,7 +215,7 @@ def plan(
 
     Raises `Refused` for a name or fold that the study does not have.
     """
-    kinds = sorted({m.group for m in METHODS.values()} | set(METHODS))
+    study, kinds = bench.study, sorted({m.group for m in METHODS.values()} | set(METHODS))
     refuse_unknown("group or method", study.book_folds, kinds, f"book_folds of study {study.name}")
     if methods is None:
         some = next(iter(study.datasets))
@@ -222,11 +229,11 @@ def plan(
         return range(min(few, study.n_folds))
 
     return [
-        Run(dataset, name, fold, seed, precision)
+        bench.run_of(dataset, name, fold, seed)
         for dataset in datasets or study.target_names
         for name in methods
         for fold in folds_of(name)
-        for seed in (seeds or [study.seed])
+        for seed in seeds or [study.seed]
     ]
 
 

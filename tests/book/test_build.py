@@ -113,7 +113,8 @@ def test_chapters_are_the_notebooks_in_the_order_of_the_contents():
 def test_a_chapter_says_which_runs_it_needs(tmp_path, monkeypatch):
     """By name and without a line in the library; what it says wrongly is refused."""
     monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
-    bench, chapter = Workbench("tiny"), Chapter("12_new", "12_new", {"study": "tiny", "dataset": "LIHC"})
+    bench = Workbench("tiny", precision="fp64")
+    chapter = Chapter("12_new", "12_new", {"study": "tiny", "dataset": "LIHC"})
 
     def declare(entries):
         text = "# Parameters\nstudy = 'demo'\ndataset = 'BRCA'\nfolds = [1]\nseed = 7\nn_seeds = 2"
@@ -121,11 +122,11 @@ def test_a_chapter_says_which_runs_it_needs(tmp_path, monkeypatch):
         nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"steph": entries}), chapter.source)
 
     declare({"runs": "steph.analysis.mixing.dynamics:runs"})
-    assert chapter.runs("runs", bench, "fp64") == [Run("LIHC", "steph", 1, seed, "fp64") for seed in (7, 8)]
-    assert chapter.runs("further_runs", bench, "fp64") == []
+    assert chapter.runs("runs", bench) == [Run("LIHC", "steph", 1, seed, "fp64") for seed in (7, 8)]
+    assert chapter.runs("further_runs", bench) == []
     declare({"run": "steph.analysis.mixing.dynamics:runs"})
     with pytest.raises(Refused, match=r"unknown entry 'run' in the metadata of .*\. Did you mean runs"):
-        chapter.runs("runs", bench, "fp64")
+        chapter.runs("runs", bench)
 
 
 def test_links_hold_where_the_notebook_lies(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from steph.data.cohort import read_cohort, write_cohort
 from steph.data.dataset import pack_dataset
 from steph.data.manifest import load_study
 from steph.files.atomic import in_words
-from steph.study.runs import plan
+from steph.study.runs import Workbench, plan
 from tests.helpers.command import steph
 from tests.helpers.fabricate import fabricate
 
@@ -109,7 +109,7 @@ def test_a_healthy_study_passes_and_nothing_is_touched(build):
         assert_fix_is_real(finding.fix)
     assert content(build.parent) == before
     assert "3 data sets can be used: LIHC, CESC, SARC" in as_text(findings)
-    assert f"3 of {len(plan(load_study('tiny')))} runs of the study are finished" in as_text(findings)
+    assert f"3 of {len(plan(Workbench('tiny')))} runs of the study are finished" in as_text(findings)
 
 
 def test_a_study_of_which_nothing_is_made_passes(tmp_path, monkeypatch):

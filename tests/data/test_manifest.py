@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from steph import PROJECT, Refused
 from steph.data.manifest import MANIFESTS, Study, load_study
-from steph.study.runs import plan
+from steph.study.runs import Workbench, plan
 
 SMALL = {
     "name": "small",
@@ -223,8 +223,9 @@ def test_targets_are_the_data_sets_that_methods_are_run_on(tmp_path):
     study = load_study("transfer")
     assert study.target_names == list(study.datasets)[:5]
     assert load_study("tiny").target_names == list(load_study("tiny").datasets)
-    assert {run.dataset for run in plan(study, methods=["steph"])} == set(study.target_names)
-    assert {run.dataset for run in plan(study, ["SARC"], methods=["steph"])} == {"SARC"}
+    bench = Workbench(study)
+    assert {run.dataset for run in plan(bench, methods=["steph"])} == set(study.target_names)
+    assert {run.dataset for run in plan(bench, ["SARC"], methods=["steph"])} == {"SARC"}
     (tmp_path / "x.yaml").write_text("extends: tiny\nname: x\ntargets: [SARC, SARK]\n")
     with pytest.raises(Refused, match="targets: SARK is none of the data sets LIHC, CESC, SARC"):
         load_study(tmp_path / "x.yaml")

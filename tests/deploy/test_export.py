@@ -15,7 +15,7 @@ from steph.analysis.mixing.attention import attention_map, bag_of, mixture
 from steph.cli import app
 from steph.deploy import export, load_model, report
 from steph.deploy.predict import sources_in_use
-from steph.study.runs import Run
+from steph.study.runs import Run, Workbench
 from steph.training.device import Compute
 from tests.helpers.dead import start_steph
 
@@ -156,12 +156,17 @@ def test_what_dropping_changed_is_measured_and_told(tiny, tmp_path, monkeypatch)
         (Run("SARK", "steph", 0, 42), {}, "Did you mean SARC"),
         (Run("SARC", "stef", 0, 42), {}, "Did you mean steph"),
         (run_of("vanilla"), {"drop_unused": True}, "Vanilla weighs no sources"),
-        (run_of("steph"), {"device": "cuda:9"}, "cuda:9"),
     ],
 )
 def test_what_cannot_be_exported_is_told(tiny, tmp_path, run, options, message):
     with pytest.raises(Refused, match=message):
         export.export(tiny, run, tmp_path / "m", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_that_is_not_there_exports_nothing(tiny, tmp_path):
+    with pytest.raises(Refused, match="cuda:9"):
+        export.export(Workbench(tiny.study, "cuda:9"), run_of("steph"), tmp_path / "m")
     assert not list(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ SARC = Run("SARC", "steph", 1, 42)
 
 @pytest.mark.parametrize("name", FREE)
 def test_training_free_methods_train_nothing_and_say_what_they_chose(tiny, name):
-    record = run(tiny, "SARC", name, 1)
+    record = run(tiny.study, "SARC", name, 1)
     assert record.info["trained_parameters"] == 0
     w, lam = record.info["facts"]["w"], record.info["facts"]["lambda"]
     assert set(w) == set(lam) == {"CESC", "LIHC"}

@@ -98,27 +98,27 @@ def test_methods_that_cannot_be_are_refused(tiny, name, message):
 
 
 def test_settings_that_ask_for_too_many_sources_are_left_out_of_the_plan(tiny):
-    planned = {r.method for r in plan(tiny.study)}
+    planned = {r.method for r in plan(tiny)}
     assert "steph_k1" in planned and not planned & {"steph_k3", "steph_k11", "steph_m6"}
-    assert {"steph_k3", "steph_k11"} <= {r.method for r in plan(load_study("demo"))}
+    assert {"steph_k3", "steph_k11"} <= {r.method for r in plan(Workbench("demo"))}
 
 
 def test_a_method_gets_the_folds_that_the_study_gives_it_unless_folds_are_named(tiny):
     study = tiny.study.model_copy(update={"book_folds": {"sweep": 1, "transmil": 1, "control": 9}})
 
     def folds(name, **choice):
-        return {r.fold for r in plan(study, methods=[name], **choice)}
+        return {r.fold for r in plan(Workbench(study), methods=[name], **choice)}
 
     assert [folds(name) for name in ("steph_beta0", "transmil")] == [{0}, {0}]
     assert [folds(name) for name in ("steph", "ilra", "hypernetwork_only")] == [{0, 1}] * 3
     assert folds("steph_beta0", folds=[1]) == {1}
     wrong = tiny.study.model_copy(update={"book_folds": {"sweeps": 1}})
     with pytest.raises(Refused, match=r"unknown group or method 'sweeps' in book_folds .* Did you mean .*sweep"):
-        plan(wrong)
+        plan(Workbench(wrong))
 
 
 def test_a_study_of_one_cancer_has_no_sources(tiny):
-    alone = tiny.study.model_copy(update={"datasets": {"SARC": tiny.study.datasets["SARC"]}})
+    alone = Workbench(tiny.study.model_copy(update={"datasets": {"SARC": tiny.study.datasets["SARC"]}}))
     for name in ("adamerging", "roupkt", "steph_dense"):
         with pytest.raises(Refused, match="needs source cancers; study tiny has only SARC"):
             run_all(alone, [replace(SARC, method=name)])
@@ -134,8 +134,8 @@ def test_a_method_can_be_given_one_source(tiny):
 
 def test_the_releases_table_of_nearest_sources_needs_its_source(tiny):
     with pytest.raises(Refused, match="has STES as the nearest source of CESC, and the study has LIHC, SARC"):
-        run(tiny, "CESC", "finetuned_representation_nearest", 0)
-    assert run(tiny, "SARC", "finetuned_representation_nearest", 0).info["facts"] == {"source": "LIHC"}
+        run(tiny.study, "CESC", "finetuned_representation_nearest", 0)
+    assert run(tiny.study, "SARC", "finetuned_representation_nearest", 0).info["facts"] == {"source": "LIHC"}
 
 
 def test_models_of_another_network_are_refused(tiny):
@@ -175,7 +175,7 @@ def test_no_test_patient_is_looked_at_before_predictions_and_nobody_else_by_them
     with spied(monkeypatch) as looked_at:
         predicts = lambda *args: started.append(len(looked_at)) or predict_hazards(*args)  # noqa: E731
         monkeypatch.setattr(execute, "predict_hazards", predicts)
-        execute._build_train_record(tiny, this, "cpu")
+        execute._build_train_record(tiny, this)
     before, after = set(looked_at[: started[0]]), set(looked_at[started[0] :])
     names = tiny.study.datasets if METHODS[name].joint else [this.dataset]
     allowed = {(d, patient) for d in names for patient in tiny.dataset(d).splits.train(1)}
@@ -212,7 +212,7 @@ def test_nothing_that_a_method_stands_on_saw_a_test_patient(tiny, name):
 
 @pytest.mark.parametrize("name", ["finetuned_representation", "steph_gamma_search", *FREE])
 def test_a_reloaded_model_repeats_no_choice(tiny, monkeypatch, name):
-    done = run(tiny, "SARC", name, 1)
+    done = run(tiny.study, "SARC", name, 1)
     assert done.info["facts"]
     with spied(monkeypatch) as looked_at:
         assert tiny.model(replace(SARC, method=name)).facts == done.info["facts"]
@@ -225,10 +225,10 @@ def test_a_reloaded_model_repeats_no_choice(tiny, monkeypatch, name):
 @pytest.mark.parametrize("name", EVERY)
 def test_a_method_repeated_gives_the_same_bits(tiny, tmp_path, monkeypatch, name):
     this = replace(SARC, method=name)
-    first = run(tiny, "SARC", name, 1)
+    first = run(tiny.study, "SARC", name, 1)
     folder = tiny.folder
     monkeypatch.setattr(tiny, "folder", lambda r: tmp_path if r == this else folder(r))
-    execute._execute(tiny, this, "cpu")
+    execute._execute(tiny, this)
     again = tiny.record(this)
     assert again.path == tmp_path
     for file in ("model.safetensors", "predictions.csv", "predictions_external.csv"):
@@ -239,7 +239,7 @@ def test_a_method_repeated_gives_the_same_bits(tiny, tmp_path, monkeypatch, name
 @pytest.mark.parametrize("name", EVERY)
 def test_only_what_is_trained_is_kept_and_the_reloaded_model_predicts_what_was_recorded(tiny, name):
     this, data = replace(SARC, method=name), tiny.dataset("SARC")
-    done = run(tiny, "SARC", name, 1)
+    done = run(tiny.study, "SARC", name, 1)
     model = tiny.untrained(this)
     kept, trained = tiny.state(this), state_of(model, trainable_only=True)
     assert set(kept) == set(trained or state_of(model))

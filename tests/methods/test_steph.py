@@ -96,10 +96,10 @@ def test_steph_merges_patch_gcn_models_and_gives_them_coordinates(tiny, monkeypa
 
 
 def test_a_searched_gamma_gives_the_run_of_that_gamma(tiny):
-    found = run(tiny, "SARC", "steph_gamma_search", 1)
+    found = run(tiny.study, "SARC", "steph_gamma_search", 1)
     gamma = found.info["facts"]["gamma"]
     scores = pd.DataFrame(found.info["facts"]["inner_c_index"])
     assert len(scores) == INNER_FOLDS * 5 and gamma == best_value(scores)
-    given = run(tiny, "SARC", f"steph_gamma{gamma:g}", 1)
+    given = run(tiny.study, "SARC", f"steph_gamma{gamma:g}", 1)
     for name in ("model.safetensors", "predictions.csv"):
         assert found.info["files"][name] == given.info["files"][name]

@@ -39,7 +39,7 @@ def test_the_best_source_is_the_one_that_ranks_the_patients_best():
 
 
 def test_a_run_takes_the_source_that_is_best_on_its_training_patients(tiny):
-    facts = run(tiny, "SARC", "finetuned_representation", 1).info["facts"]
+    facts = run(tiny.study, "SARC", "finetuned_representation", 1).info["facts"]
     scores = facts["transfer_performance"]
     assert list(scores) == ["CESC", "LIHC"] and scores[facts["source"]] == max(scores.values())
     model = tiny.model(Run("SARC", "finetuned_representation", 1, 42))

@@ -20,6 +20,7 @@ from steph.data.manifest import load_study
 from steph.methods.registry import METHODS
 from steph.plots import display, style
 from steph.study.paper import paper_table
+from steph.study.runs import Workbench
 
 DATASETS = list(paper_table("table_s1")["dataset"])
 
@@ -35,7 +36,8 @@ def _style(tmp_path, monkeypatch):
 def parameters(study: str = "tiny", **changed: object) -> SimpleNamespace:
     found = load_study(study)
     plain = {"study": found, "dataset": "all", "folds": list(range(found.folds)), "seed": found.seed}
-    return SimpleNamespace(**{**plain, "precision": "fp32", "device": "cpu", **changed})
+    bench = Workbench(found, precision=str(changed.pop("precision", "auto")))
+    return SimpleNamespace(**{**plain, "bench": bench, **changed})
 
 
 def crossed(**axes: Sequence) -> pd.DataFrame:

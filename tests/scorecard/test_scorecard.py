@@ -426,7 +426,7 @@ def test_attention_needs_somebody_who_knows_the_tumour():
 
 
 def test_evidence_is_gathered_from_what_is_finished(tiny):
-    evidence = scorecard.gather(tiny, run_all(tiny, plan(tiny.study)))
+    evidence = scorecard.gather(tiny, run_all(tiny, plan(tiny)))
     found = scorecard.scorecard(evidence).set_index("id")
     assert len(found) == len(CLAIMS) and set(found["verdict"]) <= {REPRODUCED, NOT_REPRODUCED, OPEN, OTHER_PATIENTS}
     verdicts = found["verdict"]

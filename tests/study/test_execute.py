@@ -20,7 +20,7 @@ SARC = Run("SARC", "steph", 1, 42)
 
 
 def test_every_run_leaves_a_whole_record(tiny):
-    for run_ in plan(tiny.study):
+    for run_ in plan(tiny):
         record = tiny.record(run_)
         info = record.info
         assert info["run"]["method"] == run_.method and info["synthetic"] is True and info["device"] == "cpu"
@@ -53,7 +53,7 @@ def test_source_models_never_saw_a_test_patient(tiny):
 
 
 def test_all_models_share_one_null_model(tiny):
-    origins = {tiny.state(r).origin for r in plan(tiny.study, methods=["vanilla", "steph"])}
+    origins = {tiny.state(r).origin for r in plan(tiny, methods=["vanilla", "steph"])}
     assert origins == {tiny.null_state("abmil").origin}
 
 
@@ -62,8 +62,8 @@ def test_finished_runs_are_not_repeated(tiny, monkeypatch):
         raise AssertionError("trained again")
 
     monkeypatch.setattr("steph.study.execute._build_train_record", fails)
-    again = run_all(Workbench("tiny"), plan(tiny.study))
-    assert len(again) == len(plan(tiny.study))
+    again = run_all(Workbench("tiny"), plan(tiny))
+    assert len(again) == len(plan(tiny))
 
 
 def test_one_or_two_workers_give_the_same_bits(tiny, build_folder, monkeypatch, tmp_path):
@@ -79,7 +79,7 @@ def test_a_run_starts_when_what_it_builds_on_is_finished_and_waits_for_nothing_e
     """A pool that takes its time, and finishes first what it was given last."""
     begun, done = [], []
 
-    def submit(work, run, key, device):
+    def submit(work, run, key):
         assert work is study._work and key == tiny.key(run)
         assert {needed for needed in tiny.prerequisites(run).values() if needed in runs} <= set(done), "begun too early"
         begun.append(run)
@@ -90,7 +90,7 @@ def test_a_run_starts_when_what_it_builds_on_is_finished_and_waits_for_nothing_e
     monkeypatch.setattr(study, "wait", lambda running, return_when: SimpleNamespace(done=[list(running)[-1]]))
     runs = [Run("SARC", name, 1, 42) for name in ("ilra", "vanilla", "hypernetwork_only", "finetuned_head", "steph")]
     open_at_once = []
-    for finished in study._spread(SimpleNamespace(submit=submit), 1, tiny, runs, "cpu"):
+    for finished in study._spread(SimpleNamespace(submit=submit), 1, tiny, runs):
         open_at_once.append(len(begun) - len(done))
         done.append(finished)
     assert max(open_at_once) == 2, "one at work and one to go on with"
@@ -129,7 +129,7 @@ def test_runs_that_cannot_be_are_refused_before_any_work(tiny, change, message):
 def test_more_kept_sources_than_there_are_is_refused_before_any_work(tiny):
     study = tiny.study.model_copy(update={"steph": tiny.study.steph.model_copy(update={"top_k": 5})})
     with pytest.raises(Refused, match=r"steph\.top_k = 5, but SARC has 2 source cancers in study tiny"):
-        run_all(study, [SARC])
+        run_all(Workbench(study), [SARC])
 
 
 @pytest.mark.parametrize(("device", "message"), [("gpu", "expected cpu, cuda"), ("cuda:99", "sees . GPUs here")])
@@ -150,5 +150,5 @@ def test_a_fold_without_events_has_a_reason_not_a_number(tiny):
 
 
 def test_run_returns_the_record(tiny):
-    found = run(tiny, "SARC", "vanilla", 0)
+    found = run(tiny.study, "SARC", "vanilla", 0)
     assert found.info["key"] == tiny.key(Run("SARC", "vanilla", 0, 42))

@@ -28,7 +28,7 @@ def made(**columns):
 
 def test_every_run_measures_itself(tiny):
     merging = {"steph", "adamerging", "surgery_am", "steph_param_w", "steph_patch_gcn"}
-    for run in plan(tiny.study, ["SARC"], ["vanilla", "joint", "cox_mean", *merging], [0]):
+    for run in plan(tiny, ["SARC"], ["vanilla", "joint", "cox_mean", *merging], [0]):
         metrics, data = tiny.finished(run).info["metrics"], tiny.dataset("SARC")
         model, train = tiny.model(run), data.splits.train(0)
         of_train = predict(model, data, train)

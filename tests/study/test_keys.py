@@ -73,7 +73,7 @@ def test_a_setting_of_steph_changes_the_keys_of_those_that_use_it_alone(tiny, se
 def test_asking_for_a_key_makes_and_writes_nothing(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("STEPH_BUILD", str(tmp_path))
     fresh = Workbench("tiny")
-    assert [fresh.key(run) for run in plan(fresh.study)] == [tiny.key(run) for run in plan(tiny.study)]
+    assert [fresh.key(run) for run in plan(fresh)] == [tiny.key(run) for run in plan(tiny)]
     assert not any(tmp_path.iterdir())
 
 

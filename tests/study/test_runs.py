@@ -12,7 +12,7 @@ def test_a_repeated_study_has_more_folds_and_the_same_first_ones(tiny, monkeypat
     monkeypatch.setenv("STEPH_BUILD", str(tmp_path))
     repeated = Workbench(tiny.study.model_copy(update={"repeats": 2}))
     assert (repeated.study.folds, repeated.study.n_folds) == (2, 4)
-    assert [run.fold for run in plan(repeated.study, ["SARC"], ["vanilla"])] == [0, 1, 2, 3]
+    assert [run.fold for run in plan(repeated, ["SARC"], ["vanilla"])] == [0, 1, 2, 3]
     run = Run("SARC", "model_average", 3, 42)
     run_all(repeated, [run], workers=1)
     upstream = repeated.prerequisites(run)

@@ -153,14 +153,14 @@ def work(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def seconds(bench: Workbench, table: pd.DataFrame, device: str, precision: str) -> pd.Series:
+def seconds(bench: Workbench, table: pd.DataFrame) -> pd.Series:
     """Predicted seconds of each row of `work`, finished or not: its operations at the pace of its kind of method."""
     kinds = table["method"].map(kind_of)
-    finished = table[table["device"] == device_name(device)].groupby(kinds)[["took", "operations"]].sum()
+    finished = table[table["device"] == device_name(bench.compute.device)].groupby(kinds)[["took", "operations"]].sum()
     paces = {str(kind): took / operations for kind, took, operations in finished.itertuples()}
     others = {kind: name for kind, name in zip(kinds, table["method"], strict=True) if kind not in paces}
     if others:
-        paces |= measured_paces(bench, others, Compute(device, precision), round(table["mean"].mean()))
+        paces |= measured_paces(bench, others, round(table["mean"].mean()))
     return table["operations"] * kinds.map(paces)
 
 
@@ -176,11 +176,11 @@ def error_of_pace(done: pd.DataFrame) -> float:
     return float(errors.median()) if len(errors) else np.nan
 
 
-def measured_paces(bench: Workbench, methods: Mapping[str, str], compute: Compute, mean: int) -> dict[str, float]:
+def measured_paces(bench: Workbench, methods: Mapping[str, str], mean: int) -> dict[str, float]:
     """Seconds per operation by kind, measured on this machine and cached. methods: one of each kind. mean: patches of
     the study's bags."""
-    study, device = bench.study, compute.device
-    n = min(mean, MEASURED_ON[torch.device(device).type])
+    study, compute = bench.study, bench.compute
+    n = min(mean, MEASURED_ON[torch.device(compute.device).type])
     inputs = {
         "methods": dict(sorted(methods.items())),
         "dimensions": study.model_dump(include={"features", "network", "steph", "recipe"}, mode="json"),
@@ -190,10 +190,10 @@ def measured_paces(bench: Workbench, methods: Mapping[str, str], compute: Comput
     }
 
     def measure() -> list[dict[str, Any]]:
-        kinds = track(sorted(methods.items()), f"{study.name}: measuring {machine(device)}")
+        kinds = track(sorted(methods.items()), f"{study.name}: measuring {machine(compute.device)}")
         return [{"kind": kind, "pace": _pace(study, name, compute, n)} for kind, name in kinds]
 
-    table = measured(bench, "paces", device, inputs, measure)
+    table = measured(bench, "paces", inputs, measure)
     return dict(zip(table["kind"], table["pace"], strict=True))
 
 
@@ -282,12 +282,10 @@ def totals(table: pd.DataFrame, taken: pd.Series, by: str) -> pd.DataFrame:
     }).rename(title).reset_index()  # fmt: skip
 
 
-def report(
-    bench: Workbench, table: pd.DataFrame, taken: pd.Series, device: str, precision: str, methods: bool = False
-) -> list[str]:
+def report(bench: Workbench, table: pd.DataFrame, taken: pd.Series, methods: bool = False) -> list[str]:
     """The plan in lines: by data set, and if asked for by method; hours and what they rest on, memory, disk, and what
     is free of them. taken: `seconds` of the table's rows."""
-    study, missing = bench.study, table[~table["finished"]]
+    study, compute, missing = bench.study, bench.compute, table[~table["finished"]]
     sizes = {name: patients(bench, name) for name in table["dataset"].unique()}
     lines = [
         f"study {study.name}: {len(table)} runs, {len(table) - len(missing)} of them finished; "
@@ -305,15 +303,17 @@ def report(
         )
     spread = ", ".join(f"{hours(missing, taken[missing.index], n):.2g} on {n}" for n in WORKERS)
     alone = duration(taken[missing.index].sum())
-    lines.append(f"hours for what is missing, {machine(device)}, {precision}: {spread} ({alone} of one worker)")
-    done = table[table["device"] == device_name(device)]
+    lines.append(
+        f"hours for what is missing, {machine(compute.device)}, {compute.precision}: {spread} ({alone} of one worker)"
+    )
+    done = table[table["device"] == device_name(compute.device)]
     if len(done):
         line = f"  the {len(done)} finished runs took {done['took'].sum():,.0f} s by their records, which give the pace"
         error = error_of_pace(done)
         within = "" if np.isnan(error) else f"; from others of its kind one is predicted to within {error:.0%} (median)"
         lines.append(line + within)
-    need = memory(study, sizes, table["method"].unique(), Compute(device, precision))
-    most, free = need.iloc[0], available(device)
+    need = memory(study, sizes, table["method"].unique(), compute)
+    most, free = need.iloc[0], available(compute.device)
     lines.append(
         f"memory of a run: {in_words(need['bytes'].median())}, {in_words(most['bytes'])} at most "
         f"({title(most['method'])} on {most['dataset']}); {in_words(free)} are free"

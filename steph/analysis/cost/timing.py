@@ -29,8 +29,8 @@ from steph.methods.registry import method, title
 from steph.mil.base import Model
 from steph.study.cache import cached_table
 from steph.study.paper import paper_table, table_methods
-from steph.study.runs import Run, Workbench
-from steph.training.device import PRECISIONS, check_device, parameter_dtype, single_thread
+from steph.study.runs import Run, Workbench, plan
+from steph.training.device import check_device, single_thread
 from steph.training.engine import fit
 from steph.training.memory import random_bags
 
@@ -60,8 +60,9 @@ def brief(study: Study) -> float:
 Row = dict[str, Any]
 
 
-def measured(bench: Workbench, name: str, device: str, inputs: Row, measure: Callable[[], list[Row]]) -> pd.DataFrame:
+def measured(bench: Workbench, name: str, inputs: Row, measure: Callable[[], list[Row]]) -> pd.DataFrame:
     """The table of a measurement on this machine, made once (`cached_table`), and the device in words."""
+    device = bench.compute.device
 
     @wraps(measure)
     def table() -> pd.DataFrame:
@@ -95,11 +96,12 @@ def _seconds_of(model: Model, patches: RaggedBatch) -> float:
     return time.perf_counter() - started
 
 
-def epoch_runs(study: Study, dataset: str, fold: int, seed: int, precision: str = "fp32") -> list[Run]:
+def epoch_runs(bench: Workbench, dataset: str, fold: int, seed: int) -> list[Run]:
     """The runs whose epochs are timed, where a study can have them: the cancer's own model, the methods of Table S6,
     STEPH with the numbers of sources of Table S7."""
     names = ["vanilla", *table_methods("table_s6"), *table_methods("table_s7")]
-    return [Run(dataset, name, fold, seed, precision) for name in names if not method(name).refusal(study, dataset)]
+    possible = [name for name in names if not method(name).refusal(bench.study, dataset)]
+    return plan(bench, [dataset], possible, [fold], [seed])
 
 
 def prerequisites(bench: Workbench, runs: Iterable[Run]) -> list[Run]:
@@ -107,7 +109,7 @@ def prerequisites(bench: Workbench, runs: Iterable[Run]) -> list[Run]:
     return list(dict.fromkeys(needed for run in runs for needed in bench.prerequisites(run).values()))
 
 
-def epoch_times(bench: Workbench, runs: Sequence[Run], device: str = "cpu") -> pd.DataFrame:
+def epoch_times(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
     """Seconds of whole epochs of training, measured in one process, a row per method and round: method, round, seconds,
     device.
 
@@ -120,11 +122,11 @@ def epoch_times(bench: Workbench, runs: Sequence[Run], device: str = "cpu") -> p
     recipe = study.recipe.model_copy(update={"epochs": 1})
 
     def measure() -> list[Row]:
-        models = {run: bench.untrained(run, device) for run in runs}
+        models = {run: bench.untrained(run) for run in runs}
         trained = [run for run in runs if trained_numbers(models[run])]
 
         def epoch(run: Run) -> Row:
-            how = run.seed, bench.compute(run, device)
+            how = run.seed, bench.compute_of(run)
             history = fit(models[run], *bench.training_set(run), recipe, study.network, *how)
             return {"method": run.method, "seconds": float(history["seconds"].iloc[0])}
 
@@ -132,7 +134,7 @@ def epoch_times(bench: Workbench, runs: Sequence[Run], device: str = "cpu") -> p
         idle, rounds = [run.method for run in runs if run not in trained], {row["round"] for row in rows}
         return rows + [{"method": name, "round": i, "seconds": 0.0} for name in idle for i in rounds]
 
-    return measured(bench, "epoch_times", device, {"runs": [bench.key(run) for run in runs]}, measure)
+    return measured(bench, "epoch_times", {"runs": [bench.key(run) for run in runs]}, measure)
 
 
 def of_both_stages(times: pd.DataFrame) -> pd.DataFrame:
@@ -210,22 +212,22 @@ CPU_PATCHES = 1000
 """Patches of the bag whose prediction is timed where a processor does it, so that it takes seconds."""
 
 
-def prediction_times(bench: Workbench, device: str = "cpu", precision: str = "fp32") -> pd.DataFrame:
+def prediction_times(bench: Workbench) -> pd.DataFrame:
     """Seconds of a prediction on one bag of `PATCHES` (on a processor `CPU_PATCHES`) at the paper's dimensions, a row
     per method and round: method, patches, round, seconds, memory, device. Features and models are random; STEPH and
     ROUPKT stand on 13 models; a study that is there for tests has fewer patches (`brief`).
 
-    Methods are those whose predictions differ in cost: one that merges once predicts with Vanilla's network. precision:
-    of the patches; bf16 leaves parameters in single precision, as in training. memory: bytes at most, beyond the model
-    and the bag; measured on a graphics card, counted (`live_bytes`) for a processor. Measured in rounds like
-    `epoch_times`, and cached.
+    Methods are those whose predictions differ in cost: one that merges once predicts with Vanilla's network. memory:
+    bytes at most, beyond the model and the bag; measured on a graphics card, counted (`live_bytes`) for a processor.
+    Measured in rounds like `epoch_times`, and cached.
     """
+    compute, device = bench.compute, bench.compute.device
     names = counted(bench).drop_duplicates(["networks", "products"])["method"].tolist()
     study, n = paper_study(), round((CPU_PATCHES if device == "cpu" else PATCHES) * brief(bench.study))
 
     def measure() -> list[Row]:
-        models = {name: deployed(name, study, device).to(parameter_dtype(precision)) for name in names}
-        patches = random_bags([n], study.features.dim, device, PRECISIONS[precision])
+        models = {name: deployed(name, study, device).to(compute.parameter_dtype) for name in names}
+        patches = random_bags([n], study.features.dim, device, compute.dtype)
         coords, shifts = cast(Tensor, patches.coords), count(1)
 
         def seconds(name: str) -> float:
@@ -235,7 +237,7 @@ def prediction_times(bench: Workbench, device: str = "cpu", precision: str = "fp
 
         def memory(name: str) -> int:
             if device == "cpu":
-                return prediction_memory(name, study, n, precision)
+                return prediction_memory(name, study, n, compute.precision)
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
             seconds(name)
@@ -244,8 +246,8 @@ def prediction_times(bench: Workbench, device: str = "cpu", precision: str = "fp
         facts = {name: {"method": name, "patches": n, "memory": memory(name)} for name in names}
         return _in_rounds(bench, names, lambda name: {**facts[name], "seconds": seconds(name)})
 
-    inputs = {"methods": names, "patches": n, "precision": precision}
-    return measured(bench, "prediction_times", device, inputs, measure)
+    inputs = {"methods": names, "patches": n, "precision": compute.precision}
+    return measured(bench, "prediction_times", inputs, measure)
 
 
 SAMPLES = (256, 1024)
@@ -254,16 +256,17 @@ BAGS = (1000, 3000, 10_000)
 """Patches of the bags on which that is measured."""
 
 
-def sampling_times(bench: Workbench, device: str = "cpu", precision: str = "fp32") -> pd.DataFrame:
+def sampling_times(bench: Workbench) -> pd.DataFrame:
     """Seconds and operations of a prediction by STEPH whose hypernetwork reads a sample, a row per bag (of `BAGS`),
     sample (of `SAMPLES`) and round: patches, reads (how many of them the hypernetwork reads; 0: Vanilla, which has
     none), round, seconds, products, device. At the paper's dimensions, on random features; measured in rounds, and
     cached."""
-    study, sizes = paper_study(), [round(n * brief(bench.study)) for n in BAGS]
+    study, compute, sizes = paper_study(), bench.compute, [round(n * brief(bench.study)) for n in BAGS]
 
     def measure() -> list[Row]:
-        plain, merging = (deployed(name, study, device).to(parameter_dtype(precision)) for name in ("vanilla", "steph"))
-        bags = {n: random_bags([n], study.features.dim, device, PRECISIONS[precision]) for n in sizes}
+        models = [deployed(name, study, compute.device) for name in ("vanilla", "steph")]
+        plain, merging = (model.to(compute.parameter_dtype) for model in models)
+        bags = {n: random_bags([n], study.features.dim, compute.device, compute.dtype) for n in sizes}
         jobs = [(n, reads) for n in sizes for reads in (0, *(r for r in SAMPLES if r < n), n)]
         products = {(n, reads): of_sample(study, n, reads) for n, reads in jobs}
 
@@ -275,7 +278,7 @@ def sampling_times(bench: Workbench, device: str = "cpu", precision: str = "fp32
 
         return _in_rounds(bench, jobs, predict)
 
-    return measured(bench, "sampling_times", device, {"patches": sizes, "precision": precision}, measure)
+    return measured(bench, "sampling_times", {"patches": sizes, "precision": compute.precision}, measure)
 
 
 def prediction_ratios(times: pd.DataFrame) -> pd.DataFrame:

@@ -167,15 +167,13 @@ def beside(maps: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return table.assign(difference=table[f"percentile_{second}"] - table[f"percentile_{first}"])
 
 
-def runs(
-    bench: Workbench, targets: Sequence[str], folds: Sequence[int], seed: int, precision: str = "fp32"
-) -> list[Run]:
+def runs(bench: Workbench, targets: Sequence[str], folds: Sequence[int], seed: int) -> list[Run]:
     """STEPH on some targets, in each fold beside the very M_t that it merges (of the study's own seed); in a synthetic
     study also those of `OTHERS` that are finished on all of these, so that nothing is trained for them."""
     study = bench.study
     for name in targets:
         study.entry(name)
-    merging = plan(study, targets, [MERGED], folds, [seed], precision)
+    merging = plan(bench, targets, [MERGED], folds, [seed])
     chosen = [*(replace(run, method=OWN, seed=study.seed) for run in merging), *merging]
     for name in OTHERS if study.synthetic else ():
         of_method = [replace(run, method=name) for run in merging]
@@ -184,13 +182,13 @@ def runs(
     return sorted(chosen, key=lambda run: (targets.index(run.dataset), run.fold))
 
 
-def finished_runs(bench: Workbench, folds: Sequence[int], seed: int, precision: str = "fp32") -> list[Run]:
+def finished_runs(bench: Workbench, folds: Sequence[int], seed: int) -> list[Run]:
     """`runs` on every data set of a synthetic study where M_t and STEPH are finished on these folds. None in a real
     study, where it is not known what they should look at."""
     names = bench.study.datasets if bench.study.synthetic else ()
-    of_names = {name: runs(bench, [name], folds, seed, precision) for name in names}
+    of_names = {name: runs(bench, [name], folds, seed) for name in names}
     finished = [name for name, of_name in of_names.items() if all(bench.record(run) for run in of_name)]
-    return runs(bench, finished, folds, seed, precision) if finished else []
+    return runs(bench, finished, folds, seed) if finished else []
 
 
 def patients_to_show(bench: Workbench, runs: Sequence[Run], names: Sequence[str] | None = None) -> pd.DataFrame:
@@ -222,12 +220,12 @@ def patients_to_show(bench: Workbench, runs: Sequence[Run], names: Sequence[str]
 
 
 def of_patients(
-    bench: Workbench, runs: Sequence[Run], patients: pd.DataFrame, device: str = "cpu"
+    bench: Workbench, runs: Sequence[Run], patients: pd.DataFrame
 ) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     """What there is to show of some patients (`patients_to_show`): their maps under M_t and STEPH (`beside`, with the
     tumour where it is known) by patient, and STEPH's `mixture` of each in one table, with patient_id."""
     by_cell = {(run.fold, run.method): run for run in runs}
-    dataset, compute = runs[0].dataset, bench.compute(runs[0], device)
+    dataset, compute = runs[0].dataset, bench.compute_of(runs[0])
     data, known, maps, mixtures = bench.dataset(dataset), planted(bench.study, dataset), {}, {}
     for fold, patient in zip(patients["fold"], patients["patient_id"], strict=True):
         models = {method: bench.model(by_cell[fold, method]) for method in (OWN, MERGED)}
@@ -348,17 +346,17 @@ def numbers(attention: Mapping[str, np.ndarray], patches: pd.DataFrame) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def measured(bench: Workbench, runs: Sequence[Run], device: str = "cpu") -> pd.DataFrame:
+def measured(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
     """`numbers` of all test patients of the folds of some runs, and of the untrained network, with dataset, fold and
     patient_id; empty for no runs. Computed once for the runs of each data set."""
     by_dataset = [[run for run in runs if run.dataset == name] for name in dict.fromkeys(run.dataset for run in runs)]
-    tables = [_of_dataset(bench, of_dataset, device) for of_dataset in by_dataset]
+    tables = [_of_dataset(bench, of_dataset) for of_dataset in by_dataset]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _of_dataset(bench: Workbench, runs: Sequence[Run], device: str) -> pd.DataFrame:
+def _of_dataset(bench: Workbench, runs: Sequence[Run]) -> pd.DataFrame:
     def compute() -> pd.DataFrame:
-        study, dataset, how, tables = bench.study, runs[0].dataset, bench.compute(runs[0], device), []
+        study, dataset, how, tables = bench.study, runs[0].dataset, bench.compute_of(runs[0]), []
         data, known = bench.dataset(dataset), planted(study, dataset)
         for fold in dict.fromkeys(run.fold for run in runs):
             models = {run.method: bench.model(run) for run in runs if run.fold == fold}

@@ -23,7 +23,7 @@ from steph.analysis.performance.statistics import compare
 from steph.data.manifest import MANIFESTS, Study, load_study
 from steph.methods.registry import method, title
 from steph.study import health
-from steph.study.runs import Run, plan
+from steph.study.runs import Run, Workbench, plan
 from steph.study.tables import VALUES, primary_outcome
 
 
@@ -77,16 +77,17 @@ TWIN_METHODS = ["vanilla", "hypernetwork_only", "steph_random_sources", "steph_l
 # ------------------------------------------------------------------------------------------------- studies and runs
 
 
-def comparisons(study: Study, seed: int, precision: str = "fp32") -> list[Run]:
+def comparisons(bench: Workbench, seed: int) -> list[Run]:
     """The runs of all that is compared, on the folds that the study gives each method (`book_folds`); of methods that
     the study can have."""
+    study = bench.study
     possible = [m for m in METHODS if not any(method(m).refusal(study, dataset) for dataset in study.target_names)]
-    return plan(study, None, possible, None, [seed], precision)
+    return plan(bench, methods=possible, seeds=[seed])
 
 
-def runs(study: Study, seeds: Sequence[int], precision: str = "fp32") -> list[Run]:
+def runs(bench: Workbench, seeds: Sequence[int]) -> list[Run]:
     """Every run that the chapter needs in the study; seeds: of the starts, the first being that of the comparisons."""
-    return list(dict.fromkeys([*comparisons(study, seeds[0], precision), *starts.runs(study, seeds, precision)]))
+    return list(dict.fromkeys([*comparisons(bench, seeds[0]), *starts.runs(bench, seeds)]))
 
 
 def twin(study: Study) -> Study | None:
@@ -125,14 +126,17 @@ def positive(study: Study) -> Study | None:
     return other
 
 
-def companions(study: Study, precision: str = "fp32") -> dict[str, tuple[Study, list[Run]]]:
-    """The studies that the chapter shows beside a study, and their runs, by place (`POSITIVE`, `POSITIVE_TWIN`,
-    `HERE_TWIN`)."""
-    control = positive(study)
-    found = {POSITIVE: (control, comparisons(control, control.seed, precision))} if control else {}
-    for where, of in ((POSITIVE_TWIN, control), (HERE_TWIN, study)):
+def companions(bench: Workbench) -> dict[str, tuple[Workbench, list[Run]]]:
+    """The studies that the chapter shows beside a study, computed as it is, and their runs, by place (`POSITIVE`,
+    `POSITIVE_TWIN`, `HERE_TWIN`)."""
+    control, how, found = positive(bench.study), (bench.compute.device, bench.compute.precision), {}
+    if control is not None:
+        beside = Workbench(control, *how)
+        found[POSITIVE] = beside, comparisons(beside, control.seed)
+    for where, of in ((POSITIVE_TWIN, control), (HERE_TWIN, bench.study)):
         if of is not None and (its_twin := twin(of)) is not None:
-            found[where] = its_twin, plan(its_twin, None, TWIN_METHODS, None, None, precision)
+            beside = Workbench(its_twin, *how)
+            found[where] = beside, plan(beside, methods=TWIN_METHODS)
     return found
 
 

@@ -21,12 +21,12 @@ USED_BELOW = 0.8
 """A source counts as used when its w > 0 and its lambda is below this (the paper's words on Fig. S1)."""
 
 
-def runs(study: Study, dataset: str, fold: int, seeds: Sequence[int], precision: str = "fp32") -> list[Run]:
+def runs(bench: Workbench, dataset: str, fold: int, seeds: Sequence[int]) -> list[Run]:
     """STEPH on one target and fold from several starts; the models that are merged are the same in all of them. Raises
     `Refused` for a data set or fold that the study does not have."""
-    study.entry(dataset)
-    study.check_fold(fold)
-    return plan(study, [dataset], ["steph"], [fold], list(seeds), precision)
+    bench.study.entry(dataset)
+    bench.study.check_fold(fold)
+    return plan(bench, [dataset], ["steph"], [fold], seeds)
 
 
 def dynamics(bench: Workbench, runs: Iterable[Run]) -> pd.DataFrame:
@@ -48,17 +48,15 @@ def by_target(bench: Workbench, runs: Iterable[Run]) -> dict[str, pd.DataFrame]:
     return {target: dynamics(bench, [run for run in runs if run.dataset == target]) for target in targets}
 
 
-def finished_runs(
-    bench: Workbench, targets: Sequence[str], precision: str = "fp32", single_source: bool = False
-) -> list[Run]:
+def finished_runs(bench: Workbench, targets: Sequence[str], single_source: bool = False) -> list[Run]:
     """STEPH's finished runs on the first fold of targets, from every start; single_source: those with one source in
     place of all."""
     runs = []
     for row in results(bench).to_dict("records"):
         dataset, method = row["dataset"], row["method"]
         is_steph = method.startswith("steph@") if single_source else method == "steph"
-        if is_steph and dataset in targets and (row["fold"], row["precision"]) == (0, precision):
-            runs.append(Run(dataset, method, 0, int(row["seed"]), precision))
+        if is_steph and dataset in targets and (row["fold"], row["precision"]) == (0, bench.compute.precision):
+            runs.append(bench.run_of(dataset, method, 0, int(row["seed"])))
     return sorted(runs, key=lambda run: (targets.index(run.dataset), run.method, run.seed))
 
 

@@ -47,9 +47,7 @@ MAGNITUDES = {
 chosen on; how far lambda alone goes on test patients, and how far with w."""
 
 
-def landscape(
-    bench: Workbench, run: Run, device: str = "cpu", head: Head = "target", points: np.ndarray | None = None
-) -> pd.DataFrame:
+def landscape(bench: Workbench, run: Run, head: Head = "target", points: np.ndarray | None = None) -> pd.DataFrame:
     """The landscape of a pair: mean loss of the target's patients at points (C_s, C_t), as c_s, c_t, loss_train,
     loss_test and, where there are external patients, loss_external. Computed once, then read from disk.
 
@@ -63,7 +61,7 @@ def landscape(
         "head": bench.key(head) if isinstance(head, Run) else head,
         "points": fingerprint(points.tolist()),
     }
-    return cached_table(bench, "landscape", inputs, lambda: _losses(bench, run, device, head, points))
+    return cached_table(bench, "landscape", inputs, lambda: _losses(bench, run, head, points))
 
 
 def grid() -> np.ndarray:
@@ -72,13 +70,14 @@ def grid() -> np.ndarray:
     return np.stack(np.meshgrid(ticks, ticks, indexing="ij"), axis=-1).reshape(-1, 2)
 
 
-def _losses(bench: Workbench, run: Run, device: str, head: Head, points: np.ndarray) -> pd.DataFrame:
-    study, compute = bench.study, bench.compute(run, device)
+def _losses(bench: Workbench, run: Run, head: Head, points: np.ndarray) -> pd.DataFrame:
+    study, compute = bench.study, bench.compute_of(run)
     states = {role: bench.state(model) for role, model in bench.prerequisites(run).items()}
     target = states.pop(TARGET)
     (source,) = states.values()
     of_head = bench.state(head) if isinstance(head, Run) else target if head == "target" else None
-    plane = Plane(bench.null_state("abmil"), source, target, points, of_head).to(device, compute.parameter_dtype)
+    plane = Plane(bench.null_state("abmil"), source, target, points, of_head)
+    plane.to(compute.device, compute.parameter_dtype)
     table = pd.DataFrame(points, columns=["c_s", "c_t"])
     with single_thread(), torch.inference_mode():
         for name, (data, patients) in patient_sets(bench, run).items():
@@ -233,11 +232,11 @@ def wide(table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
     return table.filter(list(columns)).rename(columns=columns)
 
 
-def finished_landscapes(bench: Workbench, target: str, precision: str = "fp32") -> dict[str, pd.DataFrame]:
+def finished_landscapes(bench: Workbench, target: str) -> dict[str, pd.DataFrame]:
     """The landscapes of a target with its `dynamics.chosen_sources` on the first fold, by source; none where STEPH is
     not finished on it with the study's seed. Nothing is trained."""
-    run = Run(target, "steph", 0, bench.study.seed, precision)
+    run = bench.run_of(target, "steph", 0)
     if bench.record(run) is None:
         return {}
     names = dynamics.chosen_sources(dynamics.dynamics(bench, [run]))["source"]
-    return {name: landscape(bench, pair(bench.study, target, name, run.fold, precision)) for name in names}
+    return {name: landscape(bench, pair(bench, target, name, run.fold)) for name in names}

@@ -18,17 +18,17 @@ def check_sources(study: Study, target: str, sources: Sequence[str], fold: int) 
         raise Refused(f"sources {list(sources)} of {target}: give at least one, and each once.")
 
 
-def pair(study: Study, target: str, source: str, fold: int, precision: str = "fp32") -> Run:
+def pair(bench: Workbench, target: str, source: str, fold: int) -> Run:
     """STEPH with this source only: its prerequisites are the two models of the pair. Raises as `check_sources`."""
-    check_sources(study, target, [source], fold)
-    return Run(target, f"steph@{source}", fold, study.seed, precision)
+    check_sources(bench.study, target, [source], fold)
+    return bench.run_of(target, f"steph@{source}", fold)
 
 
-def models(study: Study, target: str, sources: Sequence[str], fold: int, precision: str = "fp32") -> dict[str, Run]:
+def models(bench: Workbench, target: str, sources: Sequence[str], fold: int) -> dict[str, Run]:
     """The runs that trained the models which are mixed, by role: `TARGET` (of this fold) and each of the sources (of
     fold 0). Raises as `check_sources`."""
-    check_sources(study, target, sources, fold)
-    runs = Workbench(study).prerequisites(Run(target, "steph", fold, study.seed, precision))
+    check_sources(bench.study, target, sources, fold)
+    runs = bench.prerequisites(bench.run_of(target, "steph", fold))
     return {role: runs[role] for role in (TARGET, *sources)}
 
 

@@ -150,12 +150,7 @@ def turned(matrix: Tensor, key: str) -> Tensor:
 
 
 def curves(
-    bench: Workbench,
-    models: Mapping[str, Run],
-    seed: int,
-    device: str = "cpu",
-    lambdas: Sequence[float] = LAMBDAS,
-    draws: int = 3,
+    bench: Workbench, models: Mapping[str, Run], seed: int, lambdas: Sequence[float] = LAMBDAS, draws: int = 3
 ) -> pd.DataFrame:
     """`mixture_curve` of a target with each source, for every one of `LAYERS`, with baselines. Computed once.
 
@@ -165,7 +160,7 @@ def curves(
     """
 
     def compute() -> pd.DataFrame:
-        null, parts = bench.null_state("abmil"), []
+        null, device, parts = bench.null_state("abmil"), bench.compute.device, []
         states = {role: bench.state(run) for role, run in models.items()}
         tau_target = task_vector(states.pop(TARGET), null)
         with single_thread():
@@ -188,7 +183,7 @@ def curves(
     return cached_table(bench, "sar", {"runs": keys, "seed": seed, "lambdas": list(lambdas), "draws": draws}, compute)
 
 
-def spectra(bench: Workbench, models: Mapping[str, Run], device: str = "cpu") -> pd.DataFrame:
+def spectra(bench: Workbench, models: Mapping[str, Run]) -> pd.DataFrame:
     """Singular values of the models' task vectors: model (target or source), layer, direction (1, 2, ...), value, kept
     (norm of this many directions over the whole norm), rows (r). Computed once."""
     runs = {run.dataset: run for run in models.values()}
@@ -198,7 +193,7 @@ def spectra(bench: Workbench, models: Mapping[str, Run], device: str = "cpu") ->
         with single_thread():
             for (name, run), layer in product(runs.items(), LAYERS):
                 matrix = layer_matrix(task_vector(bench.state(run), null), layer)
-                values = left_singular(matrix.to(device))[1].cpu()
+                values = left_singular(matrix.to(bench.compute.device))[1].cpu()
                 kept = (values.square().cumsum(0) / values.square().sum()).sqrt()
                 part = pd.DataFrame({"direction": range(1, len(values) + 1), "value": values, "kept": kept})
                 parts.append(part.assign(model=name, layer=layer, rows=len(matrix)))
@@ -256,19 +251,17 @@ def attention_against_embedding(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def finished_models(bench: Workbench, fold: int, precision: str = "fp32") -> list[dict[str, Run]]:
+def finished_models(bench: Workbench, fold: int) -> list[dict[str, Run]]:
     """The models of each target with all of its sources, as `steph.analysis.mixing.pairs.models` gives them, of those
     targets where all are finished."""
     study = bench.study
-    by_target = [pairs.models(study, name, study.sources_of(name), fold, precision) for name in study.datasets]
+    by_target = [pairs.models(bench, name, study.sources_of(name), fold) for name in study.datasets]
     return [models for models in by_target if all(bench.record(run) is not None for run in models.values())]
 
 
-def every_pair(
-    bench: Workbench, by_target: Sequence[Mapping[str, Run]], seed: int, device: str = "cpu"
-) -> pd.DataFrame:
+def every_pair(bench: Workbench, by_target: Sequence[Mapping[str, Run]], seed: int) -> pd.DataFrame:
     """`reading` of all pairs of some targets' models, with one draw of each baseline. Computed once."""
-    tables = [curves(bench, models, seed, device, (0.0, 0.5, 1.0), draws=1) for models in by_target]
+    tables = [curves(bench, models, seed, (0.0, 0.5, 1.0), draws=1) for models in by_target]
     return reading(pd.concat(tables, ignore_index=True))
 
 

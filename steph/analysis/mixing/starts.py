@@ -12,7 +12,7 @@ from steph.analysis.mixing import dynamics
 from steph.analysis.performance.estimates import Estimate, answer
 from steph.analysis.performance.statistics import over_starts
 from steph.data.manifest import Study
-from steph.study.runs import Run
+from steph.study.runs import Run, Workbench
 from steph.study.tables import VALUES, primary_outcome
 
 FOLD = 0
@@ -21,9 +21,9 @@ MEAN = "mean"
 """In place of a seed: all starts together."""
 
 
-def runs(study: Study, seeds: Sequence[int], precision: str = "fp32") -> list[Run]:
+def runs(bench: Workbench, seeds: Sequence[int]) -> list[Run]:
     """STEPH from several starts on every target, one fold; the models that are merged are the same."""
-    return [run for d in study.target_names for run in dynamics.runs(study, d, FOLD, seeds, precision)]
+    return [run for d in bench.study.target_names for run in dynamics.runs(bench, d, FOLD, seeds)]
 
 
 def choices(courses: Mapping[str, pd.DataFrame], study: Study) -> pd.DataFrame:

@@ -15,50 +15,41 @@ import pandas as pd
 from steph.analysis.mixing import dynamics
 from steph.analysis.mixing.landscape import landscape
 from steph.analysis.mixing.pairs import check_sources
-from steph.data.manifest import Study
 from steph.study.runs import Run, Workbench, plan
 
 
-def runs(
-    study: Study, dataset: str, sources: Sequence[str], fold: int, seeds: Sequence[int], precision: str = "fp32"
-) -> list[Run]:
+def runs(bench: Workbench, dataset: str, sources: Sequence[str], fold: int, seeds: Sequence[int]) -> list[Run]:
     """STEPH with each of the sources alone, from each start. Raises as `check_sources`."""
-    check_sources(study, dataset, sources, fold)
-    return plan(study, [dataset], [f"steph@{source}" for source in sources], [fold], seeds, precision)
+    check_sources(bench.study, dataset, sources, fold)
+    return plan(bench, [dataset], [f"steph@{source}" for source in sources], [fold], seeds)
 
 
 def shown(
-    bench: Workbench,
-    dataset: str,
-    fold: int,
-    seeds: Sequence[int],
-    sources: Sequence[str] | None = None,
-    precision: str = "fp32",
+    bench: Workbench, dataset: str, fold: int, seeds: Sequence[int], sources: Sequence[str] | None = None
 ) -> list[Run]:
     """The trainings that a chapter on a target shows: with each of a few sources from the first start, then with the
     first source from the other starts. sources: None takes three of `dynamics.chosen_sources`, of the finished STEPH
     run with the first of the seeds."""
-    study = bench.study
     if sources is None:
-        course = dynamics.dynamics(bench, dynamics.runs(study, dataset, fold, seeds[:1], precision))
+        course = dynamics.dynamics(bench, dynamics.runs(bench, dataset, fold, seeds[:1]))
         sources = list(dynamics.chosen_sources(course, n=2)["source"])
-    from_one_start = runs(study, dataset, sources, fold, seeds[:1], precision)
-    return [*from_one_start, *runs(study, dataset, sources[:1], fold, seeds, precision)[1:]]
+    from_one_start = runs(bench, dataset, sources, fold, seeds[:1])
+    return [*from_one_start, *runs(bench, dataset, sources[:1], fold, seeds)[1:]]
 
 
-def trajectories(bench: Workbench, runs: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
+def trajectories(bench: Workbench, runs: Iterable[Run]) -> pd.DataFrame:
     """The courses of runs with one source in the plane: source, seed, epoch (1, 2, ...), w, lambda, c_s, c_t, and the
     losses of `landscape` at that very point, not read off the grid. Raises `Refused` for a run that is not finished."""
     tables = []
     for run in runs:
         course = dynamics.dynamics(bench, [run])
         course["c_s"], course["c_t"] = course["w"] * (1 - course["lambda"]), course["w"] * course["lambda"]
-        points = landscape(bench, run, device, points=course[["c_s", "c_t"]].to_numpy())
+        points = landscape(bench, run, points=course[["c_s", "c_t"]].to_numpy())
         tables.append(course.join(points.drop(columns=["c_s", "c_t"])))
     return pd.concat(tables, ignore_index=True)
 
 
-def ends(bench: Workbench, runs: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
+def ends(bench: Workbench, runs: Iterable[Run]) -> pd.DataFrame:
     """Where trajectories begin and end, a row per run: source, seed; w, lambda, c_s, c_t after the last epoch;
 
     - target_loss: test loss of M_t;
@@ -72,14 +63,14 @@ def ends(bench: Workbench, runs: Iterable[Run], device: str = "cpu") -> pd.DataF
     """
     rows = []
     for run in runs:
-        course = trajectories(bench, [run], device)
+        course = trajectories(bench, [run])
         last, place = course.iloc[-1], course[["c_s", "c_t"]].to_numpy()[-1:]
-        of_target = landscape(bench, run, device, points=np.array([[0.0, 1.0]]))
+        of_target = landscape(bench, run, points=np.array([[0.0, 1.0]]))
         losses = {
             "target_loss": of_target["loss_test"].item(),
             "first_loss": course["loss_test"].iloc[0],
             "last_loss": last["loss_test"],
-            "own_head_loss": landscape(bench, run, device, head=run, points=place)["loss_test"].item(),
+            "own_head_loss": landscape(bench, run, head=run, points=place)["loss_test"].item(),
             "steph_loss": bench.finished(run).info["metrics"]["loss"],
         }
         rows.append({**last[["source", "seed", "w", "lambda", "c_s", "c_t"]], **losses})

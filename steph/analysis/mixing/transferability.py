@@ -14,7 +14,6 @@ from steph import Refused
 from steph.analysis.mixing import dynamics
 from steph.analysis.performance import discrimination
 from steph.data.dataset import Dataset
-from steph.data.manifest import Study
 from steph.merging.task_vectors import Layout, encoder_part, task_vector
 from steph.mil.base import Model
 from steph.study.cache import cached_table
@@ -25,26 +24,26 @@ from steph.training.device import Compute, single_thread
 from steph.training.engine import loader
 
 
-def source_runs(study: Study, precision: str = "fp32") -> dict[str, Run]:
+def source_runs(bench: Workbench) -> dict[str, Run]:
     """By data set, the run whose model stands for it as a source."""
-    return {name: Run(name, "vanilla", SOURCE_FOLD, study.seed, precision) for name in study.datasets}
+    return {name: bench.run_of(name, "vanilla", SOURCE_FOLD) for name in bench.study.datasets}
 
 
-def transferred(bench: Workbench, targets: Sequence[str], precision: str = "fp32", device: str = "cpu") -> pd.DataFrame:
+def transferred(bench: Workbench, targets: Sequence[str]) -> pd.DataFrame:
     """C-index of every other cancer's model on all patients of each target, none of whom it has seen: source, target,
     c_index, n, events, problem (why it has none).
 
     Each bag is read once for all models; each target's table is computed once. The models (`source_runs`) must be
     finished; one that is not is refused, and so is one that a patient of the target has trained.
     """
-    tables = [_on_target(bench, target, precision, device) for target in targets]
+    tables = [_on_target(bench, target) for target in targets]
     table = pd.concat(tables, ignore_index=True).fillna({"problem": ""})
     return table[["source", "target", "c_index", "n", "events", "problem"]]
 
 
-def _on_target(bench: Workbench, target: str, precision: str, device: str) -> pd.DataFrame:
+def _on_target(bench: Workbench, target: str) -> pd.DataFrame:
     study, data = bench.study, bench.dataset(target)
-    runs = {name: run for name, run in source_runs(study, precision).items() if name in study.sources_of(target)}
+    runs = {name: run for name, run in source_runs(bench).items() if name in study.sources_of(target)}
     for name in runs:
         refuse_trained(bench, f"{name} on {target}", target, list(data.cohort.slides_of), name, SOURCE_FOLD)
     inputs = {
@@ -53,8 +52,7 @@ def _on_target(bench: Workbench, target: str, precision: str, device: str) -> pd
     }  # fmt: skip
 
     def compute() -> pd.DataFrame:
-        how = Compute(device, precision, study.recipe.max_patches)
-        return c_indices({name: bench.model(run) for name, run in runs.items()}, data, how)
+        return c_indices({name: bench.model(run) for name, run in runs.items()}, data, bench.compute)
 
     return cached_table(bench, f"transferred-{target}", inputs, compute).assign(target=target)
 
@@ -91,11 +89,11 @@ def matrix(table: pd.DataFrame, own: pd.DataFrame, names: Sequence[str]) -> pd.D
     return wide.rename_axis(index="source", columns="target")
 
 
-def task_vector_cosine(bench: Workbench, precision: str = "fp32") -> pd.DataFrame:
+def task_vector_cosine(bench: Workbench) -> pd.DataFrame:
     """Cosine of the angle between the task vectors of each two cancers' encoders, of the models of `source_runs`."""
     null, names = bench.null_state("abmil"), list(bench.study.datasets)
     layout = Layout.of(encoder_part(null))
-    states = [bench.state(run) for run in source_runs(bench.study, precision).values()]
+    states = [bench.state(run) for run in source_runs(bench).values()]
     vectors = torch.stack([layout.flatten(task_vector(state, null)).double() for state in states])
     vectors /= vectors.norm(dim=1, keepdim=True)
     return pd.DataFrame((vectors @ vectors.T).numpy(), index=names, columns=names)

@@ -278,7 +278,7 @@ def _holding(left: Tensor, right: Tensor, logits: Tensor | None = None) -> dict[
     }
 
 
-def small_problem(bench: Workbench, pair: Run, device: str = "cpu") -> Problem:
+def small_problem(bench: Workbench, pair: Run) -> Problem:
     """The small problem of a pair (`steph.analysis.mixing.pairs.pair`): at most `MAX_PATIENTS` training patients of the
     target's fold and of the source's fold 0, at most `MAX_TESTED` of the target's external or else test patients, drawn
     by the study's seed, with at most `MAX_PATCHES` patches each, and ABMIL with at most `DIM_EMB` and `DIM_ATTN` units,
@@ -291,15 +291,16 @@ def small_problem(bench: Workbench, pair: Run, device: str = "cpu") -> Problem:
     of_target, source = patient_sets(bench, pair), bench.dataset(str(pair.entry.only))
     small = {"dim_emb": min(n.dim_emb, DIM_EMB), "dim_attn": min(n.dim_attn, DIM_ATTN), "n_bins": n.n_bins}
     seed_everything(study.seed)
-    network = ABMIL(min(study.features.dim, DIM_IN), **small, dropout=0.0).to(device, torch.float64).eval()
+    compute = replace(bench.compute, precision="fp64", max_patches=MAX_PATCHES)
+    network = ABMIL(min(study.features.dim, DIM_IN), **small, dropout=0.0).to(compute.device, compute.dtype).eval()
     parts = [
-        _load(study, network, *of_target["train"], MAX_PATIENTS, device),
-        _load(study, network, source, source.splits.train(0), MAX_PATIENTS, device),
-        _load(study, network, *of_target.get("external", of_target["test"]), MAX_TESTED, device),
+        _load(study, network, *of_target["train"], MAX_PATIENTS, compute),
+        _load(study, network, source, source.splits.train(0), MAX_PATIENTS, compute),
+        _load(study, network, *of_target.get("external", of_target["test"]), MAX_TESTED, compute),
     ]
     if (dim := study.features.dim) > DIM_IN:
         drawn = torch.randn(dim, DIM_IN, generator=torch.Generator().manual_seed(study.seed), dtype=torch.float64)
-        narrow = [part.bags.features @ drawn.to(device) for part in parts]
+        narrow = [part.bags.features @ drawn.to(compute.device) for part in parts]
         scale = narrow[0].square().mean().sqrt()
         bags = [RaggedBatch(x / scale, part.bags.offsets) for x, part in zip(narrow, parts, strict=True)]
         parts = [replace(part, bags=narrowed) for part, narrowed in zip(parts, bags, strict=True)]
@@ -308,13 +309,15 @@ def small_problem(bench: Workbench, pair: Run, device: str = "cpu") -> Problem:
     return Problem(network, target, source_patients, test, study.recipe.alpha)
 
 
-def _load(study: Study, network: ABMIL, data: Dataset, patients: Sequence[str], most: int, device: str) -> Patients:
+def _load(
+    study: Study, network: ABMIL, data: Dataset, patients: Sequence[str], most: int, compute: Compute
+) -> Patients:
     if len(patients) > most:
         places = np.sort(np.random.default_rng(study.seed).choice(len(patients), most, replace=False))
         patients = [patients[i] for i in places]
     labels = data.labels(patients)
-    bags = loader(network, data, patients, Compute(device, "fp64", MAX_PATCHES))(patients)
-    bins, event = targets(labels, study.network.n_bins, study.network.bin_width_days, device)
+    bags = loader(network, data, patients, compute)(patients)
+    bins, event = targets(labels, study.network.n_bins, study.network.bin_width_days, compute.device)
     return Patients(bags, bins, event, labels["time_days"].to_numpy())
 
 
@@ -323,19 +326,19 @@ def lengths(study: Study) -> list[int]:
     return [steps for steps in LENGTHS if steps <= max(10 * study.recipe.epochs, LENGTHS[1])]
 
 
-def of_pair(bench: Workbench, pair: Run, seeds: Sequence[int], device: str = "cpu") -> pd.DataFrame:
+def of_pair(bench: Workbench, pair: Run, seeds: Sequence[int]) -> pd.DataFrame:
     """`compare` on the `small_problem` of a pair, over `lengths`. Computed once."""
     steps = lengths(bench.study)
     inputs = {"pair": bench.key(pair), "seeds": list(seeds), "steps": steps}
-    return cached_table(bench, "vicinal", inputs, lambda: compare(small_problem(bench, pair, device), steps, seeds))
+    return cached_table(bench, "vicinal", inputs, lambda: compare(small_problem(bench, pair), steps, seeds))
 
 
-def premise_of_pair(bench: Workbench, pair: Run, seed: int, device: str = "cpu") -> pd.DataFrame:
+def premise_of_pair(bench: Workbench, pair: Run, seed: int) -> pd.DataFrame:
     """`premise` on the `small_problem` of a pair, at M_0 and at the M_t of the longest of `lengths`. Computed once."""
     steps = max(lengths(bench.study))
 
     def compute() -> pd.DataFrame:
-        problem = small_problem(bench, pair, device)
+        problem = small_problem(bench, pair)
         with single_thread():
             tau = train(problem, [(1.0, LOSSES)], [steps], seed)[steps][0]
         return premise(problem, {"M_0": problem.null, "M_t": problem.null + tau}, seed)

@@ -25,17 +25,17 @@ from steph.training.device import single_thread
 from steph.training.engine import predict
 
 
-def on_training(bench: Workbench, runs: Iterable[Run], device: str = "cpu") -> pd.DataFrame:
+def on_training(bench: Workbench, runs: Iterable[Run]) -> pd.DataFrame:
     """What each finished run's model makes of the patients that it was trained on: median (of their risk), c_index,
     dataset, method, fold. It reads every training bag once, and keeps what it finds."""
-    return pd.concat([_on_training(bench, run, device) for run in runs], ignore_index=True)
+    return pd.concat([_on_training(bench, run) for run in runs], ignore_index=True)
 
 
-def _on_training(bench: Workbench, run: Run, device: str) -> pd.DataFrame:
+def _on_training(bench: Workbench, run: Run) -> pd.DataFrame:
     def compute() -> pd.DataFrame:
         data, together = bench.dataset(run.dataset), bench.study.recipe.bags_per_step
         with single_thread():
-            known = predict(bench.model(run), data, data.splits.train(run.fold), bench.compute(run, device), together)
+            known = predict(bench.model(run), data, data.splits.train(run.fold), bench.compute_of(run), together)
         return pd.DataFrame([{"median": known["risk"].median(), "c_index": c_index(known)["c_index"]}])
 
     table = cached_table(bench, f"training_risk-{run.dataset}-{run.method}", bench.key(run), compute)
@@ -49,9 +49,7 @@ def grouped(predictions: pd.DataFrame, medians: pd.DataFrame) -> pd.DataFrame:
     return table.assign(high=table["risk"].to_numpy() > median.to_numpy())
 
 
-def lowest(
-    bench: Workbench, runs: Iterable[Run], results: pd.DataFrame, device: str = "cpu", n: int = 5
-) -> pd.DataFrame:
+def lowest(bench: Workbench, runs: Iterable[Run], results: pd.DataFrame, n: int = 5) -> pd.DataFrame:
     """The n lowest mean C-indices of test folds below one half, of models that were trained on the target's outcomes:
     dataset, method, the mean on test folds and, if there are some, external patients, and that on the patients the very
     same models were trained on; all by the same code, so a sign that was wrong would be wrong for all."""
@@ -65,7 +63,7 @@ def lowest(
             continue
         of = results[(results["dataset"] == dataset) & (results["method"] == method)]
         known = {name: of[value].astype(float).mean() for value, name in VALUES.items() if of[value].notna().all()}
-        trained = on_training(bench, of_cell, device)["c_index"].mean()
+        trained = on_training(bench, of_cell)["c_index"].mean()
         rows.append({"data set": dataset, "method": title(method)} | known | {"its training patients": trained})
     return pd.DataFrame(rows)
 

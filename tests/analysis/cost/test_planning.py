@@ -17,7 +17,7 @@ from steph.training.engine import fit
 
 
 def table_of(bench, *methods):
-    return work(bench, plan(bench.study, ["SARC"], methods, [1]))
+    return work(bench, plan(bench, ["SARC"], methods, [1]))
 
 
 def test_a_plan_holds_what_its_runs_build_on(tiny):
@@ -75,7 +75,7 @@ def test_a_study_without_sizes_is_refused():
 
 
 def test_joint_learning_trains_once_on_everybody(tiny):
-    table = work(tiny, plan(tiny.study, None, ["joint", "vanilla"], [0])).set_index(["method", "dataset"])
+    table = work(tiny, plan(tiny, None, ["joint", "vanilla"], [0])).set_index(["method", "dataset"])
     first, *others = tiny.study.datasets
     assert (table.loc["joint"].loc[others, "updates"] == 0).all()
     assert table.loc[("joint", first), "training"] == pytest.approx(table.loc["vanilla"]["training"].sum(), abs=2)
@@ -87,10 +87,10 @@ def test_seconds_are_those_of_finished_runs_of_the_kind(tiny, monkeypatch):
     table = table_of(tiny, "steph", "steph_beta0")
     took = np.where(table["method"].str.startswith("steph"), [30.0] * len(table), 10.0)
     table = table.assign(took=np.where(table["method"] == "steph_beta0", 60.0, took), device="cpu", finished=True)
-    taken = seconds(tiny, table, "cpu", "fp32")
+    taken = seconds(tiny, table)
     assert taken[table["method"].str.startswith("steph")].tolist() == pytest.approx([45.0, 45.0])  # of one kind
     assert taken[table["method"] == "vanilla"].sum() == pytest.approx(30.0)
-    text = "\n".join(report(tiny, table, taken, "cpu", "fp32"))
+    text = "\n".join(report(tiny, table, taken))
     # Of steph and steph_beta0 each is predicted from the other: 60 for 30 and 30 for 60; the models as they took.
     assert "the 5 finished runs took 120 s by their records" in text and "is predicted to within" in text
     pair = table[table["method"].str.startswith("steph")]
@@ -101,10 +101,10 @@ def test_seconds_are_those_of_finished_runs_of_the_kind(tiny, monkeypatch):
 def test_what_no_finished_run_tells_is_measured_once(tiny, monkeypatch):
     table = table_of(tiny, "vanilla", "model_average", "finetuned_head", "roupkt", "transmil")
     elsewhere = table.assign(device="cuda (another)")
-    taken = seconds(tiny, elsewhere, "cpu", "fp32")
+    taken = seconds(tiny, elsewhere)
     assert (taken > 0).all()
     monkeypatch.setattr(planning, "_pace", lambda *_: pytest.fail("measured again"))
-    assert seconds(tiny, elsewhere, "cpu", "fp32").equals(taken)
+    assert seconds(tiny, elsewhere).equals(taken)
 
 
 @pytest.mark.parametrize("name", ["vanilla", "steph"])
@@ -132,7 +132,7 @@ def test_hours_of_many_workers_wait_for_the_stage_before():
 
 def test_a_plan_is_told_in_lines(tiny):
     table = table_of(tiny, "vanilla", "steph")
-    text = "\n".join(report(tiny, table, seconds(tiny, table, "cpu", "fp32"), "cpu", "fp32", methods=True))
+    text = "\n".join(report(tiny, table, seconds(tiny, table), methods=True))
     assert "study tiny: 4 runs, 4 of them finished; 3 data sets, 2 stages" in text
     assert re.search(r"hours for what is missing, .*, fp32: 0 on 1, 0 on 2, 0 on 8, 0 on 64", text)
     assert "(STEPH on SARC)" in text and "disk for the missing records: 0 bytes" in text and "Vanilla" in text
@@ -140,7 +140,7 @@ def test_a_plan_is_told_in_lines(tiny):
 
 
 def test_every_method_of_the_book_can_be_planned(tiny):
-    table = work(tiny, plan(tiny.study, None, None, [0]))
+    table = work(tiny, plan(tiny, None, None, [0]))
     assert (table["operations"] > 0).all() and (table["bytes"] > 0).all()
     sizes = {name: patients(tiny, name) for name in tiny.study.datasets}
     need = planning.memory(tiny.study, sizes, table["method"].unique(), Compute())
@@ -156,7 +156,7 @@ def test_more_memory_than_is_free_is_said_before(tiny, monkeypatch):
     need = need.set_index("method")["bytes"]
     assert 0 < need["vanilla"] < need["transmil"] == need.max()
     monkeypatch.setattr(planning, "available", lambda device: need["transmil"] - 1)
-    text = "\n".join(report(tiny, table, table["mean"], "cpu", "fp32"))
+    text = "\n".join(report(tiny, table, table["mean"]))
     assert "too much for this machine: TransMIL. Set recipe.max_patches" in text
 
 

@@ -5,12 +5,12 @@ import pytest
 
 from steph import Refused
 from steph.analysis.cost import operations, timing
-from steph.study.runs import Run
+from steph.study.runs import Run, Workbench
 from steph.training.device import PRECISIONS
 
 
 def test_epochs_are_timed_in_rounds_and_kept(tiny):
-    runs = timing.epoch_runs(tiny.study, "SARC", 0, tiny.study.seed)
+    runs = timing.epoch_runs(tiny, "SARC", 0, tiny.study.seed)
     assert [run.method for run in runs] == [
         "vanilla", "model_average", "adamerging", "ties_am", "surgery_am", "iso_c_am", "steph"
     ]  # fmt: skip
@@ -24,7 +24,7 @@ def test_epochs_are_timed_in_rounds_and_kept(tiny):
     with pytest.raises(Refused, match="is not finished"):
         timing.epoch_times(tiny, [Run("SARC", "steph", 0, 5, "fp64")])
     with pytest.raises(Refused, match="expected cpu"):
-        timing.epoch_times(tiny, runs, "tpu")
+        timing.epoch_times(Workbench(tiny.study, "tpu"), runs)
 
 
 def timed() -> pd.DataFrame:
@@ -75,19 +75,20 @@ def test_predictions_are_timed_at_the_papers_dimensions_and_kept(tiny, monkeypat
     monkeypatch.setattr(timing, "counted", lambda bench: counted)
     formats, random_bags = set(), timing.random_bags
     monkeypatch.setattr(timing, "random_bags", lambda *a: formats.add(a[-1]) or random_bags(*a))
-    times = timing.prediction_times(tiny, precision=precision)
+    bench = Workbench(tiny.study, precision=precision)
+    times = timing.prediction_times(bench)
     assert formats == {PRECISIONS[precision]}
     assert times.groupby("method")["round"].nunique().ge(timing.LEAST).all() and (times["seconds"] > 0).all()
     memory = times.drop_duplicates("method").set_index("method")["memory"]
     assert memory["vanilla"] == operations.prediction_memory("vanilla", operations.paper_study(), 100, precision)
-    assert timing.prediction_times(tiny, precision=precision).equals(times)
+    assert timing.prediction_times(bench).equals(times)
     shown = timing.prediction_table(times, counted).set_index("method")
     assert shown.loc["Vanilla", ["× Vanilla", "× Vanilla (operations)"]].tolist() == ["1.00 (1.00 to 1.00)", 1]
     assert shown.loc["ROUPKT", "× Vanilla (operations)"] > 13
 
 
 def test_methods_that_predict_alike_are_timed_once(tiny, monkeypatch):
-    monkeypatch.setattr(timing, "measured", lambda bench, name, device, inputs, measure: set(inputs["methods"]))
+    monkeypatch.setattr(timing, "measured", lambda bench, name, inputs, measure: set(inputs["methods"]))
     names = timing.prediction_times(tiny)
     assert {"vanilla", "transmil", "patch_gcn", "roupkt", "steph", "steph_subsampled", "hypernetwork_only"} <= names
     assert not {"model_average", "adamerging", "joint"} & names

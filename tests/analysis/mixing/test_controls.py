@@ -24,7 +24,7 @@ from steph.data import manifest
 from steph.data.manifest import MANIFESTS, load_study
 from steph.methods.registry import METHODS
 from steph.plots.comparison import transfer_controls
-from steph.study import run_all
+from steph.study import Workbench, run_all
 from tests.helpers.made_results import DATASETS, frame, shifted
 
 
@@ -61,19 +61,19 @@ def test_every_control_is_a_method_and_stands_once():
 
 def test_the_runs_are_those_of_the_methods_and_of_the_starts():
     study = load_study("demo")
-    found = controls.runs(study, [42, 43, 44])
+    found = controls.runs(Workbench(study), [42, 43, 44])
     assert len(found) == len(set(found))
     own = {(r.method, r.fold) for r in found if r.seed == 42}
     few = {m: study.book_folds.get(m) or study.book_folds.get(METHODS[m].group, 5) for m in controls.METHODS}
     assert own == {(m, f) for m in controls.METHODS for f in range(few[m])} and few["steph_random_sources"] == 1
     others = [r for r in found if r.seed != 42]
     assert {(r.method, r.fold) for r in others} == {("steph", starts.FOLD)} and len(others) == 2 * 13
-    assert {r.precision for r in controls.runs(study, [1], "bf16")} == {"bf16"}
+    assert {r.precision for r in controls.runs(Workbench(study, "cuda"), [1])} == {"bf16"}
 
 
 def test_a_study_of_one_cancer_asks_what_it_can(tmp_path):
     (tmp_path / "one.yaml").write_text("extends: tiny\nname: one\ndatasets: {SARC: {projects: [X]}}\n")
-    found = {run.method for run in controls.comparisons(load_study(tmp_path / "one.yaml"), 42)}
+    found = {run.method for run in controls.comparisons(Workbench(tmp_path / "one.yaml"), 42)}
     assert {"vanilla", "vanilla_longer", "cox_mean"} <= found and not {"steph", "steph_lambda1"} & found
 
 
@@ -87,17 +87,16 @@ def test_a_study_is_its_twins_but_for_sharing():
 
 
 def test_the_studies_beside_are_the_positive_control_and_the_twins():
-    found = controls.companions(load_study("demo"))
-    assert [study.name for study, _ in found.values()] == ["transfer", "transfer_twin", "demo_twin"]
-    assert list(controls.companions(load_study("tcga"), "bf16")) == [POSITIVE, POSITIVE_TWIN]
-    assert controls.companions(load_study("transfer_twin")) == {}
-    for where, (study, runs) in found.items():
+    found = controls.companions(Workbench("demo"))
+    assert [bench.study.name for bench, _ in found.values()] == ["transfer", "transfer_twin", "demo_twin"]
+    assert controls.companions(Workbench("transfer_twin")) == {}
+    for where, (bench, runs) in found.items():
         twin = where != POSITIVE
         assert {r.method for r in runs} == set(controls.TWIN_METHODS if twin else controls.METHODS)
-        assert {r.dataset for r in runs} == set(study.target_names)
-    assert {r.precision for _, runs in controls.companions(load_study("tcga"), "bf16").values() for r in runs} == {
-        "bf16"
-    }
+        assert {r.dataset for r in runs} == set(bench.study.target_names)
+    of_tcga = controls.companions(Workbench("tcga", "cuda"))
+    assert list(of_tcga) == [POSITIVE, POSITIVE_TWIN]
+    assert {(b.compute.device, r.precision) for b, runs in of_tcga.values() for r in runs} == {("cuda", "bf16")}
 
 
 def test_a_positive_control_without_a_twin_is_refused(tmp_path):
@@ -262,15 +261,14 @@ def test_with_trained_models_the_instrument_says_yes_where_transfer_is_planted_a
     tmp_path, monkeypatch
 ):
     monkeypatch.setenv("STEPH_BUILD", str(tmp_path))
-    study = load_study("transfer")
-    twin = controls.twin(study)
+    bench = Workbench("transfer")
+    twin, of_twin = controls.companions(Workbench("demo"))[POSITIVE_TWIN]
     few = ["vanilla", "vanilla_longer", "steph_own_seeds", "steph_random_sources", "steph_lambda1", "steph", "joint"]
-    planned = controls.comparisons(study, study.seed)
+    planned = controls.comparisons(bench, bench.study.seed)
     results = {
-        HERE: run_all(study, [run for run in planned if run.method in few]),
-        HERE_TWIN: run_all(twin, [r for r in controls.companions(load_study("demo"))[POSITIVE_TWIN][1]
-                                  if r.method in ("vanilla", "steph")]),
-    }  # fmt: skip
+        HERE: run_all(bench, [run for run in planned if run.method in few]),
+        HERE_TWIN: run_all(twin, [run for run in of_twin if run.method in ("vanilla", "steph")]),
+    }
     summary = controls.side_by_side(results)
     table = controls.conditions(summary)
     assert set(table["conclusion"]) == {"holds"}, table[["control", "difference", "low", "high"]].to_string()

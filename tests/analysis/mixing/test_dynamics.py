@@ -16,12 +16,12 @@ def bench(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEPH_BUILD", str(tmp_path_factory.mktemp("build")))
         found = Workbench("tiny")
-        run_all(found, dynamics.runs(found.study, "SARC", 0, [42, 43]), workers=1)
+        run_all(found, dynamics.runs(found, "SARC", 0, [42, 43]), workers=1)
         yield found
 
 
 def test_the_course_is_the_records_history(bench):
-    chosen = dynamics.runs(bench.study, "SARC", 0, [42, 43])
+    chosen = dynamics.runs(bench, "SARC", 0, [42, 43])
     course = dynamics.dynamics(bench, chosen)
     assert list(course.columns) == ["seed", "epoch", "source", "w", "lambda"]
     assert set(course["source"]) == {"CESC", "LIHC"} and set(course["seed"]) == {42, 43}
@@ -33,22 +33,22 @@ def test_the_course_is_the_records_history(bench):
 
 
 def test_starts_differ_but_merge_the_same_models(bench):
-    first, second = dynamics.runs(bench.study, "SARC", 0, [42, 43])
+    first, second = dynamics.runs(bench, "SARC", 0, [42, 43])
     w = dynamics.final_shares(dynamics.dynamics(bench, [first, second]))
     assert (w[42] != w[43]).any() and bench.prerequisites(first) == bench.prerequisites(second)
 
 
 def test_an_unfinished_run_is_refused(bench):
     with pytest.raises(Refused, match="seed99 is not finished"):
-        dynamics.dynamics(bench, dynamics.runs(bench.study, "SARC", 0, [99]))
+        dynamics.dynamics(bench, dynamics.runs(bench, "SARC", 0, [99]))
 
 
 def test_only_what_is_finished_is_found(bench):
     runs = dynamics.finished_runs(bench, ["SARC", "LIHC"])
-    assert runs == dynamics.runs(bench.study, "SARC", 0, [42, 43])
+    assert runs == dynamics.runs(bench, "SARC", 0, [42, 43])
     found = dynamics.by_target(bench, runs)
     assert list(found) == ["SARC"] and sorted(found["SARC"]["seed"].unique()) == [42, 43]
-    assert dynamics.finished_runs(bench, ["SARC"], "fp64") == []
+    assert dynamics.finished_runs(Workbench(bench.study, precision="fp64"), ["SARC"]) == []
     assert dynamics.finished_runs(bench, ["SARC"], single_source=True) == []
 
 
@@ -101,7 +101,7 @@ def test_starts_agree_or_not_with_each_other_and_with_what_was_planted(bench):
     assert found.to_dict() == pytest.approx({(1, 2): 1.0, (1, 3): -1.0, (2, 3): -1.0})
     planted = pd.Series({"D": 0.0, "A": 0.9, "B": 0.5, "C": 0.1})
     assert dynamics.with_planted(course, planted).to_dict() == pytest.approx({1: 1.0, 2: 1.0, 3: -1.0})
-    course = dynamics.dynamics(bench, dynamics.runs(bench.study, "SARC", 0, [42]))
+    course = dynamics.dynamics(bench, dynamics.runs(bench, "SARC", 0, [42]))
     of_two = dynamics.with_planted(course, dynamics.planted(bench.study, "SARC"))
     assert list(of_two.index) == [42] and of_two.isna().all()  # of two sources no correlation can be told
 

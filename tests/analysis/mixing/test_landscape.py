@@ -1,5 +1,7 @@
 """Loss landscapes: every point is what merging and predicting patient by patient gives; what is read from them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,7 +26,7 @@ def bench(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEPH_BUILD", str(tmp_path_factory.mktemp("build")))
         found = Workbench("tiny")
-        chosen = [pair(found.study, "SARC", "LIHC", 1, precision) for precision in ("fp32", "fp64")]
+        chosen = [replace(pair(found, "SARC", "LIHC", 1), precision=precision) for precision in ("fp32", "fp64")]
         run_all(found, [run for each in chosen for run in found.prerequisites(each).values()], workers=1)
         yield found
 
@@ -52,7 +54,7 @@ def plainly(bench: Workbench, run: Run, at: np.ndarray, which: str, head: str) -
 
 @pytest.mark.parametrize("head", ["target", "merged"])
 def test_every_point_is_the_merged_model_tested_patient_by_patient(bench, head):
-    run = pair(bench.study, "SARC", "LIHC", 1, "fp64")
+    run = replace(pair(bench, "SARC", "LIHC", 1), precision="fp64")
     found = module.landscape(bench, run, head=head, points=SOME)
     assert list(found.columns) == ["c_s", "c_t", "loss_train", "loss_test", "loss_external"]
     assert (found[["c_s", "c_t"]].to_numpy() == SOME).all()
@@ -62,12 +64,12 @@ def test_every_point_is_the_merged_model_tested_patient_by_patient(bench, head):
 
 
 def test_bags_are_taken_in_pieces_and_sampled_as_in_training(bench, monkeypatch):
-    run = pair(bench.study, "SARC", "LIHC", 1, "fp64")
+    run = replace(pair(bench, "SARC", "LIHC", 1), precision="fp64")
     whole = module.landscape(bench, run, points=SOME)
     monkeypatch.setattr(module, "NUMBERS", 9000)  # a few points at a time
     calls, at = [], module.Plane._at
     monkeypatch.setattr(module.Plane, "_at", lambda self, *given: calls.append(len(given[1])) or at(self, *given))
-    pieces = module._losses(bench, run, "cpu", "target", SOME)
+    pieces = module._losses(bench, run, "target", SOME)
     assert max(calls) < len(SOME)
     np.testing.assert_allclose(pieces, whole, atol=1e-12)
     recipe = bench.study.recipe.model_copy(update={"max_patches": 4})
@@ -79,7 +81,7 @@ def test_bags_are_taken_in_pieces_and_sampled_as_in_training(bench, monkeypatch)
 
 def test_the_corners_are_the_models_themselves(bench):
     for precision, error in (("fp32", 1e-6), ("fp64", 1e-10)):
-        run = pair(bench.study, "SARC", "LIHC", 1, precision)
+        run = replace(pair(bench, "SARC", "LIHC", 1), precision=precision)
         table = module.landscape(bench, run).set_index(["c_s", "c_t"])
         assert len(table) == 676
         of_target = bench.record(bench.prerequisites(run)[TARGET]).info["metrics"]["loss"]
@@ -88,7 +90,7 @@ def test_the_corners_are_the_models_themselves(bench):
 
 
 def test_a_landscape_is_computed_once(bench, monkeypatch):
-    run = pair(bench.study, "SARC", "LIHC", 1)
+    run = pair(bench, "SARC", "LIHC", 1)
     first = module.landscape(bench, run)
     monkeypatch.setattr(module, "_losses", lambda *_: pytest.fail("computed again"))
     pd.testing.assert_frame_equal(module.landscape(bench, run), first, check_exact=True)
@@ -98,7 +100,7 @@ def test_a_landscape_is_computed_once(bench, monkeypatch):
 
 def test_a_landscape_trains_nothing_and_is_made_where_models_are_finished(bench, monkeypatch):
     with pytest.raises(Refused, match="is not finished"):
-        module.landscape(bench, pair(bench.study, "SARC", "CESC", 0))
+        module.landscape(bench, pair(bench, "SARC", "CESC", 0))
     assert module.finished_landscapes(bench, "SARC") == {}
     run_all(bench, [Run("SARC", "steph", 0, 42)], workers=1)
     few = SOME[:2]

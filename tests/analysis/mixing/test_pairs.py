@@ -4,17 +4,16 @@ import pytest
 
 from steph import Refused
 from steph.analysis.mixing import dynamics, pairs, trajectory
-from steph.data.manifest import load_study
 from steph.study.runs import TARGET, Run, Workbench
 
 
 def test_the_models_of_a_target_are_those_that_steph_merges():
-    study = load_study("tiny")
-    found = pairs.models(study, "SARC", ["LIHC"], 1)
+    bench = Workbench("tiny")
+    found = pairs.models(bench, "SARC", ["LIHC"], 1)
     assert found == {TARGET: Run("SARC", "vanilla", 1, 42), "LIHC": Run("LIHC", "vanilla", 0, 42)}
-    assert Workbench(study).prerequisites(pairs.pair(study, "SARC", "LIHC", 1)) == found
+    assert bench.prerequisites(pairs.pair(bench, "SARC", "LIHC", 1)) == found
     for name in ("demo", "tcga"):
-        assert pairs.pair(load_study(name), "BRCA", "UCEC", 0).method == "steph@UCEC"
+        assert pairs.pair(Workbench(name), "BRCA", "UCEC", 0).method == "steph@UCEC"
 
 
 @pytest.mark.parametrize(
@@ -29,17 +28,17 @@ def test_the_models_of_a_target_are_those_that_steph_merges():
     ],
 )
 def test_pairs_that_cannot_be_are_refused(target, sources, fold, message):
-    study = load_study("tiny")
+    bench = Workbench("tiny")
     with pytest.raises(Refused, match=message):
-        pairs.models(study, target, sources, fold)
+        pairs.models(bench, target, sources, fold)
     with pytest.raises(Refused, match=message):
-        trajectory.runs(study, target, sources, fold, [1])
+        trajectory.runs(bench, target, sources, fold, [1])
     if len(sources) == 1:
         with pytest.raises(Refused, match=message):
-            pairs.pair(study, target, sources[0], fold)
+            pairs.pair(bench, target, sources[0], fold)
     if sources == ["LIHC"]:  # it is the target or the fold that cannot be
         with pytest.raises(Refused, match=message):
-            dynamics.runs(study, target, fold, [1])
+            dynamics.runs(bench, target, fold, [1])
 
 
 def test_patients_are_those_of_the_fold_and_all_external_ones(tiny):

@@ -13,7 +13,7 @@ from steph.analysis.mixing.pairs import models
 from steph.data.manifest import load_study
 from steph.merging.iso import iso_c
 from steph.merging.task_vectors import task_vector
-from steph.study.runs import TARGET, Run
+from steph.study.runs import TARGET, Run, Workbench
 
 OURS = {"code": "released", "paper": "paper"}
 ALPHAS = {"a95": 0.95, "a90": 0.90, "a99": 0.99}
@@ -200,7 +200,7 @@ def test_the_layers_are_compared_pair_by_pair_and_with_what_chance_gives():
 
 
 def test_curves_of_a_study_are_those_of_its_models(tiny):
-    found = sar.curves(tiny, models(tiny.study, "SARC", ["LIHC"], 1), 42, lambdas=(0.0, 0.5, 1.0), draws=2)
+    found = sar.curves(tiny, models(tiny, "SARC", ["LIHC"], 1), 42, lambdas=(0.0, 0.5, 1.0), draws=2)
     assert set(found["kind"]) == {"source", "rotated", "noise"} and set(found["layer"]) == set(sar.LAYERS)
     assert len(found) == len(sar.LAYERS) * (1 + 2 + 2) * 3 * 2
     runs, null = (Run("SARC", "vanilla", 1, 42), Run("LIHC", "vanilla", 0, 42)), tiny.null_state("abmil")
@@ -211,7 +211,7 @@ def test_curves_of_a_study_are_those_of_its_models(tiny):
 
 
 def test_curves_are_kept_and_baselines_follow_the_seed(tiny):
-    pair, settings = models(tiny.study, "SARC", ["CESC"], 0), {"lambdas": (0.0, 1.0), "draws": 1}
+    pair, settings = models(tiny, "SARC", ["CESC"], 0), {"lambdas": (0.0, 1.0), "draws": 1}
     first = sar.curves(tiny, pair, 42, **settings)
     pd.testing.assert_frame_equal(first, sar.curves(tiny, pair, 42, **settings))
     other = sar.curves(tiny, pair, 43, **settings)
@@ -229,11 +229,11 @@ def test_every_pair_of_a_study_and_what_was_planted(tiny):
     assert (planted["pairs"] == 6).all() and planted["at"].between(-1, 1).all()
     assert sar.against_planted(read, load_study("tcga")) is None
     assert [each[TARGET].dataset for each in by_target] == list(tiny.study.datasets)
-    assert sar.finished_models(tiny, 0, "fp64") == []
+    assert sar.finished_models(Workbench(tiny.study, precision="fp64"), 0) == []
 
 
 def test_spectra_of_a_study_and_their_ranks(tiny):
-    spectra = sar.spectra(tiny, models(tiny.study, "SARC", ["LIHC"], 0))
+    spectra = sar.spectra(tiny, models(tiny, "SARC", ["LIHC"], 0))
     assert spectra["model"].unique().tolist() == ["SARC", "LIHC"]
     for _, part in spectra.groupby(["model", "layer"]):
         assert part["kept"].is_monotonic_increasing and part["kept"].iloc[-1] == pytest.approx(1)

@@ -8,6 +8,7 @@ from scipy.stats import t
 from steph.analysis.mixing import dynamics, starts
 from steph.book.notebooks import declared, find
 from steph.data.manifest import load_study
+from steph.study import Workbench
 from tests.helpers.made_results import frame
 
 SOURCES = [f"S{i}" for i in range(8)]
@@ -58,7 +59,7 @@ def test_two_sources_give_no_correlation():
 
 
 def test_the_runs_are_of_every_target_and_start():
-    found = starts.runs(load_study("transfer"), [42, 43], "bf16")
+    found = starts.runs(Workbench("transfer", precision="bf16"), [42, 43])
     assert {(r.method, r.fold, r.precision) for r in found} == {("steph", 0, "bf16")} and len(found) == 2 * 5
 
 

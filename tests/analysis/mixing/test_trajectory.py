@@ -19,12 +19,12 @@ def bench(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEPH_BUILD", str(tmp_path_factory.mktemp("build")))
         found = Workbench("tiny")
-        run_all(found, runs(found.study, "SARC", ["CESC", "LIHC"], 0, [42, 45]), workers=1)
+        run_all(found, runs(found, "SARC", ["CESC", "LIHC"], 0, [42, 45]), workers=1)
         yield found
 
 
 def test_points_are_made_of_the_means_of_w_and_lambda(bench):
-    chosen = runs(bench.study, "SARC", ["CESC", "LIHC"], 0, [42, 45])
+    chosen = runs(bench, "SARC", ["CESC", "LIHC"], 0, [42, 45])
     found = trajectories(bench, chosen)
     assert len(found) == 4 * bench.study.recipe.epochs
     history = pd.read_csv(bench.record(chosen[3]).file("history.csv"))
@@ -37,7 +37,7 @@ def test_points_are_made_of_the_means_of_w_and_lambda(bench):
 
 
 def test_ends_stand_beside_the_targets_own_loss_and_stephs(bench):
-    chosen = runs(bench.study, "SARC", ["CESC"], 0, [42, 45])
+    chosen = runs(bench, "SARC", ["CESC"], 0, [42, 45])
     found, paths = ends(bench, chosen), trajectories(bench, chosen)
     target = bench.prerequisites(chosen[0])[TARGET]
     for i, run in enumerate(chosen):
@@ -54,7 +54,7 @@ def test_ends_stand_beside_the_targets_own_loss_and_stephs(bench):
 
 def test_the_head_of_a_run_predicts_what_the_run_predicts(bench, monkeypatch):
     """With w = 0 every patient has M_0's encoder, so that the point under STEPH's head is STEPH."""
-    (run,) = runs(bench.study, "SARC", ["CESC"], 0, [42])
+    (run,) = runs(bench, "SARC", ["CESC"], 0, [42])
     model, data, network = bench.model(run), bench.dataset("SARC"), bench.study.network
     model.hyper.weight_head[3].bias.data.fill_(-100.0)
     patients = data.splits.test(0)

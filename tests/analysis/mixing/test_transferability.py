@@ -31,7 +31,7 @@ def test_each_cell_is_the_c_index_of_another_cancers_model(tiny, table, monkeypa
 
 
 def test_the_diagonal_is_of_patients_that_the_own_models_were_not_trained_on(tiny, table):
-    own = out_of_fold(tiny, plan(tiny.study, None, ["vanilla"]))
+    own = out_of_fold(tiny, plan(tiny, None, ["vanilla"]))
     matrix = transferability.matrix(table, own, NAMES)
     folds = [part for _, part in own[own["dataset"] == "SARC"].groupby("fold")]
     scores = [concordance_index(part["time_days"], part["event"], part["risk"]) for part in folds]

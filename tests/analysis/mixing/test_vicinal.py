@@ -172,21 +172,21 @@ def test_eq_9_is_an_equality_where_nothing_differs_but_labels(problem):
 
 
 def test_the_small_problem_of_a_study_and_of_a_sample_of_its_patients(tiny, monkeypatch):
-    found = vicinal.small_problem(tiny, pair(tiny.study, "SARC", "LIHC", 1))
+    found = vicinal.small_problem(tiny, pair(tiny, "SARC", "LIHC", 1))
     data = tiny.dataset("SARC")
     assert len(found.target) == len(data.splits.train(1)) and len(found.test) == len(data.external.cohort)
     assert max(found.source.bags.sizes) <= vicinal.MAX_PATCHES
     assert found.null.dtype == torch.float64 and found.network.dropout == 0
     monkeypatch.setattr(vicinal, "MAX_PATIENTS", 20)
-    sampled = vicinal.small_problem(tiny, pair(tiny.study, "SARC", "LIHC", 1))
+    sampled = vicinal.small_problem(tiny, pair(tiny, "SARC", "LIHC", 1))
     assert torch.equal(found.null, sampled.null) and len(sampled.target) == len(sampled.source) == 20
     assert set(sampled.target.time_days) <= set(data.labels(data.splits.train(1))["time_days"])
 
 
 def test_wide_features_are_projected_and_scaled(tiny, monkeypatch):
-    whole = vicinal.small_problem(tiny, pair(tiny.study, "SARC", "LIHC", 0))
+    whole = vicinal.small_problem(tiny, pair(tiny, "SARC", "LIHC", 0))
     monkeypatch.setattr(vicinal, "DIM_IN", 8)
-    found = vicinal.small_problem(tiny, pair(tiny.study, "SARC", "LIHC", 0))
+    found = vicinal.small_problem(tiny, pair(tiny, "SARC", "LIHC", 0))
     assert found.target.bags.features.square().mean() == pytest.approx(1)
     assert found.network.embed.in_features == found.test.bags.features.shape[1] == 8
     assert found.target.bags.offsets == whole.target.bags.offsets
@@ -203,7 +203,7 @@ def test_how_long_a_study_trains():
 
 def test_a_studys_comparison_is_kept_and_read_in_words(tiny, monkeypatch):
     monkeypatch.setattr(vicinal, "LENGTHS", (1, 2))
-    asked = pair(tiny.study, "SARC", "LIHC", 0)
+    asked = pair(tiny, "SARC", "LIHC", 0)
     table, premise = vicinal.of_pair(tiny, asked, [42, 43]), vicinal.premise_of_pair(tiny, asked, 42)
     monkeypatch.setattr(vicinal, "compare", None)
     pd.testing.assert_frame_equal(table, vicinal.of_pair(tiny, asked, [42, 43]))

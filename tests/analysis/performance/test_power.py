@@ -136,7 +136,7 @@ def test_assumptions_come_from_finished_runs_and_the_paper_where_there_are_some(
 
 
 def test_a_study_s_runs_are_checked_and_designs_computed_once(tiny, monkeypatch):
-    runs = plan(tiny.study, methods=["vanilla", "steph"])
+    runs = plan(tiny, methods=["vanilla", "steph"])
     table = power.checked(tiny, runs, np.nan)
     assert set(table.columns) >= {"seen", "predicted"}
     monkeypatch.setattr(power, "cohort_sizes", lambda: SIZES)

@@ -14,7 +14,7 @@ from steph.study.runs import plan, results
 
 @pytest.fixture
 def runs(tiny):
-    return plan(tiny.study, ["SARC", "CESC"], ["vanilla", "steph"])
+    return plan(tiny, ["SARC", "CESC"], ["vanilla", "steph"])
 
 
 def test_every_patient_is_predicted_once_by_the_fold_that_tests_them(tiny, runs):

@@ -13,7 +13,7 @@ from steph.training.engine import predict
 
 @pytest.fixture
 def runs(tiny):
-    return plan(tiny.study, ["SARC"], ["vanilla", "steph"])
+    return plan(tiny, ["SARC"], ["vanilla", "steph"])
 
 
 def test_the_median_is_that_of_the_training_patients_and_is_kept(tiny, runs, monkeypatch):
@@ -27,7 +27,7 @@ def test_the_median_is_that_of_the_training_patients_and_is_kept(tiny, runs, mon
 
 
 def test_the_lowest_means_stand_beside_those_of_the_patients_that_the_models_were_trained_on(tiny):
-    runs = plan(tiny.study, methods=["vanilla", "model_average"])
+    runs = plan(tiny, methods=["vanilla", "model_average"])
     table = results(tiny).query("method in ['vanilla', 'model_average'] and seed == @tiny.study.seed")
     of_sarc = (table["method"] == "vanilla") & (table["dataset"] == "SARC")
     low = table.assign(c_index=np.where(table["method"] == "model_average", 0.1, np.where(of_sarc, 0.3, 0.4)))

@@ -88,7 +88,7 @@ def test_weights_that_would_be_infinite_are_refused():
 
 @pytest.fixture
 def predicted(tiny):
-    return out_of_fold(tiny, plan(tiny.study, None, ["vanilla", "steph"]))
+    return out_of_fold(tiny, plan(tiny, None, ["vanilla", "steph"]))
 
 
 def test_over_folds_pairs_are_summed_and_patients_averaged(tiny, predicted):
