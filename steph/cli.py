@@ -94,7 +94,7 @@ Datasets = Annotated[Names, Option("--dataset", help="repeat for several; defaul
 Methods = Annotated[Names, Option("--method", help="repeat for several; default: all")]
 Folds = Annotated[list[int] | None, Option("--fold", help="repeat for several; default: all")]
 Precision = Annotated[str, Option("--precision", help="auto, fp32, fp64, bf16 or tf32")]
-Workers = Annotated[int | None, Option("--workers", min=1, help="processes on the CPU; default: one per core")]
+Workers = Annotated[int | None, Option("--workers", min=1, help="processes on the CPU; default: all usable cores")]
 Device = Annotated[str, Option("--device", help="cpu, cuda or cuda:N")]
 Pixels = Annotated[int | None, Option(min=1, help="edge of a patch in level-0 pixels; default: as found")]
 NEXT = ("data check", "data pack", "study plan", "study run")

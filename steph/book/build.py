@@ -18,7 +18,7 @@ from steph.book import notebooks, pages
 from steph.data.manifest import Study, refuse_unknown
 from steph.files.atomic import atomic_path
 from steph.files.records import read_json
-from steph.study.execute import run_all, worker_pool
+from steph.study.execute import run_all, usable_cores, worker_pool
 from steph.study.runs import Run, Workbench, plan, results
 
 SHELF = WORKPLACE / "build" / "book"
@@ -109,7 +109,7 @@ def build_book(bench: Workbench, workers: int | None = None) -> Path:
         if chapter not in stale:
             print(f"{chapter.name}: up to date", file=sys.stderr)
     if stale:
-        _execute(bench.study, stale, device, 1 if device != "cpu" else workers or os.cpu_count() or 1)
+        _execute(bench.study, stale, device, 1 if device != "cpu" else workers or usable_cores())
     shelve(bench)
     return build_pages(bench.study)
 

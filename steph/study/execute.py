@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from graphlib import TopologicalSorter
 from multiprocessing import connection
@@ -62,12 +62,12 @@ def run_all(bench: Workbench, runs: Iterable[Run], workers: int | None = None) -
     """Carry out runs and all that they build on, several at a time, and return their results (see `results`).
 
     What is finished is read, so an interrupted call is repeated to go on. On the CPU each run keeps to one thread and
-    `workers` processes (default: one per core) share the work; the numbers do not depend on how many.
+    `workers` processes (default: `usable_cores`) share the work; the numbers do not depend on how many.
     """
     runs, device = list(runs), bench.compute.device
     for run in runs:
         _check(bench.study, run, device)
-    workers = (os.cpu_count() or 1) if workers is None else workers
+    workers = usable_cores() if workers is None else workers
     # Other processes do not see a method that was defined in a notebook.
     if device != "cpu" or any(run.entry.build.__module__ == "__main__" for run in runs):
         workers = 1
@@ -76,6 +76,16 @@ def run_all(bench: Workbench, runs: Iterable[Run], workers: int | None = None) -
     if missing:
         _carry_out(bench, missing, workers)
     return pd.DataFrame([row_of(bench, bench.finished(run)) for run in runs])
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: what its affinity and the limits of its control groups leave."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for group in memory.control_groups(""):  # of version 2
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            quota, period = map(int, (group / "cpu.max").read_text().split())
+            cores = max(1, min(cores, quota // period))
+    return cores
 
 
 def _record(bench: Workbench, run: Run, asked: Sequence[Run]) -> Record | None:

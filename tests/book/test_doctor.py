@@ -1,10 +1,8 @@
 """steph doctor: every check made to fail on purpose; its fixes are commands that exist; nothing is changed by it."""
 
 import json
-import os
 import re
 import shlex
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import nbformat
@@ -20,16 +18,13 @@ from steph.cli import app
 from steph.data.cohort import read_cohort, write_cohort
 from steph.data.dataset import pack_dataset
 from steph.data.manifest import load_study
-from steph.files.atomic import in_words
 from steph.study.runs import Workbench, plan
 from tests.helpers.command import steph
 from tests.helpers.fabricate import fabricate
 
 
 @pytest.fixture(autouse=True)
-def steady(tmp_path, monkeypatch):
-    """No book, and one thread, whatever the machine has."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def no_book(tmp_path, monkeypatch):
     monkeypatch.setattr("steph.book.build.SHELF", tmp_path / "book")
 
 
@@ -66,11 +61,11 @@ def assert_fix_is_real(fix):
             assert all(re.search(rf"^{word.split('=')[0]} \?=", makefile, re.M) for word in words[2:]), line
         elif words[0] == "export":
             name = words[1].split("=")[0]
-            assert name == "OMP_NUM_THREADS" or f'"{name}"' in sources, line
+            assert f'"{name}"' in sources, line
         elif line.startswith(("recipe.", "folders")):
             assert line.split(".")[-1] in sources
         else:
-            assert words[0] in ("pip", "python", "git", "nbstripout", "rm", "find", "nvidia-smi"), line
+            assert words[0] in ("pip", "rm", "nvidia-smi"), line
 
 
 def parse_command(words):
@@ -100,11 +95,8 @@ def test_a_healthy_study_passes_and_nothing_is_touched(build):
     before = content(build.parent)
     findings = examine("tiny")
     assert [f for f in findings if f.status == "FAIL"] == []
-    assert {f.check for f in findings} == {
-        "packages", "device", "threads", "kernel", "notebooks", "manifest", "build folder", "data", "labels",
-        "patients",
-        "disk", "memory", "runs", "book",
-    }  # fmt: skip
+    checks = ["packages", "device", "manifest", "disk", "data", "patients", "runs", "book"]
+    assert list(dict.fromkeys(f.check for f in findings)) == checks
     for finding in findings:
         assert_fix_is_real(finding.fix)
     assert content(build.parent) == before
@@ -175,7 +167,7 @@ def test_packages_are_compared(monkeypatch, name, installed, status, words):
     [
         ("", None, None, "cuda", "driver are"),
         ("NVIDIA X, 570", None, None, "cuda", "`make env TORCH=cuda`"),
-        ("NVIDIA X, 570", "12.8", None, "cuda", "fits the driver"),
+        ("NVIDIA X, 570", "12.8", None, "cuda", "a PyTorch that fits it"),
         ("NVIDIA X, 570", "12.8", "", "cuda:0", "CUDA_VISIBLE_DEVICES is ''"),
         ("NVIDIA X, 570", "12.8", None, "tpu", "expected cpu, cuda"),
     ],
@@ -184,7 +176,7 @@ def test_an_absent_gpu_fails_with_the_reason(monkeypatch, driver, cuda, visible,
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **options: SimpleNamespace(stdout=driver))
+    monkeypatch.setattr(doctor.subprocess, "getstatusoutput", lambda _: (0 if driver else 127, driver or "no such"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     finding = one("device", "FAIL", device=device)
@@ -208,53 +200,6 @@ def test_a_gpu_that_is_there_passes():
 
 
 @pytest.mark.parametrize(
-    ("number", "affinity", "share", "words"),
-    [
-        ("64", 4, "max 100000", "OMP_NUM_THREADS is 64"),
-        ("0", 4, "max 100000", "OMP_NUM_THREADS is 0"),
-        ("many", 4, "max 100000", "OMP_NUM_THREADS is many"),
-        ("1", 1, "max 100000", "--workers 1`"),
-        ("1", 4, "250000 100000", "--workers 2`"),
-    ],
-)
-def test_threads_and_processes_that_do_not_fit_are_a_warning(tmp_path, monkeypatch, number, affinity, share, words):
-    monkeypatch.setenv("OMP_NUM_THREADS", number)
-    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: set(range(affinity)), raising=False)
-    monkeypatch.setattr(doctor, "control_groups", lambda _: [tmp_path])
-    (tmp_path / "cpu.max").write_text(share)
-    finding = one("threads", "WARN")
-    assert words in finding.found + finding.fix
-
-
-def test_a_kernel_of_another_environment_fails(tmp_path, monkeypatch):
-    spec = tmp_path / "kernels" / "python3" / "kernel.json"
-    spec.parent.mkdir(parents=True)
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    for command, status in (("/opt/elsewhere/python", "FAIL"), ("python", "PASS")):
-        spec.write_text(json.dumps({"argv": [command, "-m", "ipykernel_launcher"], "display_name": "P"}))
-        finding = one("kernel", status)
-        assert status == "PASS" or f"starts {command}" in finding.found
-
-
-def test_kept_notebooks_with_outputs_or_without_parameters_are_told(tmp_path, monkeypatch):
-    folder = tmp_path / "notebooks"
-    (folder / ".ipynb_checkpoints").mkdir(parents=True)
-    monkeypatch.setattr(doctor, "NOTEBOOKS", folder)
-    cell = nbformat.v4.new_code_cell("# Parameters\nstudy = 'tiny'", metadata={"tags": ["parameters"]})
-    write = lambda name, *cells: nbformat.write(nbformat.v4.new_notebook(cells=list(cells)), folder / name)  # noqa: E731
-    write("good.ipynb", cell)
-    write(".ipynb_checkpoints/bad.ipynb", nbformat.v4.new_code_cell("1", execution_count=3))
-    assert "1 notebooks" in one("notebooks", "PASS").found
-    write("shown.ipynb", cell, nbformat.v4.new_code_cell("1", execution_count=3))
-    assert "shown.ipynb has outputs" in one("notebooks", "WARN").found
-    write("plain.ipynb", nbformat.v4.new_code_cell("1"))
-    (folder / "cut.ipynb").write_text('{"cells": [')
-    cut, plain = [f.found for f in found("notebooks", status="FAIL")]
-    assert "cut.ipynb is not a notebook" in cut and "plain.ipynb has no cell tagged 'parameters'" in plain
-
-
-@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("a: [", "not readable YAML"),
@@ -275,47 +220,11 @@ def test_a_broken_manifest_is_the_last_finding(tmp_path, text, words):
 # ------------------------------------------------------------------------------------------------ folders
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux only")  # noqa: PTH112
-def test_a_build_folder_that_cannot_be_written_fails(monkeypatch):
-    monkeypatch.setenv("STEPH_BUILD", "/proc/self/build")
-    assert "cannot be written" in one("build_folder", "FAIL").found
-
-
-@pytest.mark.parametrize(
-    ("kind", "status", "words"),
-    [("nfs4", "WARN", "slow with many small files"), ("tmpfs", "WARN", "in memory"), ("ext4", "PASS", "on ext4")],
-)
-def test_the_file_system_is_that_of_the_longest_mount(tmp_path, monkeypatch, kind, status, words):
-    places = (("/", "xfs"), (tmp_path / "a b", kind), (tmp_path / "a", "btrfs"))
-    mounts = [SimpleNamespace(mountpoint=str(place), fstype=of_place) for place, of_place in places]
-    monkeypatch.setattr(doctor.psutil, "disk_partitions", lambda all: mounts)
-    monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "a b" / "build"))
-    (tmp_path / "a b").mkdir()
-    assert words in one("build_folder", status).found
-
-
-@pytest.mark.parametrize(
-    ("disk", "memory", "status"),
-    [(1000, 10**6, "FAIL"), (5 * 10**8, 3 * 10**9, "WARN"), (10**11, 10**11, "PASS")],
-)
-def test_a_full_disk_and_little_memory_are_told(build, monkeypatch, disk, memory, status):
-    monkeypatch.setattr(doctor, "free_bytes", lambda _: disk)
-    monkeypatch.setattr(doctor, "available", lambda _: memory)
-    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 16)
-    assert in_words(disk) in one("disk", status).found
-    finding = one("memory", status)
-    assert f"{in_words(memory)} free; a process that trains takes about 1.0 GB" in finding.found
-    assert status != "WARN" or "--workers 2`" in finding.fix
-
-
-def test_stores_that_are_not_packed_count_for_the_disk(tmp_path, monkeypatch):
-    monkeypatch.setenv("STEPH_DATA", str(tmp_path))
-    monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "build"))
-    monkeypatch.setattr(doctor, "free_bytes", lambda _: 100 * 10**9)
-    finding = one("disk", "FAIL", "tcga")
-    needs = float(re.search(r"about ([\d.]+) GB", finding.found)[1])
-    patches = sum(e.patients * e.mean_patches for e in load_study("tcga").datasets.values())
-    assert needs >= patches * (1536 * 2 + 8) / 1e9 and "STEPH_DATA" in finding.fix
+def test_a_build_folder_that_cannot_be_written_fails(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "deep" / "build"))
+    assert "free at" in one("disk", "PASS").found
+    monkeypatch.setattr(doctor.os, "access", lambda folder, mode: folder != tmp_path)
+    assert f"{tmp_path} cannot be written" in one("disk", "FAIL").found
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -324,8 +233,8 @@ def test_stores_that_are_not_packed_count_for_the_disk(tmp_path, monkeypatch):
 def test_synthetic_data_of_other_settings_fail(build, tmp_path):
     changed = tmp_path / "changed.yaml"
     changed.write_text("extends: tiny\nname: tiny\nsynthetic: { seed: 7 }")
-    texts = [f.found for f in found("data", changed, status="FAIL")]
-    assert len(texts) == 3 and all("was made with other settings" in text for text in texts)
+    finding = one("data", "FAIL", changed)
+    assert "was made with other settings" in finding.found and "The same of CESC, SARC" in finding.found
 
 
 @pytest.fixture
@@ -343,16 +252,15 @@ def real(build, tmp_path):
     return tmp_path / "small.yaml", data
 
 
-def test_labels_are_told_in_numbers_and_months_are_doubted(real):
+def test_labels_are_doubted(real):
     manifest, data = real
-    unnamed = [f.found for f in found("labels", manifest, status="WARN")]
+    unnamed = [f.found for f in found("patients", manifest, status="WARN")]
     assert unnamed == [f"{n}: its labels have project DEMO-{n}, the manifest {n}" for n in ("LIHC", "SARC")]
-    assert re.search(r"LIHC: \d+ patients, \d+ events, followed for \d+ days", one("labels", "PASS", manifest).found)
     path = data / "labels" / "SARC.csv"
     cohort = read_cohort(path, "SARC")
     months = cohort.slides.assign(time_days=cohort.slides["time_days"] / 30.44)
     write_cohort(type(cohort)("SARC", months), path)
-    _, _, finding = found("labels", manifest, status="WARN")
+    _, _, finding = found("patients", manifest, status="WARN")
     assert "of project DEMO-SARC" in finding.found and "are these months?" in finding.found and "30.44" in finding.fix
 
 
@@ -364,9 +272,15 @@ def test_why_current_records_are_not_known_is_told(real):
 def test_data_that_is_missing_is_told_step_by_step(real):
     manifest, data = real
     study = load_study(manifest)
-    said = found("data", manifest, status="FAIL")
-    assert [f.found.split(":")[0] for f in said] == ["LIHC", "SARC"] and "`steph data pack" in said[0].found
-    assert "`steph data fetch" in said[0].fix and "`steph data check" in said[0].fix
+    finding = one("data", "FAIL", manifest)
+    assert finding.found.startswith("LIHC: no feature store of LIHC") and "The same of SARC" in finding.found
+    assert "`steph data pack" in finding.found and "`steph data fetch" in finding.fix and "data check" in finding.fix
+    (asked,), (other,) = (
+        [f for f in findings if f.check == "data" and f.status == status]
+        for findings in [examine(str(manifest), datasets=["SARC"])]
+        for status in ("FAIL", "WARN")
+    )
+    assert asked.found.startswith("SARC: ") and other.found.startswith("LIHC, for what borrows its model: ")
 
     for name in study.datasets:
         cohort = read_cohort(data / "labels" / f"{name}.csv", name)
@@ -422,21 +336,12 @@ def test_records_of_another_configuration_are_a_warning(build, tmp_path):
     assert one("runs", "WARN").found.startswith("1 record(s)")
 
 
-def test_what_killed_processes_left_is_a_warning(build):
-    folder = record_of(build)
-    (folder / "run.json").unlink()
-    (folder / ".model.safetensors.0a1b2c3d.tmp").touch()
-    unfinished, left = found("runs", status="WARN")
-    assert "1 run(s) were begun and not finished" in unfinished.found
-    assert "1 temporary file(s) or folder(s)" in left.found and str(folder) in left.found
-    assert f"find {build} {build}/data -name" in left.fix
-    aside = folder.with_name(f".{folder.name}.0a1b2c3d.tmp") / folder.name
-    aside.parent.mkdir()
-    folder.rename(aside)
-    assert "2 temporary" in one("runs", "WARN").found, "a record that was being written is no unfinished run"
+def test_a_run_that_was_not_finished_is_a_warning(build):
+    (record_of(build) / "run.json").unlink()
+    assert "1 run(s) were begun and not finished" in one("runs", "WARN").found
 
 
-def test_executed_notebooks_that_are_stale_or_failed_are_a_warning(build):
+def test_executed_notebooks_that_are_stale_or_failed_are_a_warning(build, tmp_path):
     folder = build / "notebooks"
     folder.mkdir()
     assert "not built yet" in one("book", "PASS").found
@@ -445,21 +350,7 @@ def test_executed_notebooks_that_are_stale_or_failed_are_a_warning(build):
     failed, stale = found("book", status="WARN")
     assert str(folder / "01_baselines.failed.ipynb") in failed.found
     assert "1 executed notebooks" in stale.found and "00_data" in stale.found
-
-
-def test_the_book_is_told_with_its_study_and_code(build, tmp_path, monkeypatch):
     page = tmp_path / "book" / "_build" / "html" / "index.html"
     page.parent.mkdir(parents=True)
     page.touch()
-
-    monkeypatch.setattr(doctor.pages, "code_state", lambda: "commit aaa")
-    for study, code, status, words in (
-        ("tiny", "commit aaa", "PASS", "of the code of commit aaa"),
-        ("tiny", "commit bbb, with changes", "WARN", "commit bbb, with changes; now it is commit aaa"),
-        ("demo", "commit aaa", "PASS", "of study demo"),
-    ):
-        text = f"# Status\n\nStudy `{study}`, title. Its data.\nBuilt with the code of {code} on Linux (x86_64).\n"
-        (tmp_path / "book" / "status.md").write_text(text)
-        assert words in one("book", status).found
-    (tmp_path / "book" / "status.md").write_text("nothing")
-    assert one("book", "PASS")
+    assert one("book", "PASS").found == str(page)

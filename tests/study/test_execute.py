@@ -152,3 +152,13 @@ def test_a_fold_without_events_has_a_reason_not_a_number(tiny):
 def test_run_returns_the_record(tiny):
     found = run(tiny.study, "SARC", "vanilla", 0)
     assert found.info["key"] == tiny.key(Run("SARC", "vanilla", 0, 42))
+
+
+@pytest.mark.parametrize(
+    ("affinity", "share", "usable"), [(4, "max 100000", 4), (4, "250000 100000", 2), (1, "9 10", 1)]
+)
+def test_as_many_workers_as_cores_may_be_used(tmp_path, monkeypatch, affinity, share, usable):
+    monkeypatch.setattr(study.os, "sched_getaffinity", lambda _: set(range(affinity)), raising=False)
+    monkeypatch.setattr(study.memory, "control_groups", lambda _: [tmp_path, tmp_path / "none"])
+    (tmp_path / "cpu.max").write_text(share)
+    assert study.usable_cores() == usable
