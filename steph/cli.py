@@ -96,6 +96,7 @@ Folds = Annotated[list[int] | None, Option("--fold", help="repeat for several; d
 Precision = Annotated[str, Option("--precision", help="auto, fp32, fp64, bf16 or tf32")]
 Workers = Annotated[int | None, Option("--workers", min=1, help="processes on the CPU; default: all usable cores")]
 Device = Annotated[str, Option("--device", help="cpu, cuda or cuda:N")]
+Content = Annotated[bool, Option("--content/--headers", help="read slide files whole, or their headers alone")]
 Pixels = Annotated[int | None, Option(min=1, help="edge of a patch in level-0 pixels; default: as found")]
 NEXT = ("data check", "data pack", "study plan", "study run")
 Table = Annotated[Path | None, Option(help="many patients: a CSV with patient_id and path, a row per slide")]
@@ -383,13 +384,12 @@ def data_labels(
 
 
 @data_app.command("check", epilog="Example: steph data check --study clinic.yaml --dataset GASTRIC")
-def data_check(study: Study = "demo", dataset: Datasets = None) -> None:
+def data_check(study: Study = "demo", dataset: Datasets = None, content: Content = True) -> None:
     """List who stands in two data sets and every slide file that cannot be used; check the content of stores."""
-    from steph.data.dataset import check_dataset
-    from steph.data.features import problems_message
+    from steph.data.dataset import check_dataset, open_dataset
     from steph.data.manifest import load_study
     from steph.data.plausibility import cohorts_of, doubts, follow_up
-    from steph.data.store import Store
+    from steph.data.preflight import problems_message
     from steph.data.twice import find_twice
 
     manifest, unusable = load_study(study), False
@@ -402,14 +402,19 @@ def data_check(study: Study = "demo", dataset: Datasets = None) -> None:
         print(f"{twice.found}. {twice.fix}.")
         unusable |= twice.leaks
     for name in dataset or manifest.datasets:
-        table = check_dataset(manifest, name)
-        problems = problems_message(table)
-        unusable |= bool(problems)
-        print(problems or f"{name}: {len(table)} slides, all usable")
-        store = manifest.data / "stores" / f"{name}.h5"
-        if store.is_file():
-            Store.open(store).verify()
-            print(f"{name}: the store holds what was packed")
+        try:
+            if not manifest.synthetic:
+                table = check_dataset(manifest, name, content)
+                problems = problems_message(table)
+                unusable |= bool(problems)
+                lines = problems or f"{len(table)} slides, all usable", *table.attrs["remarks"]
+                print("\n".join(f"{name}: {line}" for line in lines))
+            if (manifest.data / "stores" / f"{name}.h5").is_file():
+                open_dataset(manifest, name, write=False).store.verify()
+                print(f"{name}: the store holds what was packed")
+        except Refused as reason:
+            unusable = True
+            print(f"{name}: {reason}")
     if unusable:
         raise Exit(1)
 

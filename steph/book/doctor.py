@@ -230,6 +230,10 @@ def data(case: Case) -> Answers:
         options = f"{case.option} --dataset {shlex.quote(name)}"
         steps = f"`steph data fetch {options}` gets labels and slides, `steph data check {options}` lists what is there"
         yield FAIL if asked else WARN, text, "the message says what to do" + ("" if study.synthetic else f"; {steps}")
+    folder = study.data / "splits"
+    if usable and not os.access(folder if folder.is_dir() else study.data, os.W_OK):
+        text = f"{folder} cannot be written: runs on data sets whose splits are not there yet are refused"
+        yield WARN, text, "change its rights; or `export STEPH_DATA=FOLDER`, yours, with links to all that is there"
     if usable:
         yield PASS, f"{len(usable)} data sets can be used: {', '.join(usable)} (in {study.data})"
     if unmade := len(case.needed) - len(made):

@@ -15,10 +15,11 @@ from steph import Refused
 from steph.data import synthetic
 from steph.data.bags import sampled
 from steph.data.cohort import Cohort, read_cohort
-from steph.data.features import check_slides, find_slides
-from steph.data.manifest import Study, expand_user
+from steph.data.features import find_slides
+from steph.data.manifest import Features, Study, expand_user
 from steph.data.packing import pack
 from steph.data.patients import PatientData, Piece
+from steph.data.preflight import check_slides
 from steph.data.splits import EXTERNAL, Splits, load_splits
 from steph.data.store import Store, describe
 from steph.files.records import fingerprint
@@ -172,20 +173,32 @@ class _Part:
         parts = {"cohort": cohort.fingerprint, "splits": splits.fingerprint, "store": features, "external": external}
         return fingerprint(parts, 64)
 
-    def open(self, write_splits: bool) -> Dataset:
+    @property
+    def features(self) -> Features:
+        """What the study asks of the data set's features."""
+        features, folders = self.study.features, self.study.entry(self.name).folders
+        return features.model_copy(update={"folders": folders or features.folders})
+
+    def matching_store(self, cohort: Cohort) -> Store:
+        """The store, which is what the study names. Raises `Refused`, with the command that packs it, for any other."""
         study, name = self.study, self.name
-        cohort = read_cohort(self.labels, name)
         pack_command = f"steph data pack --study {study.address} --dataset {name}"
         if not self.store.is_file():
             raise Refused(f"no feature store of {name} at {self.store}. Make it with `{pack_command}`.")
         store = Store.open(self.store)
         files = {} if study.synthetic else find_slides(feature_folders(study, name))
-        store.matches(study.features, cohort, files, pack_command)
+        store.matches(self.features, cohort, files, pack_command)
         if study.synthetic and store.provenance != self.provenance():
             raise Refused(
                 f"{self.store} was made with other settings than those of study {study.name} now (scale, seed, "
                 f"sharing, size). Delete {study.data} and it is made again, or give the changed study another name."
             )
+        return store
+
+    def open(self, write_splits: bool) -> Dataset:
+        study, name = self.study, self.name
+        cohort = read_cohort(self.labels, name)
+        store = self.matching_store(cohort)
         splits = self.splits(cohort, write_splits)
         return Dataset(
             name=name,
@@ -224,27 +237,29 @@ def feature_folders(study: Study, name: str) -> list[Path]:
     return sorted(folder for folder in folders if folder.is_dir())
 
 
-def check_dataset(study: Study, name: str) -> pd.DataFrame:
-    """The preflight table of a data set's slide files (`steph.data.features.check_slides`)."""
+def check_dataset(study: Study, name: str, content: bool = True) -> pd.DataFrame:
+    """The preflight table of a data set's slide files (`steph.data.preflight.check_slides`)."""
     cohort = read_cohort(_Part(study, name).labels, name)
-    slide_ids = [slide for slides in cohort.slides_of.values() for slide in slides]
-    return check_slides(slide_ids, _required_slide_files(study, name), study.features)
+    return check_slides(cohort.slides["slide_id"], _required_slide_files(study, name), study.features, content)
 
 
 def pack_dataset(study: Study, name: str, allow_missing: bool = False) -> Store:
-    """Pack a data set's slide files into its store; a store that is there and matches them is left as it is."""
+    """Pack a data set's slide files into its store; a store that is there and matches them is left as it is. Raises
+    `Refused` where it would take the place of another study's."""
     study.entry(name)
     if study.synthetic:
         raise Refused(f"study {study.name} is synthetic: its stores are made when it is run, there is nothing to pack.")
     part = _Part(study, name)
-    cohort = read_cohort(part.labels, name)
-    with suppress(
-        Refused
-    ):  # Missing, made from something else, or damaged: made anew, and replaced when that is whole.
-        store = Store.open(part.store)
-        store.matches(study.features, cohort, find_slides(feature_folders(study, name)))
-        return store
-    return pack(part.store, cohort, _required_slide_files(study, name), study.features, allow_missing)
+    cohort, owner = read_cohort(part.labels, name), ""
+    with suppress(Refused):  # missing or damaged: made anew, and replaced when that is whole
+        owner = Store.open(part.store).provenance.get("study", "")
+        return part.matching_store(cohort)
+    if owner not in ("", study.name):
+        raise Refused(
+            f"study {owner} packed {part.store} for itself, otherwise than {study.name} asks. Give {study.name} a data "
+            f"root of its own (`data_root`, STEPH_DATA); or delete the store, and {owner} has to pack again."
+        )
+    return pack(part.store, cohort, _required_slide_files(study, name), part.features, allow_missing, study.name)
 
 
 def _required_slide_files(study: Study, name: str) -> dict[str, Path]:

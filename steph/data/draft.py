@@ -35,7 +35,7 @@ def draft(
     for taken in (path, *(root / "labels" / f"{name}.csv" for name, _, _ in cohorts)):
         refuse_taken(taken)
     facts = {name: _facts(folder, encoder) for name, folder, _ in cohorts}
-    for fact in ("encoder", "dim", "px", "mag"):
+    for fact in ("encoder", "dim", "px", "mag", "overlap"):
         if len(differing := {of[fact] for of in facts.values()}) > 1:
             raise Refused(f"the data sets differ in {fact}: {', '.join(map(str, differing))}. A study has one of each.")
     first = facts[cohorts[0][0]]
@@ -46,7 +46,7 @@ def draft(
         "data_root": str(root),
         "endpoint": {"name": endpoint, "description": ENDPOINTS.get(endpoint, endpoint)},
         "features": {
-            "encoder": first["encoder"], "dim": first["dim"],
+            "encoder": first["encoder"], "dim": first["dim"], "overlap_px": first["overlap"] or 0,
             "patch_size_px": first["px"] or 256, "magnification": first["mag"] or 20,
         },
         "datasets": {
@@ -72,8 +72,8 @@ def draft(
 
 
 def _facts(folder: Path, encoder: str | None) -> dict[str, Any]:
-    """What the first slide file of a folder tells: encoder, dim, px and mag of its patches (None: not told), and the
-    folder itself as a manifest names it. Of a whole job of TRIDENT it is the one folder of features."""
+    """What the first slide file of a folder tells: encoder, dim, px, mag and overlap of its patches (None: not told),
+    and the folder itself as a manifest names it. Of a whole job of TRIDENT it is the one folder of features."""
     inner = [] if folder.name.startswith("features_") else sorted(folder.rglob("features_*"))
     if len(inner) > 1:
         raise Refused(
@@ -84,7 +84,7 @@ def _facts(folder: Path, encoder: str | None) -> dict[str, Any]:
     if not slides:
         raise Refused(f"no slide files (.h5 or .pt) in {folder}.")
     with open_slide(next(iter(slides.values()))) as slide:
-        told, dim = slide.attributes, slide.dim
+        told, dim = {what: values[0] for what, values in slide.stated.items() if values}, slide.dim
     named = (
         encoder
         or told.get("encoder")
@@ -92,8 +92,8 @@ def _facts(folder: Path, encoder: str | None) -> dict[str, Any]:
     )
     if not named:
         raise Refused(f"the files in {folder} do not tell their encoder: name it with --encoder, such as UNI2-h.")
-    px, mag = told.get("patch_size"), told.get("target_magnification")
-    return {"encoder": named, "dim": dim, "px": px, "mag": mag, "folder": glob.escape(str(folder.absolute()))}
+    patches = {"px": told.get("patch_size"), "mag": told.get("magnification"), "overlap": told.get("overlap")}
+    return {"encoder": named, "dim": dim, **patches, "folder": glob.escape(str(folder.absolute()))}
 
 
 def _labels(path: Path, name: str, unit: str) -> Any:

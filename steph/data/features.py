@@ -1,19 +1,23 @@
-"""Slide feature files as tools write them, found, checked and read.
+"""Slide feature files as tools write them, found and read; `steph.data.preflight` judges what they say and hold.
 
 Accepted, for a slide of N patches and an encoder of width D:
 
 - HDF5 (``.h5``; CLAM, TRIDENT, MahmoodLab's UNI2-h features): ``features`` (N, D) or (1, N, D) of any floating-point
-  type; ``coords`` (N, 2) or (1, N, 2) integers, level-0 pixels, or none.
+  type; ``coords`` (N, 2) or (1, N, 2) whole numbers, level-0 pixels. A slide goes without coordinates of another kind.
 - PyTorch (``.pt``; CLAM's ``pt_files``): one tensor (N, D) or (1, N, D), without coordinates.
 
 Nothing that runs code when it is loaded is ever opened: a ``.pt`` that is not a bare tensor is refused.
 """
 
+import hashlib
+import importlib
 import os
 import pickle
+import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -24,28 +28,41 @@ import pandas as pd
 import torch
 
 from steph import Refused
-from steph.data.manifest import Features
+from steph.data.cohort import slide_ids
 from steph.files.tables import shortened
+
+with suppress(ImportError):  # Where somebody installed it, HDF5 reads files of more kinds of compression.
+    importlib.import_module("hdf5plugin")
 
 SUFFIXES = (".h5", ".pt")
 BLOCK_BYTES = 32 << 20  # about how much of a slide is read at a time
-ENCODER_KEYS = ("encoder", "encoder_name", "patch_encoder", "patch_encoder_name")
-"""Attributes of a feature file, or of what is in it, by which tools name the encoder."""
-SAME_ENCODER = {"univ2": "uni2h", "uni2": "uni2h", "mahmoodlabuni2h": "uni2h"}
-"""Other names of encoders, in small letters and figures alone."""
+STAMP_ROWS = 128  # first, last and in the middle
+STATEMENTS = {
+    "encoder": "encoder encodername patchencoder patchencodername featureencoder featureextractor extractor",
+    "patch_size": "patchsize patchsizepx tilesize tilesizepx",
+    "magnification": "targetmagnification magnification targetmag mag",
+    "overlap": "overlap overlappx patchoverlap",
+    "patch_size_level0": "patchsizelevel0",
+}
+"""What feature files say of themselves, and the attributes that say so, in small letters and figures alone."""
+STATEMENT_OF = {name: what for what, names in STATEMENTS.items() for name in names.split()}
+UUID = re.compile(r"\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+"""What TCGA puts behind a slide's barcode."""
 
 
 def find_slides(folders: Iterable[Path]) -> dict[str, Path]:
     """The feature files (``.h5``, ``.pt``) in `folders` and their subfolders: file name without its ending -> path.
 
-    Hidden files and folders and macOS's ``._*`` files are passed over, links to folders are followed. Of one CLAM
-    output (``h5_files/`` beside ``pt_files/``, or both endings in one folder) the h5 counts, as it has coordinates.
+    Hidden files and folders, macOS's ``._*`` files and TRIDENT's files of coordinates (``patches/*_patches.h5``) are
+    passed over, links to folders are followed. Of one CLAM output (``h5_files/`` beside ``pt_files/``, or both endings
+    in one folder) the h5 counts, as it has coordinates.
     Raises `Refused` where a slide lies in two places: features of different sources must not be mixed by chance.
     """
     slides: dict[str, Path] = {}
     twice = []
     for path in sorted(files_in(folders)):
-        if path.suffix not in SUFFIXES or path.name.startswith("."):
+        coordinates_alone = path.parent.name == "patches" and path.stem.endswith("_patches")
+        if path.suffix not in SUFFIXES or path.name.startswith(".") or coordinates_alone:
             continue
         other = slides.setdefault(path.stem, path)
         if other.resolve() == path.resolve():
@@ -74,28 +91,29 @@ def files_in(folders: Iterable[Path]) -> Iterator[Path]:
             yield from (Path(folder, name) for name in names)
 
 
-def match_slides(slide_ids: Iterable[str], files: dict[str, Path]) -> dict[str, list[Path]]:
-    """The files that each slide of a table may mean: the one of exactly that name, else those that agree up to the
-    first '.', where either the table or the file leaves out the rest (a TCGA barcode with or without its UUID)."""
-    short: dict[str, list[str]] = {}
-    for stem in files:
-        short.setdefault(stem.split(".")[0], []).append(stem)
+def match_slides(slides: Iterable[str], files: dict[str, Path]) -> dict[str, list[Path]]:
+    """The files that each slide of a table may mean: the one of exactly that name, else those with an ending of slides
+    behind it (``P1.svs.h5``), or where file or table leave out TCGA's UUID. Any other ending is another slide's."""
+    by_barcode: dict[str, dict[str, str]] = defaultdict(dict)
+    for stem, name in zip(files, slide_ids(pd.Series([*files], dtype=str)), strict=True):
+        by_barcode[UUID.sub("", name)][stem] = name
     matches = {}
-    for slide in slide_ids:
-        barcode = slide.split(".")[0]
-        stems = [slide] if slide in files else [s for s in short.get(barcode, []) if barcode in (s, slide)]
-        matches[slide] = [files[stem] for stem in stems]
+    for slide in slides:
+        barcode = UUID.sub("", slide)
+        near = {slide: slide} if slide in files else by_barcode.get(barcode, {})
+        matches[slide] = [files[stem] for stem, name in near.items() if name == slide or barcode in (name, slide)]
     return matches
 
 
 class SlideFile:
     """An open feature file of `n_patches` patches, `dim` wide, its form checked.
 
-    attributes: those of ``coords`` (TRIDENT: patch size, magnification), and ``encoder`` where the file names one.
+    stated: what the file says of itself, by the names of `STATEMENTS`: the different values of all attributes, numbers
+    where they are some. note: why coordinates are not used.
     """
 
-    def __init__(self, path: Path, features: Any, coords: Any, attributes: dict[str, Any]) -> None:
-        self.path, self.features, self.coords, self.attributes = path, features, coords, attributes
+    def __init__(self, path: Path, features: Any, coords: Any, stated: dict[str, list[Any]], note: str = "") -> None:
+        self.path, self.features, self.coords, self.stated, self.note = path, features, coords, stated, note
         self.n_patches, self.dim = features.shape[-2:]
 
     def read(self, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray | None]:
@@ -106,6 +124,13 @@ class SlideFile:
         except (OSError, RuntimeError) as error:
             raise _unreadable(self.path, error, "not readable") from None
         return features, coords
+
+    def stamp(self) -> str:
+        """Hash of the slide's size and of its first, middle and last patches: another, when it is extracted again."""
+        spare = max(self.n_patches - STAMP_ROWS, 0)
+        parts = [part for at in (0, spare // 2, spare) for part in self.read(slice(at, at + STAMP_ROWS))]
+        content = b"".join(b"none" if part is None else part.tobytes() for part in parts)
+        return hashlib.sha256(f"{self.n_patches} {self.dim} ".encode() + content).hexdigest()[:32]
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """The file, once, in pieces of about `BLOCK_BYTES` (whole chunks of it), as `read` gives them."""
@@ -119,11 +144,13 @@ class SlideFile:
 def open_slide(path: Path) -> Iterator[SlideFile]:
     """Open a feature file; only its header is read.
 
-    Raises `Refused`, with ``<path>: <problem>``, for a truncated or pickled file, one without ``features``
-    or with others than floating-point numbers, and coordinates of another length.
+    Raises `Refused`, with ``<path>: <problem>``, for a missing, truncated or pickled file, one without ``features`` or
+    with others than floating-point numbers, coordinates of another length, and numbers that are not in the file itself.
     """
+    if not path.is_file():
+        raise Refused(f"{path}: no such file, or a link to one that is gone")
     if path.suffix == ".pt":
-        yield SlideFile(path, _tensor(path), None, {})
+        yield SlideFile(path, _tensor(path), None, defaultdict(list))
         return
     try:
         file = h5py.File(path, "r", locking=False)  # Network file systems often cannot lock.
@@ -140,34 +167,80 @@ def _unreadable(path: Path, error: Exception, problem: str) -> Refused:
 
 
 def _hdf5(path: Path, file: h5py.File) -> SlideFile:
-    features, coords = file.get("features"), file.get("coords")
-    if not isinstance(features, h5py.Dataset):
+    features, places = _dataset(path, file, "features"), _dataset(path, file, "coords")
+    if features is None:
         content = ", ".join(sorted(map(str, file))) or "nothing"
         raise Refused(f"{path}: no dataset 'features'; the file holds: {content}")
     _refuse_form(path, features.shape, "features", features.dtype.kind == "f", features.dtype)
-    datasets, attributes, n_patches = [features], {}, features.shape[-2]
-    if coords is not None:
-        if not isinstance(coords, h5py.Dataset) or coords.dtype.kind not in "iu":
-            raise Refused(f"{path}: 'coords' are {getattr(coords, 'dtype', 'a group')}, expected integers")
-        if coords.shape not in {(n_patches, 2), (1, n_patches, 2)}:
-            raise Refused(f"{path}: coords of shape {coords.shape} do not fit features of {n_patches} patches")
-        datasets.append(coords)
-        attributes = {name: _plain(value) for name, value in coords.attrs.items()}
-    if not all(map(_is_written, datasets)):
-        raise Refused(f"{path}: it was never fully written; extract it again")
-    names = [_plain(part.attrs.get(key)) for part in (file, *datasets) for key in ENCODER_KEYS]
-    attributes["encoder"] = next((name for name in names if name and isinstance(name, str)), None)
-    return SlideFile(path, features, coords, attributes)
+    coords, note = None, ""
+    if places is not None:
+        if prod(places.shape[:-1]) != features.shape[-2]:
+            raise Refused(f"{path}: coords of shape {places.shape} do not fit features of shape {features.shape}")
+        coords, note = _level0_pixels(places, features.shape[-2])
+    return SlideFile(path, features, coords, _stated(file), note)
 
 
-def _is_written(dataset: h5py.Dataset) -> bool:
-    """HDF5 reads parts that were never written as zeros; a tool that was killed leaves such files."""
-    if dataset.size == 0 or dataset.is_virtual:
-        return True
-    if dataset.chunks is None:
-        return dataset.id.get_storage_size() >= dataset.nbytes
-    chunks = [ceil(n / chunk) for n, chunk in zip(dataset.shape, dataset.chunks, strict=True)]
-    return dataset.id.get_num_chunks() >= prod(chunks)
+def _dataset(path: Path, file: h5py.File, name: str) -> h5py.Dataset | None:
+    """A dataset whose numbers are all in the file. HDF5 reads what is not there, in silence, as a fill value: parts
+    that a killed tool never wrote, and other files' numbers where those are gone."""
+    if name not in list(file):
+        return None
+    try:
+        dataset = file[name]
+    except (KeyError, OSError, RuntimeError):
+        raise Refused(f"{path}: {name!r} is a link to what is not there; get the file that holds the numbers") from None
+    if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
+        raise Refused(f"{path}: no dataset {name!r} with numbers, but {dataset}")
+    if dataset.is_virtual or dataset.external or dataset.file.filename != file.filename:
+        raise Refused(f"{path}: the numbers of {name!r} lie in other files, which may be gone; save them in this one")
+    if dataset.chunks and dataset.size:
+        chunks = prod(ceil(n / chunk) for n, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+        is_written = dataset.id.get_num_chunks() >= chunks
+    else:
+        is_written = dataset.id.get_storage_size() >= dataset.nbytes
+    if not is_written:
+        raise Refused(f"{path}: {name!r} was never fully written; extract it again")
+    settings = dataset.id.get_create_plist()
+    for number, *_, label in map(settings.get_filter, range(settings.get_nfilters())):
+        if not h5py.h5z.filter_avail(number):
+            what = f"{name!r} is compressed by filter {number} {label.decode(errors='replace')}".rstrip()
+            raise Refused(f"{path}: {what}, which is not installed here: `pip install hdf5plugin`")
+    return dataset
+
+
+def _level0_pixels(places: h5py.Dataset, n: int) -> tuple[Any, str]:
+    """Coordinates (N, 2) or (1, N, 2) of whole numbers, as they are or cast; else None and the reason."""
+    if places.shape not in {(n, 2), (1, n, 2)} or places.dtype.kind not in "iuf":
+        return None, f"coords of shape {places.shape} and type {places.dtype} are not x and y, and not used"
+    some = places[..., :STAMP_ROWS, :].reshape(-1, 2)
+    if n > 1 and (some == some[:1]).all():
+        return None, "coords are all the same, and not used"
+    if places.dtype.kind != "f":
+        return places, ""
+    values = places[:]
+    if (np.abs(values) < 2**53).all() and (values == np.trunc(values)).all():
+        return values.astype(np.int64), ""
+    return None, "coords are not whole numbers, and not used"
+
+
+def _stated(file: h5py.File) -> dict[str, list[Any]]:
+    """What attributes of a file, its groups and datasets say (`STATEMENTS`). TRIDENT writes None as 'None'."""
+    stated: dict[str, list[Any]] = defaultdict(list)
+
+    def collect(part: Any) -> None:
+        for name in part.attrs:
+            what = STATEMENT_OF.get(re.sub(r"[\W_]", "", name.lower()), "")
+            value = part.attrs[name] if what else []
+            for item in [] if isinstance(value, h5py.Empty) else np.asarray(value).ravel().tolist():
+                text = (item.decode(errors="replace") if isinstance(item, bytes) else str(item)).strip()
+                number = re.fullmatch(r"x? ?(\d+(\.\d*)?) ?(x|px|pixels?)?", text, re.IGNORECASE)
+                statement = float(number[1]) if number and what != "encoder" else text
+                if text.lower() not in ("", "none", "nan") and statement not in stated[what]:
+                    stated[what].append(statement)
+
+    collect(file)
+    file.visititems(lambda _, part: collect(part))
+    return stated
 
 
 def _tensor(path: Path) -> np.ndarray:
@@ -199,68 +272,3 @@ def _refuse_form(path: Path, shape: tuple[int, ...], what: str, floating: bool, 
         raise Refused(f"{path}: {what} of type {dtype}, not floating point of 16 to 64 bits")
     if len(shape) != 2 and (len(shape) != 3 or shape[0] != 1):
         raise Refused(f"{path}: {what} of shape {shape}; expected (patches, width) or (1, patches, width)")
-
-
-def _plain(value: Any) -> Any:
-    """An HDF5 attribute as plain Python; TRIDENT writes None as 'None'."""
-    value = np.asarray(value).tolist()
-    value = value.decode(errors="replace") if isinstance(value, bytes) else value
-    return None if value == "None" else value
-
-
-def check_slides(slide_ids: Iterable[str], files: dict[str, Path], features: Features) -> pd.DataFrame:
-    """The preflight table: slide_id, path, n_patches and `problem`, empty where the file can be used, of each slide.
-
-    Only headers are read. Encoder, patch size and magnification are compared where the file states them.
-    """
-    rows: list[tuple[str, str | None, int | None, str]] = []
-    owners: dict[Path, str] = {}
-    for slide, paths in match_slides(slide_ids, files).items():
-        if len(paths) != 1:
-            problem = f"may mean any of: {', '.join(map(str, paths))}" if paths else "missing"
-            rows.append((slide, None, None, problem))
-            continue
-        path, n_patches = paths[0], None
-        if owners.setdefault(path, slide) != slide:
-            problem = f"the file is also that of slide {owners[path]}"
-        else:
-            try:
-                with open_slide(path) as file:
-                    n_patches, problem = file.n_patches, _difference(file, features)
-            except Refused as error:
-                problem = str(error).removeprefix(f"{path}: ")
-        rows.append((slide, str(path), n_patches, problem))
-    return pd.DataFrame(rows, columns=["slide_id", "path", "n_patches", "problem"])
-
-
-def _difference(file: SlideFile, expected: Features) -> str:
-    """What keeps a file from being one of the study's; '' where nothing does."""
-    if file.n_patches == 0:  # Of any width: some tools write (0, 0).
-        return "empty (0 patches)"
-    if file.dim != expected.dim:
-        return f"{file.dim} wide, expected {expected.dim}: features of another encoder"
-    encoder = file.attributes.get("encoder") or expected.encoder
-    first, second = ("".join(c for c in name.lower() if c.isalnum()) for name in (encoder, expected.encoder))
-    if SAME_ENCODER.get(first, first) != SAME_ENCODER.get(second, second):
-        return f"features of {encoder}, expected {expected.encoder}: other numbers, also where they are as wide"
-    pairs = [("patch_size", expected.patch_size_px), ("target_magnification", expected.magnification)]
-    differ = [
-        f"{name} {file.attributes[name]}, expected {value:g}"
-        for name, value in pairs
-        if isinstance(file.attributes.get(name), int | float) and file.attributes[name] != value
-    ]
-    return f"other patches than the study's: {'; '.join(differ)}" if differ else ""
-
-
-def problems_message(table: pd.DataFrame) -> str:
-    """All problems of a preflight table in one text, slides with the same problem together; '' where there is none."""
-    bad = table[table["problem"] != ""]
-    if bad.empty:
-        return ""
-    lines = [f"{len(bad)} of {len(table)} slides cannot be used:"]
-    for problem, group in bad.groupby("problem", sort=False):
-        named = zip(group["slide_id"], group["path"], strict=True)
-        names = [f"    {slide} ({path})" if path else f"    {slide}" for slide, path in named]
-        more = [f"    ... and {len(names) - 20} more"] if len(names) > 20 else []
-        lines += [f"  {problem}: {len(group)} slide(s)", *names[:20], *more]
-    return "\n".join(lines)

@@ -17,8 +17,9 @@ from typing import Any
 
 from steph import Refused
 from steph.data.archives import folder_of, safe_name, unpack, unpacked
-from steph.data.features import check_slides, find_slides, problems_message
+from steph.data.features import find_slides
 from steph.data.manifest import Features, Source, Study
+from steph.data.preflight import check_slides, problems_message
 from steph.files.atomic import DiskFull, disk_errors, refuse_full_disk
 from steph.files.lock import exclusive
 from steph.files.progress import track

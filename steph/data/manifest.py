@@ -1,8 +1,10 @@
 """Study manifests: everything that defines a study, in one validated YAML file of ``data_manifest/``."""
 
 import os
+import re
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from steph import PROJECT, WORKPLACE, Refused
 from steph.data.splits import check_fold
+from steph.files.tables import read_csv
 
 MANIFESTS = PROJECT / "data_manifest"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][-._A-Za-z0-9]*$", max_length=100)]
@@ -57,8 +60,10 @@ class Endpoint(Strict):
 class Features(Strict):
     """The patch features that a study stands on; features of different encoders or sources are never mixed.
 
-    precision: number format of the packed store. folders: where slide files lie under the data root, subfolders
-    included; {project} is replaced by each of a data set's projects, {dataset} by its name; * and ? as in a shell.
+    precision: number format of the packed store. encoder_aliases: other names by which files may call the encoder,
+    beside those of ``data_manifest/encoders.csv``. overlap_px: how far neighbouring patches overlap. folders: where
+    slide files lie under the data root, subfolders included; {project} is replaced by each of a data set's projects,
+    {dataset} by its name; * and ? as in a shell.
     """
 
     encoder: str
@@ -66,7 +71,23 @@ class Features(Strict):
     precision: Literal["float32", "float16"] = "float32"
     patch_size_px: Positive = 256
     magnification: float = 20
+    overlap_px: int = Field(default=0, ge=0)
+    encoder_aliases: list[str] = []
     folders: list[str] = ["features/TCGA-{project}*"]
+
+    def is_encoder(self, name: str) -> bool:
+        """Whether a name means the encoder: papers, hubs and tools call one by several."""
+        names = (text.lower().rstrip("/") for text in (name, self.encoder, *self.encoder_aliases))
+        plain = [re.sub(r".*[/:]|[\W_]", "", text) for text in names]
+        asked, *ours = (known_encoders().get(text, text) for text in plain)
+        return asked in ours
+
+
+@cache
+def known_encoders() -> dict[str, str]:
+    """The encoders of ``encoders.csv`` by all their names, in small letters and figures alone."""
+    table = read_csv(MANIFESTS / "encoders.csv")
+    return {name: encoder for encoder, names in table[["encoder", "names"]].to_numpy() for name in names.split()}
 
 
 class DatasetEntry(Strict):

@@ -20,8 +20,9 @@ import pandas as pd
 
 from steph import Refused
 from steph.data.cohort import Cohort
-from steph.data.features import check_slides, open_slide, problems_message
+from steph.data.features import open_slide
 from steph.data.manifest import Features
+from steph.data.preflight import DISPENSABLE, Blocks, check_slides, checked, problems_message
 from steph.data.store import (
     COORDS,
     DTYPES,
@@ -31,8 +32,8 @@ from steph.data.store import (
     VERSION,
     Store,
     describe,
-    name_and_size,
     slide_hash,
+    source_of,
 )
 from steph.files.atomic import atomic_path, disk_errors, in_words, refuse_full_disk
 from steph.files.lock import exclusive
@@ -40,8 +41,7 @@ from steph.files.progress import track
 from steph.files.records import fingerprint
 from steph.files.tables import shortened
 
-UNAVAILABLE = ("missing", "empty (0 patches)")
-"""Problems that `allow_missing` may pass over: there are no features to read. Damaged files are never passed over."""
+HINT = "Slides that are missing, empty or bad in content `--allow-missing` leaves out, where each patient keeps one."
 
 
 def write_store(
@@ -60,45 +60,47 @@ def write_store(
         with temporary.open("rb+") as file:
             writer = _Writer(temporary, file)
             for slide, (patches, coords) in zip(sizes, slides, strict=True):
-                writer.add(slide, patches.shape, [(patches, coords)], f"slide {slide}")
+                writer.add(slide, patches.shape, [(patches, coords)])
             writer.finish()
     return Store.open(path)
 
 
-def pack(path: Path, cohort: Cohort, files: dict[str, Path], features: Features, allow_missing: bool = False) -> Store:
+def pack(
+    path: Path, cohort: Cohort, files: dict[str, Path], features: Features, allow_missing: bool = False, study: str = ""
+) -> Store:
     """Pack slide feature files into a store, slides in the order of the cohort's patients.
 
-    All files are checked first; with a problem in any of them nothing is written and all problems are named. Each file
-    is then read once, in blocks. Killed and started again, it goes on behind the slides that were finished, and ends
-    with the same content; where the files, their order or `features` have changed, it starts afresh.
+    All files' headers are checked first; with a problem in any of them nothing is written and all problems are named.
+    Each file is then read once, in blocks, and all whose content cannot be used are named at the end. Killed and
+    started again, it goes on behind the slides that were finished, and ends with the same content; where the files,
+    their order or `features` have changed, it starts afresh.
 
-    files: slide files by name (`find_slides`). allow_missing: leave out slides that have no file or no patches, as
-    long as each patient keeps one; the store records which. Raises `Refused` for unusable files, values that are not
-    finite or too large for float16, too little disk space, and while another process packs the same store.
+    files: slide files by name (`find_slides`). allow_missing: leave out `DISPENSABLE` slides, as long as each patient
+    keeps one; all are read for that first, and the store records which. study: the one that asks. Raises `Refused` for
+    unusable files, too little disk space, and while another process packs the same store.
     """
     slide_ids = [slide for slides in cohort.slides_of.values() for slide in slides]
-    table = check_slides(slide_ids, files, features).set_index("slide_id", drop=False)
-    left_out = table[table["problem"].isin(UNAVAILABLE) & allow_missing]
+    table = check_slides(slide_ids, files, features, content=allow_missing).set_index("slide_id", drop=False)
+    left_out = table[table["problem"].str.fullmatch(DISPENSABLE) & allow_missing]
     bare = [patient for patient, slides in cohort.slides_of.items() if set(left_out.index).issuperset(slides)]
     if bare:
         raise Refused(
             f"{path} was not packed: {len(bare)} patient(s) have no slide with features: {shortened(bare, 20)}. Get "
-            "their slides, or take these patients out of the label table."
+            "their slides (`steph data check` tells what is wrong), or take these patients out of the label table."
         )
     usable = table.drop(index=left_out.index)
     if message := problems_message(usable):
-        hint = (
-            "Slides that are missing or empty are left out with `--allow-missing`, as long as each patient keeps one."
-        )
-        hint = f"\n{hint}" if usable["problem"].isin(UNAVAILABLE).any() else ""
-        raise Refused(f"{path} was not packed. {message}{hint}")
+        raise Refused(f"{path} was not packed. {message}\n{HINT}")
     sources = {str(slide): Path(source) for slide, source in usable["path"].items()}
     sizes = {str(slide): int(n) for slide, n in usable["n_patches"].items()}
-    provenance = {
-        "files": {slide: name_and_size(source) for slide, source in sources.items()},
+    provenance: dict[str, Any] = {
+        "files": {slide: source_of(source) for slide, source in sources.items()},
+        "content": {str(slide): stamp for slide, stamp in usable["stamp"].items()},
+        "study": study,
+        "asked": features.model_dump(exclude={"encoder_aliases"}),
         "left_out": [
-            {"slide_id": slide, "reason": reason, "file": name_and_size(Path(source)) if pd.notna(source) else None}
-            for slide, source, _, reason in left_out.itertuples(index=False)
+            {"slide_id": slide, "reason": reason, "file": source_of(Path(source)) if pd.notna(source) else None}
+            for slide, source, reason in left_out[["slide_id", "path", "problem"]].itertuples(index=False)
         ],
     }
     busy = f"another process is packing {path}; wait for it, or stop it, and start again."
@@ -108,9 +110,13 @@ def pack(path: Path, cohort: Cohort, files: dict[str, Path], features: Features,
             writer = _Writer(partial, file)
             done = writer.finished_slides()
             for slide in track([slide for slide in sizes if slide not in done], f"pack {path.name}"):
-                with open_slide(sources[slide]) as source:
-                    shape = source.n_patches, source.dim
-                    writer.add(slide, shape, source.blocks(), f"slide {slide} ({sources[slide]})")
+                try:
+                    with open_slide(sources[slide]) as source:
+                        writer.add(slide, (source.n_patches, source.dim), source.blocks())
+                except Refused as reason:
+                    usable.loc[slide, "problem"] = str(reason)
+            if message := problems_message(usable):
+                raise Refused(f"{path} was not packed. {message}\n{HINT}")
             writer.finish()
         partial.replace(path)
     return Store.open(path)
@@ -135,7 +141,9 @@ def _partial_of(path: Path) -> Path:
 
 
 def _plan(features: Features, sizes: dict[str, int], provenance: dict[str, Any]) -> bytes:
-    what = {**describe(features), "precision": features.precision, "sizes": list(sizes.items()), **provenance}
+    """What decides a store's content. Where and how old its files are does not: a copy of them goes on as well."""
+    made_from = {key: value for key, value in provenance.items() if key != "files"}
+    what = {**describe(features), "precision": features.precision, "sizes": list(sizes.items()), **made_from}
     return fingerprint(what, 64).encode()
 
 
@@ -189,20 +197,16 @@ class _Writer:
         checked = track(begun, "check what was packed before") if begun else ()
         return {slide for slide in checked if self.store.is_intact(slide)}
 
-    def add(
-        self,
-        slide: str,
-        shape: tuple[int, ...],
-        pieces: Iterable[tuple[np.ndarray, np.ndarray | None]],
-        what: str,
-    ) -> None:
-        """Write a slide of a shape, given in pieces, and then its hash."""
+    def add(self, slide: str, shape: tuple[int, ...], blocks: Blocks) -> None:
+        """Write a slide of a shape, given in blocks, and then its hash. Raises `Refused` for what cannot be used."""
         store, (i, rows) = self.store, self.store.places[slide]
         if shape != (store.sizes[slide], store.dim):
-            raise Refused(f"{what}: features {shape}; expected {store.sizes[slide]} patches {store.dim} wide.")
+            raise Refused(f"slide {slide}: features {shape}; expected {store.sizes[slide]} patches {store.dim} wide")
         row, digests = rows.start, (hashlib.sha256(), hashlib.sha256())
-        for patches, coords in pieces:
-            stored = stored_features(patches, store.dtype, what), _stored_coords(coords, len(patches), what)
+        for patches, coords in checked(blocks, store.dtype):
+            places = np.full((len(patches), 2), NO_COORDS) if coords is None else coords
+            with np.errstate(over="ignore", invalid="ignore"):  # what this spoils is refused at the end
+                stored = np.ascontiguousarray(patches, store.dtype), np.ascontiguousarray(places, COORDS)
             for name, array, digest in zip(("features", "coords"), stored, digests, strict=True):
                 self._write(name, row * array.shape[1] * array.itemsize, array)
                 digest.update(array.data)
@@ -217,27 +221,3 @@ class _Writer:
         self._write("content_sha256", 0, self.store.content_hash().encode())
         self.file.flush()
         os.fsync(self.file.fileno())
-
-
-def stored_features(patches: np.ndarray, dtype: np.dtype, what: str) -> np.ndarray:
-    """Features in the store's precision, rounded to nearest. Raises `Refused` for values that are not finite there."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        stored = np.ascontiguousarray(patches, dtype=dtype)
-    if np.isfinite(stored).all():
-        return stored
-    bad = int((~np.isfinite(patches)).sum())
-    if bad:
-        raise Refused(f"{what}: {bad} features are not finite (nan or inf); extract the slide again.")
-    raise Refused(
-        f"{what}: features up to {np.abs(patches).max():.3g} are too large for {dtype.name}; check the encoder, or "
-        "say `precision: float32` in the study's features."
-    )
-
-
-def _stored_coords(coords: np.ndarray | None, n: int, what: str) -> np.ndarray:
-    if coords is None:
-        return np.full((n, 2), NO_COORDS, dtype=COORDS)
-    limits = np.iinfo(COORDS)
-    if coords.size and (coords.min() < limits.min or coords.max() > limits.max):
-        raise Refused(f"{what}: coords beyond the range of level-0 pixels (32 bits).")
-    return np.ascontiguousarray(coords, dtype=COORDS)

@@ -8,7 +8,7 @@ uncompressed, so that a slide is a slice of a map and nothing is decoded:
     slide_ids (S,), offsets (S + 1,)      slide i is features[offsets[i]:offsets[i + 1]]
     sha256 (S, 32)                        of each slide's features and coordinates
     content_sha256 ()                     of all that is above and of the attributes below: the store's fingerprint
-    provenance ()                         JSON: source files' names and sizes, what was left out
+    provenance ()                         JSON: source files and stamps of their content, what was asked, what left out
     attributes                            format, version, encoder, dim, patch_size_px, magnification
 
 float16 halves the disk and the time to read; it rounds to nearest, so a value is off by at most 2^-11 of itself
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from steph import Refused
 from steph.data.cohort import Cohort
-from steph.data.features import match_slides
+from steph.data.features import match_slides, open_slide
 from steph.data.manifest import Features
 from steph.files.progress import track
 from steph.files.records import fingerprint
@@ -182,16 +182,22 @@ class Store:
         """Check that the store is the one that the manifest, the cohort and the slide files mean.
 
         files: `find_slides`' answer; those that were removed after packing are not missed. Raises `Refused`, with all
-        differences and the command `repack`, for another encoder, width, patch size, magnification or precision, for
-        slides that the store lacks, and for source files with other names or sizes.
+        differences and the command `repack`, where it was packed for other features, for slides that the store lacks,
+        for source files of other content, and where the study names other folders and files are not there to tell.
         """
-        stored = {**self.description, "precision": self.dtype.name}
+        asked = features.model_dump(exclude={"encoder_aliases"})
+        stored = {**asked, **self.provenance.get("asked", {}), **self.description, "precision": self.dtype.name}
+        if features.is_encoder(stored["encoder"]):
+            stored["encoder"] = features.encoder
+        slides = cohort.slides["slide_id"].tolist()
+        matched = match_slides(slides, files)
+        if all(matched.values()):  # what lies in a folder tells more than its name
+            stored["folders"] = asked["folders"]
         differences = [
             f"{name} is {stored[name]}, the study says {value}"
-            for name, value in {**describe(features), "precision": features.precision}.items()
+            for name, value in asked.items()
             if stored[name] != value
         ]
-        slides = cohort.slides["slide_id"].tolist()
         left_out = {row["slide_id"]: row["file"] for row in self.provenance.get("left_out", [])}
         known = {*self.sizes, *left_out}
         absent = [slide for slide in slides if slide not in known]
@@ -199,15 +205,26 @@ class Store:
             differences.append(f"it lacks {len(absent)} of the table's slides ({', '.join(absent[:5])})")
         packed = {**left_out, **self.provenance.get("files", {})}
         changed = [
-            f"{slide}: now {name_and_size(paths[0])}, packed from {packed.get(slide)}"
-            for slide, paths in match_slides(slides, files).items()
-            if len(paths) == 1 and name_and_size(paths[0]) != packed.get(slide)
+            f"{slide} ({paths[0]})"
+            for slide, paths in matched.items()
+            if len(paths) == 1 and packed.get(slide) != source_of(paths[0]) and not self._holds(slide, paths[0])
         ]
         if changed:
-            differences.append(f"{len(changed)} source file(s) differ: {'; '.join(changed[:5])}")
+            differences.append(f"{len(changed)} source file(s) are not what was packed: {', '.join(changed[:5])}")
         if differences:
             listed = "\n".join(f"  {line}" for line in differences)
             raise Refused(f"{self.path} was not made from what the study names:\n{listed}\nPack it again: `{repack}`.")
+
+    def _holds(self, slide: str, path: Path) -> bool:
+        """Whether a slide was packed from a file of this content."""
+        with suppress(Refused), open_slide(path) as file:
+            return file.stamp() == self.provenance.get("content", {}).get(slide)
+        return False
+
+    @cached_property
+    def without_coords(self) -> list[str]:
+        """The slides whose patches have no coordinates."""
+        return [slide for slide, (_, rows) in self.places.items() if (self.coords[rows] == NO_COORDS).all()]
 
 
 def describe(features: Features) -> dict[str, Any]:
@@ -216,9 +233,10 @@ def describe(features: Features) -> dict[str, Any]:
     return {**values, "magnification": float(features.magnification)}
 
 
-def name_and_size(path: Path) -> list[Any]:
-    """What a store remembers of a file that it was packed from."""
-    return [path.name, path.stat().st_size]
+def source_of(path: Path) -> list[Any]:
+    """What a store remembers of a file that it was packed from, beside its content: folder, name, size and times."""
+    status = path.stat()
+    return [str(path.parent.resolve()), path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def slide_hash(features: Any, coords: Any) -> bytes:

@@ -21,9 +21,9 @@ from steph import Refused, mil
 from steph.analysis.mixing.attention import attention_of, bag_of, mixture, patch_size, with_attention
 from steph.data.bags import sampled
 from steph.data.cohort import no_id, patient_ids, refuse_rows
-from steph.data.features import check_slides, open_slide
-from steph.data.packing import stored_features
+from steph.data.features import open_slide
 from steph.data.patients import PatientData, Piece
+from steph.data.preflight import check_slides, problems_message
 from steph.data.store import DTYPES, NO_COORDS
 from steph.deploy.model_folder import Config, Inputs, read_model
 from steph.files.progress import track
@@ -145,7 +145,7 @@ class LoadedModel:
     def predict_table(self, table: str | Path) -> pd.DataFrame:
         """Predictions for many patients: patient_id, risk, percentile, survival_1..T. table: a CSV with the columns
         patient_id and path, a row per slide in each patient's order; paths are relative to the table. Raises `Refused`
-        for rows without an id or a path and for a slide that stands twice."""
+        for rows without an id or a path, for a slide that stands twice, and for all slides that cannot be used."""
         table = Path(table)
         if not table.is_file():
             raise Refused(f"no table at {table}; expected a CSV with the columns patient_id and path.")
@@ -155,12 +155,18 @@ class LoadedModel:
             raise Refused(f"{table} lacks {' and '.join(lacking) or 'rows'}; expected the columns patient_id and path.")
         slides = slides.assign(patient_id=patient_ids(slides["patient_id"]), path=slides["path"].str.strip())
         files = slides["path"].map(lambda path: (table.parent / path).resolve())
+        named = slides.assign(path=files.map(lambda file: file.stem)).duplicated(["patient_id", "path"], keep=False)
         problems = (
             (no_id(slides["patient_id"]), "no patient_id"),
             (slides["path"] == "", "no path"),
-            (files.duplicated(keep=False), "a slide that stands twice; keep one row per slide"),
+            (files.duplicated(keep=False) | named, "a slide that stands twice; keep one row per slide"),
         )
         refuse_rows(str(table), slides, problems)
+        slide_of = {f"{patient}: {file.stem}": file for patient, file in zip(slides["patient_id"], files, strict=True)}
+        if unusable := problems_message(check_slides(slide_of, slide_of, self.config.inputs, content=True)):
+            raise Refused(
+                f"{table}: {unusable}\nNobody was predicted. The model reads {self.config.inputs.extraction}."
+            )
         rows = []
         for patient, paths in track(list(slides.groupby("patient_id", sort=False)["path"]), "predict"):
             bag = read_bag([table.parent / path for path in paths], self.config, str(patient))
@@ -214,18 +220,16 @@ def read_slide(path: Path, inputs: Inputs) -> tuple[np.ndarray, pd.DataFrame, in
     the N patches (level-0 pixels, missing where the file has none); the edge of a patch in level-0 pixels, as the file
     says, else the distance of neighbours, else the study's patch size. Raises `Refused` for one that cannot be read or
     is not what the model was trained on."""
-    if not path.is_file():
-        raise Refused(f"no feature file at {path}. Give the .h5 (or .pt) files of one patient's slides one by one.")
-    problem = check_slides([path.stem], {path.stem: path}, inputs)["problem"].iloc[0]
+    problem = check_slides([path.stem], {path.stem: path}, inputs, content=True)["problem"].iloc[0]
     if problem:
         raise Refused(f"{path}: {problem}. The model reads {inputs.extraction}.")
     with open_slide(path) as slide:
         features, coords = slide.read()
-        edge = slide.attributes.get("patch_size_level0")
-    features = stored_features(features, DTYPES[inputs.precision], str(path))
+        edge = next(iter(slide.stated["patch_size_level0"]), None)
+    features = np.ascontiguousarray(features, DTYPES[inputs.precision])
     patches = pd.DataFrame(coords, range(len(features)), ["x", "y"], dtype="Int64").reset_index(names="patch")
     patches.insert(0, "slide_id", path.stem)
-    if not (isinstance(edge, int | float) and edge >= 1):
+    if not (isinstance(edge, float) and edge >= 1):
         edge = None if coords is None else patch_size(coords[:, 0], coords[:, 1])
     return features, patches, int(edge or inputs.patch_size_px)
 

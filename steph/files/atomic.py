@@ -102,7 +102,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from None
         if isinstance(error, PermissionError) or number in NOT_WRITTEN:
             what = "no permission to write" if isinstance(error, PermissionError) else "cannot write"
-            raise Refused(f"{what} {path}: {error}. Choose another folder or change its rights.") from None
+            raise Refused(f"{what} {path}: {error}. Change its rights, or set STEPH_DATA or STEPH_BUILD.") from None
         raise
 
 

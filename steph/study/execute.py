@@ -30,7 +30,7 @@ from steph.files.records import COMPLETION, Record, read_record, write_record
 from steph.mil.state import save_state, state_of
 from steph.study import health
 from steph.study.overlap import refuse_overlap
-from steph.study.runs import Run, Workbench, plan, results, row_of, stages
+from steph.study.runs import Run, Workbench, plan, results, row_of, stages, without_coords
 from steph.survival import concordance_index, nll_loss, targets
 from steph.training import memory
 from steph.training.device import check_device, device_name, precision_for, single_thread
@@ -61,8 +61,9 @@ def run(
 def run_all(bench: Workbench, runs: Iterable[Run], workers: int | None = None) -> pd.DataFrame:
     """Carry out runs and all that they build on, several at a time, and return their results (see `results`).
 
-    What is finished is read, so an interrupted call is repeated to go on. On the CPU each run keeps to one thread and
-    `workers` processes (default: `usable_cores`) share the work; the numbers do not depend on how many.
+    What is finished is read, so an interrupted call is repeated to go on. Runs of networks that need coordinates are
+    left out, and told, where slides lack them; raises `Refused` where there are no others. On the CPU each run keeps to
+    one thread and `workers` processes (default: `usable_cores`) share the work; the numbers do not depend on how many.
     """
     runs, device = list(runs), bench.compute.device
     for run in runs:
@@ -73,6 +74,12 @@ def run_all(bench: Workbench, runs: Iterable[Run], workers: int | None = None) -
         workers = 1
     missing = [run for run in stages(bench, runs) if _record(bench, run, runs) is None]
     refuse_overlap(bench, missing)
+    if lacking := without_coords(bench, missing):
+        runs, missing = ([run for run in some if run not in lacking] for some in (runs, missing))
+        reasons = "; ".join(dict.fromkeys(lacking.values()))
+        if not runs:
+            raise Refused(f"{reasons}. Take feature files that hold `coords` (h5; a .pt has none), or another method.")
+        print(f"left out {len(lacking)} runs: {reasons}")
     if missing:
         _carry_out(bench, missing, workers)
     return pd.DataFrame([row_of(bench, bench.finished(run)) for run in runs])

@@ -237,6 +237,17 @@ def plan(
     ]
 
 
+def without_coords(bench: Workbench, runs: Sequence[Run]) -> dict[Run, str]:
+    """Runs whose network needs coordinates that slides of theirs, or of runs below, lack; why, in a sentence each."""
+    dimensions, lacking = (bench.study.features.dim, bench.study.network), dict[Run, str]()
+    needing = {name for name in {run.entry.network for run in runs} if new_network(name, *dimensions).needs_coords}
+    for run in (run for run in stages(bench, runs) if run.entry.network in needing):
+        data_sets = {run.dataset, *(below.dataset for below in bench.prerequisites(run).values())}
+        if bare := [name for name in sorted(data_sets) if bench.dataset(name).store.without_coords]:
+            lacking[run] = f"{run.entry.network} needs coordinates, which slides of {', '.join(bare)} lack"
+    return lacking
+
+
 def stages(bench: Workbench, runs: Iterable[Run]) -> dict[Run, int]:
     """Runs and all that they build on, each behind what it builds on, and the stage of each: 0 for what builds on
     nothing, else one more than the last of what it builds on. Of two runs of a stage, neither builds on the other."""

@@ -269,7 +269,7 @@ def test_why_current_records_are_not_known_is_told(real):
     assert "which are current is not known yet: no feature store of LIHC" in one("runs", "PASS", manifest).found
 
 
-def test_data_that_is_missing_is_told_step_by_step(real):
+def test_data_that_is_missing_is_told_step_by_step(real, monkeypatch):
     manifest, data = real
     study = load_study(manifest)
     finding = one("data", "FAIL", manifest)
@@ -291,6 +291,12 @@ def test_data_that_is_missing_is_told_step_by_step(real):
     before = content(data)
     assert "2 data sets can be used: LIHC, SARC" in one("data", "PASS", manifest).found
     assert content(data) == before, "splits are not made by looking"
+    with monkeypatch.context() as patched:
+        patched.setattr("os.access", lambda path, mode: path != data)  # of the root itself everything is allowed
+        assert (
+            f"{data / 'splits'} cannot be written: runs on data sets whose splits"
+            in one("data", "WARN", manifest).found
+        )
 
     (data / "stores" / "LIHC.h5").write_bytes((data / "stores" / "LIHC.h5").read_bytes()[:5000])
     assert "LIHC.h5 is not a whole feature store" in one("data", "FAIL", manifest).found

@@ -1,5 +1,8 @@
 """steph.data.dataset: bags, labels and risks keep to their patients, whatever the order."""
 
+import shutil
+
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -211,6 +214,72 @@ def test_a_store_of_other_files_is_refused_and_packed_anew(study, dataset, tmp_p
     other = study.model_copy(update={"features": study.features.model_copy(update={"encoder": "CONCH"})})
     with pytest.raises(Refused, match="encoder is UNI2-h, the study says CONCH"):
         open_dataset(other, "LUNG")
+
+
+def test_a_store_knows_its_content_not_only_names_and_sizes(study, dataset, tmp_path):
+    files = find_slides(feature_folders(study, "LUNG"))
+    first = next(iter(files))
+    with h5py.File(files[first], "a") as file:  # extracted again, by other weights: the same size
+        size, file["features"][...] = files[first].stat().st_size, file["features"][...] + 1
+    assert files[first].stat().st_size == size
+    with pytest.raises(Refused, match=f"1 source file.*{first}"):
+        open_dataset(study, "LUNG")
+    again = pack_dataset(study, "LUNG")
+    assert np.array_equal(again.bag([first]), read(files[first])[0].astype(np.float16))
+    assert open_dataset(study, "LUNG").store.fingerprint == again.fingerprint != dataset.store.fingerprint
+
+
+def in_folders(study, *folders, **features):
+    changed = study.features.model_copy(update={"folders": list(folders), **features})
+    return study.model_copy(update={"features": changed})
+
+
+def test_other_folders_are_noticed_whether_their_files_are_there_or_not(study, dataset, tmp_path):
+    copy, other, gone = (in_folders(study, f"{name}/TCGA/TCGA-{{project}}*") for name in ("copy", "other", "gone"))
+    shutil.copytree(tmp_path / "features", tmp_path / "copy")
+    assert open_dataset(copy, "LUNG").fingerprint == dataset.fingerprint, "moved, with the same content"
+    fabricate(dataset.cohort, tmp_path / "other", "mahmoodlab", DIM, 30, seed=9)
+    with pytest.raises(Refused, match="24 source file"):
+        open_dataset(other, "LUNG")
+    with pytest.raises(Refused, match=r"folders is \['features/.*the study says \['gone/"):
+        open_dataset(gone, "LUNG")
+    with pytest.raises(Refused, match="overlap_px is 0, the study says 64"):
+        open_dataset(in_folders(study, *study.features.folders, overlap_px=64), "LUNG")
+    assert pack_dataset(other, "LUNG").fingerprint != dataset.store.fingerprint
+
+
+def test_two_studies_of_one_data_root_do_not_replace_each_others_stores(study, dataset):
+    other = in_folders(study, *study.features.folders, precision="float32").model_copy(update={"name": "second"})
+    with pytest.raises(Refused, match="precision is float16, the study says float32"):
+        open_dataset(other, "LUNG")
+    with pytest.raises(Refused, match=r"study mini packed .* for itself.*data root of its own"):
+        pack_dataset(other, "LUNG")
+    assert open_dataset(study, "LUNG").fingerprint == dataset.fingerprint
+    same = study.model_copy(update={"name": "second"})
+    assert pack_dataset(same, "LUNG").fingerprint == dataset.store.fingerprint, "what is the same is shared"
+    dataset.store.path.unlink()
+    assert pack_dataset(other, "LUNG").dtype == np.float32
+
+
+def test_a_check_reads_all_and_what_is_bad_may_be_left_out_of_patients_who_have_others(study):
+    files = find_slides(feature_folders(study, "LUNG"))
+    bad = list(files)[3:6]
+    for slide in bad:
+        with h5py.File(files[slide], "a") as file:
+            file["features"][0, 0, 0] = np.nan
+    problems = check_dataset(study, "LUNG").set_index("slide_id")["problem"]
+    assert sorted(problems[problems.str.contains("not finite")].index) == sorted(bad)
+    assert not check_dataset(study, "LUNG", content=False)["problem"].any()
+    with pytest.raises(Refused, match="`--allow-missing`") as refused:
+        pack_dataset(study, "LUNG")
+    assert all(slide in str(refused.value) for slide in bad), "all at once, although headers alone were checked first"
+    with pytest.raises(Refused, match=r"1 patient\(s\) have no slide with features"):
+        pack_dataset(study, "LUNG", allow_missing=True)
+    for slide in bad[1:]:
+        with h5py.File(files[slide], "a") as file:
+            file["features"][0, 0, 0] = 0.5
+    assert {*files} - {*pack_dataset(study, "LUNG", allow_missing=True).sizes} == {bad[0]}
+    assert bad[0] not in str(open_dataset(study, "LUNG")._slides)
 
 
 def test_packing_what_is_packed_does_nothing_and_a_damaged_store_is_packed_anew(study, dataset, monkeypatch):

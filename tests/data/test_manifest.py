@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from steph import PROJECT, Refused
-from steph.data.manifest import MANIFESTS, Study, load_study
+from steph.data.manifest import MANIFESTS, Features, Study, known_encoders, load_study
 from steph.study.runs import Workbench, plan
 
 SMALL = {
@@ -243,3 +243,43 @@ def test_knobs_of_a_made_cohort_that_do_not_go_together_are_refused(tmp_path, kn
     (tmp_path / "x.yaml").write_text(f"extends: tiny\nname: x\nsynthetic: {{ {knob} }}\n")
     with pytest.raises(Refused, match=message):
         load_study(tmp_path / "x.yaml")
+
+
+# ------------------------------------------------------------------------------------------------ encoders
+
+
+NAMES = {
+    "UNI": "uni_v1 MahmoodLab/UNI UNI",
+    "UNI2-h": "uni_v2 MahmoodLab/UNI2-h hf-hub:MahmoodLab/UNI2-h uni2-h",
+    "CONCH": "conch_v1 MahmoodLab/CONCH conch",
+    "CONCH v1.5": "conch_v15 conch_v1.5 MahmoodLab/conchv1_5",
+    "Virchow": "virchow paige-ai/Virchow",
+    "Virchow2": "virchow2 paige-ai/Virchow2",
+    "H-optimus-0": "hoptimus0 bioptimus/H-optimus-0",
+    "H-optimus-1": "hoptimus1 bioptimus/H-optimus-1",
+    "Prov-GigaPath": "gigapath prov-gigapath/prov-gigapath Prov-Gigapath",
+    "Phikon": "phikon owkin/phikon",
+    "CTransPath": "ctranspath CTransPath",
+    "MUSK": "musk xiangjx/musk",
+    "ResNet-50": "resnet50 resnet50_trunc ResNet50",
+}
+
+
+def is_encoder(name, encoder, *aliases):
+    return Features(encoder=encoder, dim=4, encoder_aliases=aliases).is_encoder(name)
+
+
+@pytest.mark.parametrize("encoder", NAMES)
+def test_names_of_an_encoder_mean_it_and_no_other(encoder):
+    for name in NAMES[encoder].split():
+        assert [other for other in NAMES if is_encoder(name, other)] == [encoder], name
+        assert is_encoder(encoder, name)
+
+
+def test_other_encoders_mean_themselves_and_what_the_study_says_beside():
+    assert is_encoder("our ViT", "Our-ViT") and not is_encoder("our ViT", "UNI")
+    assert is_encoder("our ViT", "UNI", "our_vit") and not is_encoder("gigapath", "UNI", "our_vit")
+    assert not is_encoder("phikon_v2", "Phikon")
+    assert {*NAMES} <= {*known_encoders().values()} and all(
+        name.isalnum() and name.islower() for name in known_encoders()
+    )

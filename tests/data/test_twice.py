@@ -64,7 +64,7 @@ def test_patients_in_two_data_sets_fail_the_check_and_the_doctor_and_runs_are_re
     assert code == 1 and f"\n{message}" in output and output.count("all usable") == 3
     assert "Drop them from the labels of KIRC or KIPAN, or make one data set of both" in output
     assert [checked(manifest, "--dataset", name)[0] for name in PATIENTS] == [1, 1, 0]
-    assert [(status, found.startswith(message)) for status, found in doctors(manifest)] == [("FAIL", True)]
+    assert [(status, found.startswith(message)) for status, found in doctors(manifest)][:1] == [("FAIL", True)]
 
     assert steph("data", "pack", "--study", manifest).exit_code == 0
     done = steph("study", "run", "--study", manifest, "--dataset", "KIRC", "--method", "model_average")
@@ -95,7 +95,8 @@ def test_the_same_slide_under_two_names_is_a_warning_once_it_is_packed(study, tm
     for source, copy in (("LIHC-31-S0", "LIHC-31-S1"), ("KIRC-02-S1", "LIHC-30-S0")):
         shutil.copy(features / f"TCGA-{source[:4]}" / f"{source}.h5", features / f"TCGA-{copy[:4]}" / f"{copy}.h5")
     code, output = checked(manifest)
-    assert code == 0 and output.endswith("\nKIRC: 16 slides, all usable\nLIHC: 16 slides, all usable\n")
+    assert code == 0 and output.count("all usable") == 2
+    assert "the same features; is one a copy? (LIHC-31-S0, LIHC-31-S1)" in output
     assert doctors(manifest)[0][0] == "PASS"
 
     assert steph("data", "pack", "--study", manifest).exit_code == 0
@@ -104,7 +105,7 @@ def test_the_same_slide_under_two_names_is_a_warning_once_it_is_packed(study, tm
     assert code == 0 and output.count("the store holds what was packed") == 2
     assert "KIRC-02-S1 of patient P02 (KIRC), LIHC-30-S0 of patient P30 (LIHC); LIHC-31-S0 of patient P31" in line
     assert "give one patient_id" in line and "`steph data pack`" in line
-    assert doctors(manifest) == [("WARN", line.split(". If it is")[0])]
+    assert doctors(manifest)[:1] == [("WARN", line.split(". If it is")[0])]
     assert "1 slide(s) stand" in checked(manifest, "--dataset", "KIRC")[1]
 
 

@@ -199,7 +199,7 @@ def test_export_and_predict_as_commands(tiny, patients, tmp_path):
         (["--features", *files, "--out", tmp_path / "r"], "is there already"),
         ([], "give either --features"),
         (["--table", tmp_path / "t.csv"], "--table needs --out"),
-        (["--features", tmp_path / "none.h5"], "no feature file at"),
+        (["--features", tmp_path / "none.h5"], "none.h5: no such file"),
     ):
         done = call("predict", "--model", tmp_path / "m", *wrong)
         assert done.exit_code == 1 and message in done.output and "Traceback" not in done.output

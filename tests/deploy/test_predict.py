@@ -144,10 +144,11 @@ def test_spellings_of_an_id_are_one_patient(model, tmp_path):
         ("path,patient_id\na.h5,P1\nb.h5\n", r"1 row\(s\) with no patient_id"),
         ("patient_id,path\nP1,a.h5\nP2,\n", r"1 row\(s\) with no path"),
         ("patient_id,path\nP1,a.h5\nP2,x/../a.h5\n", r"2 row\(s\) with a slide that stands twice"),
+        ("patient_id,path\nP1,a.h5\nP1,b/a.h5\nP2,c/a.h5\n", r"2 row\(s\) with a slide that stands twice"),
         ("patient_id;path\nP1;a.h5\n", "Save it as UTF-8 with commas"),
         ("patient,path\nP1,slides/a.h5\n", "lacks patient_id"),
         ("patient_id,path\n", "lacks rows"),
-        ("patient_id,path\nP1,a.h5\n", "no feature file at"),
+        ("patient_id,path\nP1,a.h5\n", r"no such file.*\n    P1: a "),
         (None, "no table at"),
     ],
 )
@@ -156,6 +157,21 @@ def test_a_table_that_cannot_be_used_is_told(model, tmp_path, text, message):
         (tmp_path / "t.csv").write_text(text)
     with pytest.raises(Refused, match=message):
         model.predict_table(tmp_path / "t.csv")
+
+
+def test_a_table_names_all_patients_who_cannot_be_predicted_before_anybody_is(model, tmp_path, monkeypatch):
+    files = {i: write_slide(tmp_path / f"S{i}.h5", patches(9 + i, seed=i)) for i in range(6)}
+    write_slide(files[1], with_value(np.nan))
+    write_slide(files[3], patches(), encoder="gigapath")
+    write_slide(files[4], np.zeros((9, DIM)))
+    rows = [f"P{i},S{i}.h5" for i in range(6)]
+    (tmp_path / "t.csv").write_text("\n".join(["patient_id,path", *rows, "P9,gone.h5"]))
+    monkeypatch.setattr("steph.deploy.predict.predict_patients", None)  # it would fail if it were called
+    with pytest.raises(Refused, match="4 of 7 slides cannot be used") as refused:
+        model.predict_table(tmp_path / "t.csv")
+    for words in ("P1: S1", "not finite", "P3: S3", "features of gigapath", "P4: S4", "all zero", "P9: gone",
+                  "no such file", "Nobody was predicted. The model reads features of UNI2-h"):  # fmt: skip
+        assert words in str(refused.value)
 
 
 def with_value(value):
@@ -167,8 +183,8 @@ def with_value(value):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda p: None, r"no feature file at .*a\.h5"),
-        (lambda p: p.mkdir(), r"no feature file at .*a\.h5"),
+        (lambda p: None, r"a\.h5: no such file, or a link to one that is gone"),
+        (lambda p: p.mkdir(), r"a\.h5: no such file, or a link to one that is gone"),
         (lambda p: p.write_text("hello"), r"a\.h5: truncated or not an HDF5 file"),
         (lambda p: write_slide(p, patches(dim=DIM + 1)), r"a\.h5: 7 wide, expected 6: features of another encoder"),
         (lambda p: write_slide(p, np.zeros((0, DIM), np.float32), None), r"a\.h5: empty \(0 patches\)"),
