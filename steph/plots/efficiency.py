@@ -5,54 +5,30 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from steph.analysis.cost.timing import epoch_ratios, of_both_stages, paper_seconds
 from steph.methods.registry import title
 from steph.plots import style
-from steph.plots.style import INK, MUTED, PAPERS, WIDTH, colour_of
+from steph.plots.style import BLUE, GREEN, INK, MUTED, ORANGE, PAPERS, WIDTH, colour_of, look_of
 
 
 def performance_and_cost(here: pd.DataFrame, paper: pd.DataFrame, where: str) -> Figure:
-    """Mean C-index against GFLOPs of a prediction, as in Fig. 2: the paper's open diamonds on the left, this study's on
-    the right, larger where a bag goes through more networks (many are written beside); of
-    `steph.analysis.cost.efficiency.performance_and_cost` and `paper_performance_and_cost`."""
+    """Mean C-index against GFLOPs of a prediction, as in Fig. 2: the paper's open marks on the left, this study's on
+    the right, larger where a bag goes through more networks; of `steph.analysis.cost.efficiency.performance_and_cost`
+    and `paper_performance_and_cost`."""
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.5))
-    for ax, table, heading, marker in zip(axes, (paper, here), ("the paper (TCGA)", where), "Do", strict=True):
-        colours = table["method"].map(colour_of)
-        ax.scatter(
-            table["gflops"], table["c_index"], s=26 * table["networks"], zorder=3, linewidths=1.3, edgecolors=colours,
-            marker=marker, facecolors="white" if table is paper else colours,
-        )  # fmt: skip
-        spread = np.ptp(table["c_index"]) or 0.01
-        ax.set(xscale="log", xlim=(table["gflops"].min() / 2.2, table["gflops"].max() * 3.2))
-        ax.set_ylim(table["c_index"].min() - 0.16 * spread, table["c_index"].max() + 0.2 * spread)
-        ax.set(title=heading, xlabel="GFLOPs of a prediction (10,000 patches)")
-        ax.xaxis.set_major_formatter("{x:g}")
-        _label_points(ax, table.sort_values("c_index"))
+    for ax, table, heading in zip(axes, (paper, here), ("the paper (TCGA)", where), strict=True):
+        for row in table.to_dict("records"):
+            look = look_of(row["method"]) | ({"facecolors": "white"} if table is paper else {})
+            ax.scatter(row["gflops"], row["c_index"], s=26 * row["networks"], zorder=3, linewidths=1.3, **look)
+        ax.set(xscale="log", title=heading, xlabel="GFLOPs of a prediction (10,000 patches)")
+        ax.xaxis.set(major_locator=LogLocator(10, (1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
+        ax.margins(0.15)
     axes[0].set_ylabel("mean C-index")
+    style.legend(fig, style.method_keys(list(dict.fromkeys([*paper["method"], *here["method"]]))), 4)
     return fig
-
-
-def _label_points(ax: Axes, table: pd.DataFrame) -> None:
-    """Names beside points of one scatter, on the right where there is room, of points at nearly the same height one
-    above the other. table: with rising C-index."""
-    left, right = np.log10(ax.get_xlim())
-    gap, room = np.ptp(ax.get_ylim()) / 17, 0.5 * (right - left)
-    x, y = np.log10(table["gflops"].to_numpy(float)), table["c_index"].to_numpy(float)
-    places = style.spread(y, gap)  # only names that would lie on each other are moved
-    line: Any = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4}
-    for i, (name, n) in enumerate(zip(table["method"], table["networks"], strict=True)):
-        in_the_way = ((x > x[i]) & (x < x[i] + room) & (np.abs(y - places[i]) < gap)).any()
-        to_left = x[i] + room > right or (in_the_way and x[i] == x.min())
-        if to_left and x[i] - room < left:
-            ax.set_xlim(left=10 ** (x[i] - 1.4 * room))
-        text, side = title(name) + (f" ({n} networks)" if n > 2 else ""), "right" if to_left else "left"
-        place = 10 ** (x[i] + (-0.16 if to_left else 0.13)), places[i]
-        look: Any = {"va": "center", "fontsize": 7.5, "color": colour_of(name)}
-        arrow = line if abs(places[i] - y[i]) > gap / 2 else None
-        ax.annotate(text, (10 ** x[i], y[i]), place, ha=side, arrowprops=arrow, **look)
 
 
 def epochs(times: pd.DataFrame) -> Figure:
@@ -77,7 +53,7 @@ def epochs_by_sources(times: pd.DataFrame) -> Figure:
     m's: the median over rounds with its quartiles, and the paper's."""
     printed = paper_seconds("table_s7")
     names = [name for name in printed.index if name in set(times["method"])]
-    rows = epoch_ratios(times, names[0]).set_index("method").loc[names]
+    rows = epoch_ratios(times, names[0]).loc[names]
     m = [int(name.removeprefix("steph_m")) for name in names]
     fig, ax = plt.subplots(figsize=(WIDTH * 0.72, 2.9))
     colour = colour_of("steph")
@@ -92,21 +68,19 @@ def epochs_by_sources(times: pd.DataFrame) -> Figure:
     return fig
 
 
-def predictions(times: pd.DataFrame, counted: pd.DataFrame) -> Figure:
+def predictions(times: pd.DataFrame, costs: pd.DataFrame) -> Figure:
     """Seconds (a dot per round, a bar for the median) and memory of one prediction, methods in the order of what they
-    compute. times: `steph.analysis.cost.timing.prediction_times`; counted: `steph.analysis.cost.operations.counted`,
-    whose cost in multiples of the cancer's own model stands as a tick beside its time."""
-    products, of_method = counted.set_index("method")["products"], times.groupby("method")
-    median, memory = of_method["seconds"].median(), of_method["memory"].first()
-    names = sorted(times["method"].unique(), key=lambda name: products[name])
-    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 0.28 * len(names) + 1.2), sharey=True, width_ratios=[3, 2])
-    pace = median["vanilla"] / products["vanilla"]
-    for y, name in enumerate(names):
-        seconds, colour = times.loc[times["method"] == name, "seconds"], colour_of(name)
-        style.draw_dots(left, seconds, y, colour, median[name], y, 0.3)
-        left.plot(products[name] * pace, y, marker="|", markersize=9, color=INK, markeredgewidth=1, zorder=4)
-        right.barh(y, memory[name] / 1e6, height=0.55, color=colour)
-    style.name_rows(left, [title(name) for name in names], ticks=True)
+    compute; their operations in multiples of the cancer's own model stand as ticks beside their time. Of
+    `steph.analysis.cost.timing.prediction_times` and `prediction_costs`."""
+    costs = costs.sort_values("operations", kind="stable").set_index("method")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 0.28 * len(costs) + 1.2), sharey=True, width_ratios=[3, 2])
+    for y, (name, row) in enumerate(costs.iterrows()):
+        seconds, colour = times.loc[times["method"] == name, "seconds"], colour_of(str(name))
+        style.draw_dots(left, seconds, y, colour, row["seconds"], y, 0.3)
+        by_pace = row["operations"] * costs.loc["vanilla", "seconds"]
+        left.plot(by_pace, y, marker="|", markersize=9, color=INK, markeredgewidth=1, zorder=4)
+        right.barh(y, row["memory"] / 1e6, height=0.55, color=colour)
+    style.name_rows(left, [title(str(name)) for name in costs.index], ticks=True)
     right.grid(axis="y", visible=False)
     patches = times["patches"].iloc[0]
     left.set(xscale="log", xlabel=f"seconds of a prediction, {patches:,} patches\n(| by Vanilla's pace)")
@@ -117,21 +91,18 @@ def predictions(times: pd.DataFrame, counted: pd.DataFrame) -> Figure:
 
 def sampling(costs: pd.DataFrame) -> Figure:
     """What a prediction by STEPH takes over one by the cancer's own model, against the size of the bag: measured (dots,
-    with quartiles) and by operations (lines), a colour for each number of patches that the hypernetwork reads. costs:
-    `steph.analysis.cost.efficiency.sampling_costs`."""
+    with quartiles) and by operations (lines), a colour for each sample that the hypernetwork reads. costs:
+    `steph.analysis.cost.timing.prediction_costs`, of `sampling_times`."""
     fig, ax = plt.subplots(figsize=(WIDTH * 0.72, 2.9))
-    whole = costs["reads"] == costs["patches"]
-    parts = [("all patches", costs[whole])]
-    parts += [(f"{reads:,} patches", part) for reads, part in costs[~whole].groupby("reads")]
-    shades = plt.get_cmap("viridis")(np.linspace(0.15, 0.8, len(parts)))
-    for (label, part), colour in zip(parts, [colour_of("steph"), *shades], strict=False):
-        ax.plot(part["patches"], part["× Vanilla (operations)"], "-", color=colour, linewidth=1)
-        ax.plot(part["patches"], part["× Vanilla"], "o", color=colour, markersize=4.5, label=label)
-        ax.vlines(part["patches"], part["low"], part["high"], color=colour, linewidth=1)
+    for (name, part), colour in zip(costs.groupby("method", sort=False), (MUTED, BLUE, GREEN, ORANGE), strict=False):
+        if name != "vanilla":
+            ax.plot(part["patches"], part["operations"], "-", color=colour, linewidth=1)
+            ax.plot(part["patches"], part["ratio"], "o", color=colour, markersize=4.5, label=title(str(name)))
+            ax.vlines(part["patches"], part["low"], part["high"], color=colour, linewidth=1)
     ax.axhline(1, color=MUTED, linewidth=0.7)
     ax.set(xscale="log", xlabel="patches of the bag", ylabel="a prediction by STEPH\n÷ one by Vanilla")
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.set_xticks(sorted(set(costs["patches"])))
     ax.minorticks_off()
-    style.legend(fig, ax, 3, title="the hypernetwork reads")
+    style.legend(fig, ax, 3)
     return fig

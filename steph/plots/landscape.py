@@ -1,7 +1,8 @@
 """Figures of what STEPH weighs: the landscape of loss between two task vectors (Figs. 4, 6, S3, S5), its way through it
 (Fig. 8), and the course of w and lambda (Figs. 9, S1, S2)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -22,61 +23,47 @@ LIKE_TARGET = key(r"as much loss as $M_t$", color=INK, linewidth=0.9, linestyle=
 LESS = key(r"mixtures of less loss than $M_t$", color=LOWER, linewidth=2.2)
 
 
-def loss_planes(table: pd.DataFrame, target: str, source: str) -> Figure:
-    """One pair in full, as Fig. 4: (a) training and (b) test loss over (C_s, C_t), smoothed; (c) the loss along the
-    line of mixtures and the least when w scales them; of `steph.analysis.mixing.landscape.landscape`."""
-    fig, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.2), height_ratios=[1.25, 1])
-    for plane, below, column, letter in zip(*axes, ("loss_train", "loss_test"), "ab", strict=True):
-        word, colour = SETS[column]
-        image = _draw_plane(plane, table, column, _levels(table[column]))
-        plane.set(title=f"({letter}) {word} loss, {source} → {target}", xlabel=r"$C_s$")
-        _loss_bar(fig, image, plane, shrink=0.85)
-        line = lambda_line(table)
-        below.axhline(float(line[column].iloc[-1]), color=INK, linewidth=0.9, linestyle="--")
-        if lower := lower_range(line, column):
-            below.axvspan(*lower, color=LOWER, alpha=0.12, linewidth=0)
-        for losses, linestyle, face in ((line, "-", colour), (best_magnitude(table), ":", "white")):
-            look: Any = {"color": colour, "linestyle": linestyle, "marker": "o", "markerfacecolor": face}
-            best = [int(losses[column].argmin())]
-            below.plot(losses["lambda"], losses[column], markersize=5, markevery=best, **look)
-        xlabel = r"$\lambda$  (0: $M_s$, 1: $M_t$)"
-        below.set(title=f"(c) {word} loss of mixtures", xlim=(-0.02, 1.02), xlabel=xlabel)
-    axes[1, 0].set_ylabel("loss")
-    axes[0, 0].set_ylabel(r"$C_t$")
-    dot: Any = {"color": MUTED, "marker": "o", "markersize": 5}
-    on_rays = key("(c) least over $w$", linestyle=":", markerfacecolor="white", **dot)
-    style.legend(fig, [ON_LINE, LIKE_TARGET, LESS, key(r"(c) along the line, $w=1$", **dot), on_rays], 3)
-    return fig
-
-
-def loss_planes_of_pairs(tables: Mapping[str, pd.DataFrame], target: str) -> Figure:
-    """Several sources of one target, as Figs. 6, S3 and S5: for each the test loss over (C_s, C_t), smoothed, in common
-    colours, and below it the loss along the line of mixtures, less that of M_t, for every set of patients."""
-    columns = min(3, len(tables))
-    rows = -(-len(tables) // columns)
-    size = (WIDTH * max(2, columns) / 3, 3.9 * rows + 0.5)
+def loss_planes(tables: Mapping[str, pd.DataFrame], target: str, sets: Sequence[str] = ("loss_test",)) -> Figure:
+    """The loss over (C_s, C_t), smoothed, a panel for each source and set of patients, as in Figs. 4, 6, S3 and S5; of
+    a set in common colours. Below each, less that of M_t, the loss along the line of mixtures, of every set of patients
+    and with a dot at the least of the panel's own; dotted, the least when w scales the mixture. tables: by source, of
+    `steph.analysis.mixing.landscape.landscape`."""
+    cells = list(product(tables, sets))
+    columns = min(3, len(cells))
+    width, rows = WIDTH if len(sets) > 1 else WIDTH * max(2, columns) / 3, -(-len(cells) // columns)
+    size = (width, (1.5 * width / max(2, columns) + 0.4) * rows + 0.5)
     fig, axes = plt.subplots(2 * rows, columns, figsize=size, height_ratios=[1.5, 1] * rows, squeeze=False)
-    levels = _levels(pd.concat(tables.values())["loss_test"])
-    lines = {source: lambda_line(table).set_index("lambda") for source, table in tables.items()}
-    lines = {source: line - line.iloc[-1] for source, line in lines.items()}
-    low = min(line.to_numpy().min() for line in lines.values())
-    high = max(-low, 0.02)  # what is far above M_t matters less than how far below it a mixture comes
-    for ax in (*axes[::2].flat[len(tables) :], *axes[1::2].flat[len(tables) :]):
+    planes, below, images = list(axes[::2].flat), list(axes[1::2].flat), {}
+    levels = {column: _levels(pd.concat(tables.values())[column]) for column in sets}
+    for ax in (*planes[len(cells) :], *below[len(cells) :]):
         ax.set_visible(False)
-    for (source, line), plane, below in zip(lines.items(), axes[::2].flat, axes[1::2].flat, strict=False):
-        image = _draw_plane(plane, tables[source], "loss_test", levels)
-        plane.set(title=f"{source} → {target}", xlabel=r"$C_s$")
-        below.axhline(0, color=MUTED, linewidth=0.8)
-        for column in line.columns:
-            below.plot(line[column], color=SETS[column][1])
-        below.set(ylim=(low * 1.15 - 0.002, high * 1.5), xlim=(0, 1), xticks=[0, 0.5, 1], xlabel=r"$\lambda$")
-        below.tick_params(labelleft=below in axes[:, 0])
-    for plane, below in zip(axes[::2, 0], axes[1::2, 0], strict=True):
+    for (source, column), plane, ax in zip(cells, planes, below, strict=False):
+        table, (word, colour) = tables[source], SETS[column]
+        images[column] = _draw_plane(plane, table, column, levels[column])
+        of_set = f"{word} loss, " if len(sets) > 1 else ""
+        plane.set(title=f"{of_set}{source} → {target}", xlabel=r"$C_s$")
+        line, rays = (losses.set_index("lambda") for losses in (lambda_line(table), best_magnitude(table)))
+        ax.axhline(0, color=MUTED, linewidth=0.8)
+        for name in line.columns:
+            ax.plot(line[name] - line[name].iloc[-1], color=SETS[name][1])
+        for losses, linestyle, face in ((line[column], "-", colour), (rays[column], ":", "white")):
+            look: Any = {"color": colour, "linestyle": linestyle, "marker": "o", "markerfacecolor": face}
+            best = [int(losses.argmin())]
+            ax.plot(losses - line[column].iloc[-1], markersize=4.5, markevery=best, **look)
+        ax.set(xlim=(-0.02, 1.02), xticks=[0, 0.5, 1], xlabel=r"$\lambda$")
+        ax.tick_params(labelleft=ax in axes[:, 0])
+    low = min(float(np.min(curve.get_ydata())) for ax in below for curve in ax.lines)
+    for ax in below:  # what is far above M_t matters less than how far below it a mixture comes
+        ax.set_ylim(low * 1.15 - 0.002, max(-low, 0.02) * 1.5)
+    for plane, ax in zip(axes[::2, 0], axes[1::2, 0], strict=True):
         plane.set_ylabel(r"$C_t$")
-        below.set_ylabel(r"loss $-$ that of $M_t$")
-    _loss_bar(fig, image, axes[::2], shrink=0.6, label="test loss")
-    sets = [key(f"{SETS[column][0]} patients", color=SETS[column][1]) for column in line.columns]
-    style.legend(fig, [ON_LINE, LIKE_TARGET, LESS, *sets], 3)
+        ax.set_ylabel(r"loss $-$ that of $M_t$")
+    for column, image in images.items():
+        of_column = [plane for cell, plane in zip(cells, planes, strict=False) if cell[1] == column]
+        _loss_bar(fig, image, of_column, shrink=0.6, label=f"{SETS[column][0]} loss")
+    on_rays = key("least over $w$", color=MUTED, linestyle=":", marker="o", markersize=4.5, markerfacecolor="white")
+    of_sets = [key(f"{SETS[column][0]} patients", color=SETS[column][1]) for column in line.columns]
+    style.legend(fig, [ON_LINE, LIKE_TARGET, LESS, on_rays, *of_sets], 4)
     return fig
 
 

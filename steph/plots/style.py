@@ -197,19 +197,13 @@ def draw_survival(ax: Axes, years: Any, event: Any, color: str, alpha: float, **
     return curve
 
 
-def spread(values: np.ndarray, gap: float) -> np.ndarray:
-    """Rising values (N,) moved as little as needed to lie `gap` apart at least."""
-    from scipy.optimize import isotonic_regression
-
-    steps = gap * np.arange(len(values))  # what rises by `gap` at least, less these steps, rises
-    return isotonic_regression(values - steps).x + steps
-
-
 def label_ends(ax: Axes, ends: pd.Series, top: float, rows_of_text: int) -> None:
     """Names at the ends of lines, moved apart as little as needed; the axis has room for so many rows of text."""
-    ends, gap, side = ends.sort_values(), top / rows_of_text, ax.get_yaxis_transform()
-    steps = gap * np.arange(len(ends))
-    places = np.clip(spread(ends.to_numpy(), gap), steps, top - steps[::-1])
+    from scipy.optimize import isotonic_regression
+
+    ends, side = ends.sort_values(), ax.get_yaxis_transform()
+    steps = top / rows_of_text * np.arange(len(ends))  # what rises by a row at least, less these steps, rises
+    places = np.clip(isotonic_regression(ends.to_numpy() - steps).x + steps, steps, top - steps[::-1])
     for (name, end), y in zip(ends.items(), places, strict=True):
         colour = line_of_dataset(str(name))["color"]
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}

@@ -139,7 +139,7 @@ def _hardly_slower(evidence: Evidence, _: str, slow: str, fast: str) -> Finding:
     times = evidence.epochs
     if times is None or not {slow, fast} <= set(times["method"]):
         raise Refused("the epochs of these methods were not timed.")
-    row = timing.epoch_ratios(times, fast).set_index("method").loc[slow]
+    row = timing.epoch_ratios(times, fast).loc[slow]
     ours = f"× {row['ratio']:.3f} (quartiles {row['low']:.3f} to {row['high']:.3f}; {times['device'].iloc[0]})"
     if timing.is_wide(float(row["low"]), float(row["high"])):
         return Finding(ours, "unclear", "not measurable here: the quartiles are too far apart")

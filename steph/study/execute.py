@@ -25,8 +25,8 @@ import torch
 from steph import Refused
 from steph.data.manifest import Study
 from steph.files.lock import exclusive
-from steph.files.progress import in_words, track
-from steph.files.records import COMPLETION, Record, read_record, write_record
+from steph.files.progress import track
+from steph.files.records import Record, write_record
 from steph.mil.state import save_state, state_of
 from steph.study import health
 from steph.study.overlap import refuse_overlap
@@ -128,8 +128,6 @@ def _carry_out(bench: Workbench, missing: Sequence[Run], workers: int) -> None:
     others = f" and {len(names) - 3} other methods" if len(names) > 4 else ""
     label = f"{bench.study.name}: {', '.join(names[:3] if others else names)}{others}"
     workers = min(workers, len(missing))
-    if expected := _expected_seconds(bench, missing):
-        label += f", {in_words(expected / workers)} expected"
     if workers <= 1:
         for run in track(missing, label):
             _execute(bench, run)
@@ -142,20 +140,6 @@ def _carry_out(bench: Workbench, missing: Sequence[Run], workers: int) -> None:
     with worker_pool(bench.study, workers) as pool:
         for _ in track(_spread(pool, workers, bench, missing), label, total=len(missing)):
             pass
-
-
-def _expected_seconds(bench: Workbench, missing: Sequence[Run]) -> float:
-    """What runs take together by finished runs of their methods on such a device; 0 where a method has none."""
-    device = device_name(bench.compute.device)
-    seconds: dict[str, float] = {}
-    for name in {run.method for run in missing}:
-        paths = sorted(bench.study.build.glob(f"runs/*/{name}/*/{COMPLETION}"))[:10]
-        records = [record.info for path in paths if (record := read_record(path.parent))]
-        taken = [info["seconds"] for info in records if info["device"] == device]
-        if not taken:
-            return 0
-        seconds[name] = sum(taken) / len(taken)
-    return sum(seconds[run.method] for run in missing)
 
 
 def _spread(pool: ProcessPoolExecutor, workers: int, bench: Workbench, missing: Sequence[Run]) -> Iterator[Run]:

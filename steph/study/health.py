@@ -92,10 +92,10 @@ def dead(results: pd.DataFrame) -> pd.DataFrame:
     return results[_numbers(results, "unmerged_test") >= DEAD * _numbers(results, "n_test")]
 
 
-def void(results: pd.DataFrame, method: str = "steph") -> str:
-    """Why comparisons of a method are void, its weights being 0; "" where they are not."""
-    listed = _listed(dead(results[results["method"] == method]), counts=True)
-    return listed and f"void: the weights of {title(method)} are 0 for {listed}"
+def void(results: pd.DataFrame) -> str:
+    """Why comparisons of STEPH are void, its weights being 0; "" where they are not."""
+    listed = _listed(dead(results[results["method"] == "steph"]), counts=True)
+    return listed and f"void: the weights of {title('steph')} are 0 for {listed}"
 
 
 def dead_note(results: pd.DataFrame) -> str:

@@ -72,13 +72,6 @@ def c_index_table(results: pd.DataFrame, methods: Sequence[str] | None = None, v
     return wide if folds.nunique() == 1 else pd.concat([folds.to_frame("folds").T, wide])
 
 
-def seconds_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Seconds that a run of each method took, alone: method, runs, mean, max, device."""
-    grouped = results.groupby(["method", "device"], sort=False)["seconds"]
-    table = grouped.agg(runs="size", mean="mean", max="max").reset_index()
-    return table.assign(method=table["method"].map(title))[["method", "runs", "mean", "max", "device"]]
-
-
 def fold_table(results: pd.DataFrame) -> pd.DataFrame:
     """The C-index of each fold: a row per data set and method, a column per fold; "undefined" where there is none."""
     refuse_repeats(results)

@@ -110,13 +110,13 @@ def epoch_rounds() -> pd.DataFrame:
 def costs() -> pd.DataFrame:
     rows = [("vanilla", 0.6, 20, 1), ("steph", 0.65, 40, 2), ("roupkt", 0.65, 300, 14)]
     table = pd.DataFrame(rows, columns=["method", "c_index", "gflops", "networks"])
-    return table.assign(products=table["gflops"], patches=100, seconds=1.0 * table["networks"], memory=1e6)
+    return table.assign(operations=table["gflops"], patches=100, seconds=1.0 * table["networks"], memory=1e6)
 
 
 def sampled() -> pd.DataFrame:
-    rows = [(n, reads, 1.2, 1.3) for n in (200, 1000) for reads in (256, n) if reads <= n]
-    table = pd.DataFrame(rows, columns=["patches", "reads", "× Vanilla (operations)", "× Vanilla"])
-    return table.assign(low=0.9 * table["× Vanilla"], high=1.1 * table["× Vanilla"])
+    rows = [(n, name, 1.2, 1.3) for n in (200, 1000) for name in ("vanilla", "steph", "steph_r256")[: 1 + n // 200]]
+    table = pd.DataFrame(rows, columns=["patches", "method", "operations", "ratio"])
+    return table.assign(low=0.9 * table["ratio"], high=1.1 * table["ratio"])
 
 
 def judged(problem: str = "") -> pd.DataFrame:
@@ -222,9 +222,9 @@ def paths(seeds: int = 1, sources: Sequence[str] = ("SARC",), reach: float = 0.9
 NAMES = {"vanilla": "Vanilla", "steph": "STEPH"}
 
 FIGURES = {
-    "landscape of a pair": lambda: plots.loss_planes(plane(), "BRCA", "SARC"),
-    "landscapes of one pair": lambda: plots.loss_planes_of_pairs({"SARC": plane()}, "BRCA"),
-    "landscapes of pairs": lambda: plots.loss_planes_of_pairs(dict.fromkeys(DATASETS[1:6], plane()), "BRCA"),
+    "landscape of a pair": lambda: plots.loss_planes({"SARC": plane()}, "BRCA", ("loss_train", "loss_test")),
+    "landscapes of one pair": lambda: plots.loss_planes({"SARC": plane()}, "BRCA"),
+    "landscapes of pairs": lambda: plots.loss_planes(dict.fromkeys(DATASETS[1:6], plane()), "BRCA"),
     "trajectories": lambda: plots.trajectories(
         paths(1, DATASETS[1:4], reach=1.5), dict.fromkeys(DATASETS, plane()), "BRCA"
     ),
@@ -449,7 +449,7 @@ def test_labels_at_line_ends_do_not_overlap_and_move_little():
 
 
 def test_red_arrows_stand_where_mixtures_have_less_loss_than_the_target_and_nowhere_else():
-    axes = plots.loss_planes(plane(), "BRCA", "SARC").axes
+    axes = plots.loss_planes({"SARC": plane()}, "BRCA", ("loss_train", "loss_test")).axes
     arrows = [[text for text in ax.texts if text.arrow_patch is not None] for ax in axes[:2]]
     assert not arrows[0]  # training patients want M_t
     ends = [arrow.xy for arrow in arrows[1]]

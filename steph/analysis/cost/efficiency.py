@@ -57,23 +57,6 @@ def bag_sizes(bench: Workbench) -> np.ndarray:
     return np.concatenate([patients(bench, name).patches for name in bench.study.datasets])
 
 
-def sampling_costs(times: pd.DataFrame) -> pd.DataFrame:
-    """Format `steph.analysis.cost.timing.sampling_times` for display: of each bag and sample, how many times the
-    operations and the seconds of the cancer's own model a prediction by STEPH takes; seconds are compared round by
-    round, and medians shown, of the ratio of seconds (× Vanilla) also the quartiles low and high."""
-    vanilla = times[times["reads"] == 0].set_index(["patches", "round"])[["seconds", "products"]]
-    steph = times[times["reads"] > 0].join(vanilla, on=["patches", "round"], rsuffix=" (vanilla)")
-    shown = steph[["patches", "reads"]].assign(**{
-        "GFLOPs": steph["products"] / 1e9,
-        "× Vanilla (operations)": steph["products"] / steph["products (vanilla)"],
-        "seconds": steph["seconds"],
-        "× Vanilla": steph["seconds"] / steph["seconds (vanilla)"],
-    })  # fmt: skip
-    by_sample = shown.groupby(["patches", "reads"])
-    quartiles = {name: by_sample["× Vanilla"].quantile(at) for name, at in (("low", 0.25), ("high", 0.75))}
-    return by_sample.median().assign(**quartiles).reset_index()
-
-
 def sampling_scores(results: pd.DataFrame, study: Study, sizes: np.ndarray, value: str) -> pd.DataFrame:
     """What a sample costs in C-index in a study, a row per method (`sampling_methods`) that was run: method, reads
     (patches at most), share (of all patches, that are read), × Vanilla (operations of a prediction on a bag of mean

@@ -173,19 +173,17 @@ SMALL = 64
 """Patches of the smaller of two bags from which a count in proportion to the patches is taken."""
 
 
-def on_bag(
-    counter: Callable[[Model, RaggedBatch], int], make: Callable[[str], Model], study: Study, n: int, kind: str = "fp32"
-) -> int:
-    """What a counter gives for a model, made on a device by name, and a bag of n patches. kind: the precision.
+def on_bag(counter: Callable[[Model, RaggedBatch], int], make: Callable[[str], Model], study: Study, n: int) -> int:
+    """What a counter gives for a model, made on a device by name, and a bag of n patches.
 
     A model that needs numbers (`Model.runs_on_shapes`), as ROUPKT looks which experts were chosen, cannot run on
     "meta". Everything in it but a constant is in proportion to the patches: its counts lie on the straight line through
     those of two small bags, without rounding.
     """
-    dim, dtype, model = study.features.dim, parameter_dtype(kind), make("meta")
+    dim, model = study.features.dim, make("meta")
     if model.runs_on_shapes:
-        return counter(model.to(dtype), random_bags([n], dim, "meta", dtype))
-    few, many = (counter(make("cpu").to(dtype), random_bags([size], dim, "cpu", dtype)) for size in (SMALL, 2 * SMALL))
+        return counter(model, random_bags([n], dim))
+    few, many = (counter(make("cpu"), random_bags([size], dim, "cpu")) for size in (SMALL, 2 * SMALL))
     return few + (many - few) * (n - SMALL) // SMALL
 
 
@@ -218,15 +216,6 @@ def reads(name: str, study: Study) -> int | None:
     """Patches of a bag that a method's hypernetwork reads at most; None where it reads all or there is none."""
     merging = deployed(name, study).merging
     return merging.sample_patches if isinstance(merging, STEPH) else None
-
-
-def of_sample(study: Study, n: int, sample: int) -> int:
-    """Operations (`by_products`) of a prediction by STEPH on n patches, whose hypernetwork reads `sample` of them; 0:
-    of one by Vanilla."""
-    model = deployed("steph" if sample else "vanilla", study)
-    if isinstance(model, STEPH):
-        model.sample_patches = sample
-    return by_products(model, random_bags([n], study.features.dim))
 
 
 def of_methods(names: Iterable[str], study: Study | None = None, n: int = PATCHES) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import wraps
 from itertools import count
 from pathlib import Path
@@ -17,16 +18,14 @@ from steph.analysis.cost.operations import (
     PATCHES,
     counted,
     deployed,
-    of_sample,
     paper_study,
     prediction_memory,
+    prediction_products,
+    reads,
     trained_numbers,
 )
-from steph.data.bags import RaggedBatch
 from steph.data.manifest import Study
-from steph.merging.steph import STEPH
 from steph.methods.registry import method, title
-from steph.mil.base import Model
 from steph.study.cache import cached_table
 from steph.study.paper import paper_table, table_methods
 from steph.study.runs import Run, Workbench, plan
@@ -88,14 +87,6 @@ def _in_rounds(bench: Workbench, jobs: Sequence[Any], do: Callable[[Any], Row]) 
     return rows
 
 
-@torch.no_grad()
-def _seconds_of(model: Model, patches: RaggedBatch) -> float:
-    """Seconds of one prediction."""
-    started = time.perf_counter()
-    model(patches).sum().item()  # a number waits for a graphics card
-    return time.perf_counter() - started
-
-
 def epoch_runs(bench: Workbench, dataset: str, fold: int, seed: int) -> list[Run]:
     """The runs whose epochs are timed, where a study can have them: the cancer's own model, the methods of Table S6,
     STEPH with the numbers of sources of Table S7."""
@@ -148,16 +139,11 @@ def of_both_stages(times: pd.DataFrame) -> pd.DataFrame:
 
 
 def epoch_ratios(times: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """How many times as long as another method's an epoch takes, taken round by round: method, ratio (median), low and
-    high (quartiles). Raises `Refused` for a reference that was not timed."""
+    """How many times as long as another method's an epoch takes, taken round by round: by method, ratio (median), low
+    and high (quartiles). Raises `Refused` for a reference that was not timed."""
     wide = of_both_stages(times)
     if reference not in wide or not (wide[reference] > 0).all():
         raise Refused(f"no epochs of {reference!r} were timed; there are those of {', '.join(map(str, wide.columns))}.")
-    return _ratios(wide, reference).reset_index()
-
-
-def _ratios(wide: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Of each column over another's, round (row) by round: the median ratio, and the quartiles low and high."""
     return _quartiles(wide.div(wide[reference], axis=0), "ratio")
 
 
@@ -166,14 +152,13 @@ def is_wide(low: float, high: float) -> bool:
     return high > WIDE * low
 
 
-def ratio_text(ratio: float, low: float, high: float) -> str:
-    """A ratio with its quartiles as text: "1.52 (1.49 to 1.56)", or "not measurable here (0.72 to 1.31)"."""
-    return f"{'not measurable here' if is_wide(low, high) else f'{ratio:.2f}'} ({low:.2f} to {high:.2f})"
-
-
-def ratio_texts(table: pd.DataFrame, ratio: str = "ratio") -> pd.Series:
-    """`ratio_text` of each row of a table with a ratio, low and high."""
-    return pd.Series(map(ratio_text, table[ratio], table["low"], table["high"]), index=table.index, dtype=object)
+def ratio_texts(table: pd.DataFrame) -> pd.Series:
+    """The ratio, low and high of each row as text: "1.52 (1.49 to 1.56)", or "not measurable here (0.72 to 1.31)"."""
+    texts = [
+        f"{'not measurable here' if is_wide(low, high) else f'{ratio:.2f}'} ({low:.2f} to {high:.2f})"
+        for ratio, low, high in table[["ratio", "low", "high"]].itertuples(index=False)
+    ]
+    return pd.Series(texts, index=table.index, dtype=object)
 
 
 def _quartiles(wide: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -188,7 +173,7 @@ def paper_seconds(table: str) -> pd.Series:
 
 def epoch_table(times: pd.DataFrame, table: str, reference: str, counted: dict[str, int]) -> pd.DataFrame:
     """Format Table S6 or S7 for display: seconds measured here, how many times the reference's, round by round
-    (`ratio_text`), the same in the paper, and by the operations of training (`training_operations`)."""
+    (`ratio_texts`), the same in the paper, and by the operations of training (`training_operations`)."""
     printed, seconds = paper_seconds(table), _quartiles(of_both_stages(times), "median")
     names = [name for name in printed.index if name in seconds.index]
     seconds, printed = seconds.loc[names], printed[names]
@@ -199,7 +184,7 @@ def epoch_table(times: pd.DataFrame, table: str, reference: str, counted: dict[s
             "method": seconds.index.map(title),
             "seconds (median)": seconds["median"],
             "quartiles": seconds["low"].map("{:.4g}".format) + " to " + seconds["high"].map("{:.4g}".format),
-            ratio: ratio_texts(epoch_ratios(times, reference).set_index("method"))[names],
+            ratio: ratio_texts(epoch_ratios(times, reference))[names],
             "seconds (paper)": printed,
             f"{ratio} (paper)": printed / printed[reference],
             f"{ratio} (operations)": pd.Series(in_both_stages) / in_both_stages[reference],
@@ -210,94 +195,89 @@ def epoch_table(times: pd.DataFrame, table: str, reference: str, counted: dict[s
 
 CPU_PATCHES = 1000
 """Patches of the bag whose prediction is timed where a processor does it, so that it takes seconds."""
+BAGS = (1000, 3000, 10_000)
+"""Patches of the bags on which it is timed what a hypernetwork saves that reads a sample."""
+SAMPLING = ("vanilla", "steph", "steph_r256", "steph_r1024")
+"""The methods that are compared on them."""
 
 
 def prediction_times(bench: Workbench) -> pd.DataFrame:
-    """Seconds of a prediction on one bag of `PATCHES` (on a processor `CPU_PATCHES`) at the paper's dimensions, a row
-    per method and round: method, patches, round, seconds, memory, device. Features and models are random; STEPH and
-    ROUPKT stand on 13 models; a study that is there for tests has fewer patches (`brief`).
-
-    Methods are those whose predictions differ in cost: one that merges once predicts with Vanilla's network. memory:
-    bytes at most, beyond the model and the bag; measured on a graphics card, counted (`live_bytes`) for a processor.
-    Measured in rounds like `epoch_times`, and cached.
-    """
-    compute, device = bench.compute, bench.compute.device
+    """`_times` of the methods whose predictions differ in cost (one that merges once predicts with Vanilla's network)
+    on one bag of `PATCHES`, on a processor `CPU_PATCHES`."""
     names = counted(bench).drop_duplicates(["networks", "products"])["method"].tolist()
-    study, n = paper_study(), round((CPU_PATCHES if device == "cpu" else PATCHES) * brief(bench.study))
-
-    def measure() -> list[Row]:
-        models = {name: deployed(name, study, device).to(compute.parameter_dtype) for name in names}
-        patches = random_bags([n], study.features.dim, device, compute.dtype)
-        coords, shifts = cast(Tensor, patches.coords), count(1)
-
-        def seconds(name: str) -> float:
-            # At new places: a graph of patches belongs to a prediction, and a model saves the last one.
-            moved = RaggedBatch(patches.features, patches.offsets, coords + next(shifts))
-            return _seconds_of(models[name], moved)
-
-        def memory(name: str) -> int:
-            if device == "cpu":
-                return prediction_memory(name, study, n, compute.precision)
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            seconds(name)
-            return torch.cuda.max_memory_allocated(device) - before
-
-        facts = {name: {"method": name, "patches": n, "memory": memory(name)} for name in names}
-        return _in_rounds(bench, names, lambda name: {**facts[name], "seconds": seconds(name)})
-
-    inputs = {"methods": names, "patches": n, "precision": compute.precision}
-    return measured(bench, "prediction_times", inputs, measure)
-
-
-SAMPLES = (256, 1024)
-"""Patches that a hypernetwork may read in place of all."""
-BAGS = (1000, 3000, 10_000)
-"""Patches of the bags on which that is measured."""
+    n = round((CPU_PATCHES if bench.compute.on_cpu else PATCHES) * brief(bench.study))
+    return _times(bench, "prediction_times", [(name, n) for name in names])
 
 
 def sampling_times(bench: Workbench) -> pd.DataFrame:
-    """Seconds and operations of a prediction by STEPH whose hypernetwork reads a sample, a row per bag (of `BAGS`),
-    sample (of `SAMPLES`) and round: patches, reads (how many of them the hypernetwork reads; 0: Vanilla, which has
-    none), round, seconds, products, device. At the paper's dimensions, on random features; measured in rounds, and
-    cached."""
-    study, compute, sizes = paper_study(), bench.compute, [round(n * brief(bench.study)) for n in BAGS]
+    """`_times` of `SAMPLING` on `BAGS`, without samples that are no smaller than the bag."""
+    study, sizes = paper_study(), [round(n * brief(bench.study)) for n in BAGS]
+    return _times(bench, "sampling_times", [(m, n) for n in sizes for m in SAMPLING if (reads(m, study) or 0) < n])
+
+
+def _times(bench: Workbench, name: str, jobs: Sequence[tuple[str, int]]) -> pd.DataFrame:
+    """Seconds of predictions at the paper's dimensions, a row per job (method, patches of a bag) and round: method,
+    patches, products (operations), memory, round, seconds, device. Features and models are random; STEPH and ROUPKT
+    stand on 13 models; a study that is there for tests has fewer patches (`brief`).
+
+    memory: bytes at most, beyond the model and the bag; measured on a graphics card, counted (`live_bytes`) for a
+    processor. Measured in rounds like `epoch_times`, and cached.
+    """
+    study, compute, device = paper_study(), bench.compute, bench.compute.device
 
     def measure() -> list[Row]:
-        models = [deployed(name, study, compute.device) for name in ("vanilla", "steph")]
-        plain, merging = (model.to(compute.parameter_dtype) for model in models)
-        bags = {n: random_bags([n], study.features.dim, compute.device, compute.dtype) for n in sizes}
-        jobs = [(n, reads) for n in sizes for reads in (0, *(r for r in SAMPLES if r < n), n)]
-        products = {(n, reads): of_sample(study, n, reads) for n, reads in jobs}
+        names, sizes = (dict.fromkeys(column) for column in zip(*jobs, strict=True))
+        models = {name: deployed(name, study, device).to(compute.parameter_dtype) for name in names}
+        bags, shifts = {n: random_bags([n], study.features.dim, device, compute.dtype) for n in sizes}, count(1)
 
-        def predict(job: tuple[int, int]) -> Row:
-            n, reads = job
-            cast(STEPH, merging).sample_patches = reads if reads < n else None
-            seconds = _seconds_of(merging if reads else plain, bags[n])
-            return {"patches": n, "reads": reads, "seconds": seconds, "products": products[job]}
+        @torch.no_grad()
+        def seconds(name: str, n: int) -> float:
+            # At new places: a graph of patches belongs to a prediction, and a model saves the last one.
+            bag = replace(bags[n], coords=cast(Tensor, bags[n].coords) + next(shifts))
+            started = time.perf_counter()
+            models[name](bag).sum().item()  # a number waits for a graphics card
+            return time.perf_counter() - started
 
-        return _in_rounds(bench, jobs, predict)
+        def memory(name: str, n: int) -> int:
+            if compute.on_cpu:
+                return prediction_memory(name, study, n, compute.precision)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            seconds(name, n)
+            return torch.cuda.max_memory_allocated(device) - before
 
-    return measured(bench, "sampling_times", {"patches": sizes, "precision": compute.precision}, measure)
+        facts = {
+            (name, n): {"method": name, "patches": n, "products": prediction_products(name, study, n),
+                        "memory": memory(name, n)}
+            for name, n in jobs
+        }  # fmt: skip
+        return _in_rounds(bench, jobs, lambda job: {**facts[job], "seconds": seconds(*job)})
+
+    return measured(bench, name, {"jobs": list(map(list, jobs)), "precision": compute.precision}, measure)
 
 
-def prediction_ratios(times: pd.DataFrame) -> pd.DataFrame:
-    """How many times as long as the cancer's own model's a prediction takes, taken round by round: by method, ratio
-    (median), low and high (quartiles)."""
-    return _ratios(times.pivot(index="round", columns="method", values="seconds"), "vanilla")
+def prediction_costs(times: pd.DataFrame) -> pd.DataFrame:
+    """What `_times` come to, a row per bag and method: patches, method, products, memory, seconds (median), operations
+    (products over the cancer's own model's), and how many times as long as its a prediction takes, round by round:
+    ratio, low, high."""
+    parts = []
+    for _, of_bag in times.groupby("patches"):
+        table = of_bag.groupby("method", sort=False)[["patches", "products", "memory"]].first()
+        wide = of_bag.pivot(index="round", columns="method", values="seconds")
+        products = table["products"].astype(float)
+        table = table.assign(seconds=wide.median(), operations=products / products["vanilla"])
+        parts.append(table.join(_quartiles(wide.div(wide["vanilla"], axis=0), "ratio")))
+    return pd.concat(parts).reset_index()
 
 
-def prediction_table(times: pd.DataFrame, counted: pd.DataFrame) -> pd.DataFrame:
-    """Format `prediction_times` for display, beside what was counted (`operations.of_methods`): patches, median
-    seconds, how many times those of the cancer's own model they are (`ratio_text`), the same by operations, memory."""
-    seconds = times.groupby("method", sort=False)["seconds"].median()
-    products = counted.set_index("method")["products"].reindex(seconds.index)
-    shown = {
-        "method": seconds.index.map(title),
-        "patches": times["patches"].iloc[0],
-        "seconds (median)": seconds,
-        f"× {title('vanilla')}": ratio_texts(prediction_ratios(times)),
-        f"× {title('vanilla')} (operations)": products / products["vanilla"],
-        "memory (MB)": times.groupby("method")["memory"].first() / 1e6,
-    }
-    return pd.DataFrame(shown, index=seconds.index).reset_index(drop=True)
+def prediction_table(costs: pd.DataFrame) -> pd.DataFrame:
+    """Format `prediction_costs` for display."""
+    return pd.DataFrame({
+        "method": costs["method"].map(title),
+        "patches": costs["patches"],
+        "GFLOPs": costs["products"] / 1e9,
+        "seconds (median)": costs["seconds"],
+        f"× {title('vanilla')}": ratio_texts(costs),
+        f"× {title('vanilla')} (operations)": costs["operations"],
+        "memory (MB)": costs["memory"] / 1e6,
+    })  # fmt: skip

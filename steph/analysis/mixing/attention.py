@@ -298,12 +298,12 @@ def with_planted(table: pd.DataFrame, known: Mapping[str, pd.DataFrame]) -> pd.D
 def auc(values: np.ndarray, positive: np.ndarray) -> float:
     """Chance that a patch of the positive ones has a higher value than one of the others, ties half; NaN where there
     are none of either."""
-    from scipy.stats import rankdata
+    from scipy.stats import mannwhitneyu
 
-    n, rest = int(positive.sum()), int((~positive).sum())
-    if n == 0 or rest == 0:
+    first, second = values[positive], values[~positive]
+    if not len(first) or not len(second):
         return float("nan")
-    return float((rankdata(values)[positive].sum() - n * (n + 1) / 2) / (n * rest))
+    return float(mannwhitneyu(first, second).statistic / (len(first) * len(second)))
 
 
 def numbers(attention: Mapping[str, np.ndarray], patches: pd.DataFrame) -> pd.DataFrame:

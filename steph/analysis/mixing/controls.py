@@ -264,9 +264,9 @@ def in_words(row: Mapping[Any, Any]) -> str:
     return f"{row['difference']:+.3f} ({bounds}), {row['conclusion']}"
 
 
-def simpler(summary: pd.DataFrame, where: str = HERE) -> str:
+def simpler(summary: pd.DataFrame) -> str:
     """Which rivals STEPH is not shown to be better than, in a sentence; "" where there is none."""
-    rows = summary[(summary["where"] == where) & summary["rival"] & (summary["on"] == _least_noise(summary, where))]
+    rows = summary[(summary["where"] == HERE) & summary["rival"] & (summary["on"] == _least_noise(summary, HERE))]
     level = rows[rows["difference"].notna() & (rows["conclusion"] != BETTER)]
     names = level["method"].map(title) + level["difference"].map(lambda d: f" ({-d:+.3f})")
     better = level["conclusion"] == WORSE

@@ -5,7 +5,6 @@ property of the cancers or of the random start is seen only when the start chang
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -120,20 +119,6 @@ def planted(study: Study, target: str) -> pd.Series | None:
 def final_shares(course: pd.DataFrame) -> pd.DataFrame:
     """Each source's share of the mixture in the last epoch, w (1 - lambda), a row per source and a column per seed."""
     return at_the_end(course).pivot(index="source", columns="seed", values="share")
-
-
-def agreement(course: pd.DataFrame) -> pd.DataFrame:
-    """Rank correlation (Spearman) of the final shares of each two seeds: seed_a, seed_b, correlation; NaN where one of
-    them gives all sources the same share."""
-    shares = final_shares(course)
-    rows = [(a, b, rank_correlation(shares[a], shares[b])) for a, b in combinations(shares.columns, 2)]
-    return pd.DataFrame(rows, columns=["seed_a", "seed_b", "correlation"])
-
-
-def with_planted(course: pd.DataFrame, similarity: pd.Series) -> pd.Series:
-    """Rank correlation of the final shares with each source's `planted` similarity to the target, by seed."""
-    shares = final_shares(course)
-    return shares.apply(rank_correlation, b=similarity.loc[shares.index])
 
 
 def rank_correlation(a: pd.Series, b: pd.Series) -> float:

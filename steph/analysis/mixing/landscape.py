@@ -110,12 +110,9 @@ class Plane(Merged):
 
     def forward(self, batch: RaggedBatch) -> Tensor:
         """Logits of the hazards (G, B, T) of B bags."""
-        # Where all points' parameters can be held, they are merged once for the batch.
-        small = len(self.points) * self.layout.size <= NUMBERS
-        merged = self.weights(self.points, without="embed.") if small else None
-        return torch.stack([self._of_bag(batch.bag(i), merged) for i in range(len(batch))], dim=1)
+        return torch.stack([self._of_bag(batch.bag(i)) for i in range(len(batch))], dim=1)
 
-    def _of_bag(self, bag: Tensor, merged: dict[str, Tensor] | None) -> Tensor:
+    def _of_bag(self, bag: Tensor) -> Tensor:
         """Logits (G, T) of one bag (n, D). What the first layer gives before the ReLU is linear in (C_s, C_t), so three
         products with the bag serve all points. Through `ABMIL.encode_each`, which multiplies the bag at every point, a
         landscape of the demo takes 1.4 times as long, and one at the paper's width of features about three times."""
@@ -123,14 +120,10 @@ class Plane(Merged):
         first = linear_each(bag.expand(3, -1, -1), layers, "embed")  # (3, n, H): of M_0, tau_s, tau_t
         width = first.shape[2] + 2 * layers["score.weight"].shape[2]
         together = max(1, NUMBERS // (len(bag) * width + self.layout.size))
-        parts = []
-        for start in range(0, len(self.points), together):
-            points = self.points[start : start + together]
-            rows = {name: value[start : start + together] for name, value in merged.items()} if merged else None
-            parts.append(self._at(first, points, rows or self.weights(points, without="embed.")))
-        return torch.cat(parts)
+        return torch.cat([self._at(first, points) for points in self.points.split(together)])
 
-    def _at(self, first: Tensor, points: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def _at(self, first: Tensor, points: Tensor) -> Tensor:
+        weights = self.weights(points, without="embed.")
         embedded = torch.addmm(first[:1].flatten(1), points, first[1:].flatten(1)).relu_().view(-1, *first.shape[1:])
         # tanh(x) = 2 sigmoid(2 x) - 1: with tanh_ a landscape of the demo takes 1.3 times as long.
         gated = linear_each(embedded, weights, "gate_tanh").mul_(2).sigmoid_().mul_(2).sub_(1)

@@ -10,16 +10,16 @@ import pandas as pd
 import torch
 from torch import nn
 
-from steph import Refused
 from steph.analysis.mixing import dynamics
 from steph.analysis.performance import discrimination
 from steph.data.dataset import Dataset
 from steph.merging.task_vectors import Layout, encoder_part, task_vector
 from steph.mil.base import Model
 from steph.study.cache import cached_table
+from steph.study.execute import c_index
 from steph.study.overlap import refuse_trained
 from steph.study.runs import SOURCE_FOLD, Run, Workbench
-from steph.survival import concordance_index, risk_score
+from steph.survival import risk_score
 from steph.training.device import Compute, single_thread
 from steph.training.engine import loader
 
@@ -69,12 +69,8 @@ def c_indices(models: Mapping[str, Model], data: Dataset, compute: Compute) -> p
             risks.append([risk_score(torch.sigmoid(model(bag)).double().cpu()).item() for model in together])
     labels, rows = data.labels(patients), []
     for source, risk in zip(models, np.transpose(risks), strict=True):
-        row = {"source": source, "n": len(labels), "events": int(labels["event"].sum()), "c_index": None, "problem": ""}
-        try:
-            row["c_index"] = concordance_index(labels["time_days"], labels["event"], risk)
-        except Refused as reason:
-            row["problem"] = str(reason)
-        rows.append(row)
+        numbers = {"source": source, "n": len(labels), "events": int(labels["event"].sum())}
+        rows.append(numbers | c_index(labels.assign(risk=risk)))
     return pd.DataFrame(rows)
 
 

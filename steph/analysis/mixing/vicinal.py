@@ -41,7 +41,7 @@ from steph.mil.abmil import ABMIL
 from steph.study.cache import cached_table
 from steph.study.runs import Run, Workbench
 from steph.survival import concordance_index, nll_loss, risk_score, targets
-from steph.training.device import Compute, single_thread
+from steph.training.device import single_thread
 from steph.training.engine import loader, seed_everything
 
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200)
@@ -293,10 +293,20 @@ def small_problem(bench: Workbench, pair: Run) -> Problem:
     seed_everything(study.seed)
     compute = replace(bench.compute, precision="fp64", max_patches=MAX_PATCHES)
     network = ABMIL(min(study.features.dim, DIM_IN), **small, dropout=0.0).to(compute.device, compute.dtype).eval()
+
+    def load(data: Dataset, patients: Sequence[str], most: int) -> Patients:
+        if len(patients) > most:
+            places = np.sort(np.random.default_rng(study.seed).choice(len(patients), most, replace=False))
+            patients = [patients[i] for i in places]
+        labels, bags = data.labels(patients), loader(network, data, patients, compute)(patients)
+        return Patients(
+            bags, *targets(labels, n.n_bins, n.bin_width_days, compute.device), labels["time_days"].to_numpy()
+        )
+
     parts = [
-        _load(study, network, *of_target["train"], MAX_PATIENTS, compute),
-        _load(study, network, source, source.splits.train(0), MAX_PATIENTS, compute),
-        _load(study, network, *of_target.get("external", of_target["test"]), MAX_TESTED, compute),
+        load(*of_target["train"], MAX_PATIENTS),
+        load(source, source.splits.train(0), MAX_PATIENTS),
+        load(*of_target.get("external", of_target["test"]), MAX_TESTED),
     ]
     if (dim := study.features.dim) > DIM_IN:
         drawn = torch.randn(dim, DIM_IN, generator=torch.Generator().manual_seed(study.seed), dtype=torch.float64)
@@ -307,18 +317,6 @@ def small_problem(bench: Workbench, pair: Run) -> Problem:
     target, source_patients, test = parts
     concordance_index(test.time_days, test.event.cpu().numpy(), np.zeros(len(test)))  # refuses what has no pairs
     return Problem(network, target, source_patients, test, study.recipe.alpha)
-
-
-def _load(
-    study: Study, network: ABMIL, data: Dataset, patients: Sequence[str], most: int, compute: Compute
-) -> Patients:
-    if len(patients) > most:
-        places = np.sort(np.random.default_rng(study.seed).choice(len(patients), most, replace=False))
-        patients = [patients[i] for i in places]
-    labels = data.labels(patients)
-    bags = loader(network, data, patients, compute)(patients)
-    bins, event = targets(labels, study.network.n_bins, study.network.bin_width_days, compute.device)
-    return Patients(bags, bins, event, labels["time_days"].to_numpy())
 
 
 def lengths(study: Study) -> list[int]:

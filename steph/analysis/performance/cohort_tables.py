@@ -4,11 +4,10 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from steph import Refused
 from steph.data.dataset import Dataset
+from steph.study.execute import c_index
 from steph.study.paper import paper_table
 from steph.study.tables import VALUES, c_index_table, primary_outcome, summary
-from steph.survival import concordance_index
 
 
 def cohort_numbers(datasets: Iterable[Dataset]) -> pd.DataFrame:
@@ -112,9 +111,5 @@ def oracle_wide(oracle: pd.DataFrame) -> pd.DataFrame:
 
 
 def _oracle_c_index(data: Dataset, patients: list[str]) -> float | None:
-    labels = data.labels(patients)
     assert data.oracle is not None
-    try:
-        return concordance_index(labels["time_days"], labels["event"], data.oracle.loc[patients])
-    except Refused:
-        return None
+    return c_index(data.labels(patients).assign(risk=data.oracle.loc[patients].to_numpy()))["c_index"]

@@ -46,23 +46,20 @@ def mean_of(values: Any) -> Estimate:
     return around(float(values.mean()) if len(values) else np.nan, reach_of_mean(values))
 
 
-def with_interval(
-    value: Any, low: Any, high: Any, *, form: str = "+.3f", ends: str | None = None, problem: Any = ""
-) -> str:
+def with_interval(value: Any, low: Any, high: Any, *, form: str = "+.3f", problem: Any = "") -> str:
     """An estimate as text: "0.612 (0.580 to 0.644)", the value alone where there is no interval, "undefined" where
-    there is neither. form: of all three numbers; ends: of the interval's, where that differs. problem: why something is
-    lacking, in brackets."""
+    there is neither. form: of all three numbers. problem: why something is lacking, in brackets."""
     number = "undefined" if pd.isna(value) else f"{value:{form}}"
     if not pd.isna(value) and not pd.isna(low):
-        number += f" ({low:{ends or form}} to {high:{ends or form}})"
+        number += f" ({low:{form}} to {high:{form}})"
     return f"{number} ({problem})" if problem else number
 
 
-def estimates_text(table: pd.DataFrame, value: str, form: str, ends: str | None = None) -> pd.Series:
+def estimates_text(table: pd.DataFrame, value: str, form: str) -> pd.Series:
     """`with_interval` of a column of a table with low, high and, where it has one, problem."""
     problems = table["problem"] if "problem" in table else [""] * len(table)
     numbers = zip(table[value], table["low"], table["high"], problems, strict=True)
-    text = [with_interval(*row, form=form, ends=ends, problem=problem) for *row, problem in numbers]
+    text = [with_interval(*row, form=form, problem=problem) for *row, problem in numbers]
     return pd.Series(text, index=table.index, dtype=object)
 
 

@@ -72,10 +72,10 @@ def cohort_sizes() -> pd.DataFrame:
     return table[["dataset", "patients"]].assign(events=events)
 
 
-def sampling_error(n: int, events: int, folds: int, assumed: Assumptions, seed: int = 0) -> float:
+def sampling_error(n: int, events: int, folds: int, assumed: Assumptions) -> float:
     """Standard deviation of the difference of two methods' C-indices, mean over test folds, over cohorts of n patients
     with so many deaths; the methods are equally good."""
-    rng, differences = np.random.default_rng(seed), []
+    rng, differences = np.random.default_rng(0), []
     loading = _loading(assumed.c_index)
     # What the two noises have in common, so that the risks correlate as assumed.
     common = float(np.clip((assumed.agreement - loading**2) / (1 - loading**2), 0, 1))
@@ -133,20 +133,15 @@ def errors(sizes: pd.DataFrame, design: Design, assumed: Assumptions) -> pd.Data
     drawn = [
         sampling_error(n, e, design.folds, assumed) for n, e in zip(sizes["patients"], sizes["events"], strict=True)
     ]
-    return _with_starts(sizes.assign(**{"patients'": drawn}), design, assumed)
-
-
-def _with_starts(table: pd.DataFrame, design: Design, assumed: Assumptions) -> pd.DataFrame:
     start = assumed.start_sd / np.sqrt(design.folds * design.repeats * design.starts)
-    return table.assign(**{"starts'": start, "error": np.hypot(table["patients'"], start)})
+    return sizes.assign(**{"patients'": drawn, "starts'": start, "error": np.hypot(drawn, start)})
 
 
 def of_designs(bench: Workbench, assumed: Assumptions) -> pd.DataFrame:
     """`errors` of the paper's cohorts under each of `DESIGNS`, kept: design, and the columns of `errors`."""
 
     def compute() -> pd.DataFrame:
-        drawn = {folds: errors(cohort_sizes(), Design(folds), assumed) for folds in {d.folds for d in DESIGNS.values()}}
-        parts = {name: _with_starts(drawn[d.folds], d, assumed) for name, d in DESIGNS.items()}
+        parts = {name: errors(cohort_sizes(), design, assumed) for name, design in DESIGNS.items()}
         return pd.concat(parts, names=["design", None]).reset_index("design")
 
     inputs = [asdict(assumed), {name: asdict(d) for name, d in DESIGNS.items()}, cohort_sizes().to_dict("records")]

@@ -18,7 +18,6 @@ from steph.analysis.performance.estimates import estimates_text, p_text
 from steph.analysis.performance.predictions import MODEL, once, rows_by
 from steph.methods.registry import title
 from steph.study.cache import cached_table
-from steph.study.execute import c_index
 from steph.study.runs import Run, Workbench
 from steph.study.tables import VALUES, summary
 from steph.training.device import single_thread
@@ -26,8 +25,8 @@ from steph.training.engine import predict
 
 
 def on_training(bench: Workbench, runs: Iterable[Run]) -> pd.DataFrame:
-    """What each finished run's model makes of the patients that it was trained on: median (of their risk), c_index,
-    dataset, method, fold. It reads every training bag once, and keeps what it finds."""
+    """The median risk that each finished run's model gives the patients that it was trained on: median, dataset,
+    method, fold. It reads every training bag once, and keeps what it finds."""
     return pd.concat([_on_training(bench, run) for run in runs], ignore_index=True)
 
 
@@ -36,7 +35,7 @@ def _on_training(bench: Workbench, run: Run) -> pd.DataFrame:
         data, together = bench.dataset(run.dataset), bench.study.recipe.bags_per_step
         with single_thread():
             known = predict(bench.model(run), data, data.splits.train(run.fold), bench.compute_of(run), together)
-        return pd.DataFrame([{"median": known["risk"].median(), "c_index": c_index(known)["c_index"]}])
+        return pd.DataFrame([{"median": known["risk"].median()}])
 
     table = cached_table(bench, f"training_risk-{run.dataset}-{run.method}", bench.key(run), compute)
     return table.assign(dataset=run.dataset, method=run.method, fold=run.fold)
@@ -49,28 +48,24 @@ def grouped(predictions: pd.DataFrame, medians: pd.DataFrame) -> pd.DataFrame:
     return table.assign(high=table["risk"].to_numpy() > median.to_numpy())
 
 
-def lowest(bench: Workbench, runs: Iterable[Run], results: pd.DataFrame, n: int = 5) -> pd.DataFrame:
+def lowest(bench: Workbench, results: pd.DataFrame, n: int = 5) -> pd.DataFrame:
     """The n lowest mean C-indices of test folds below one half, of models that were trained on the target's outcomes:
     dataset, method, the mean on test folds and, if there are some, external patients, and that on the patients the very
-    same models were trained on; all by the same code, so a sign that was wrong would be wrong for all."""
-    own: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        own.setdefault((run.dataset, run.method), []).append(run)
+    same models were trained on; all by the same code, so a sign that was wrong would be wrong for all. results: of
+    finished runs."""
+    columns, of_cell = VALUES | {"training_c_index": "its training patients"}, results.groupby(MODEL)
     means, rows = summary(results), list[dict[str, Any]]()
-    for dataset, method in means[means["mean"] < 0.5].sort_values("mean", kind="stable")[MODEL].to_numpy():
-        of_cell = own.get((dataset, method), [])
-        if len(rows) == n or not of_cell or not _learns(bench, of_cell[0]):
+    for cell in means[means["mean"] < 0.5].sort_values("mean", kind="stable")[MODEL].itertuples(index=False, name=None):
+        if len(rows) == n or cell not in of_cell.groups:  # an average over data sets is none
             continue
-        of = results[(results["dataset"] == dataset) & (results["method"] == method)]
-        known = {name: of[value].astype(float).mean() for value, name in VALUES.items() if of[value].notna().all()}
-        trained = on_training(bench, of_cell)["c_index"].mean()
-        rows.append({"data set": dataset, "method": title(method)} | known | {"its training patients": trained})
+        of = of_cell.get_group(cell)
+        run = Run(*of[["dataset", "method", "fold", "seed", "precision"]].to_numpy(object)[0].tolist())
+        trained = bench.finished(run).info["trained_parameters"] > 0
+        if trained and bench.untrained(run).supervised:  # not all that is trained is
+            of = of[list(columns)].astype(float)
+            known = {name: of[value].mean() for value, name in columns.items() if of[value].notna().all()}
+            rows.append({"data set": cell[0], "method": title(cell[1])} | known)
     return pd.DataFrame(rows)
-
-
-def _learns(bench: Workbench, run: Run) -> bool:
-    """Whether a finished run was trained on outcomes: not all that is trained is."""
-    return bench.finished(run).info["trained_parameters"] > 0 and bench.untrained(run).supervised
 
 
 def compared(groups: pd.DataFrame) -> pd.DataFrame:

@@ -29,15 +29,6 @@ def test_samples_that_no_bag_exceeds_are_left_out():
     assert efficiency.sampling_methods(study, study.steph.sample_patches) == ["steph"]
 
 
-def test_costs_are_told_over_the_cancers_own_model():
-    costs = [(100, 0, 1.0, 10), (100, 100, 2.0, 15), (500, 0, 4.0, 50), (500, 256, 5.0, 60), (500, 500, 6.0, 75)]
-    rows = [(n, r, i, s * (1 + i), o) for i in range(3) for n, r, s, o in costs]
-    times = pd.DataFrame(rows, columns=["patches", "reads", "round", "seconds", "products"])
-    found = efficiency.sampling_costs(times).set_index(["patches", "reads"])
-    assert found["× Vanilla (operations)"].to_dict() == {(100, 100): 1.5, (500, 256): 1.2, (500, 500): 1.5}
-    assert found["× Vanilla"].to_dict() == {(100, 100): 2, (500, 256): 1.25, (500, 500): 1.5}
-
-
 def test_what_a_sample_costs_in_c_index(tiny):
     study, sizes = tiny.study, efficiency.bag_sizes(tiny)
     assert len(sizes) == sum(len(tiny.dataset(name).cohort) for name in study.datasets)

@@ -35,7 +35,7 @@ def timed() -> pd.DataFrame:
 
 
 def test_ratios_are_taken_round_by_round_and_surgery_has_two_stages():
-    ratios = timing.epoch_ratios(timed(), "adamerging").set_index("method")
+    ratios = timing.epoch_ratios(timed(), "adamerging")
     assert ratios.loc["steph", ["ratio", "low", "high"]].tolist() == [1.5] * 3  # a slow round slows both
     assert ratios.loc["surgery_am", "ratio"] == pytest.approx(1.2)
     with pytest.raises(Refused, match="no epochs of 'vanilla'"):
@@ -49,10 +49,13 @@ def test_what_varies_from_round_to_round_is_not_measurable():
     rounds = pd.DataFrame({"round": range(5), "vanilla": [1, 2, 1, 3, 1], "steph": [2, 4, 2, 6, 2.1]})
     rounds["roupkt"] = [0.5, 3, 1, 6, 0.6]
     times = rounds.melt("round", var_name="method", value_name="seconds").assign(patches=1000, memory=0)
-    ratios = timing.prediction_ratios(times)
-    assert ratios.loc["steph", "ratio"] == 2 and not timing.is_wide(*ratios.loc["steph", ["low", "high"]])
-    counted = pd.DataFrame({"method": ["vanilla", "steph", "roupkt"], "products": [1, 2, 14]})
-    shown = timing.prediction_table(times, counted).set_index("method")["× Vanilla"]
+    times["products"] = times["method"].map({"vanilla": 1, "steph": 2, "roupkt": 14})
+    more = times.assign(patches=500, seconds=times["seconds"].where(times["method"] == "vanilla", 3 * times["seconds"]))
+    costs = timing.prediction_costs(pd.concat([times, more])).set_index(["patches", "method"])
+    steph = costs.loc[(1000, "steph")]
+    assert steph["ratio"] == steph["operations"] == 2 and not timing.is_wide(steph["low"], steph["high"])
+    assert costs.loc[(500, "steph"), "ratio"] == 6 and costs.loc[(500, "steph"), "operations"] == 2
+    shown = timing.prediction_table(costs.loc[1000].reset_index().assign(patches=1000)).set_index("method")["× Vanilla"]
     assert shown["STEPH"] == "2.00 (2.00 to 2.00)" and shown["ROUPKT"] == "not measurable here (0.60 to 1.50)"
 
 
@@ -82,13 +85,13 @@ def test_predictions_are_timed_at_the_papers_dimensions_and_kept(tiny, monkeypat
     memory = times.drop_duplicates("method").set_index("method")["memory"]
     assert memory["vanilla"] == operations.prediction_memory("vanilla", operations.paper_study(), 100, precision)
     assert timing.prediction_times(bench).equals(times)
-    shown = timing.prediction_table(times, counted).set_index("method")
+    shown = timing.prediction_table(timing.prediction_costs(times)).set_index("method")
     assert shown.loc["Vanilla", ["× Vanilla", "× Vanilla (operations)"]].tolist() == ["1.00 (1.00 to 1.00)", 1]
     assert shown.loc["ROUPKT", "× Vanilla (operations)"] > 13
 
 
 def test_methods_that_predict_alike_are_timed_once(tiny, monkeypatch):
-    monkeypatch.setattr(timing, "measured", lambda bench, name, inputs, measure: set(inputs["methods"]))
+    monkeypatch.setattr(timing, "measured", lambda bench, name, inputs, measure: {name for name, _ in inputs["jobs"]})
     names = timing.prediction_times(tiny)
     assert {"vanilla", "transmil", "patch_gcn", "roupkt", "steph", "steph_subsampled", "hypernetwork_only"} <= names
     assert not {"model_average", "adamerging", "joint"} & names
@@ -97,11 +100,11 @@ def test_methods_that_predict_alike_are_timed_once(tiny, monkeypatch):
 def test_samples_are_timed_and_counted_beside_the_whole(tiny, monkeypatch):
     monkeypatch.setattr(timing, "BAGS", (2000, 4000))  # a tenth of it in a study for tests
     times = timing.sampling_times(tiny)
-    assert set(zip(times["patches"], times["reads"], strict=True)) == {
-        (200, 0), (200, 200), (400, 0), (400, 256), (400, 400)
+    products = times.drop_duplicates(["patches", "method"]).set_index(["patches", "method"])["products"]
+    assert set(products.index) == {
+        (200, "vanilla"), (200, "steph"), (400, "vanilla"), (400, "steph"), (400, "steph_r256")
     }  # fmt: skip
-    assert times.groupby(["patches", "reads"])["round"].nunique().ge(timing.LEAST).all()
-    products = times.drop_duplicates(["patches", "reads"]).set_index(["patches", "reads"])["products"]
+    assert times.groupby(["patches", "method"])["round"].nunique().ge(timing.LEAST).all()
     counted = operations.of_methods(["vanilla", "steph"], n=400).set_index("method")["products"]
-    assert products[400, 0] == counted["vanilla"] and products[400, 400] == counted["steph"]
-    assert products[400, 400] - products[400, 256] == 2 * (400 - 256) * (1536 * 512 + 512)
+    assert products[400, "vanilla"] == counted["vanilla"] and products[400, "steph"] == counted["steph"]
+    assert products[400, "steph"] - products[400, "steph_r256"] == 2 * (400 - 256) * (1536 * 512 + 512)

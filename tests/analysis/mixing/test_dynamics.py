@@ -95,17 +95,6 @@ def test_only_a_synthetic_study_knows_what_is_shared():
     assert dynamics.planted(load_study("tcga"), "BRCA") is None
 
 
-def test_starts_agree_or_not_with_each_other_and_with_what_was_planted(bench):
-    course = made().assign(**{"lambda": 0.5})  # shares are in proportion to w
-    found = dynamics.agreement(course).set_index(["seed_a", "seed_b"])["correlation"]
-    assert found.to_dict() == pytest.approx({(1, 2): 1.0, (1, 3): -1.0, (2, 3): -1.0})
-    planted = pd.Series({"D": 0.0, "A": 0.9, "B": 0.5, "C": 0.1})
-    assert dynamics.with_planted(course, planted).to_dict() == pytest.approx({1: 1.0, 2: 1.0, 3: -1.0})
-    course = dynamics.dynamics(bench, dynamics.runs(bench, "SARC", 0, [42]))
-    of_two = dynamics.with_planted(course, dynamics.planted(bench.study, "SARC"))
-    assert list(of_two.index) == [42] and of_two.isna().all()  # of two sources no correlation can be told
-
-
 def test_sources_of_largest_w_and_the_one_of_smallest():
     w = {"A": 0.9, "B": 0.5, "C": 0.4, "D": 0.3, "E": 0.2, "F": 0.1, "G": 0.0, "H": 0.0}
     lam = [1.0, 0.5, 0.25, 0.9, 0.9, 0.0, 0.0, 0.0]

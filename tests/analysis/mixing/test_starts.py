@@ -42,6 +42,14 @@ def test_choices_tell_what_is_the_targets_from_what_is_the_starts():
     assert starts.choices(found, load_study("tcga"))["other_targets"].min() > 0.9
 
 
+def test_starts_of_one_target_agree_or_not():
+    w = {1: [0, 0.2, 0.3, 0.4], 2: [0, 0.1, 0.5, 0.6], 3: [0.4, 0.3, 0.2, 0]}
+    table = pd.DataFrame({"source": list("DABC"), "epoch": 1, "lambda": 0.5, **w})
+    course = table.melt(["source", "epoch", "lambda"], var_name="seed", value_name="w")
+    found = starts.choices({"T": course}, load_study("tcga"))
+    assert found["seed"].tolist() == [1, 2, 3] and found["other_starts"].tolist() == pytest.approx([0, 0, -1])
+
+
 def test_what_was_planted_is_found_in_weights_that_follow_it():
     study = load_study("demo")
     planted = dynamics.planted(study, "BRCA")

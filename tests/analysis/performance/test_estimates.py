@@ -46,7 +46,7 @@ def test_what_has_no_answer_says_why():
 
 def test_estimates_as_text():
     assert with_interval(0.5, 0.25, 0.75, form=".2f") == "0.50 (0.25 to 0.75)"
-    assert with_interval(0.5, 0.25, 0.75, form="+.4f", ends="+.1f") == "+0.5000 (+0.2 to +0.8)"
+    assert with_interval(0.5, 0.25, 0.75, form="+.1f") == "+0.5 (+0.2 to +0.8)"
     assert with_interval(0.5, None, None, form=".0%") == "50%"
     assert with_interval(np.nan, 0, 1) == "undefined"
     assert interval(Estimate(0.0, -1, 1), ".0f") == "95 % interval -1 to 1" and interval(Estimate(0.0)) == "no interval"

@@ -31,7 +31,7 @@ def test_the_lowest_means_stand_beside_those_of_the_patients_that_the_models_wer
     table = results(tiny).query("method in ['vanilla', 'model_average'] and seed == @tiny.study.seed")
     of_sarc = (table["method"] == "vanilla") & (table["dataset"] == "SARC")
     low = table.assign(c_index=np.where(table["method"] == "model_average", 0.1, np.where(of_sarc, 0.3, 0.4)))
-    found = risk_groups.lowest(tiny, runs, low, n=2)
+    found = risk_groups.lowest(tiny, low, n=2)
     assert found["method"].tolist() == ["Vanilla"] * 2  # an average is trained on nobody
     assert found.loc[0, ["data set", "test folds"]].tolist() == ["SARC", 0.3]
     assert found.loc[0, "external patients"] == pytest.approx(table.loc[of_sarc, "external_c_index"].mean())
@@ -41,7 +41,7 @@ def test_the_lowest_means_stand_beside_those_of_the_patients_that_the_models_wer
             known = predict(tiny.model(run), data, data.splits.train(run.fold))
             expected.append(concordance_index(known["time_days"], known["event"], known["risk"]))
     assert found.loc[0, "its training patients"] == pytest.approx(np.mean(expected), abs=1e-6)
-    assert risk_groups.lowest(tiny, runs, table.assign(c_index=0.6)).empty
+    assert risk_groups.lowest(tiny, table.assign(c_index=0.6)).empty
 
 
 def test_every_patient_is_in_one_group(tiny, runs):
