@@ -1,7 +1,6 @@
 """Export: a model folder predicts to the last bit what the study predicted, and its card tells what it is."""
 
 import json
-import re
 import shutil
 
 import h5py
@@ -10,7 +9,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from steph import PROJECT, Refused
+from steph import Refused
 from steph.analysis.mixing.attention import attention_map, bag_of, mixture
 from steph.cli import app
 from steph.deploy import export, load_model, report
@@ -203,21 +202,6 @@ def test_export_and_predict_as_commands(tiny, patients, tmp_path):
     ):
         done = call("predict", "--model", tmp_path / "m", *wrong)
         assert done.exit_code == 1 and message in done.output and "Traceback" not in done.output
-
-
-def test_the_pages_code_works(tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    page = (PROJECT / "book" / "using_a_model.md").read_text(encoding="utf-8").replace("demo", "tiny")
-    for line in re.findall(r"^steph export .*$", page, re.MULTILINE):
-        done = call(*line.split()[1:])
-        assert done.exit_code == 0, done.output
-    write, use = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    scope = {}
-    exec(write, scope)
-    written = [f"slides/{slide}.h5" for slide in scope["data"].slides(scope["patient"])]
-    use = use.replace('["slides/P1-DX1.h5", "slides/P1-DX2.h5"]', repr(written))
-    exec(use, scope)
-    assert scope["prediction"].patient_id == "P1" and scope["prediction"].coords is not None
 
 
 def test_a_dead_model_says_so_on_its_card_in_its_predictions_and_a_living_one_does_not(
