@@ -14,16 +14,13 @@ import sys
 from contextlib import contextmanager
 from functools import cache
 
-import numpy as np
-import pandas as pd
 import pytest
 import typer
 import yaml
 
 from steph import PROJECT
 from steph.cli import app
-from steph.data.cohort import COLUMNS, cohort_from
-from tests.helpers.fabricate import fabricate
+from tests.helpers.fabricate import clinical_table, slides_of
 
 PAGES = {p.stem: p for p in (PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *(PROJECT / "book").glob("*.md"))}
 READERS = {
@@ -113,25 +110,12 @@ def smaller(path):
     path.write_text(yaml.safe_dump(manifest))
 
 
-def slides_of(name, folder, layout, patient, slide):
-    """Write the slide files of 40 made-up patients, whose names have these shapes; the table of their follow-up."""
-    generator, rows = np.random.default_rng(len(name)), []
-    for i in range(40):
-        who, days, event = patient.format(i), generator.integers(20, 4000), int(generator.random() < 0.5)
-        rows += [[who, who + slide.format(k), name, days, event] for k in range(1, 2 + i % 2)]
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    fabricate(cohort_from(table, name, "made"), folder, layout, dim=12, mean_patches=10)
-    return table
-
-
 def what_a_reader_has(folder, root):
     """Features and the clinical table of TCGA, as they are fetched; slides as TRIDENT leaves them, and their tables."""
     hub = root / "features", "mahmoodlab"
     tables = [slides_of(n, *hub, f"TCGA-{n[:2]}-{{:04}}", "-01Z-00-DX{}.AAAA") for n in CANCERS["tcga"]]
-    names = {"patient_id": "bcr_patient_barcode", "project": "type", "event": "DSS", "time_days": "DSS.time"}
-    cdr = pd.concat(tables).drop_duplicates("patient_id")[list(names)].rename(columns=names)
     (root / "labels").mkdir()
-    cdr.to_excel(root / "labels" / "TCGA-CDR-SupplementalTableS1.xlsx", sheet_name="TCGA-CDR")
+    clinical_table(tables).to_excel(root / "labels" / "TCGA-CDR-SupplementalTableS1.xlsx", sheet_name="TCGA-CDR")
     for name in CANCERS["clinic"]:
         table = slides_of(name, folder / "clinic" / "features" / name, "trident", name[0] + "{:03}", "-A{}")
         table.to_csv(folder / f"{name.lower()}.csv", index=False)

@@ -1,28 +1,15 @@
 """From slide feature files in real layouts to stores, and what stands in the way (tests/test_docs.py goes further)."""
 
 import h5py
-import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
-from steph.data.cohort import COLUMNS, cohort_from
 from tests.helpers.command import steph
-from tests.helpers.fabricate import fabricate
+from tests.helpers.fabricate import clinical_table, slides_of
 
 LAYOUTS = {"SARC": "mahmoodlab", "LIHC": "mahmoodlab", "CESC": "trident"}
 DIM = 12
-
-
-def outcomes(project, n, seed):
-    """Patients of one project as TCGA-CDR has them, and their slides."""
-    generator = np.random.default_rng(seed)
-    patients = [f"TCGA-{project[:2]}-{i:04}" for i in range(n)]
-    days = generator.integers(0, 4000, n)
-    event = (generator.random(n) < 0.4).astype(int)
-    cdr = pd.DataFrame({"bcr_patient_barcode": patients, "type": project, "DSS": event, "DSS.time": days})
-    slides = [f"{p}-01Z-00-DX{k + 1}.{seed:08}-{i:04}-AAAA" for i, p in enumerate(patients) for k in range(1 + i % 2)]
-    return cdr, slides
 
 
 @pytest.fixture
@@ -31,23 +18,17 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPH_BUILD", str(tmp_path / "build"))
     monkeypatch.delenv("STEPH_DATA", raising=False)
     data = tmp_path / "data"
-    made = {name: outcomes(name, 40, seed) for seed, name in enumerate(LAYOUTS)}
-    pd.concat([cdr for cdr, _ in made.values()]).to_csv(tmp_path / "cdr.csv", index=False)
-    (tmp_path / "slides.txt").write_text("\n".join(s for _, slides in made.values() for s in slides))
-    for name, (cdr, slides) in made.items():
-        label = cdr.set_index("bcr_patient_barcode")
-        rows = [[s[:12], s, name, label.loc[s[:12], "DSS.time"], label.loc[s[:12], "DSS"]] for s in slides]
-        cohort = cohort_from(pd.DataFrame(rows, columns=COLUMNS), name, "made")
-        folder = data / "features" / ("trident" if LAYOUTS[name] == "trident" else "")
-        fabricate(cohort, folder, layout=LAYOUTS[name], dim=DIM, mean_patches=10, seed=1)
+    tables = []
+    for name, layout in LAYOUTS.items():
+        folder = data / "features" / ("trident" if layout == "trident" else "")
+        tables.append(slides_of(name, folder, layout, f"TCGA-{name[:2]}-{{:04}}", "-01Z-00-DX{}.AAAA"))
+    clinical_table(tables).to_csv(tmp_path / "cdr.csv", index=False)
+    (tmp_path / "slides.txt").write_text("\n".join(pd.concat(tables)["slide_id"]))
     manifest = {
         "extends": "tcga",
         "name": "rehearsal",
         "data_root": str(data),
-        "folds": 2,
         "features": {"dim": DIM},
-        "network": {"dim_emb": 8, "dim_attn": 6},
-        "recipe": {"epochs": 2},
         "steph": {"dim_hidden": 8, "top_k": 2},
         "datasets": {name: {"projects": [name]} for name in LAYOUTS},
     }
@@ -66,7 +47,7 @@ def test_labels_check_and_pack_each_say_what_comes_first_and_a_store_of_other_fi
     done = steph("run", "01_baselines", "--study", study, "-p", "dataset=SARC")
     assert done.exit_code == 1 and "steph data pack" in done.output
 
-    broken = next((tmp_path / "data" / "features").rglob("*DX1*0003-AAAA*.h5"))
+    broken = next((tmp_path / "data" / "features").rglob("*SA-0003*DX1*.h5"))
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2])
     done = steph("data", "check", "--study", study)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 import torch
 
-from steph.data.cohort import Cohort
+from steph.data.cohort import COLUMNS, Cohort, cohort_from
 from steph.data.features import open_slide
 
 PATCH = 256
@@ -33,6 +34,23 @@ def fabricate(cohort: Cohort, folder: Path, layout: str, dim: int, mean_patches:
         features, coords = _slide(row.slide_id, risk[row.patient_id] * direction, mean_patches, seed)
         written[row.slide_id] = write(folder, row.slide_id, row.project, features, coords)
     return written
+
+
+def slides_of(name: str, folder: Path, layout: str, patient: str, slide: str) -> pd.DataFrame:
+    """Write the slide files of 40 made-up patients, whose names have these shapes; the table of their follow-up."""
+    generator, rows = np.random.default_rng(len(name)), []
+    for i in range(40):
+        who, days, event = patient.format(i), generator.integers(20, 4000), int(generator.random() < 0.5)
+        rows += [[who, who + slide.format(k), name, days, event] for k in range(1, 2 + i % 2)]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    fabricate(cohort_from(table, name, "made"), folder, layout, dim=12, mean_patches=10, seed=1)
+    return table
+
+
+def clinical_table(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """The patients of such tables as TCGA-CDR has them."""
+    names = {"patient_id": "bcr_patient_barcode", "project": "type", "event": "DSS", "time_days": "DSS.time"}
+    return pd.concat(tables).drop_duplicates("patient_id")[list(names)].rename(columns=names)
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
